@@ -1,0 +1,155 @@
+"""The operators on a CPU: exact integer products, floats in float32.
+
+The quantizers are the reference itself: a few element-wise passes beside the product. A sum of
+int8 × int8 products is exact in two ways: `torch._int_mm`, which is fast where the processor has
+int8 dot products (VNNI, AMX, Arm's dot product), and float32 lanes, in which a block of 1,024
+products of at most 128 · 128 cannot exceed 2²⁴ and so is never rounded. Both give the same
+int32; which one a processor runs faster is measured once a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..reference import (
+    channel_multipliers,
+    live_channel_maxima,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_smoothed,
+    quantize_token_groups,
+    runtime_smooth_quantize,
+    static_quantize,
+    unpack_int4,
+)
+
+__all__ = [
+    "channel_multipliers",
+    "group_gemm",
+    "hadamard",
+    "int8_gemm",
+    "int8_matmul",
+    "live_channel_maxima",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "quantize_smoothed",
+    "quantize_token_groups",
+    "runtime_smooth_quantize",
+    "static_quantize",
+    "weight_only_gemm",
+]
+
+EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
+UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matrix in float32
+
+
+def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
+    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32)
+    for k in range(0, a.shape[1], EXACT_BLOCK):
+        block = slice(k, k + EXACT_BLOCK)
+        total += (a[:, block].float() @ w[:, block].float().t()).to(torch.int32)
+    return total
+
+
+def _int_mm(a: Tensor, w: Tensor) -> Tensor:
+    return torch._int_mm(a, w.t())
+
+
+@functools.cache
+def _fastest(decode: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The quicker of the two exact products here, for one token or for many."""
+    a = torch.ones(1 if decode else 64, 512, dtype=torch.int8)
+    w = torch.ones(512, 512, dtype=torch.int8)
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        product(a, w)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            product(a, w)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min((_int_mm, _float_lanes), key=seconds)
+
+
+def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
+    """Σ_k a_mk w_nk, exactly. a: int8 (M, K); w: int8 (N, K). Returns int32 (M, N)."""
+    return _fastest(a.shape[0] == 1)(a, w)
+
+
+def int8_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.int8_gemm`, the scaling in float32."""
+    result = int8_matmul(codes, weight).float().mul_(scale).mul_(weight_scale)
+    return (result if bias is None else result.add_(bias)).to(dtype)
+
+
+def group_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    order: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.group_gemm`, the scaling and the sum over blocks in float32."""
+    batch, length, width = codes.shape
+    result = torch.zeros(batch, length, weight.shape[0])
+    per_group = weight_scale.float().expand(-1, width // group_size)
+    for b in range(batch):
+        columns = weight if order is None else weight[:, order[b]]
+        for g in range(width // group_size):
+            block = slice(g * group_size, (g + 1) * group_size)
+            factor = per_group[:, g]
+            if block_scale is not None:
+                factor = factor * block_scale[b, g]
+            product = int8_matmul(codes[b, :, block].contiguous(), columns[:, block].contiguous())
+            result[b].addcmul_(product.float(), factor)
+    result *= scale
+    return (result if bias is None else result.add_(bias)).to(dtype)
+
+
+def weight_only_gemm(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """As `reference.weight_only_gemm`, in float32, a few rows of the matrix unpacked at a time."""
+    x32 = x.float()
+    result = torch.empty(x.shape[0], packed.shape[0])
+    for row in range(0, packed.shape[0], UNPACK_ROWS):
+        rows = slice(row, row + UNPACK_ROWS)
+        weight = unpack_int4(packed[rows], x.shape[1]) if bits == 4 else packed[rows]
+        step = weight_scale[rows].float()
+        if multiplier is not None:
+            step = step * multiplier[rows]
+        dense = weight.float().unflatten(-1, (step.shape[-1], -1)).mul_(step.unsqueeze(-1))
+        torch.mm(x32, dense.flatten(-2).t(), out=result[:, rows])
+    return (result if bias is None else result.add_(bias)).to(x.dtype)
+
+
+def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """As `reference.hadamard`, as two small products in float32 (float64 for float64 input)."""
+    work = x if x.dtype == torch.float64 else x.float()
+    norm = (left.shape[0] * right.shape[0]) ** 0.5
+    blocks = (work * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
+    rotated = left.to(work.dtype).t() @ (blocks @ (right.to(work.dtype) / norm))
+    return rotated.flatten(-3).to(x.dtype)

@@ -1,0 +1,261 @@
+"""The eager definition of every operator: what a kernel must compute, to the last integer.
+
+A linear layer runs as *quantize the input → multiply integers → scale*. The quantizers below
+fix the float32 arithmetic that leads to each code, so that a kernel can be held to the very same
+integers. The matrix products are defined in int64 and float64; a kernel may round its float
+result once, to the output's dtype.
+
+Conventions: M tokens, N out_features, K in_features, G group size. A scale is what a code is
+multiplied by to get its value back. Symmetric b-bit codes reach `2^(b-1) - 1`; they go down to
+`-2^(b-1)`, or only to `-(2^(b-1) - 1)` where an integer multiplier follows, because
+`-8 · 18` would leave int8.
+
+**Multipliers.** A scale restricted to `m · base` with an integer `m` goes into the codes: for
+4 bits `m ≤ 18`, and `q · m` is an int8 operand of a plain integer product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-5  # the clamp of SmoothQuant and RRS: keeps a dead channel's divisor finite
+
+
+class QuantizedInput(NamedTuple):
+    """A linear's input as integers.
+
+    codes: int8 (..., K), multipliers already in them. scale: float32, broadcastable to (..., 1).
+    block_scale: float32 (B, K / G), one factor a sequence and block of G ordered channels, or
+    None. order: int64 (B, K), where each ordered channel stood, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    block_scale: Tensor | None = None
+    order: Tensor | None = None
+
+
+def highest_code(bits: int) -> int:
+    """The largest symmetric code: 7 for 4 bits, 127 for 8."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def largest_multiplier(bits: int) -> int:
+    """The largest integer m with m · highest_code(bits) ≤ 127: 18 for 4 bits, 1 for 8."""
+    return 127 // highest_code(bits)
+
+
+def _scale_of(maximum: Tensor, bits: int, clip: float) -> Tensor:
+    scale = maximum * clip / highest_code(bits)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _codes(x: Tensor, scale: Tensor, bits: int, lowest: int) -> Tensor:
+    return (x / scale).round().clamp(lowest, highest_code(bits)).to(torch.int8)
+
+
+def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
+    """One symmetric scale a token: s_t = clip · max_k |x_tk| / (2^(b-1) - 1).
+
+    x: float (..., K). Returns codes int8 (..., K), scale float32 (..., 1).
+    Source: SmoothQuant (arXiv 2211.10438), section 2.
+    """
+    x = x.float()
+    scale = _scale_of(x.abs().amax(-1, keepdim=True), bits, clip)
+    return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
+
+
+def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
+    """One symmetric scale for the whole tensor, found at run time (SmoothQuant O2).
+
+    x: float (..., K). Returns codes int8 (..., K), scale float32 of one element, as many
+    dimensions as x. Not causal: every token, padding included, moves it.
+    """
+    x = x.float()
+    scale = _scale_of(x.abs().amax().reshape([1] * x.dim()), bits, clip)
+    return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
+
+
+def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:
+    """Codes under one calibrated scale (SmoothQuant O3). x: float (..., K); scale: float32 ()."""
+    x = x.float()
+    scale = scale.float().reshape([1] * x.dim())
+    return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
+
+
+def quantize_token_groups(
+    x: Tensor, bits: int, group_size: int, clip: float = 1.0
+) -> QuantizedInput:
+    """Runtime smoothing in the scope `token`: groups of channels with integer multipliers.
+
+    Of each token alone: g = clip · max |x| of a group, base = max g / m_max,
+    m = ceil(g / base) ∈ 1…m_max, q = round(x / (m · s)) with s = base / (2^(b-1) - 1).
+    x: float (..., K), G divides K. Returns codes q · m int8 (..., K), scale s float32 (..., 1).
+    """
+    x = x.float()
+    groups = x.unflatten(-1, (-1, group_size))
+    maxima = groups.abs().amax(-1, keepdim=True) * clip
+    base = maxima.amax(-2, keepdim=True) / largest_multiplier(bits)
+    base = torch.where(base > 0, base, torch.ones_like(base))
+    multiplier = (maxima / base).ceil().clamp(1, largest_multiplier(bits))
+    scale = base / highest_code(bits)
+    codes = _codes(groups, multiplier * scale, bits, -highest_code(bits))
+    return QuantizedInput((codes * multiplier.to(torch.int8)).flatten(-2), scale.squeeze(-1))
+
+
+def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
+    """The integer multipliers closest from above to per-channel scales.
+
+    m_j = ceil(s_j · m_max / max s) ∈ 1…m_max. scale: float (..., K) → int8 (..., K).
+    """
+    scale = scale.float().clamp(min=SMALLEST_SCALE)
+    base = scale.amax(-1, keepdim=True) / largest_multiplier(bits)
+    return (scale / base).ceil().clamp(1, largest_multiplier(bits)).to(torch.int8)
+
+
+def quantize_smoothed(
+    x: Tensor, multiplier: Tensor, bits: int, clip: float = 1.0
+) -> QuantizedInput:
+    """Per-token codes of x divided by per-channel multipliers, multiplied back as integers.
+
+    x' = x / m; s_t = clip · max |x'_t| / (2^(b-1) - 1); q = round(x' / s_t).
+    x: float (..., K); multiplier: int8, broadcastable to x. Returns codes q · m, scale (..., 1).
+    """
+    smoothed = x.float() / multiplier
+    scale = _scale_of(smoothed.abs().amax(-1, keepdim=True), bits, clip)
+    codes = _codes(smoothed, scale, bits, -highest_code(bits))
+    return QuantizedInput(codes * multiplier, scale)
+
+
+def live_channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
+    """Runtime smoothing's scale over the sequence at hand: s_j = max_t |x_tj|.
+
+    x: float (B, L, K); mask: bool (B, L), False at padding, or None. With `normalise` every token
+    is first divided by its own maximum, so that an attention sink weighs no more than others.
+    Returns float32 (B, K), at least 1e-5. Source: RRS (arXiv 2409.20361), section 3.1.
+    """
+    magnitude = x.float().abs()
+    if normalise:
+        magnitude = magnitude / magnitude.amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    if mask is not None:
+        magnitude = magnitude.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return magnitude.amax(-2).clamp(min=SMALLEST_SCALE)
+
+
+def runtime_smooth_quantize(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    clip: float = 1.0,
+    mask: Tensor | None = None,
+    normalise: bool = False,
+) -> QuantizedInput:
+    """Runtime smoothing in the scope `live`: scales over the sequence, by ordered groups.
+
+    Channels are sorted by their maximum, cut into groups of G, and every channel of a group takes
+    the group's maximum as its divisor; then one symmetric scale a token. With G = 1 each channel
+    keeps its own, as an integer multiplier, and no order is needed.
+    x: float (B, L, K), G divides K; mask: bool (B, L) or None. Returns codes int8 (B, L, K) in
+    the order of `order`, scale float32 (B, L, 1), block_scale (B, K / G), order (B, K).
+    Source: RRS (arXiv 2409.20361), section 3.2.
+    """
+    maxima = live_channel_maxima(x, mask, normalise)
+    if group_size == 1:
+        multiplier = channel_multipliers(maxima, bits).unsqueeze(-2)
+        return quantize_smoothed(x, multiplier, bits, clip)
+    ordered, order = maxima.sort(-1, descending=True, stable=True)
+    block_scale = ordered[:, ::group_size].contiguous()
+    x = x.float().gather(-1, order.unsqueeze(-2).expand_as(x))
+    smoothed = x / block_scale.repeat_interleave(group_size, -1).unsqueeze(-2)
+    quantized = quantize_per_token(smoothed, bits, clip)
+    return QuantizedInput(quantized.codes, quantized.scale, block_scale, order)
+
+
+def int8_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = (Σ_k a_tk w_nk) · s_t · s_n + b_n, the sum in integers.
+
+    codes: int8 (M, K); scale: float32 (M, 1) or (1, 1); weight: int8 (N, K);
+    weight_scale: float32 (N,); bias: float (N,) or None. Returns (M, N) in `dtype`.
+    """
+    total = codes.long() @ weight.long().t()
+    result = total.double() * scale.double() * weight_scale.double()
+    return (result if bias is None else result + bias.double()).to(dtype)
+
+
+def group_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    order: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = s_t · Σ_g c_bg · s_ng · (Σ_{k in g} a_tk w_nk) + b_n: float scales by block of K.
+
+    codes: int8 (B, L, K); scale: float32 (B, L, 1) or (1, 1, 1); block_scale: float32
+    (B, K / G) or None; order: int64 (B, K), the column of `weight` that each code multiplies,
+    or None; weight: int8 (N, K); weight_scale: float (N, K / G) or (N, 1); bias: float (N,) or
+    None. Returns (B, L, N) in `dtype`. Groups of weights and an order exclude one another.
+    """
+    results = []
+    for b in range(codes.shape[0]):
+        columns = weight if order is None else weight[:, order[b]]
+        a = codes[b].unflatten(-1, (-1, group_size)).movedim(-2, 0).long()
+        w = columns.unflatten(-1, (-1, group_size)).movedim(-2, 0).long()
+        factor = weight_scale.double().t().unsqueeze(-2)
+        if block_scale is not None:
+            factor = factor * block_scale[b].double().reshape(-1, 1, 1)
+        results.append((torch.bmm(a, w.mT).double() * factor).sum(0))
+    result = torch.stack(results) * scale.double()
+    return (result if bias is None else result + bias.double()).to(dtype)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """Two codes a byte, the even column in the low nibble: uint8 (N, ⌈K/2⌉) → int8 (N, K)."""
+    low, high = packed & 15, packed >> 4
+    codes = torch.stack([low, high], -1).flatten(-2).to(torch.int8)
+    return ((codes ^ 8) - 8)[..., :columns]
+
+
+def weight_only_gemm(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """y = x Ŵᵀ + b with Ŵ unpacked inside: float activations, packed weights.
+
+    x: float (M, K); packed: uint8 (N, ⌈K/2⌉) for 4 bits, int8 (N, K) for 8; weight_scale: float
+    (N, 1) or (N, K / G); multiplier: uint8 (N, K / G) or None. Returns (M, N) in x's dtype.
+    """
+    weight = unpack_int4(packed, x.shape[-1]) if bits == 4 else packed
+    step = weight_scale.double() if multiplier is None else weight_scale.double() * multiplier
+    dense = weight.double().unflatten(-1, (step.shape[-1], -1)) * step.unsqueeze(-1)
+    result = x.double() @ dense.flatten(-2).t()
+    return (result if bias is None else result + bias.double()).to(x.dtype)
+
+
+def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x R with R = diag(signs) · (I ⊗ H_left ⊗ H_right) / √(orders): blocks of Hadamard matrices.
+
+    x: float (..., K); signs: int8 (K,); left: int8 (l, l), right: int8 (r, r), entries ±1,
+    l · r divides K. Returns x's shape and dtype; computed in float64.
+    """
+    blocks = (x.double() * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
+    rotated = torch.einsum("...lr,lm,rn->...mn", blocks, left.double(), right.double())
+    return (rotated / (left.shape[0] * right.shape[0]) ** 0.5).flatten(-3).to(x.dtype)

@@ -1,0 +1,21 @@
+"""smoothq: post-training quantization of LLMs, with real integer kernels.
+
+Importing it registers the checkpoint format with transformers:
+`AutoModelForCausalLM.from_pretrained(OUT)` then loads what `quantize` wrote.
+"""
+
+from .api import quantize
+from .evaluation.perplexity import Perplexity, perplexity
+from .integrations import transformers as _registered  # noqa: F401
+from .recipe import Recipe, load_recipe, preset
+from .version import __version__
+
+__all__ = [
+    "Perplexity",
+    "Recipe",
+    "__version__",
+    "load_recipe",
+    "perplexity",
+    "preset",
+    "quantize",
+]

@@ -1,0 +1,52 @@
+"""The Python door: quantize a model, get a quantized model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint.stream import open_source
+from .checkpoint.writer import CheckpointWriter
+from .pipeline import Progress, quantize_checkpoint
+from .recipe import Recipe
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Tensor | None = None,
+    output: str | Path | None = None,
+    *,
+    gguf_file: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Quantize a causal LM and return it, ready to run.
+
+    model: a directory, a hub id, or a model in memory (which is left as it is). data: calibration
+    tokens, int64 (samples, length), in place of the recipe's text. output: where the checkpoint
+    goes; without it a temporary directory serves. dtype: of everything that stays float in the
+    returned model.
+
+    Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
+    CheckpointError or DeviceError) with one line on what was wrong and what to do.
+    """
+    source = open_source(model, tokenizer, gguf_file)
+
+    def run(directory: Path) -> Any:
+        writer = CheckpointWriter(directory, overwrite=overwrite)
+        quantize_checkpoint(source, recipe, writer, tokenizer, data, device, progress)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+
+    if output is not None:
+        return run(Path(output))  # type: ignore[no-any-return]
+    with tempfile.TemporaryDirectory(prefix="smoothq-") as directory:
+        return run(Path(directory) / "model")  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Reading models block by block, and writing quantized ones."""

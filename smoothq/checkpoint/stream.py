@@ -1,0 +1,278 @@
+"""Where float weights come from: a checkpoint read tensor by tensor, or a model in memory.
+
+Both give a skeleton (the model on the meta device) and single tensors by name, so that the
+pipeline never holds more than the block it works on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..architectures.graph import all_finite
+from ..errors import CheckpointError, NumericsError, UnsupportedModelError
+
+log = logging.getLogger("smoothq")
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class Source(Protocol):
+    """A float causal LM that can be read tensor by tensor."""
+
+    name: str
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    nbytes: int
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as stored. Raises CheckpointError where there is none."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer, if it has one."""
+
+
+class CheckpointSource:
+    """A directory of safetensors with a config.json, opened lazily."""
+
+    def __init__(self, directory: Path, name: str, trust_remote_code: bool = False) -> None:
+        self.name, self.directory, self._trust = name, directory, trust_remote_code
+        self.config = _read_config(directory, name, trust_remote_code)
+        self._files = _tensor_files(directory, name)
+        self._open: tuple[Path, Any] | None = None
+        self.nbytes = sum(path.stat().st_size for path in set(self._files.values()))
+        try:
+            self.generation_config = GenerationConfig.from_pretrained(directory)
+        except OSError:
+            self.generation_config = None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        path = self._files.get(name)
+        if path is None:
+            raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
+        if self._open is None or self._open[0] != path:
+            self._open = (path, _open_safetensors(path))
+        tensor: Tensor = self._open[1].get_tensor(name)
+        return tensor
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer beside the weights, if there is one."""
+        if not any(self.directory.glob("tokenizer*")):
+            return None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.directory, trust_remote_code=self._trust
+        )
+        return tokenizer
+
+
+class ModuleSource:
+    """A model in memory. It is read, never changed."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str
+    ) -> None:
+        self.name, self.config = name, model.config
+        self.generation_config = getattr(model, "generation_config", None)
+        self._tokenizer = tokenizer
+        self._tensors = model.state_dict()
+        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self._tensors.values()}
+        self.nbytes = sum(storages.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the model, shared with it."""
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
+        return self._tensors[name].detach()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that came with the model, if one did."""
+        return self._tokenizer
+
+
+def open_source(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Open a hub id, a local directory, a GGUF file in either, or a model in memory.
+
+    Raises CheckpointError where nothing is found, UnsupportedModelError for a model that is
+    already quantized.
+    """
+    if isinstance(model, PreTrainedModel):
+        refuse_quantized(model.config, type(model).__name__)
+        return ModuleSource(model, tokenizer, model.config.name_or_path or type(model).__name__)
+    if gguf_file is not None:
+        return _open_gguf(str(model), gguf_file)
+    directory = resolve_directory(str(model))
+    source = CheckpointSource(directory, str(model), trust_remote_code)
+    refuse_quantized(source.config, source.name)
+    return source
+
+
+def refuse_quantized(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError if a model's config says that it is quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, dict)
+            else getattr(quantization, "quant_method", "?")
+        )
+        raise UnsupportedModelError(
+            f"{name} is already quantized (quant_method '{method}'); quantize the float model"
+        )
+
+
+def resolve_directory(model: str) -> Path:
+    """The local directory of a model: itself, or the snapshot of a hub id, downloaded."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"model '{model}' is not a directory; give a directory or a hub id")
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"model '{model}' is neither a local directory nor a model that the hub gave us "
+            f"({type(error).__name__}); check the name, the network and your access"
+        ) from error
+
+
+def skeleton(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a source with its parameters on the meta device and its buffers real."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            source.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
+def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
+    """Fill a module's parameters from a source, in `dtype` (None: as stored).
+
+    Raises CheckpointError for a missing tensor or a wrong shape, NumericsError for NaN or Inf.
+    """
+    loaded = {}
+    for name, parameter in module.named_parameters():
+        full = f"{prefix}.{name}"
+        tensor = source.tensor(full)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{source.name}: tensor '{full}' has shape {tuple(tensor.shape)}, "
+                f"the config asks for {tuple(parameter.shape)}"
+            )
+        if not all_finite(tensor):
+            raise NumericsError(f"{source.name}: tensor '{full}' holds NaN or Inf")
+        # A copy, never a view: transforms write in place.
+        loaded[name] = tensor.to(dtype or tensor.dtype, copy=True)
+    module.load_state_dict(loaded, strict=False, assign=True)
+    module.requires_grad_(False)
+
+
+def unload_module(module: nn.Module) -> None:
+    """Give back the memory of a module's tensors."""
+    module.to("meta")
+
+
+def _read_config(directory: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{name}: its config cannot be read: {first}") from error
+    return config
+
+
+def _tensor_files(directory: Path, name: str) -> dict[str, Path]:
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{name}: {INDEX} cannot be read: {error}") from error
+        files = {tensor: directory / file for tensor, file in names.items()}
+        for path in sorted(set(files.values())):
+            if not path.is_file():
+                raise CheckpointError(f"{name}: shard {path.name} is missing")
+        return files
+    single = directory / SINGLE
+    if not single.is_file():
+        raise CheckpointError(f"{name}: no {SINGLE} or {INDEX} in {directory}")
+    return dict.fromkeys(tensor_shapes(single), single)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shape and dtype of every tensor in a safetensors file; no data is read."""
+    file = _open_safetensors(path)
+    headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return {
+        name: (tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+        for name, header in headers.items()
+    }
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _open_gguf(model: str, gguf_file: str) -> Source:
+    directory = resolve_directory(model) if not Path(model).is_file() else Path(model).parent
+    if not (directory / gguf_file).is_file():
+        raise CheckpointError(f"{directory} has no GGUF file '{gguf_file}'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
+        float_model = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf_file, dtype=torch.bfloat16
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error
+    # Dequantized by transformers: what is left is a float model.
+    if hasattr(float_model.config, "quantization_config"):
+        del float_model.config.quantization_config
+    return ModuleSource(float_model, tokenizer, gguf_file)

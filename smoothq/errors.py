@@ -1,0 +1,29 @@
+"""Every error that smoothq raises on purpose: what was wrong, where, and what to do next."""
+
+
+class SmoothqError(Exception):
+    """Base of all errors meant for the person at the keyboard; the CLI prints them as one line."""
+
+
+class RecipeError(SmoothqError):
+    """The recipe contradicts itself or cannot be applied to the model at hand."""
+
+
+class UnsupportedModelError(SmoothqError):
+    """The model's architecture, or its state (already quantized), is not one we can quantize."""
+
+
+class CalibrationError(SmoothqError):
+    """The calibration or evaluation text cannot be found, read or used."""
+
+
+class NumericsError(SmoothqError):
+    """A tensor holds NaN or Inf, or a factorisation failed for good."""
+
+
+class CheckpointError(SmoothqError):
+    """A checkpoint cannot be read, is incomplete, or cannot be written."""
+
+
+class DeviceError(SmoothqError):
+    """No kernel of ours runs on the device asked for."""

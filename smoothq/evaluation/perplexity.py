@@ -1,0 +1,120 @@
+"""Perplexity over windows that do not overlap, the protocol of GPTQ and of the papers after it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from smoothq.errors import CalibrationError, NumericsError
+
+# Logits turned to float32 at a time: 128 MiB, whatever the vocabulary.
+_CHUNK_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measured perplexity and what it was measured on.
+
+    tokens: predicted tokens, windows × (sequence_length − 1).
+    sequence_length: the windows' length; the text's own where it is shorter than one window.
+    seconds: wall-clock time of the whole measurement.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    seconds: float
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokens: torch.LongTensor,
+    sequence_length: int = 2048,
+    windows: int | None = None,
+    batch_size: int = 1,
+    on_window: Callable[[int, int, float], None] | None = None,
+) -> Perplexity:
+    """exp of the mean negative log-likelihood of all predicted tokens.
+
+    The text is cut into windows of `sequence_length` from its start, and each predicts all of its
+    tokens but the first. A last incomplete window is dropped, unless it is the only one.
+    Log-softmax is float32 on a few rows of logits at a time and the sum is float64, so that memory
+    is bounded by the model's own logits and the batch size changes the result by rounding only.
+    The model runs in eval mode and gets its mode back.
+
+    tokens: (1, tokens) int64 on any device, as `calibration.evaluation_tokens` makes them.
+    windows: at most so many, from the start; None for all.
+    on_window: called after each window with windows done, windows in all, perplexity so far.
+    Raises CalibrationError for fewer than 2 tokens or numbers out of range, NumericsError where the
+    loss is NaN or infinite.
+    """
+    if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
+        raise CalibrationError(
+            f"perplexity needs tokens of shape (1, 2 or more), not {tuple(tokens.shape)}: "
+            "give a longer evaluation text"
+        )
+    if sequence_length < 2 or batch_size < 1 or (windows is not None and windows < 1):
+        raise CalibrationError(
+            f"perplexity cannot use sequence length {sequence_length}, batch size {batch_size} and "
+            f"{'all' if windows is None else windows} windows: "
+            "a window needs 2 tokens, the others must be at least 1"
+        )
+    start = time.perf_counter()
+    length = min(sequence_length, tokens.shape[1])
+    count = tokens.shape[1] // length
+    if windows is not None:
+        count = min(count, windows)
+    grid = tokens[0, : count * length].reshape(count, length)
+
+    total = 0.0
+    was_training = model.training
+    model.train(False)
+    try:
+        for first in range(0, count, batch_size):
+            losses = _window_losses(model, grid[first : first + batch_size].to(model.device))
+            for window, loss in enumerate(losses, start=first):
+                if not math.isfinite(loss):
+                    raise NumericsError(
+                        f"the loss of evaluation window {window} (of {count}, from 0) is {loss}: "
+                        "the model's logits hold NaN or Inf; check its weights or use a wider dtype"
+                    )
+                total += loss
+                if on_window is not None:
+                    on_window(window + 1, count, _exp(total / ((window + 1) * (length - 1))))
+    finally:
+        model.train(was_training)
+    return Perplexity(
+        perplexity=_exp(total / (count * (length - 1))),
+        tokens=count * (length - 1),
+        windows=count,
+        sequence_length=length,
+        seconds=time.perf_counter() - start,
+    )
+
+
+# no_grad, not inference_mode: what a module derives and keeps on its first call stays usable.
+@torch.no_grad()
+def _window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
+    """Each window's summed −log softmax(logits)[next token]; windows (batch, length)."""
+    logits = model(input_ids=windows, use_cache=False).logits
+    rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    sums = []
+    for window_logits, window in zip(logits, windows.to(logits.device), strict=True):
+        total = 0.0
+        chunks = zip(window_logits[:-1].split(rows), torch.split(window[1:], rows), strict=True)
+        for chunk, targets in chunks:
+            losses = F.cross_entropy(chunk.float(), targets, reduction="none")
+            # Summed on the CPU: not every accelerator has float64.
+            total += losses.cpu().double().sum().item()
+        sums.append(total)
+    return sums
+
+
+def _exp(mean: float) -> float:
+    """exp that gives infinity where math.exp raises OverflowError."""
+    return torch.tensor(mean, dtype=torch.float64).exp().item()

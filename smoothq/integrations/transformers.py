@@ -1,0 +1,208 @@
+"""Loading through transformers: `from_pretrained` understands `quant_method: smoothq`.
+
+Importing smoothq registers a config and an HfQuantizer. The quantizer makes the plan again from
+the recipe in `config.json`, puts the empty modules of that plan in the place of the dense ones
+before any weight is read, and compares the checkpoint's tensors with them by name, shape and
+dtype: a missing, extra or foreign tensor is an error, never random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint.stream import tensor_shapes
+from ..errors import CheckpointError
+from ..modules import InputQuantizer, OnlineRotation, QuantizedLinear, stop_rotating
+from ..plan import Plan, install, make_plan
+from ..recipe import Recipe, recipe_from_dict
+from ..transforms.hadamard import Hadamard
+from ..transforms.rotation import rotate_residual
+
+METHOD = "smoothq"
+
+
+@register_quantization_config(METHOD)
+class SmoothqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint.
+
+    recipe: the whole Recipe as a mapping. version: of smoothq that wrote it. rotations: the
+    construction and hash of every matrix that runs online.
+    """
+
+    def __init__(
+        self,
+        recipe: dict[str, Any] | None = None,
+        version: str = "",
+        rotations: Iterable[dict[str, Any]] = (),
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.recipe = recipe or {}
+        self.version = version
+        self.rotations = list(rotations)
+        # Kept, so that a newer writer's fields survive being loaded and saved again.
+        unknown.pop("quant_method", None)
+        for name, value in unknown.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def of(cls, plan: Plan, version: str) -> SmoothqConfig:
+        """The config that a plan's checkpoint carries."""
+        rotations = [rotation.to_dict() for rotation in plan.online_rotations]
+        return cls(plan.recipe.model_dump(mode="json"), version, rotations)
+
+    def parsed_recipe(self) -> Recipe:
+        """The recipe. Raises RecipeError naming the field at fault."""
+        return recipe_from_dict(self.recipe)
+
+
+@register_quantizer(METHOD)
+class SmoothqHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the quantized modules for `from_pretrained`, and takes them apart to dequantize."""
+
+    requires_calibration = True
+    quantization_config: SmoothqConfig
+    plan: Plan
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed integers have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` and static caches work."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes what was loaded."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self.plan = make_plan(model, self.quantization_config.parsed_recipe())
+        self._check_rotations(self.plan)
+        install(model, self.plan)
+        if checkpoint_files:
+            _check_tensors(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _check_filled(model)
+        prepare(model)
+
+    def _check_rotations(self, plan: Plan) -> None:
+        stored = [Hadamard.from_dict(entry) for entry in self.quantization_config.rotations]
+        if set(stored) != set(plan.online_rotations):
+            raise CheckpointError(
+                "the rotations in quantization_config are not those that its recipe asks for; "
+                "the checkpoint was edited, or written by another version of smoothq "
+                f"({self.quantization_config.version})"
+            )
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        dequantize(model, self.plan, dtype or model.dtype)
+        return model
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Derive everything that is not stored, on each module's device, after loading."""
+    for parent in model.modules():
+        for child in parent.children():
+            if isinstance(child, OnlineRotation):
+                child.prepare(next(chain(parent.parameters(False), parent.buffers(False))).device)
+        if isinstance(parent, QuantizedLinear):
+            if parent.site_input.rotation is not None:
+                parent.site_input.rotation.prepare(parent.weight.device)
+            parent.prepare()
+
+
+def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
+    """Turn a quantized model into a float one of stock modules, in place.
+
+    Online rotations are folded back into the weights; what stays of the quantization is its
+    rounding. Input quantization and runtime smoothing have no float counterpart and vanish.
+    """
+    layers = model.get_submodule(plan.family.layers)
+    for index, block_plan in enumerate(plan.blocks):
+        block = layers.get_submodule(str(index))
+        for site in block_plan.sites:
+            for name in site.modules:
+                block.set_submodule(name, _dense(block.get_submodule(name), torch.float32))
+            parent, _, attribute = site.input_name.rpartition(".")
+            site_input = block.get_submodule(site.input_name)
+            assert isinstance(site_input, InputQuantizer)
+            site_input.context.detach()
+            delattr(block.get_submodule(parent), attribute)
+        if plan.residual_rotation is not None and not plan.folds_ends:
+            rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
+        block.to(dtype)
+    for end in (plan.family.embedding, plan.family.final_norm):
+        stop_rotating(model.get_submodule(end))
+
+
+def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    assert isinstance(quantized, QuantizedLinear)
+    weight = quantized.quantized_weight().dequantize(torch.float64)
+    rotation = quantized.site_input.spec.rotation
+    if rotation is not None:
+        weight = rotation.apply_transposed(weight)
+    bias = quantized.bias
+    linear = nn.Linear(
+        quantized.in_features, quantized.out_features, bias is not None, weight.device, dtype
+    )
+    linear.weight.data.copy_(weight)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
+    return linear.requires_grad_(False)
+
+
+def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
+    """Raise CheckpointError unless the files hold exactly the tensors that the model needs."""
+    expected = dict(model.state_dict())
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for file in files:
+        stored |= tensor_shapes(Path(file))
+    missing = sorted(set(expected) - set(stored) - tied)
+    extra = sorted(set(stored) - set(expected))
+    if missing or extra:
+        what, names = ("missing", missing) if missing else ("unknown", extra)
+        raise CheckpointError(
+            f"{len(names)} tensors are {what} in the checkpoint, the first '{names[0]}'; "
+            "it is incomplete, edited, or of another version of smoothq"
+        )
+    for name, (shape, dtype) in stored.items():
+        wanted: Tensor = expected[name]
+        same_kind = dtype.is_floating_point == wanted.dtype.is_floating_point
+        if shape != tuple(wanted.shape) or not (same_kind or dtype == wanted.dtype):
+            raise CheckpointError(
+                f"tensor '{name}' is {dtype} {shape} in the checkpoint, "
+                f"its recipe asks for {wanted.dtype} {tuple(wanted.shape)}"
+            )
+
+
+def _check_filled(model: nn.Module) -> None:
+    """Raise CheckpointError for a quantized tensor that loading left uninitialised."""
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear | InputQuantizer):
+            continue
+        persistent = [key for key in module.state_dict() if "." not in key]
+        for key in persistent:
+            if not getattr(module.get_buffer(key), "_is_hf_initialized", False):
+                raise CheckpointError(f"tensor '{name}.{key}' is missing in the checkpoint")

@@ -1,0 +1,16 @@
+"""The modules that a quantized model is made of."""
+
+from .input_quantizer import InputQuantizer, InputSpec, SequenceContext
+from .online_rotation import OnlineRotation, rotate_ends, stop_rotating
+from .quantized_linear import QuantizedLinear, WeightSpec
+
+__all__ = [
+    "InputQuantizer",
+    "InputSpec",
+    "OnlineRotation",
+    "QuantizedLinear",
+    "SequenceContext",
+    "WeightSpec",
+    "rotate_ends",
+    "stop_rotating",
+]

@@ -1,0 +1,179 @@
+"""What happens to a site's input at run time: rotate → smooth → quantize.
+
+One InputQuantizer serves all readers of a site: q, k and v receive the same tensor and must see
+the same codes, so it is quantized once. In eager mode the result is kept until every reader has
+had it; under `torch.compile` common-subexpression elimination does the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .. import kernels
+from ..errors import SmoothqError
+from ..kernels import QuantizedInput
+from ..transforms.hadamard import Hadamard
+from .online_rotation import OnlineRotation
+
+Mode = Literal["float", "token", "tensor", "static", "groups", "calibrated", "live"]
+"""How codes are found: not at all; one scale a token, a tensor, a tensor calibrated beforehand; or
+by runtime smoothing in one of its scopes (`groups` is the scope `token`)."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The settings of an InputQuantizer, resolved for one site.
+
+    width: in_features. group_size: channels a smoothing group (`groups`, `live`; 1 in `live` is
+    one scale a channel). normalise: in `live`, every token is divided by its maximum first.
+    """
+
+    width: int
+    bits: int
+    mode: Mode
+    clip: float = 1.0
+    group_size: int = 1
+    normalise: bool = False
+    rotation: Hadamard | None = None
+
+    def scale_bits(self, tokens: int) -> float:
+        """Bits of scales and multipliers that one token's input costs, in a sequence of `tokens`.
+
+        A float32 scale a token; in `groups` a multiplier of ⌈log2 m_max⌉ bits a group; in `live` a
+        float32 scale (or a multiplier) a group and sequence.
+        """
+        multiplier = (kernels.largest_multiplier(self.bits) - 1).bit_length()
+        groups = self.width // self.group_size
+        return {
+            "float": 0.0,
+            "token": 32.0,
+            "tensor": 32.0 / tokens,
+            "static": 0.0,
+            "calibrated": 32.0,
+            "groups": 32.0 + multiplier * groups,
+            "live": 32.0 + (multiplier if self.group_size == 1 else 32) * groups / tokens,
+        }[self.mode]
+
+
+class SequenceContext:
+    """The padding mask of the forward at hand, which the base model hands down to `live` inputs."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self._hook: RemovableHandle | None = None
+
+    def attach(self, base_model: nn.Module) -> None:
+        """Take down `attention_mask` (batch, tokens so far) at each forward of `base_model`."""
+        self._hook = base_model.register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _take(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() != 2:
+            raise SmoothqError(
+                "live runtime smoothing needs a padding mask of (batch, tokens), "
+                f"not one of shape {tuple(mask.shape)}; use --smooth-scope token"
+            )
+        self.mask = mask.bool() if isinstance(mask, Tensor) else None
+
+
+class InputQuantizer(nn.Module):
+    """Rotates, smooths and quantizes a site's input, float (..., K).
+
+    Persistent: `scale`, float32 (), in mode `static`; `multiplier`, int8 (K,), in `calibrated`.
+    """
+
+    scale: Tensor
+    multiplier: Tensor
+
+    def __init__(self, name: str, spec: InputSpec, readers: int, context: SequenceContext) -> None:
+        """name: the site's, for messages. readers: how many modules will ask for each result."""
+        super().__init__()
+        self.name, self.spec, self.readers, self.context = name, spec, readers, context
+        if spec.mode == "static":
+            self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        if spec.mode == "calibrated":
+            self.register_buffer("multiplier", torch.ones(spec.width, dtype=torch.int8))
+        self.rotation = None if spec.rotation is None else OnlineRotation(spec.rotation)
+        self._last: tuple[Tensor, QuantizedInput | Tensor, int] | None = None
+
+    def calibrate(self, maxima: Tensor) -> None:
+        """Set the static scale or the calibrated multipliers from max_t |x_tk|, float (K,)."""
+        if self.spec.mode == "static":
+            largest = maxima.max() * self.spec.clip / kernels.highest_code(self.spec.bits)
+            self.scale.copy_(largest if largest > 0 else torch.ones(()))
+        elif self.spec.mode == "calibrated":
+            self.multiplier.copy_(kernels.channel_multipliers(maxima, self.spec.bits))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x R, float (..., K), where the site has an online rotation; x itself where not."""
+        return x if self.rotation is None else self.rotation(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> QuantizedInput | Tensor:
+        """The input as its readers multiply it: integers and scales, or float in mode `float`."""
+        if self.readers == 1 or torch.compiler.is_compiling():
+            return self._quantize(x)
+        if self._last is not None and self._last[0] is x:
+            _, result, remaining = self._last
+        else:
+            result, remaining = self._quantize(x), self.readers
+        self._last = (x, result, remaining - 1) if remaining > 1 else None
+        return result
+
+    def _quantize(self, x: Tensor) -> QuantizedInput | Tensor:
+        spec, x = self.spec, self.rotate(x)
+        match spec.mode:
+            case "float":
+                return x
+            case "token":
+                return kernels.quantize_per_token(x, spec.bits, spec.clip)
+            case "tensor":
+                return kernels.quantize_per_tensor(x, spec.bits, spec.clip)
+            case "static":
+                return kernels.static_quantize(x, self.scale, spec.bits)
+            case "calibrated":
+                return kernels.quantize_smoothed(x, self.multiplier, spec.bits, spec.clip)
+            case "groups":
+                return kernels.quantize_token_groups(x, spec.bits, spec.group_size, spec.clip)
+        if x.dim() != 3:
+            raise SmoothqError(
+                f"{self.name}: live runtime smoothing needs an input of (batch, tokens, channels), "
+                f"not {tuple(x.shape)}; use --smooth-scope token"
+            )
+        mask = self.context.mask
+        return kernels.runtime_smooth_quantize(
+            x,
+            spec.bits,
+            spec.group_size,
+            spec.clip,
+            None if mask is None else mask[:, -x.shape[1] :],
+            spec.normalise,
+        )
+
+    def dequantized(self, x: Tensor) -> Tensor:
+        """The input as the weights will see it: rotated, quantized, and back in float32 (..., K).
+
+        What GPTQ's Hessian is made of.
+        """
+        quantized = self._quantize(x)
+        if isinstance(quantized, Tensor):
+            return quantized.float()
+        values = quantized.codes.float() * quantized.scale
+        if quantized.block_scale is None or quantized.order is None:
+            return values
+        blocks = quantized.block_scale.repeat_interleave(self.spec.group_size, -1).unsqueeze(-2)
+        order = quantized.order.unsqueeze(-2).expand_as(values)
+        return torch.empty_like(values).scatter_(-1, order, values * blocks)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.name}, {self.spec}"

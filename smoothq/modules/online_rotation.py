@@ -1,0 +1,82 @@
+"""Hadamard rotations that run with the model: before down_proj, and where embeddings are tied.
+
+With tied embeddings, folding R into the embedding and the final norm's weight into the head would
+make two matrices of one. Instead the embedding's output is rotated, and rotated back before the
+final norm; embedding, norm and head keep their tensors, names and tie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..transforms.hadamard import Hadamard
+
+
+class OnlineRotation(nn.Module):
+    """x R, or x Rᵀ: float (..., K) → the same shape and dtype.
+
+    Its factors are constructed by `prepare`; nothing of them is ever stored.
+    """
+
+    signs: Tensor
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, rotation: Hadamard, transposed: bool = False) -> None:
+        super().__init__()
+        self.rotation, self.transposed = rotation, transposed
+        self.prepare(torch.device("cpu"))
+
+    def prepare(self, device: torch.device) -> None:
+        """Construct the factors, int8, on a device."""
+        left, right = self.rotation.factors()
+        factors = {"signs": self.rotation.signs(), "left": left, "right": right}
+        for name, factor in factors.items():
+            self.register_buffer(name, factor.to(device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate float (..., K)."""
+        if not self.transposed:
+            return kernels.hadamard(x, self.signs, self.left, self.right)
+        # Rᵀ = (H_leftᵀ ⊗ H_rightᵀ) · diag(signs): here the signs come last.
+        no_signs = torch.ones_like(self.signs)
+        return kernels.hadamard(x, no_signs, self.left.t(), self.right.t()) * self.signs
+
+
+class RotatesOutput(nn.Module):
+    """Mixed into an embedding: its output is multiplied by R."""
+
+    online_rotation: OnlineRotation
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The embedding's own output, (..., K), times R."""
+        return self.online_rotation(super().forward(*args, **kwargs))  # type: ignore[misc,no-any-return]
+
+
+class RotatesInput(nn.Module):
+    """Mixed into a norm: its input is multiplied by Rᵀ first."""
+
+    online_rotation: OnlineRotation
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The norm's own output for x Rᵀ, (..., K)."""
+        return super().forward(self.online_rotation(x), *args, **kwargs)  # type: ignore[misc,no-any-return]
+
+
+def rotate_ends(embedding: nn.Module, final_norm: nn.Module, rotation: Hadamard) -> None:
+    """Make an embedding rotate and a norm rotate back, in place: tensors, names and types stay."""
+    for module, mixin in ((embedding, RotatesOutput), (final_norm, RotatesInput)):
+        stock = type(module)
+        module.__class__ = type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
+        module.online_rotation = OnlineRotation(rotation, transposed=mixin is RotatesInput)
+
+
+def stop_rotating(module: nn.Module) -> None:
+    """Undo `rotate_ends` for one of the two."""
+    if isinstance(module, RotatesOutput | RotatesInput):
+        del module.online_rotation
+        module.__class__ = type(module).__mro__[2]

@@ -1,0 +1,178 @@
+"""A linear layer held as packed codes and scales, multiplied in integers.
+
+Stored form and running form are two things. Stored are the packed codes, under the name `weight`
+and in a shape that a dense layer refuses, with their scales; `prepare()` derives from them what
+runs fastest, and saving never sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..checkpoint.packing import pack, packed_like, unpack
+from ..kernels import QuantizedInput
+from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from .input_quantizer import InputQuantizer
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The form of one linear's weight, resolved: its shape and its grid."""
+
+    out_features: int
+    in_features: int
+    grid: IntegerGrid
+
+    @property
+    def groups(self) -> int:
+        """Groups a row."""
+        return 1 if self.grid.granularity == "tensor" else self.in_features // self.grid.group_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, as meta tensors: `weight`, `weight_scale`, and `weight_multiplier`."""
+        grid, rows = self.grid, self.out_features
+        many_floats = grid.granularity == "group" and not grid.multiplier
+        stored = {
+            "weight": packed_like(rows, self.in_features, grid.bits),
+            "weight_scale": torch.empty(
+                rows,
+                self.groups if many_floats else 1,
+                dtype=torch.bfloat16 if many_floats else torch.float32,
+                device="meta",
+            ),
+        }
+        if grid.multiplier:
+            multiplier = torch.empty(rows, self.groups, dtype=torch.uint8, device="meta")
+            stored["weight_multiplier"] = multiplier
+        return stored
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that the weight takes with every scale and multiplier."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Ŵᵀ + b, with the input's codes from a shared InputQuantizer.
+
+    Persistent: `weight` (packed codes), `weight_scale`, `weight_multiplier` where the grid has
+    them, `bias`. forward: float (..., K) → the same dtype (..., N).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_multiplier: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, spec: WeightSpec, site_input: InputQuantizer, bias_dtype: torch.dtype | None
+    ) -> None:
+        """bias_dtype: the dtype of the bias, or None for a layer without one.
+
+        All tensors start on the meta device: `set_weight` or a checkpoint brings them.
+        """
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        # The site owns its InputQuantizer; a reader refers to it without registering it again.
+        object.__setattr__(self, "site_input", site_input)
+        self.register_buffer("weight_multiplier", None)
+        for name, tensor in spec.tensors().items():
+            self.register_buffer(name, tensor)
+        bias = torch.empty(spec.out_features, dtype=bias_dtype, device="meta")
+        self.register_buffer("bias", None if bias_dtype is None else bias)
+        self._operand: Tensor | None = None
+
+    site_input: InputQuantizer
+
+    def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
+        """Take over codes and scales (and a bias), and prepare to run."""
+        self.weight = pack(quantized.codes, self.spec.grid.bits)
+        self.weight_scale = quantized.scales.scale.contiguous()
+        multiplier = quantized.scales.multiplier
+        self.weight_multiplier = None if multiplier is None else multiplier.contiguous()
+        if bias is not None:
+            self.bias = bias.detach().clone()
+        self.prepare()
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The stored codes and scales, unpacked."""
+        codes = unpack(self.weight, self.in_features, self.spec.grid.bits)
+        return QuantizedWeight(codes, Scales(self.weight_scale, self.weight_multiplier))
+
+    def prepare(self) -> None:
+        """Derive the running form: the int8 operand with group multipliers in it.
+
+        Layers with float activations run from the packed form.
+        """
+        if self.site_input.spec.mode == "float" or self.weight.is_meta:
+            self._operand = None
+            return
+        operand = unpack(self.weight, self.in_features, self.spec.grid.bits)
+        if self.weight_multiplier is not None:
+            groups = operand.unflatten(-1, (self.spec.groups, -1))
+            operand = (groups * self.weight_multiplier.to(torch.int8).unsqueeze(-1)).flatten(-2)
+        self._operand = operand
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float (..., K) → (..., N) in x's dtype."""
+        quantized = self.site_input(x)
+        if isinstance(quantized, Tensor):
+            flat = kernels.weight_only_gemm(
+                quantized.reshape(-1, self.in_features),
+                self.weight.flatten(1),
+                self.weight_scale,
+                self.weight_multiplier,
+                self.bias,
+                self.spec.grid.bits,
+            )
+            return flat.reshape(*x.shape[:-1], self.out_features)
+        return self._integer_product(quantized, x)
+
+    def _integer_product(self, quantized: QuantizedInput, x: Tensor) -> Tensor:
+        codes, scale, block_scale, order = quantized
+        if self._operand is None:
+            raise RuntimeError("QuantizedLinear was not prepared; call prepare() after loading")
+        if block_scale is None and self.weight_scale.shape[1] == 1:
+            flat = kernels.int8_gemm(
+                codes.reshape(-1, self.in_features),
+                scale.reshape(-1, 1),
+                self._operand,
+                self.weight_scale.float().squeeze(1),
+                self.bias,
+                x.dtype,
+            )
+            return flat.reshape(*x.shape[:-1], self.out_features)
+        sequences = codes if block_scale is not None else codes.reshape(1, -1, self.in_features)
+        scales = scale if block_scale is not None else scale.reshape(1, -1, 1)
+        grouped = block_scale is not None
+        result = kernels.group_gemm(
+            sequences,
+            scales,
+            block_scale,
+            order,
+            self._operand,
+            self.weight_scale,
+            self.bias,
+            self.site_input.spec.group_size if grouped else self.spec.grid.group_size,
+            x.dtype,
+        )
+        return result.reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            # `.to(dtype)` is about activations; a scale that lost bits would move every weight.
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self.prepare()
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features} → {self.out_features}, {self.spec.grid}, {self.site_input.name}"

@@ -1,0 +1,68 @@
+"""Statistics of a site's input over tokens: updated micro-batch by micro-batch, mergeable.
+
+Maxima merge exactly. Sums are accumulated in float64, micro-batch by micro-batch, so that the same
+micro-batches in the same order give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+class Observer(Protocol):
+    """What a calibration pass fills in. `update` takes float (tokens, K)."""
+
+    def update(self, x: Tensor) -> None:
+        """Take in a micro-batch."""
+
+    def merge(self, other: Self) -> None:
+        """Take in what another observer saw."""
+
+    def result(self) -> Tensor:
+        """The statistic over all tokens so far."""
+
+
+class AbsMax:
+    """max_t |x_tk| of every channel, float32 (K,); with `normalise` of x_t / max_k |x_tk|."""
+
+    def __init__(self, width: int, normalise: bool = False) -> None:
+        self._maxima = torch.zeros(width)
+        self._normalise = normalise
+
+    def update(self, x: Tensor) -> None:
+        """Take in a micro-batch, float (tokens, K)."""
+        magnitude = x.float().abs()
+        if self._normalise:
+            magnitude = magnitude / magnitude.amax(-1, keepdim=True).clamp(min=1e-5)
+        self._maxima = torch.maximum(self._maxima, magnitude.amax(0))
+
+    def merge(self, other: AbsMax) -> None:
+        """Take in what another observer saw; exact."""
+        self._maxima = torch.maximum(self._maxima, other._maxima)
+
+    def result(self) -> Tensor:
+        """float32 (K,)."""
+        return self._maxima
+
+
+class SecondMoment:
+    """Σ_t x_t x_tᵀ, float64 (K, K): the Hessian of a linear layer's squared output error."""
+
+    def __init__(self, width: int) -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        """Take in a micro-batch, float (tokens, K)."""
+        x = x.float()
+        self._sum += x.t() @ x
+
+    def merge(self, other: SecondMoment) -> None:
+        """Take in what another observer saw."""
+        self._sum += other._sum
+
+    def result(self) -> Tensor:
+        """float64 (K, K)."""
+        return self._sum

@@ -1,0 +1,278 @@
+"""The whole job: one pass over the decoder blocks, one block in memory at a time.
+
+What is done to a block needs only the block and the hidden states that enter it, because the one
+global choice, the rotation of the residual stream, is made before the first block. Read `_run`
+and `_quantize_block`; the rest of this file is what they call.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .architectures import Norm, WeightRef
+from .calibration import TextSource, calibration_tokens
+from .checkpoint.stream import Source, load_module, skeleton, unload_module
+from .checkpoint.writer import CheckpointWriter
+from .errors import CalibrationError
+from .hidden_states import HiddenStates
+from .integrations.transformers import SmoothqConfig
+from .modules import InputQuantizer, SequenceContext
+from .plan import (
+    Bits,
+    BlockPlan,
+    Plan,
+    SitePlan,
+    check_device,
+    install_inputs,
+    install_linear,
+    make_plan,
+)
+from .recipe import Recipe
+from .report import model_card
+from .rounding.gptq import factorise, gptq
+from .rounding.rtn import round_to_nearest
+from .transforms.norm_fusion import fuse_norm, fuse_norms
+from .transforms.rotation import rotate_input, rotate_residual, rotate_value_output
+from .transforms.smoothing import smooth
+from .version import __version__
+
+WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
+
+
+class Progress(Protocol):
+    """Told where the pass is."""
+
+    def __call__(self, block: int, blocks: int, stage: str) -> None:
+        """Block `block` of `blocks` (from 0) has entered `stage`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a quantization came to: the figures of the closing table.
+
+    bytes_before, bytes_after: all tensors of the model; linear_bytes: the quantized ones.
+    peak_memory: bytes of the whole process, libraries included.
+    """
+
+    name: str
+    recipe: Recipe
+    bits: Bits
+    bytes_before: int
+    bytes_after: int
+    linear_bytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The block at hand: its module, its name and index in the model, and its plan."""
+
+    module: nn.Module
+    name: str
+    index: int
+    plan: BlockPlan
+
+
+def quantize_checkpoint(
+    source: Source,
+    recipe: Recipe,
+    writer: CheckpointWriter,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Tensor | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a source into a checkpoint directory.
+
+    data: calibration tokens, int64 (samples, length); without it the recipe's text is read.
+    Raises SmoothqError for whatever cannot be done, before any work where that can be known.
+    """
+    start = time.perf_counter()
+    check_device(device)
+    model = skeleton(source)
+    plan = make_plan(model, recipe)
+    writer.check(plan.linear_bytes + source.nbytes // 4)
+    tokenizer = tokenizer or source.tokenizer()
+    tokens = _calibration_tokens(recipe, source, tokenizer, data)
+    with writer:
+        _run(source, plan, model, tokens, writer, progress or _silent)
+        result = Result(
+            name=source.name,
+            recipe=recipe,
+            bits=plan.bits,
+            bytes_before=source.nbytes,
+            bytes_after=writer.total_bytes,
+            linear_bytes=plan.linear_bytes,
+            seconds=time.perf_counter() - start,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            notes=plan.notes,
+        )
+        config = copy.deepcopy(source.config)
+        config.architectures = [type(model).__name__]
+        config.quantization_config = SmoothqConfig.of(plan, __version__)
+        writer.finish(config, tokenizer, source.generation_config, model_card(result))
+    return result
+
+
+@torch.no_grad()
+def _run(
+    source: Source,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokens: Tensor | None,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> None:
+    """The pass: what enters the blocks, each block, and what is stored of them."""
+    stream = _quantize_ends(source, plan, model, tokens, writer)
+    for index, block_plan in enumerate(plan.blocks):
+        name = f"{plan.family.layers}.{index}"
+        block = _Block(model.get_submodule(name), name, index, block_plan)
+        progress(index, len(plan.blocks), "load")
+        load_module(block.module, name, source, WORKING_DTYPE)
+        _quantize_block(block, plan, stream, lambda stage, i=index: progress(i, len(plan.blocks), stage))
+        writer.add(_to_store(block.module, name, plan.stored_dtype))
+        unload_module(block.module)
+
+
+def _quantize_block(block: _Block, plan: Plan, stream: HiddenStates | None, stage: Stage) -> None:
+    """Transform and quantize one block, and move the hidden states past it."""
+    recipe, graph = plan.recipe, block.plan.graph
+    if plan.residual_rotation is not None:
+        stage("rotate")
+        fuse_norms(block.module, graph)
+        rotate_residual(block.module, graph, plan.residual_rotation)
+    output = None
+    if recipe.smoothing is not None and stream is not None:
+        stage("smooth")
+        edges = [site for site in graph.sites if site.edge in recipe.smoothing.edges]
+        maxima, output = stream.observe_together(block.module, block.name, block.index, edges)
+        for site in edges:
+            alpha = recipe.smoothing.alpha
+            smooth(block.module, site, maxima[site.name], alpha, plan.stored_dtype)
+    if graph.value_output is not None and block.plan.value_rotation is not None:
+        rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)
+    inputs = install_inputs(block.module, block.plan, SequenceContext(), block.name)
+    for site_plan in block.plan.sites:
+        stage(f"quantize {site_plan.site.name}")
+        _quantize_site(block, site_plan, inputs[site_plan.site.name], recipe, stream)
+    if stream is not None:
+        stage("forward")
+        if output is not None and not recipe.sees_quantized:
+            stream.replace(output)
+        else:
+            stream.advance(block.module, block.index)
+
+
+def _quantize_site(
+    block: _Block,
+    plan: SitePlan,
+    site_input: InputQuantizer,
+    recipe: Recipe,
+    stream: HiddenStates | None,
+) -> None:
+    """Calibrate one site's input, round its weights, and put the quantized linears in place."""
+    site = plan.site
+    if plan.input.rotation is not None:
+        for reader in site.readers:
+            rotate_input(reader.view(block.module), plan.input.rotation)
+    factor = None
+    where = f"{block.name}, {site.name}"
+    if stream is not None:
+        normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
+        stream.calibrate(block.module, block.index, site, site_input, normalise)
+        if recipe.weights.rounding == "gptq":
+            hessian = stream.hessian(block.module, block.index, site, site_input)
+            factor = factorise(hessian, recipe.gptq, where)
+    for name, spec in plan.modules.items():
+        linear = block.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if factor is None:
+            rounded = round_to_nearest(linear.weight, spec.grid)
+        else:
+            rounded = gptq(linear.weight, factor, spec.grid, recipe.gptq.block_size)
+        install_linear(block.module, name, spec, site_input).set_weight(rounded, linear.bias)
+
+
+def _quantize_ends(
+    source: Source,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokens: Tensor | None,
+    writer: CheckpointWriter,
+) -> HiddenStates | None:
+    """Store what stands before and after the blocks, rotated where R1 folds; embed the tokens."""
+    family, rotation = plan.family, plan.residual_rotation
+    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
+    names = [family.embedding, family.final_norm, *([] if tied else [family.head])]
+    for name in names:
+        load_module(model.get_submodule(name), name, source, dtype=None)
+    if rotation is not None and plan.folds_ends:
+        head = WeightRef(f"{family.head}.weight")
+        fuse_norm(model, Norm(f"{family.final_norm}.weight"), (head,))
+        rotate_input(head.view(model), rotation)
+        rotate_input(WeightRef(f"{family.embedding}.weight").view(model), rotation)
+    for name in names:
+        writer.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
+    stream = None
+    if tokens is not None:
+        online = None if plan.folds_ends else rotation
+        stream = HiddenStates.enter(model, plan, tokens, online)
+    for name in names:
+        unload_module(model.get_submodule(name))
+    return stream
+
+
+def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A module's tensors by full name; what transformers casts on loading is in `dtype`."""
+    stored = {}
+    for key, tensor in module.state_dict().items():
+        scale = key.rpartition(".")[2] in ("weight_scale", "scale")
+        cast = tensor.is_floating_point() and not scale
+        stored[f"{name}.{key}"] = tensor.to(dtype) if cast else tensor
+    return stored
+
+
+def _calibration_tokens(
+    recipe: Recipe,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Tensor | None,
+) -> Tensor | None:
+    if not recipe.calibrates:
+        return None
+    if data is not None:
+        return data
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{source.name} has no tokenizer to read calibration text with; pass a tokenizer or data"
+        )
+    text = recipe.calibration
+    return calibration_tokens(
+        tokenizer,
+        TextSource(text.source, text.split, text.text_column),
+        text.samples,
+        text.sequence_length,
+        recipe.seed,
+    )
+
+
+class Stage(Protocol):
+    """Told which stage of a block has begun."""
+
+    def __call__(self, stage: str) -> None:
+        """`stage` has begun."""
+
+
+def _silent(block: int, blocks: int, stage: str) -> None:
+    """No progress is wanted."""

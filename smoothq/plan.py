@@ -1,0 +1,290 @@
+"""What a recipe comes to for one model: what each site gets, and the bits counted.
+
+A plan is made from the model's config and shapes alone, before any weight is read; what cannot be
+done is refused here. Loading a quantized checkpoint makes the same plan again from the recipe in
+its config, so nothing of it needs to be stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .architectures import BlockGraph, Family, Heads, Rows, Site, family_of
+from .errors import DeviceError, RecipeError, UnsupportedModelError
+from .kernels import runs_on
+from .modules import (
+    InputQuantizer,
+    InputSpec,
+    QuantizedLinear,
+    SequenceContext,
+    WeightSpec,
+    rotate_ends,
+)
+from .modules.input_quantizer import Mode
+from .recipe import FLOAT_BITS, GroupSize, Recipe
+from .rounding.grid import IntegerGrid
+from .transforms.hadamard import Hadamard
+
+log = logging.getLogger("smoothq")
+
+AUTO_GROUP_SIZES = (128, 64, 32)
+PREFILL_TOKENS = 2048  # the sequence over which scales shared by a sequence are spread
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site of one block: how its input is quantized, and the form of each linear's weight.
+
+    modules: module name within the block → the form of its weight.
+    """
+
+    site: Site
+    input: InputSpec
+    modules: dict[str, WeightSpec]
+
+    @property
+    def input_name(self) -> str:
+        """The name of the site's InputQuantizer within the block: beside its first reader."""
+        parent = next(iter(self.modules)).rpartition(".")[0]
+        return f"{parent}.{self.site.name}_input" if parent else f"{self.site.name}_input"
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One decoder block: its wiring, its sites, and the rotation of its values (or None)."""
+
+    graph: BlockGraph
+    sites: tuple[SitePlan, ...]
+    value_rotation: Hadamard | None
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits an element with every scale, zero and multiplier counted, averaged over all linears."""
+
+    weight: float
+    activation: float
+    activation_decode: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved for one model.
+
+    residual_rotation: R1, or None. folds_ends: R1 is folded into embedding and head (they are
+    not tied), where otherwise it runs online at both ends. notes: what the user should know.
+    stored_dtype: of everything that stays float.
+    """
+
+    recipe: Recipe
+    family: Family
+    blocks: tuple[BlockPlan, ...]
+    residual_rotation: Hadamard | None
+    folds_ends: bool
+    bits: Bits
+    notes: tuple[str, ...]
+    stored_dtype: torch.dtype
+
+    @property
+    def online_rotations(self) -> list[Hadamard]:
+        """Every rotation that runs with the model, each once."""
+        found = [site.input.rotation for block in self.blocks for site in block.sites]
+        if not self.folds_ends:
+            found.append(self.residual_rotation)
+        return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of all quantized weights with their scales."""
+        specs = [spec for b in self.blocks for s in b.sites for spec in s.modules.values()]
+        return sum(spec.stored_bits for spec in specs) // 8
+
+
+def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
+    """Resolve a recipe for a model, which may be on the meta device: only shapes are looked at.
+
+    Raises UnsupportedModelError for a model that cannot be quantized, RecipeError for a recipe
+    that does not fit it.
+    """
+    config = text_config(model)
+    family = family_of(config)
+    if family.unquantizable:
+        raise UnsupportedModelError(f"{config.model_type}: {family.unquantizable}")
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    blocks = tuple(
+        _plan_block(layer, family.block(config, index), recipe, index)
+        for index, layer in enumerate(layers)
+    )
+    rotation = None
+    if recipe.rotation is not None and recipe.rotation.residual:
+        rotation = Hadamard.of(config.hidden_size, recipe.seed)
+    fallbacks = [r.fallback for r in [rotation, *_site_rotations(blocks)] if r is not None]
+    return Plan(
+        recipe=recipe,
+        family=family,
+        blocks=blocks,
+        residual_rotation=rotation,
+        folds_ends=rotation is not None and not config.tie_word_embeddings,
+        bits=_count_bits(blocks),
+        notes=tuple(dict.fromkeys(note for note in fallbacks if note)),
+        stored_dtype=config.dtype or torch.float32,
+    )
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The config of the model's decoder."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[no-any-return]
+
+
+def check_device(device: str) -> None:
+    """Raise DeviceError if none of our kernels runs on that kind of device."""
+    kind = device.partition(":")[0]
+    if not runs_on(kind):
+        raise DeviceError(f"smoothq has no kernels for device '{device}' yet; use --device cpu")
+
+
+def install_inputs(
+    block: nn.Module, plan: BlockPlan, context: SequenceContext, name: str
+) -> dict[str, InputQuantizer]:
+    """Put the InputQuantizers of a plan into a block, in place; returns them by site name.
+
+    name: the block's, for messages.
+    """
+    inputs = {}
+    for site in plan.sites:
+        full = f"{name}.{site.input_name}"
+        inputs[site.site.name] = InputQuantizer(full, site.input, len(site.modules), context)
+        block.set_submodule(site.input_name, inputs[site.site.name])
+    return inputs
+
+
+def install_linear(
+    block: nn.Module, module: str, spec: WeightSpec, site_input: InputQuantizer
+) -> QuantizedLinear:
+    """Replace one linear of a block by an empty QuantizedLinear, and return it."""
+    bias = block.get_submodule(module).bias
+    quantized = QuantizedLinear(spec, site_input, None if bias is None else bias.dtype)  # type: ignore[union-attr,arg-type]
+    block.set_submodule(module, quantized)
+    return quantized
+
+
+def install(model: PreTrainedModel, plan: Plan) -> None:
+    """Give a float model, on any device, the modules of a plan: ready for a checkpoint's tensors."""
+    context = SequenceContext()
+    layers = model.get_submodule(plan.family.layers)
+    for index, block in enumerate(plan.blocks):
+        name = f"{plan.family.layers}.{index}"
+        layer = layers.get_submodule(str(index))
+        inputs = install_inputs(layer, block, context, name)
+        for site in block.sites:
+            for module, spec in site.modules.items():
+                install_linear(layer, module, spec, inputs[site.site.name])
+    if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
+        context.attach(model.get_submodule(plan.family.base))
+    if plan.residual_rotation is not None and not plan.folds_ends:
+        embedding = model.get_submodule(plan.family.embedding)
+        rotate_ends(embedding, model.get_submodule(plan.family.final_norm), plan.residual_rotation)
+
+
+def _site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
+    return [site.input.rotation for block in blocks for site in block.sites]
+
+
+def _plan_block(layer: nn.Module, graph: BlockGraph, recipe: Recipe, index: int) -> BlockPlan:
+    sites = tuple(_plan_site(layer, site, recipe, index) for site in graph.sites)
+    value_rotation = None
+    if recipe.rotation is not None and recipe.rotation.value_output and graph.value_output:
+        heads = _value_heads(graph.value_output)
+        # Each layer draws its own signs: one unlucky draw is then not repeated in all.
+        value_rotation = Hadamard.of(heads.dim, recipe.seed * 1000 + index)
+    return BlockPlan(graph, sites, value_rotation)
+
+
+def _value_heads(site: Site) -> Heads:
+    producer = site.producer
+    assert isinstance(producer, Rows)
+    assert producer.heads is not None
+    return producer.heads
+
+
+def _plan_site(layer: nn.Module, site: Site, recipe: Recipe, index: int) -> SitePlan:
+    modules = {}
+    for name in site.modules:
+        linear = layer.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise UnsupportedModelError(
+                f"layer {index}, {name}: a {type(linear).__name__} cannot be quantized yet"
+            )
+        where = f"layer {index}, {name}"
+        grid = _weight_grid(recipe, linear.in_features, where)
+        modules[name] = WeightSpec(linear.out_features, linear.in_features, grid)
+    width = next(iter(modules.values())).in_features
+    return SitePlan(site, _input_spec(site, recipe, width, f"layer {index}, {site.name}"), modules)
+
+
+def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
+    weights = recipe.weights
+    size = columns
+    if weights.granularity == "group":
+        size = _group_size(weights.group_size, columns, where)
+    multiplier = weights.group_scale == "multiplier"
+    return IntegerGrid(weights.bits, weights.granularity, size, multiplier, weights.clip)
+
+
+def _group_size(size: GroupSize, columns: int, where: str) -> int:
+    if size == "auto":
+        fitting = next((auto for auto in AUTO_GROUP_SIZES if columns % auto == 0), None)
+        if fitting is None:
+            raise RecipeError(
+                f"{where}: none of the group sizes {AUTO_GROUP_SIZES} divides {columns} "
+                "input channels; set --group-size, or use per-channel scales"
+            )
+        return fitting
+    if size < 1 or columns % size:
+        raise RecipeError(
+            f"{where}: group size {size} does not divide {columns} input channels; "
+            "set another group size, or 'auto'"
+        )
+    return size
+
+
+def _input_spec(site: Site, recipe: Recipe, width: int, where: str) -> InputSpec:
+    activations, smooth = recipe.activations, recipe.runtime_smoothing
+    settings: dict[str, Any] = {}
+    mode: Mode
+    if activations.bits == FLOAT_BITS:
+        mode = "float"
+    elif smooth is not None:
+        modes: dict[str, Mode] = {"token": "groups", "calibrated": "calibrated", "live": "live"}
+        mode = modes[smooth.scope]
+        if mode != "calibrated":
+            settings["group_size"] = _group_size(smooth.group_size, width, where)
+        settings["normalise"] = smooth.normalise
+    elif activations.granularity == "tensor":
+        mode = "static" if activations.static else "tensor"
+    else:
+        mode = "token"
+    if recipe.rotation is not None and recipe.rotation.down and site.edge == "up_down":
+        settings["rotation"] = Hadamard.of(width, recipe.seed)
+    return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)
+
+
+def _count_bits(blocks: tuple[BlockPlan, ...]) -> Bits:
+    sites = [site for block in blocks for site in block.sites]
+    weights = [spec for site in sites for spec in site.modules.values()]
+    elements = sum(spec.out_features * spec.in_features for spec in weights)
+    stored = sum(spec.stored_bits for spec in weights)
+    inputs = [site.input for site in sites]
+    width = sum(spec.width for spec in inputs)
+
+    def activation(tokens: int) -> float:
+        return sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs) / width
+
+    return Bits(stored / elements, activation(PREFILL_TOKENS), activation(1))

@@ -1,0 +1,273 @@
+"""What to do to a model, as one frozen, validated, serialisable value.
+
+A preset is a Recipe, a command-line flag edits one field of it, and the whole of it is written
+into the output's `config.json`. Nothing downstream reads flags.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError
+from .kernels import largest_multiplier
+
+Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
+Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
+GroupSize = int | Literal["auto"]
+FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Weights(_Frozen):
+    """How weights are rounded.
+
+    granularity: one scale a tensor, an output channel, or a group of input channels.
+    group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
+    scale, which keeps the product a plain integer one. clip: search the scale that minimises the
+    rounding error. rounding: round to nearest, or GPTQ.
+    """
+
+    bits: Literal[4, 8] = 8
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: GroupSize = "auto"
+    group_scale: Literal["float", "multiplier"] = "float"
+    clip: bool = False
+    rounding: Literal["rtn", "gptq"] = "rtn"
+
+
+class Activations(_Frozen):
+    """How a linear's input is quantized at run time.
+
+    bits: 16 leaves it in float. static: one calibrated scale a tensor instead of one found at
+    run time. clip_ratio: the share of the maximum that the largest code stands for.
+    """
+
+    bits: Literal[4, 5, 6, 7, 8, 16] = 8
+    granularity: Literal["token", "tensor"] = "token"
+    static: bool = False
+    clip_ratio: float = Field(1.0, gt=0, le=1)
+
+
+class Smoothing(_Frozen):
+    """SmoothQuant's migration: alpha, and the edges at which a divisor can be folded away."""
+
+    alpha: float = Field(0.5, ge=0, le=1)
+    edges: tuple[Literal["norms", "up_down", "value_output"], ...] = ("norms", "up_down")
+
+
+class Rotation(_Frozen):
+    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4)."""
+
+    residual: bool = True
+    value_output: bool = True
+    down: bool = True
+
+
+class RuntimeSmoothing(_Frozen):
+    """Runtime smoothing: where its scale comes from.
+
+    scope: `live`, the maximum over the sequence at hand (the paper's; not causal); `calibrated`,
+    fixed per channel; `token`, each token's own group maxima as integer multipliers.
+    group_size: channels that share a scale in `live` and `token`; 1 in `live` is one a channel.
+    normalise: divide each token by its maximum first, so that all tokens weigh alike.
+    """
+
+    scope: Literal["live", "calibrated", "token"] = "token"
+    group_size: GroupSize = 32
+    normalise: bool = False
+
+
+class Gptq(_Frozen):
+    """GPTQ's settings: columns a block, damping as a share of the mean diagonal, column order."""
+
+    block_size: int = Field(128, ge=1)
+    damping: float = Field(0.01, gt=0)
+    activation_order: bool = True
+
+
+class Calibration(_Frozen):
+    """Which text to calibrate on: a data set, a local file or `builtin`, and how much of it."""
+
+    source: str = "wikitext2"
+    split: str | None = None
+    text_column: str | None = None
+    samples: int = Field(32, ge=1)
+    sequence_length: int = Field(1024, ge=2)
+
+
+class Recipe(_Frozen):
+    """A whole quantization: number formats, transforms, rounding, calibration, seed."""
+
+    name: str = "custom"
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    smoothing: Smoothing | None = None
+    rotation: Rotation | None = None
+    runtime_smoothing: RuntimeSmoothing | None = None
+    gptq: Gptq = Gptq()
+    calibration: Calibration = Calibration()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        a, w, smooth = self.activations, self.weights, self.runtime_smoothing
+        if a.static and a.granularity != "tensor":
+            raise ValueError("static activations need granularity 'tensor'")
+        if a.bits == FLOAT_BITS and (smooth or a.static):
+            raise ValueError("runtime smoothing and static scales need activations of ≤ 8 bits")
+        if w.group_scale == "multiplier" and (w.granularity != "group" or w.bits != 4):
+            raise ValueError("group_scale 'multiplier' needs 4-bit weights in groups")
+        if smooth is None:
+            return self
+        if a.granularity != "token":
+            raise ValueError("runtime smoothing needs activations quantized per token")
+        integer = smooth.scope != "live" or smooth.group_size == 1
+        if integer and largest_multiplier(a.bits) < 2:
+            raise ValueError(
+                f"runtime smoothing by integer multipliers has no room beside {a.bits}-bit codes;"
+                " use --a-bits 4, or --smooth-scope live with groups"
+            )
+        if smooth.scope == "live" and w.granularity == "group" and w.group_scale == "float":
+            raise ValueError(
+                "live runtime smoothing reorders the channels, which breaks float weight groups;"
+                " use per-channel weights or group_scale 'multiplier'"
+            )
+        return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the recipe looks at calibration text at all."""
+        return (
+            self.smoothing is not None
+            or self.weights.rounding == "gptq"
+            or self.activations.static
+            or (self.runtime_smoothing is not None and self.runtime_smoothing.scope == "calibrated")
+        )
+
+    @property
+    def sees_quantized(self) -> bool:
+        """Whether calibration must see the activations of the blocks already quantized.
+
+        SmoothQuant's maxima are those of the float model, as in the paper.
+        """
+        return self.edit(smoothing=None).calibrates
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's result never depends on later tokens, padding or the batch."""
+        per_tensor = self.activations.granularity == "tensor" and not self.activations.static
+        live = self.runtime_smoothing is not None and self.runtime_smoothing.scope == "live"
+        return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
+
+    def edit(self, **fields: Any) -> Recipe:
+        """A copy with fields replaced; `section__field=value` reaches into a section.
+
+        Raises RecipeError for an unknown field or a value that does not fit.
+        """
+        values = self.model_dump()
+        for path, value in fields.items():
+            *sections, leaf = path.split("__")
+            target = values
+            for section in sections:
+                target = target.get(section)
+                if target is None:
+                    raise RecipeError(
+                        f"recipe '{self.name}' has no {section.replace('_', ' ')} to set {leaf} of"
+                    )
+            target[leaf] = value
+        return _validated(values)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _validated(values: Any) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"recipe: {where + ': ' if where else ''}{message}") from error
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe in a checkpoint's config. Raises RecipeError naming the field at fault."""
+    return _validated(values)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML file. Raises RecipeError naming the file or the field at fault."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} is not a mapping of fields; see Recipe.to_yaml()")
+    return _validated(values)
+
+
+_BITS: dict[Preset, tuple[int, int]] = {
+    "w8a8": (8, 8),
+    "w4a8": (4, 8),
+    "w4a4": (4, 4),
+    "w4a16": (4, 16),
+}
+
+
+def preset(name: Preset, method: Method | None = None) -> Recipe:
+    """The recipe of a named preset: our best for these bits, or a paper's method at them.
+
+    Without a method: w8a8 is SmoothQuant; w4a8 and w4a4 rotate, smooth up→down and round by GPTQ
+    in groups with integer multipliers, w4a4 with runtime smoothing in the scope `token`; w4a16 is
+    GPTQ in groups. With one: the paper's settings, weights per channel, activations per token.
+    Raises RecipeError where the method has no meaning at these bits.
+    """
+    w_bits, a_bits = _BITS[name]
+    if method is not None:
+        return _paper(name, method, w_bits, a_bits)
+    if name == "w8a8":
+        return _paper(name, "smoothquant", w_bits, a_bits)
+    weights: dict[str, Any] = {"bits": 4, "granularity": "group", "clip": True, "rounding": "gptq"}
+    values: dict[str, Any] = {"name": name, "weights": weights, "activations": {"bits": a_bits}}
+    if name != "w4a16":
+        weights |= {"group_size": 64, "group_scale": "multiplier"}
+        values |= {"rotation": {}, "smoothing": {"alpha": 0.5, "edges": ["up_down"]}}
+    if name == "w4a4":
+        values["activations"]["clip_ratio"] = 0.9
+        values["runtime_smoothing"] = {"scope": "token", "group_size": 32}
+    return _validated(values)
+
+
+def _paper(name: Preset, method: Method, w_bits: int, a_bits: int) -> Recipe:
+    gptq = w_bits == 4 and method != "rtn"
+    weights = {"bits": w_bits, "clip": w_bits == 4, "rounding": "gptq" if gptq else "rtn"}
+    values: dict[str, Any] = {
+        "name": f"{name}-{method}",
+        "weights": weights,
+        "activations": {"bits": a_bits},
+    }
+    if method == "smoothquant":
+        values["smoothing"] = {"alpha": 0.5, "edges": ["norms", "up_down"]}
+    if method in ("quarot", "smoothrot", "rrs"):
+        values["rotation"] = {}
+    if method == "smoothrot":
+        values["smoothing"] = {"alpha": 0.5, "edges": ["up_down"]}
+    if method in ("quarot", "smoothrot") and a_bits == 4:
+        values["activations"]["clip_ratio"] = 0.9
+    if method in ("rs", "rrs"):
+        if a_bits != 4:
+            raise RecipeError(
+                f"--method {method} smooths 4-bit activations at run time; --{name} has {a_bits}"
+                "-bit ones: take --w4a4, or another method"
+            )
+        values["runtime_smoothing"] = {"scope": "token", "group_size": 32}
+    return _validated(values)

@@ -1,0 +1,141 @@
+"""Number formats of weights: which codes exist, how a scale is found, how codes pack.
+
+A weight matrix (N, K) is rounded to integers: ŵ_nk = q_nk · s_ng · m_ng, where g is k's group (one
+group a row, unless the granularity is `group`), s a scale and m an optional integer multiplier.
+Symmetric b-bit codes are −2^(b−1) … 2^(b−1)−1; where a multiplier follows they stop at
+−(2^(b−1)−1), since −8 · 18 would leave int8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels import highest_code, largest_multiplier
+
+CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
+CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
+ROW_CHUNK = 512  # rows searched at a time, so that the candidates stay in cache
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Symmetric integer codes of a weight matrix.
+
+    bits: code width. granularity: what shares a scale. group_size: input channels a group (the
+    matrix's width unless granularity is `group`). multiplier: scales are integer multiples of
+    their row's scale. clip: scales minimise the rounding error, not cover the maximum.
+    """
+
+    bits: int
+    granularity: Literal["tensor", "channel", "group"]
+    group_size: int
+    multiplier: bool
+    clip: bool
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code."""
+        return -highest_code(self.bits) - (0 if self.multiplier else 1)
+
+    @property
+    def highest(self) -> int:
+        """The highest code."""
+        return highest_code(self.bits)
+
+    def codes(self, weight: Tensor, step: Tensor) -> Tensor:
+        """round(w / step), clamped to the grid; in the weight's dtype."""
+        return (weight / step).round_().clamp_(self.lowest, self.highest)
+
+    def find_scales(self, weight: Tensor) -> Scales:
+        """Scales for a matrix, float (N, K), by its maxima or by the clip search."""
+        groups = weight.float().unflatten(-1, (-1, self.group_size))
+        if self.granularity == "tensor":
+            best = self._search(groups.reshape(1, 1, -1)).expand(weight.shape[0], 1)
+            return Scales(best.contiguous(), None)
+        chunks = groups.split(ROW_CHUNK)
+        if not self.multiplier:
+            scale = torch.cat([self._search(chunk) for chunk in chunks])
+            many = self.granularity == "group"
+            return Scales(scale.to(torch.bfloat16) if many else scale, None)
+        base = _positive(groups.abs().amax((-2, -1)) / (self.highest * largest_multiplier(self.bits)))
+        base = base.unsqueeze(-1)
+        parts = zip(chunks, base.split(ROW_CHUNK), strict=True)
+        multiplier = torch.cat([self._search_multiplier(*part) for part in parts])
+        return Scales(base, multiplier)
+
+    def _search(self, groups: Tensor) -> Tensor:
+        """(n, G, size) → (n, G): the scale of each group."""
+        full = _positive(groups.abs().amax(-1) / self.highest)
+        if not self.clip:
+            return full
+        return self._least_error(groups, [full * ratio for ratio in CLIP_RATIOS])
+
+    def _search_multiplier(self, groups: Tensor, base: Tensor) -> Tensor:
+        """(n, G, size), (n, 1) → uint8 (n, G): the multiplier of each group."""
+        largest = largest_multiplier(self.bits)
+        covering = groups.abs().amax(-1) / (self.highest * base)
+        if not self.clip:
+            return covering.ceil().clamp_(1, largest).to(torch.uint8)
+        steps = [base.expand_as(covering) * m for m in range(1, largest + 1)]
+        return (self._least_error(groups, steps) / base).round_().to(torch.uint8)
+
+    def _least_error(self, groups: Tensor, candidates: list[Tensor]) -> Tensor:
+        best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
+        for step in candidates:
+            wide = step.unsqueeze(-1)
+            difference = self.codes(groups, wide).mul_(wide).sub_(groups).abs_()
+            error = difference.pow_(CLIP_EXPONENT).sum(-1)
+            best = torch.where(error < least, step, best)
+            least = torch.minimum(error, least)
+        return best
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a weight matrix.
+
+    scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own.
+    multiplier: uint8 (N, G), or None.
+    """
+
+    scale: Tensor
+    multiplier: Tensor | None
+
+    def step(self, dtype: torch.dtype) -> Tensor:
+        """The value of one code, (N, 1) or (N, G), in `dtype`."""
+        step = self.scale.to(dtype)
+        return step if self.multiplier is None else step * self.multiplier.to(dtype)
+
+    def step_by_column(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """The value of one code for every element, (N, K)."""
+        step = self.step(dtype)
+        return step.repeat_interleave(columns // step.shape[1], 1)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A rounded matrix: codes int8 (N, K) and their scales."""
+
+    codes: Tensor
+    scales: Scales
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """ŵ = code · scale · multiplier, (N, K) in `dtype`."""
+        return self.codes.to(dtype) * self.scales.step_by_column(self.codes.shape[1], dtype)
+
+    def rows(self, first: int, last: int) -> QuantizedWeight:
+        """The output features first … last − 1."""
+        m = self.scales.multiplier
+        scales = Scales(
+            self.scales.scale[first:last], None if m is None else m[first:last]
+        )
+        return QuantizedWeight(self.codes[first:last], scales)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """A scale of 1 where all values are zero, whose codes are zero whatever the scale."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

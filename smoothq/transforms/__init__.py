@@ -1,0 +1,1 @@
+"""Rewrites of float weights that keep the model's function."""

@@ -1,0 +1,87 @@
+"""Smoothing: outliers of a site's input are moved into the weights that read it.
+
+s_j = max_t |X_tj|^α / max_n |W_nj|^(1−α);  X ← X / s,  W ← W · s. The division is folded into
+what produces X: a norm's weight, the rows of up_proj, or the rows of v_proj. One divisor serves
+all readers of a site. Source: SmoothQuant (arXiv 2211.10438), eq. 4; at up→down before a Hadamard
+it is SmoothRot (arXiv 2506.05413), section 3 (with max |W|, which its released code omits).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import Heads, Norm, Rows, Site
+
+SMALLEST_DIVISOR = 1e-5  # SmoothQuant's clamp, keeps dead channels finite
+
+
+def _per_kv_channel(channels: Tensor, heads: Heads) -> Tensor:
+    """(…, query heads · dim) → the maximum over the query heads that share a value head."""
+    shared = channels.reshape(heads.key_value, heads.query // heads.key_value, heads.dim)
+    return shared.amax(1).flatten()
+
+
+def repeat_over_queries(channels: Tensor, heads: Heads) -> Tensor:
+    """(kv heads · dim,) → (query heads · dim,): each value head repeated for its query heads."""
+    per_head = channels.reshape(heads.key_value, 1, heads.dim)
+    return per_head.expand(-1, heads.query // heads.key_value, -1).flatten()
+
+
+def smoothing_divisor(input_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> Tensor:
+    """s = max|X|^α / max|W|^(1−α), float64 (K,), at least 1e-5; 1 where a channel is dead.
+
+    input_maxima, weight_maxima: float (K,), at least zero. alpha: migration strength in [0, 1].
+    """
+    x, w = input_maxima.double(), weight_maxima.double()
+    divisor = (x**alpha / w ** (1 - alpha)).clamp(min=SMALLEST_DIVISOR)
+    return torch.where((x > 0) & (w > 0), divisor, torch.ones_like(divisor))
+
+
+def smooth(
+    block: nn.Module,
+    site: Site,
+    input_maxima: Tensor,
+    alpha: float,
+    norm_dtype: torch.dtype = torch.float64,
+) -> None:
+    """Divide a site's input by s where it is produced, and multiply its readers by s.
+
+    Works in place, in float64, and keeps the function. input_maxima: max_t |X_tj|, float (K,).
+    norm_dtype: what a norm's weight will be stored in; s is then what that rounding leaves of it,
+    so that weights and norm still cancel exactly. The site must have a producer.
+    """
+    readers = [reader.view(block) for reader in site.all_readers]
+    weight_maxima = torch.stack([w.double().abs().amax(0) for w in readers]).amax(0)
+    producer = site.producer
+    if isinstance(producer, Rows) and producer.heads is not None:
+        shared = smoothing_divisor(
+            _per_kv_channel(input_maxima, producer.heads),
+            _per_kv_channel(weight_maxima, producer.heads),
+            alpha,
+        )
+        divisor = repeat_over_queries(shared, producer.heads)
+    else:
+        shared = divisor = smoothing_divisor(input_maxima, weight_maxima, alpha)
+        if isinstance(producer, Norm):
+            norm = block.get_parameter(producer.weight).data.double()
+            rounded = (norm / divisor).to(norm_dtype).double()
+            shared = divisor = torch.where(rounded != 0, norm / rounded, divisor)
+    for matrix in readers:
+        matrix.copy_(matrix.double() * divisor)
+    _divide_producer(block, site, shared)
+
+
+def _divide_producer(block: nn.Module, site: Site, divisor: Tensor) -> None:
+    producer = site.producer
+    if isinstance(producer, Norm):
+        names = [name for name in (producer.weight, producer.bias) if name is not None]
+        for vector in (block.get_parameter(name).data for name in names):
+            vector.copy_(vector.double() / divisor)
+    elif isinstance(producer, Rows):
+        rows, bias = producer.ref.view(block), producer.ref.bias_view(block)
+        rows.copy_(rows.double() / divisor.unsqueeze(-1))
+        if bias is not None:
+            bias.copy_(bias.double() / divisor)
+    else:
+        raise ValueError(f"site '{site.name}' has no producer that could absorb a divisor")
