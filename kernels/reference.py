@@ -54,7 +54,11 @@ def _scale_of(maximum: Tensor, bits: int, clip: float) -> Tensor:
 
 
 def _codes(x: Tensor, scale: Tensor, bits: int, lowest: int) -> Tensor:
-    return (x / scale).round().clamp(lowest, highest_code(bits)).to(torch.int8)
+    return (x / scale).round_().clamp_(lowest, highest_code(bits)).to(torch.int8)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
 
 
 def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
@@ -64,7 +68,7 @@ def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInpu
     Source: SmoothQuant (arXiv 2211.10438), section 2.
     """
     x = x.float()
-    scale = _scale_of(x.abs().amax(-1, keepdim=True), bits, clip)
+    scale = _scale_of(_largest(x), bits, clip)
     return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
 
 
@@ -97,9 +101,9 @@ def quantize_token_groups(
     """
     x = x.float()
     groups = x.unflatten(-1, (-1, group_size))
-    maxima = groups.abs().amax(-1, keepdim=True) * clip
+    maxima = _largest(groups) * clip
     base = maxima.amax(-2, keepdim=True) / largest_multiplier(bits)
-    base = torch.where(base > 0, base, torch.ones_like(base))
+    base = torch.where(base / highest_code(bits) > 0, base, torch.ones_like(base))
     multiplier = (maxima / base).ceil().clamp(1, largest_multiplier(bits))
     scale = base / highest_code(bits)
     codes = _codes(groups, multiplier * scale, bits, -highest_code(bits))
@@ -125,7 +129,7 @@ def quantize_smoothed(
     x: float (..., K); multiplier: int8, broadcastable to x. Returns codes q · m, scale (..., 1).
     """
     smoothed = x.float() / multiplier
-    scale = _scale_of(smoothed.abs().amax(-1, keepdim=True), bits, clip)
+    scale = _scale_of(_largest(smoothed), bits, clip)
     codes = _codes(smoothed, scale, bits, -highest_code(bits))
     return QuantizedInput(codes * multiplier, scale)
 
@@ -166,7 +170,7 @@ def runtime_smooth_quantize(
     if group_size == 1:
         multiplier = channel_multipliers(maxima, bits).unsqueeze(-2)
         return quantize_smoothed(x, multiplier, bits, clip)
-    ordered, order = maxima.sort(-1, descending=True, stable=True)
+    ordered, order = maxima.sort(dim=-1, descending=True, stable=True)
     block_scale = ordered[:, ::group_size].contiguous()
     x = x.float().gather(-1, order.unsqueeze(-2).expand_as(x))
     smoothed = x / block_scale.repeat_interleave(group_size, -1).unsqueeze(-2)
@@ -246,7 +250,7 @@ def weight_only_gemm(
     weight = unpack_int4(packed, x.shape[-1]) if bits == 4 else packed
     step = weight_scale.double() if multiplier is None else weight_scale.double() * multiplier
     dense = weight.double().unflatten(-1, (step.shape[-1], -1)) * step.unsqueeze(-1)
-    result = x.double() @ dense.flatten(-2).t()
+    result: Tensor = x.double() @ dense.flatten(-2).t()
     return (result if bias is None else result + bias.double()).to(x.dtype)
 
 
@@ -258,4 +262,5 @@ def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     blocks = (x.double() * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
     rotated = torch.einsum("...lr,lm,rn->...mn", blocks, left.double(), right.double())
-    return (rotated / (left.shape[0] * right.shape[0]) ** 0.5).flatten(-3).to(x.dtype)
+    result: Tensor = rotated / (left.shape[0] * right.shape[0]) ** 0.5
+    return result.flatten(-3).to(x.dtype)

@@ -119,6 +119,7 @@ def quantize_checkpoint(
         )
         config = copy.deepcopy(source.config)
         config.architectures = [type(model).__name__]
+        config.dtype = plan.stored_dtype
         config.quantization_config = SmoothqConfig.of(plan, __version__)
         writer.finish(config, tokenizer, source.generation_config, model_card(result))
     return result
@@ -140,7 +141,9 @@ def _run(
         block = _Block(model.get_submodule(name), name, index, block_plan)
         progress(index, len(plan.blocks), "load")
         load_module(block.module, name, source, WORKING_DTYPE)
-        _quantize_block(block, plan, stream, lambda stage, i=index: progress(i, len(plan.blocks), stage))
+        _quantize_block(
+            block, plan, stream, lambda stage, i=index: progress(i, len(plan.blocks), stage)
+        )
         writer.add(_to_store(block.module, name, plan.stored_dtype))
         unload_module(block.module)
 
@@ -255,7 +258,7 @@ def _calibration_tokens(
         return data
     if tokenizer is None:
         raise CalibrationError(
-            f"{source.name} has no tokenizer to read calibration text with; pass a tokenizer or data"
+            f"{source.name} has no tokenizer for calibration text; pass a tokenizer, or data"
         )
     text = recipe.calibration
     return calibration_tokens(

@@ -134,13 +134,20 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         folds_ends=rotation is not None and not config.tie_word_embeddings,
         bits=_count_bits(blocks),
         notes=tuple(dict.fromkeys(note for note in fallbacks if note)),
-        stored_dtype=config.dtype or torch.float32,
+        stored_dtype=_stored_dtype(recipe, config),
     )
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The config of the model's decoder."""
-    return model.config.get_text_config(decoder=True)  # type: ignore[no-any-return]
+    return model.config.get_text_config(decoder=True)
+
+
+def _stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
+    if recipe.dtype != "auto":
+        return getattr(torch, recipe.dtype)  # type: ignore[no-any-return]
+    named = config.dtype or torch.float32
+    return getattr(torch, named) if isinstance(named, str) else named
 
 
 def check_device(device: str) -> None:
@@ -169,14 +176,15 @@ def install_linear(
     block: nn.Module, module: str, spec: WeightSpec, site_input: InputQuantizer
 ) -> QuantizedLinear:
     """Replace one linear of a block by an empty QuantizedLinear, and return it."""
-    bias = block.get_submodule(module).bias
-    quantized = QuantizedLinear(spec, site_input, None if bias is None else bias.dtype)  # type: ignore[union-attr,arg-type]
+    linear = block.get_submodule(module)
+    bias = linear.get_parameter("bias") if isinstance(linear.bias, nn.Parameter) else None
+    quantized = QuantizedLinear(spec, site_input, None if bias is None else bias.dtype)
     block.set_submodule(module, quantized)
     return quantized
 
 
 def install(model: PreTrainedModel, plan: Plan) -> None:
-    """Give a float model, on any device, the modules of a plan: ready for a checkpoint's tensors."""
+    """Give a float model, on any device, the modules of a plan, empty, ready to be loaded."""
     context = SequenceContext()
     layers = model.get_submodule(plan.family.layers)
     for index, block in enumerate(plan.blocks):

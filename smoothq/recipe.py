@@ -17,6 +17,7 @@ from .kernels import largest_multiplier
 
 Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
+Scope = Literal["token", "calibrated", "live"]
 GroupSize = int | Literal["auto"]
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
@@ -79,7 +80,7 @@ class RuntimeSmoothing(_Frozen):
     normalise: divide each token by its maximum first, so that all tokens weigh alike.
     """
 
-    scope: Literal["live", "calibrated", "token"] = "token"
+    scope: Scope = "token"
     group_size: GroupSize = 32
     normalise: bool = False
 
@@ -103,7 +104,11 @@ class Calibration(_Frozen):
 
 
 class Recipe(_Frozen):
-    """A whole quantization: number formats, transforms, rounding, calibration, seed."""
+    """A whole quantization: number formats, transforms, rounding, calibration, seed.
+
+    dtype: of everything that stays float in the checkpoint; `auto` is the dtype that the model's
+    config names.
+    """
 
     name: str = "custom"
     weights: Weights = Weights()
@@ -114,6 +119,7 @@ class Recipe(_Frozen):
     gptq: Gptq = Gptq()
     calibration: Calibration = Calibration()
     seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -171,10 +177,10 @@ class Recipe(_Frozen):
 
         Raises RecipeError for an unknown field or a value that does not fit.
         """
-        values = self.model_dump()
+        values: dict[str, Any] = self.model_dump()
         for path, value in fields.items():
             *sections, leaf = path.split("__")
-            target = values
+            target: Any = values
             for section in sections:
                 target = target.get(section)
                 if target is None:
@@ -215,6 +221,11 @@ def load_recipe(path: Path) -> Recipe:
     return _validated(values)
 
 
+_SCOPES: dict[Scope, dict[str, Any]] = {
+    "token": {"scope": "token", "group_size": 32},
+    "calibrated": {"scope": "calibrated", "normalise": True},
+    "live": {"scope": "live", "group_size": "auto"},
+}
 _BITS: dict[Preset, tuple[int, int]] = {
     "w8a8": (8, 8),
     "w4a8": (4, 8),
@@ -223,19 +234,31 @@ _BITS: dict[Preset, tuple[int, int]] = {
 }
 
 
-def preset(name: Preset, method: Method | None = None) -> Recipe:
+def preset(name: Preset, method: Method | None = None, scope: Scope | None = None) -> Recipe:
     """The recipe of a named preset: our best for these bits, or a paper's method at them.
 
     Without a method: w8a8 is SmoothQuant; w4a8 and w4a4 rotate, smooth up→down and round by GPTQ
     in groups with integer multipliers, w4a4 with runtime smoothing in the scope `token`; w4a16 is
     GPTQ in groups. With one: the paper's settings, weights per channel, activations per token.
-    Raises RecipeError where the method has no meaning at these bits.
+    scope: where runtime smoothing takes its scale from, for recipes that have it: by default
+    `token`; `live` is RRS as published. Raises RecipeError where they have no meaning together.
     """
     w_bits, a_bits = _BITS[name]
-    if method is not None:
-        return _paper(name, method, w_bits, a_bits)
-    if name == "w8a8":
-        return _paper(name, "smoothquant", w_bits, a_bits)
+    if method is not None or name == "w8a8":
+        values = _paper(name, method or "smoothquant", w_bits, a_bits)
+    else:
+        values = _best(name, a_bits)
+    if scope is not None:
+        if "runtime_smoothing" not in values:
+            raise RecipeError(
+                f"recipe '{values['name']}' has no runtime smoothing whose scope could be set; "
+                "use --w4a4, alone or with --method rs or rrs"
+            )
+        values["runtime_smoothing"] = _SCOPES[scope]
+    return _validated(values)
+
+
+def _best(name: Preset, a_bits: int) -> dict[str, Any]:
     weights: dict[str, Any] = {"bits": 4, "granularity": "group", "clip": True, "rounding": "gptq"}
     values: dict[str, Any] = {"name": name, "weights": weights, "activations": {"bits": a_bits}}
     if name != "w4a16":
@@ -243,11 +266,11 @@ def preset(name: Preset, method: Method | None = None) -> Recipe:
         values |= {"rotation": {}, "smoothing": {"alpha": 0.5, "edges": ["up_down"]}}
     if name == "w4a4":
         values["activations"]["clip_ratio"] = 0.9
-        values["runtime_smoothing"] = {"scope": "token", "group_size": 32}
-    return _validated(values)
+        values["runtime_smoothing"] = _SCOPES["token"]
+    return values
 
 
-def _paper(name: Preset, method: Method, w_bits: int, a_bits: int) -> Recipe:
+def _paper(name: Preset, method: Method, w_bits: int, a_bits: int) -> dict[str, Any]:
     gptq = w_bits == 4 and method != "rtn"
     weights = {"bits": w_bits, "clip": w_bits == 4, "rounding": "gptq" if gptq else "rtn"}
     values: dict[str, Any] = {
@@ -269,5 +292,5 @@ def _paper(name: Preset, method: Method, w_bits: int, a_bits: int) -> Recipe:
                 f"--method {method} smooths 4-bit activations at run time; --{name} has {a_bits}"
                 "-bit ones: take --w4a4, or another method"
             )
-        values["runtime_smoothing"] = {"scope": "token", "group_size": 32}
-    return _validated(values)
+        values["runtime_smoothing"] = _SCOPES["token"]
+    return values

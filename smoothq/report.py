@@ -47,7 +47,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         (
             "size",
             f"{result.bytes_before / 1e6:.1f} MB → {result.bytes_after / 1e6:.1f} MB "
-            f"({result.bytes_after / result.bytes_before:.2f} ×)",
+            f"({result.bytes_after / result.bytes_before:.2f} times)",
         ),
         ("time", f"{result.seconds:.0f} s"),
         ("peak memory, libraries included", f"{result.peak_memory / 1e9:.2f} GB"),

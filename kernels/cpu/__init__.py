@@ -2,16 +2,14 @@
 
 The quantizers are the reference itself: a few element-wise passes beside the product. A sum of
 int8 × int8 products is exact in two ways: `torch._int_mm`, which is fast where the processor has
-int8 dot products (VNNI, AMX, Arm's dot product), and float32 lanes, in which a block of 1,024
-products of at most 128 · 128 cannot exceed 2²⁴ and so is never rounded. Both give the same
-int32; which one a processor runs faster is measured once a process.
+int8 dot products (AVX512-VNNI, AMX), and float32 lanes, in which a block of 1,024 products of at
+most 128 · 128 cannot exceed 2²⁴ and so is never rounded. Both give the same integer; the processor
+decides which one runs.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,38 +47,36 @@ UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matri
 
 
 def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
-    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32)
-    for k in range(0, a.shape[1], EXACT_BLOCK):
-        block = slice(k, k + EXACT_BLOCK)
-        total += (a[:, block].float() @ w[:, block].float().t()).to(torch.int32)
-    return total
+    """float32 (M, N), the integer sum rounded once: exact below 2²⁴."""
+    parts = [
+        a[:, k : k + EXACT_BLOCK].float() @ w[:, k : k + EXACT_BLOCK].float().t()
+        for k in range(0, a.shape[1], EXACT_BLOCK)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2:
+        return parts[0].add_(parts[1])
+    return sum((part.to(torch.int32) for part in parts[1:]), parts[0].to(torch.int32)).float()
 
 
 def _int_mm(a: Tensor, w: Tensor) -> Tensor:
-    return torch._int_mm(a, w.t())
+    """float32 (M, N), the integer sum rounded once."""
+    return torch._int_mm(a, w.t()).float()
 
 
 @functools.cache
-def _fastest(decode: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The quicker of the two exact products here, for one token or for many."""
-    a = torch.ones(1 if decode else 64, 512, dtype=torch.int8)
-    w = torch.ones(512, 512, dtype=torch.int8)
-
-    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        product(a, w)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            product(a, w)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return min((_int_mm, _float_lanes), key=seconds)
+def _has_fast_int_mm() -> bool:
+    """Whether oneDNN's int8 product runs here; elsewhere `_int_mm` is a plain loop."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("amx_int8"))
 
 
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
-    """Σ_k a_mk w_nk, exactly. a: int8 (M, K); w: int8 (N, K). Returns int32 (M, N)."""
-    return _fastest(a.shape[0] == 1)(a, w)
+    """Σ_k a_mk w_nk in integers, rounded once to float32: exact below 2²⁴.
+
+    a: int8 (M, K); w: int8 (N, K). Returns float32 (M, N).
+    """
+    return _int_mm(a, w) if _has_fast_int_mm() else _float_lanes(a, w)
 
 
 def int8_gemm(
@@ -92,7 +88,7 @@ def int8_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int8_gemm`, the scaling in float32."""
-    result = int8_matmul(codes, weight).float().mul_(scale).mul_(weight_scale)
+    result = int8_matmul(codes, weight).mul_(scale).mul_(weight_scale)
     return (result if bias is None else result.add_(bias)).to(dtype)
 
 
@@ -119,7 +115,7 @@ def group_gemm(
             if block_scale is not None:
                 factor = factor * block_scale[b, g]
             product = int8_matmul(codes[b, :, block].contiguous(), columns[:, block].contiguous())
-            result[b].addcmul_(product.float(), factor)
+            result[b].addcmul_(product, factor)
     result *= scale
     return (result if bias is None else result.add_(bias)).to(dtype)
 
@@ -151,5 +147,5 @@ def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     work = x if x.dtype == torch.float64 else x.float()
     norm = (left.shape[0] * right.shape[0]) ** 0.5
     blocks = (work * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
-    rotated = left.to(work.dtype).t() @ (blocks @ (right.to(work.dtype) / norm))
+    rotated: Tensor = left.to(work.dtype).t() @ (blocks @ (right.to(work.dtype) / norm))
     return rotated.flatten(-3).to(x.dtype)

@@ -1,5 +1,7 @@
 """Phi-3: q, k, v in one linear, gate and up in another; otherwise Llama."""
 
+from itertools import pairwise
+
 from transformers import PretrainedConfig
 
 from .graph import BlockGraph, Family, Norm, Rows, Site, WeightRef, attention_heads
@@ -9,10 +11,7 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     heads = attention_heads(config)
     queries, values = heads.query * heads.dim, heads.key_value * heads.dim
     bounds = (0, queries, queries + values, queries + 2 * values)
-    q, k, v = (
-        WeightRef("self_attn.qkv_proj.weight", rows=rows)
-        for rows in zip(bounds, bounds[1:], strict=False)
-    )
+    q, k, v = (WeightRef("self_attn.qkv_proj.weight", rows=rows) for rows in pairwise(bounds))
     width = config.intermediate_size
     gate = WeightRef("mlp.gate_up_proj.weight", rows=(0, width))
     up = WeightRef("mlp.gate_up_proj.weight", rows=(width, 2 * width))

@@ -68,12 +68,13 @@ class Source(Protocol):
 class CheckpointSource:
     """A directory of safetensors with a config.json, opened lazily."""
 
-    def __init__(self, directory: Path, name: str, trust_remote_code: bool = False) -> None:
-        self.name, self.directory, self._trust = name, directory, trust_remote_code
-        self.config = _read_config(directory, name, trust_remote_code)
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name, self.directory = name, directory
+        self.config = _read_config(directory, name)
         self._files = _tensor_files(directory, name)
         self._open: tuple[Path, Any] | None = None
         self.nbytes = sum(path.stat().st_size for path in set(self._files.values()))
+        self.generation_config: GenerationConfig | None
         try:
             self.generation_config = GenerationConfig.from_pretrained(directory)
         except OSError:
@@ -93,9 +94,7 @@ class CheckpointSource:
         """The tokenizer beside the weights, if there is one."""
         if not any(self.directory.glob("tokenizer*")):
             return None
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.directory, trust_remote_code=self._trust
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory)
         return tokenizer
 
 
@@ -116,7 +115,8 @@ class ModuleSource:
         """One tensor of the model, shared with it."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
-        return self._tensors[name].detach()
+        tensor: Tensor = self._tensors[name].detach()
+        return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that came with the model, if one did."""
@@ -127,7 +127,6 @@ def open_source(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     gguf_file: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Source:
     """Open a hub id, a local directory, a GGUF file in either, or a model in memory.
 
@@ -140,7 +139,7 @@ def open_source(
     if gguf_file is not None:
         return _open_gguf(str(model), gguf_file)
     directory = resolve_directory(str(model))
-    source = CheckpointSource(directory, str(model), trust_remote_code)
+    source = CheckpointSource(directory, str(model))
     refuse_quantized(source.config, source.name)
     return source
 
@@ -177,13 +176,14 @@ def resolve_directory(model: str) -> Path:
         ) from error
 
 
-def skeleton(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            source.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            source.config, dtype=torch.float32
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
@@ -213,13 +213,11 @@ def unload_module(module: nn.Module) -> None:
     module.to("meta")
 
 
-def _read_config(directory: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+def _read_config(directory: Path, name: str) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            directory, trust_remote_code=trust_remote_code
-        )
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
     except (ValueError, OSError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"{name}: its config cannot be read: {first}") from error
@@ -268,11 +266,11 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
         float_model = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=gguf_file, dtype=torch.bfloat16
+            directory, gguf_file=gguf_file, dtype=torch.float32
         )
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error
-    # Dequantized by transformers: what is left is a float model.
-    if hasattr(float_model.config, "quantization_config"):
-        del float_model.config.quantization_config
+    # Dequantized by transformers: what is left is a float model, of which few want 32 bits.
+    del float_model.config.quantization_config
+    float_model.config.dtype = torch.bfloat16
     return ModuleSource(float_model, tokenizer, gguf_file)

@@ -9,23 +9,20 @@ dtype: a missing, extra or foreign tensor is an error, never random weights.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import (
-    HfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.stream import tensor_shapes
 from ..errors import CheckpointError
-from ..modules import InputQuantizer, OnlineRotation, QuantizedLinear, stop_rotating
+from ..modules import InputQuantizer, QuantizedLinear, stop_rotating
+from ..modules.online_rotation import RotatesInput, RotatesOutput
 from ..plan import Plan, install, make_plan
 from ..recipe import Recipe, recipe_from_dict
 from ..transforms.hadamard import Hadamard
@@ -35,7 +32,7 @@ METHOD = "smoothq"
 
 
 @register_quantization_config(METHOD)
-class SmoothqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SmoothqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint.
 
     recipe: the whole Recipe as a mapping. version: of smoothq that wrote it. rotations: the
@@ -49,7 +46,7 @@ class SmoothqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rotations: Iterable[dict[str, Any]] = (),
         **unknown: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.recipe = recipe or {}
         self.version = version
         self.rotations = list(rotations)
@@ -70,7 +67,7 @@ class SmoothqConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class SmoothqHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class SmoothqHfQuantizer(HfQuantizer):
     """Builds the quantized modules for `from_pretrained`, and takes them apart to dequantize."""
 
     requires_calibration = True
@@ -94,9 +91,11 @@ class SmoothqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self.plan = make_plan(model, self.quantization_config.parsed_recipe())
-        self._check_rotations(self.plan)
-        install(model, self.plan)
+        # transformers builds the model under a meta-device context; rotations must be real.
+        with torch.device("cpu"):
+            self.plan = make_plan(model, self.quantization_config.parsed_recipe())
+            self._check_rotations(self.plan)
+            install(model, self.plan)
         if checkpoint_files:
             _check_tensors(model, checkpoint_files)
 
@@ -122,14 +121,13 @@ class SmoothqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def prepare(model: PreTrainedModel) -> None:
     """Derive everything that is not stored, on each module's device, after loading."""
-    for parent in model.modules():
-        for child in parent.children():
-            if isinstance(child, OnlineRotation):
-                child.prepare(next(chain(parent.parameters(False), parent.buffers(False))).device)
-        if isinstance(parent, QuantizedLinear):
-            if parent.site_input.rotation is not None:
-                parent.site_input.rotation.prepare(parent.weight.device)
-            parent.prepare()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            if module.site_input.rotation is not None:
+                module.site_input.rotation.prepare(module.weight.device)
+            module.prepare()
+        elif isinstance(module, RotatesInput | RotatesOutput):
+            module.online_rotation.prepare(module.get_parameter("weight").device)
 
 
 def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:

@@ -47,7 +47,7 @@ class InputSpec:
         A float32 scale a token; in `groups` a multiplier of ⌈log2 m_max⌉ bits a group; in `live` a
         float32 scale (or a multiplier) a group and sequence.
         """
-        multiplier = (kernels.largest_multiplier(self.bits) - 1).bit_length()
+        multiplier: int = (kernels.largest_multiplier(self.bits) - 1).bit_length()
         groups = self.width // self.group_size
         return {
             "float": 0.0,
@@ -116,7 +116,7 @@ class InputQuantizer(nn.Module):
 
     def rotate(self, x: Tensor) -> Tensor:
         """x R, float (..., K), where the site has an online rotation; x itself where not."""
-        return x if self.rotation is None else self.rotation(x)  # type: ignore[no-any-return]
+        return x if self.rotation is None else self.rotation(x)
 
     def forward(self, x: Tensor) -> QuantizedInput | Tensor:
         """The input as its readers multiply it: integers and scales, or float in mode `float`."""

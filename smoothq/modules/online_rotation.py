@@ -40,11 +40,14 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate float (..., K)."""
+        rotated: Tensor
         if not self.transposed:
-            return kernels.hadamard(x, self.signs, self.left, self.right)
+            rotated = kernels.hadamard(x, self.signs, self.left, self.right)
+            return rotated
         # Rᵀ = (H_leftᵀ ⊗ H_rightᵀ) · diag(signs): here the signs come last.
         no_signs = torch.ones_like(self.signs)
-        return kernels.hadamard(x, no_signs, self.left.t(), self.right.t()) * self.signs
+        rotated = kernels.hadamard(x, no_signs, self.left.t(), self.right.t())
+        return rotated * self.signs
 
 
 class RotatesOutput(nn.Module):
@@ -54,7 +57,7 @@ class RotatesOutput(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The embedding's own output, (..., K), times R."""
-        return self.online_rotation(super().forward(*args, **kwargs))  # type: ignore[misc,no-any-return]
+        return self.online_rotation(super().forward(*args, **kwargs))  # type: ignore[no-any-return]
 
 
 class RotatesInput(nn.Module):
@@ -64,7 +67,7 @@ class RotatesInput(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The norm's own output for x Rᵀ, (..., K)."""
-        return super().forward(self.online_rotation(x), *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return super().forward(self.online_rotation(x), *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def rotate_ends(embedding: nn.Module, final_norm: nn.Module, rotation: Hadamard) -> None:

@@ -123,50 +123,59 @@ class QuantizedLinear(nn.Module):
         """x: float (..., K) → (..., N) in x's dtype."""
         quantized = self.site_input(x)
         if isinstance(quantized, Tensor):
-            flat = kernels.weight_only_gemm(
-                quantized.reshape(-1, self.in_features),
-                self.weight.flatten(1),
-                self.weight_scale,
-                self.weight_multiplier,
-                self.bias,
-                self.spec.grid.bits,
-            )
-            return flat.reshape(*x.shape[:-1], self.out_features)
-        return self._integer_product(quantized, x)
+            result = self._float_product(quantized)
+        elif quantized.block_scale is None and self.weight_scale.shape[1] == 1:
+            result = self._integer_product(quantized, x.dtype)
+        else:
+            result = self._group_product(quantized, x.dtype)
+        return result.reshape(*x.shape[:-1], self.out_features)
 
-    def _integer_product(self, quantized: QuantizedInput, x: Tensor) -> Tensor:
-        codes, scale, block_scale, order = quantized
-        if self._operand is None:
-            raise RuntimeError("QuantizedLinear was not prepared; call prepare() after loading")
-        if block_scale is None and self.weight_scale.shape[1] == 1:
-            flat = kernels.int8_gemm(
-                codes.reshape(-1, self.in_features),
-                scale.reshape(-1, 1),
-                self._operand,
-                self.weight_scale.float().squeeze(1),
-                self.bias,
-                x.dtype,
-            )
-            return flat.reshape(*x.shape[:-1], self.out_features)
-        sequences = codes if block_scale is not None else codes.reshape(1, -1, self.in_features)
-        scales = scale if block_scale is not None else scale.reshape(1, -1, 1)
-        grouped = block_scale is not None
-        result = kernels.group_gemm(
-            sequences,
-            scales,
-            block_scale,
-            order,
-            self._operand,
+    def _float_product(self, x: Tensor) -> Tensor:
+        product: Tensor = kernels.weight_only_gemm(
+            x.reshape(-1, self.in_features),
+            self.weight.flatten(1),
+            self.weight_scale,
+            self.weight_multiplier,
+            self.bias,
+            self.spec.grid.bits,
+        )
+        return product
+
+    def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
+        product: Tensor = kernels.int8_gemm(
+            x.codes.reshape(-1, self.in_features),
+            x.scale.reshape(-1, 1),
+            self._prepared(),
+            self.weight_scale.float().squeeze(1),
+            self.bias,
+            dtype,
+        )
+        return product
+
+    def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
+        """Float scales by block of channels: `live` smoothing, or float weight groups."""
+        live = x.block_scale is not None
+        product: Tensor = kernels.group_gemm(
+            x.codes if live else x.codes.reshape(1, -1, self.in_features),
+            x.scale if live else x.scale.reshape(1, -1, 1),
+            x.block_scale,
+            x.order,
+            self._prepared(),
             self.weight_scale,
             self.bias,
-            self.site_input.spec.group_size if grouped else self.spec.grid.group_size,
-            x.dtype,
+            self.site_input.spec.group_size if live else self.spec.grid.group_size,
+            dtype,
         )
-        return result.reshape(*x.shape[:-1], self.out_features)
+        return product
+
+    def _prepared(self) -> Tensor:
+        if self._operand is None:
+            raise RuntimeError("this QuantizedLinear has no running form yet: call prepare()")
+        return self._operand
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scale = self.weight_scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:
             # `.to(dtype)` is about activations; a scale that lost bits would move every weight.
             self.weight_scale = scale.to(self.weight_scale.device)

@@ -36,11 +36,14 @@ def inverse_factor(hessian: Tensor, damping: float, where: str) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper
         damping *= 10
-        log.warning("%s: the Hessian is not positive definite; damping raised to %g", where, damping)
+        log.warning(
+            "%s: the Hessian is not positive definite; damping raised to %g", where, damping
+        )
     raise NumericsError(f"{where}: the Hessian has no Cholesky factor, whatever the damping")
 
 

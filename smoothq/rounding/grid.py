@@ -46,6 +46,12 @@ class IntegerGrid:
         """The highest code."""
         return highest_code(self.bits)
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """How a scale is stored: in 16 bits where every group has its own."""
+        many = self.granularity == "group" and not self.multiplier
+        return torch.bfloat16 if many else torch.float32
+
     def codes(self, weight: Tensor, step: Tensor) -> Tensor:
         """round(w / step), clamped to the grid; in the weight's dtype."""
         return (weight / step).round_().clamp_(self.lowest, self.highest)
@@ -59,9 +65,10 @@ class IntegerGrid:
         chunks = groups.split(ROW_CHUNK)
         if not self.multiplier:
             scale = torch.cat([self._search(chunk) for chunk in chunks])
-            many = self.granularity == "group"
-            return Scales(scale.to(torch.bfloat16) if many else scale, None)
-        base = _positive(groups.abs().amax((-2, -1)) / (self.highest * largest_multiplier(self.bits)))
+            return Scales(scale.to(self.scale_dtype), None)
+        base = _positive(
+            groups.abs().amax((-2, -1)) / (self.highest * largest_multiplier(self.bits))
+        )
         base = base.unsqueeze(-1)
         parts = zip(chunks, base.split(ROW_CHUNK), strict=True)
         multiplier = torch.cat([self._search_multiplier(*part) for part in parts])
@@ -72,7 +79,9 @@ class IntegerGrid:
         full = _positive(groups.abs().amax(-1) / self.highest)
         if not self.clip:
             return full
-        return self._least_error(groups, [full * ratio for ratio in CLIP_RATIOS])
+        # Candidates are compared as they will be stored: rounding the winner could make it a loser.
+        candidates = [(full * ratio).to(self.scale_dtype).float() for ratio in CLIP_RATIOS]
+        return self._least_error(groups, candidates)
 
     def _search_multiplier(self, groups: Tensor, base: Tensor) -> Tensor:
         """(n, G, size), (n, 1) → uint8 (n, G): the multiplier of each group."""
@@ -130,9 +139,7 @@ class QuantizedWeight:
     def rows(self, first: int, last: int) -> QuantizedWeight:
         """The output features first … last − 1."""
         m = self.scales.multiplier
-        scales = Scales(
-            self.scales.scale[first:last], None if m is None else m[first:last]
-        )
+        scales = Scales(self.scales.scale[first:last], None if m is None else m[first:last])
         return QuantizedWeight(self.codes[first:last], scales)
 
 

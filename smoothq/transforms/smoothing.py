@@ -65,8 +65,9 @@ def smooth(
         shared = divisor = smoothing_divisor(input_maxima, weight_maxima, alpha)
         if isinstance(producer, Norm):
             norm = block.get_parameter(producer.weight).data.double()
-            rounded = (norm / divisor).to(norm_dtype).double()
-            shared = divisor = torch.where(rounded != 0, norm / rounded, divisor)
+            held = torch.finfo(norm_dtype)  # beyond it the norm would be stored as 0 or Inf
+            rounded = (norm / divisor).abs().clamp(held.tiny, held.max).to(norm_dtype).double()
+            shared = divisor = torch.where(norm != 0, norm.abs() / rounded, divisor)
     for matrix in readers:
         matrix.copy_(matrix.double() * divisor)
     _divide_producer(block, site, shared)

@@ -1,0 +1,320 @@
+"""The command line: parse, call, print. Everything else is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from .errors import SmoothqError
+from .recipe import Method, Preset, Recipe, Scope, load_recipe, preset
+
+app = typer.Typer(
+    help="Post-training quantization of Hugging Face causal LMs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+log = logging.getLogger("smoothq")
+
+Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="dtype of all that is not quantized."),
+]
+Gguf = Annotated[str | None, typer.Option(help="GGUF file inside MODEL, read by transformers.")]
+Device = Annotated[str, typer.Option(help="Device to run on.")]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show an error's traceback; anywhere on the line.")
+    ] = False,
+) -> None:
+    handler: logging.Handler = logging.StreamHandler()
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    log.setLevel(logging.INFO)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    w8a8: Annotated[bool, typer.Option("--w8a8", help="8-bit weights and activations.")] = False,
+    w4a8: Annotated[bool, typer.Option("--w4a8", help="4-bit weights, 8-bit activations.")] = False,
+    w4a4: Annotated[bool, typer.Option("--w4a4", help="4-bit weights and activations.")] = False,
+    w4a16: Annotated[bool, typer.Option("--w4a16", help="4-bit weights only.")] = False,
+    method: Annotated[
+        Method | None, typer.Option(help="A paper's method at these bits; without it, our best.")
+    ] = None,
+    rounding: Annotated[
+        Literal["rtn", "gptq"] | None, typer.Option(help="Round to nearest, or GPTQ.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML recipe in place of the flags above.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Migration strength of smoothing.")] = None,
+    edges: Annotated[
+        str | None, typer.Option(help="Smoothed edges: norms,up_down,value_output.")
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="Weights in groups of this many channels, or auto.")
+    ] = None,
+    w_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
+    a_bits: Annotated[int | None, typer.Option(help="Bits of an activation; 16 is float.")] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Calibrated per-tensor activation scales.")
+    ] = False,
+    smooth_scope: Annotated[
+        Scope | None, typer.Option(help="Where runtime smoothing takes its scale from.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, ptb, a data set id, a text file, or builtin."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the calibration data set.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of rotations and of sampling.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    gguf_file: Gguf = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into a directory that transformers loads.
+
+    Example: smoothq quantize meta-llama/Llama-3.2-1B --w4a8 -o OUT --calibration builtin
+    """
+    from . import report
+    from .checkpoint.stream import open_source
+    from .checkpoint.writer import CheckpointWriter
+    from .pipeline import quantize_checkpoint
+
+    presets: dict[Preset, bool] = {"w8a8": w8a8, "w4a8": w4a8, "w4a4": w4a4, "w4a16": w4a16}
+    chosen = _base_recipe(
+        [name for name, wanted in presets.items() if wanted], method, smooth_scope, recipe
+    )
+    fields = {
+        "weights__rounding": rounding,
+        "weights__group_size": None if group_size is None else _int_or_auto(group_size),
+        "weights__granularity": None if group_size is None else "group",
+        "weights__bits": w_bits,
+        "activations__bits": a_bits,
+        "activations__static": True if static else None,
+        "activations__granularity": "tensor" if static else None,
+        "smoothing__alpha": alpha,
+        "smoothing__edges": None if edges is None else edges.split(","),
+        "calibration__source": calibration,
+        "calibration__split": split,
+        "calibration__text_column": text_column,
+        "calibration__samples": samples,
+        "calibration__sequence_length": sequence_length,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    final = chosen.edit(**{name: value for name, value in fields.items() if value is not None})
+    writer = CheckpointWriter(output, overwrite=overwrite)
+    writer.check(0)
+    source = open_source(model, gguf_file=gguf_file)
+    with _progress() as progress:
+        result = quantize_checkpoint(source, final, writer, device=device, progress=progress)
+    if as_json:
+        print(json.dumps(report.as_dict(result) | {"output": str(output)}))
+        return
+    _table(f"{model} → {output}", report.rows(result))
+    for line in report.remarks(result):
+        out.print(line)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Text to evaluate on, as for --calibration.")] = (
+        "wikitext2"
+    ),
+    windows: Annotated[int | None, typer.Option(help="At most this many windows.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Windows a forward.")] = 1,
+    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print the perplexity of MODEL, float or quantized.
+
+    Example: smoothq eval OUT --text builtin --windows 8 --sequence-length 1024
+    """
+    from .calibration import TextSource, evaluation_tokens
+    from .evaluation.perplexity import perplexity
+
+    loaded, tokenizer = _load(model, dtype, device)
+    tokens = evaluation_tokens(tokenizer, TextSource(text, split, text_column))
+    with _progress() as progress:
+
+        def on_window(done: int, total: int, so_far: float) -> None:
+            progress(done - 1, total, f"perplexity {so_far:.2f}")
+
+        figure = perplexity(loaded, tokens, sequence_length, windows, batch_size, on_window)
+    if as_json:
+        print(json.dumps({"model": model, "text": text, **vars(figure)}))
+        return
+    label = f"{figure.windows} windows of {figure.sequence_length} tokens"
+    _table(model, [("text", text), ("protocol", label), ("perplexity", f"{figure.perplexity:.4f}")])
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    chat: Annotated[
+        bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template, if it has one.")
+    ] = True,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Stream MODEL's continuation of PROMPT.
+
+    Example: smoothq generate OUT "The capital of France is" --no-chat
+    """
+    from transformers import TextStreamer
+
+    loaded, tokenizer = _load(model, dtype, device)
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    loaded.generate(
+        **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
+    )
+
+
+def _base_recipe(
+    presets: list[Preset], method: Method | None, scope: Scope | None, recipe: Path | None
+) -> Recipe:
+    if recipe is not None:
+        if presets or method or scope:
+            raise typer.BadParameter("--recipe replaces --w…, --method and --smooth-scope")
+        return load_recipe(recipe)
+    if len(presets) != 1:
+        raise typer.BadParameter("give one of --w8a8, --w4a8, --w4a4, --w4a16, or --recipe FILE")
+    return preset(presets[0], method, scope)
+
+
+def _int_or_auto(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A float or quantized causal LM and its tokenizer, from a directory or the hub."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .checkpoint.stream import resolve_directory
+    from .plan import check_device
+
+    check_device(device)
+    directory = resolve_directory(model)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+    return loaded.to(device), AutoTokenizer.from_pretrained(directory)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A callback (done, total, stage): a bar on a terminal, plain lines anywhere else."""
+    if not err.is_terminal:
+        yield _PlainProgress()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(done: int, total: int, stage: str) -> None:
+            bar.update(task, completed=done, total=total, description=stage)
+
+        yield update
+
+
+class _PlainProgress:
+    """One line a block: for logs."""
+
+    def __init__(self) -> None:
+        self._start, self._last = time.perf_counter(), -1
+
+    def __call__(self, done: int, total: int, stage: str) -> None:
+        if done == self._last:
+            return
+        self._last = done
+        spent = time.perf_counter() - self._start
+        left = f", {spent / done * (total - done):.0f} s left" if done else ""
+        log.info("%d/%d %s, %.0f s%s", done + 1, total, stage, spent, left)
+
+
+def main() -> None:
+    """Run the command line: errors of ours are one line and exit code 1, misuse is 2."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except SmoothqError as error:
+        if debug:
+            raise
+        err.print(f"smoothq: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("smoothq: interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

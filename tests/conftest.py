@@ -1,0 +1,86 @@
+"""Tiny models on disk, a tokenizer for them, and recipes that fit their widths."""
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from smoothq import Recipe, preset
+from tests.architectures import VOCABULARY, tiny_model
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every preset's default and every method, at sizes that divide the tiny models' widths."""
+    wanted = {
+        "w8a8": preset("w8a8"),
+        "w8a8-rtn": preset("w8a8", "rtn"),
+        "w8a8-static": preset("w8a8").edit(
+            activations__static=True, activations__granularity="tensor"
+        ),
+        "w8a8-tensor": preset("w8a8").edit(
+            activations__granularity="tensor", weights__granularity="tensor"
+        ),
+        "w4a8": preset("w4a8"),
+        "w4a4": preset("w4a4"),
+        "w4a16": preset("w4a16"),
+        "w4a4-quarot": preset("w4a4", "quarot"),
+        "w4a4-smoothrot": preset("w4a4", "smoothrot"),
+        "w4a4-rs": preset("w4a4", "rs"),
+        "w4a4-rrs": preset("w4a4", "rrs"),
+        "w4a4-rrs-calibrated": preset("w4a4", "rrs", "calibrated"),
+        "w4a4-rrs-live": preset("w4a4", "rrs", "live"),
+    }
+    return {name: _shrunk(recipe) for name, recipe in wanted.items()}
+
+
+def _shrunk(recipe: Recipe) -> Recipe:
+    fields: dict[str, object] = {"calibration__source": "builtin"}
+    if recipe.weights.granularity == "group":
+        fields["weights__group_size"] = 16
+    if recipe.runtime_smoothing is not None:
+        fields["runtime_smoothing__group_size"] = 16
+    return recipe.edit(**fields)
+
+
+RECIPES = recipes()
+CAUSAL = [name for name, recipe in RECIPES.items() if recipe.causal]
+PRESETS = ["w8a8", "w4a8", "w4a4", "w4a16"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable character; unknown ones become the last."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *string.printable[:94], "?!"])}
+    assert len(vocabulary) == VOCABULARY
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?!"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def data() -> torch.Tensor:
+    """Calibration tokens, int64 (6, 24)."""
+    return torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def float_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """The directory of a tiny float32 model by the name of its wiring, made once."""
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("float") / name
+            tiny_model(name, torch.float32).save_pretrained(made[name])
+            tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return of
