@@ -58,7 +58,8 @@ def _codes(x: Tensor, scale: Tensor, bits: int, lowest: int) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    largest: Tensor = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    return largest
 
 
 def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:

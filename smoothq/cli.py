@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import SmoothqError
+from .errors import CheckpointError, SmoothqError
 from .recipe import Method, Preset, Recipe, Scope, load_recipe, preset
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ def _common(
     handler: logging.Handler = logging.StreamHandler()
     if err.is_terminal:
         handler = RichHandler(console=err, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    log.handlers = [handler]
     log.setLevel(logging.INFO)
 
 
@@ -248,9 +248,13 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
 
     check_device(device)
     directory = resolve_directory(model)
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
-    return loaded.to(device), AutoTokenizer.from_pretrained(directory)
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
+    return loaded.to(torch.device(device)), tokenizer
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -20,7 +20,7 @@ from .observers import AbsMax, Observer, SecondMoment
 from .plan import Plan
 from .transforms.hadamard import Hadamard
 
-MICRO_BATCH_TOKENS = 4096  # tokens that one calibration forward takes
+MICRO_BATCH_TOKENS = 2048  # tokens that one calibration forward takes
 
 
 class HiddenStates:
@@ -59,12 +59,12 @@ class HiddenStates:
         return cls(batches, [recorder.arguments for recorder in recorders])
 
     def observe_together(
-        self, block: nn.Module, name: str, index: int, sites: list[Site]
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """max_t |x_tk| at several sites in one forward, by site name; and the block's output.
+        self, block: nn.Module, name: str, index: int, sites: list[Site], advance: bool
+    ) -> dict[str, Tensor]:
+        """max_t |x_tk| at several sites in one forward, by site name.
 
-        For a block whose weights are still float. Raises NumericsError naming a site whose input
-        is not finite.
+        For a block whose weights are still float. advance: move past the block as well. Raises
+        NumericsError naming a site whose input is not finite.
         """
         observers: dict[str, AbsMax] = {}
         handles = []
@@ -79,13 +79,16 @@ class HiddenStates:
 
         for site in sites:
             watch(site)
-        outputs = [self._forward(block, index, batch) for batch in self._batches]
+        for i, batch in enumerate(self._batches):
+            output = self._forward(block, index, batch)
+            if advance:
+                self._batches[i] = output
         for handle in handles:
             handle.remove()
         maxima = {site: seen.result() for site, seen in observers.items()}
         for site_name, maximum in maxima.items():
             _check_finite(maximum, f"{name}, input of {site_name}")
-        return maxima, outputs
+        return maxima
 
     def observe(
         self, block: nn.Module, index: int, site: Site, observer: Observer, view: Any
@@ -118,10 +121,6 @@ class HiddenStates:
         """Move past a block: its output becomes what enters the next."""
         for i, batch in enumerate(self._batches):
             self._batches[i] = self._forward(block, index, batch)
-
-    def replace(self, outputs: list[Tensor]) -> None:
-        """Move past a block whose output is known."""
-        self._batches = outputs
 
     def _forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
         output = block(batch, **self._arguments[index][batch.shape[0]])

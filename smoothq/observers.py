@@ -11,6 +11,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from .kernels.reference import SMALLEST_SCALE
+
 
 class Observer(Protocol):
     """What a calibration pass fills in. `update` takes float (tokens, K)."""
@@ -34,10 +36,10 @@ class AbsMax:
 
     def update(self, x: Tensor) -> None:
         """Take in a micro-batch, float (tokens, K)."""
-        magnitude = x.float().abs()
+        x = x.float()
         if self._normalise:
-            magnitude = magnitude / magnitude.amax(-1, keepdim=True).clamp(min=1e-5)
-        self._maxima = torch.maximum(self._maxima, magnitude.amax(0))
+            x = x / x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+        self._maxima = torch.maximum(self._maxima, torch.maximum(x.amax(0), -x.amin(0)))
 
     def merge(self, other: AbsMax) -> None:
         """Take in what another observer saw; exact."""

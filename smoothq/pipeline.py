@@ -155,11 +155,13 @@ def _quantize_block(block: _Block, plan: Plan, stream: HiddenStates | None, stag
         stage("rotate")
         fuse_norms(block.module, graph)
         rotate_residual(block.module, graph, plan.residual_rotation)
-    output = None
+    follows_float = recipe.smoothing is not None and not recipe.sees_quantized
     if recipe.smoothing is not None and stream is not None:
         stage("smooth")
         edges = [site for site in graph.sites if site.edge in recipe.smoothing.edges]
-        maxima, output = stream.observe_together(block.module, block.name, block.index, edges)
+        maxima = stream.observe_together(
+            block.module, block.name, block.index, edges, advance=follows_float
+        )
         for site in edges:
             alpha = recipe.smoothing.alpha
             smooth(block.module, site, maxima[site.name], alpha, plan.stored_dtype)
@@ -169,12 +171,9 @@ def _quantize_block(block: _Block, plan: Plan, stream: HiddenStates | None, stag
     for site_plan in block.plan.sites:
         stage(f"quantize {site_plan.site.name}")
         _quantize_site(block, site_plan, inputs[site_plan.site.name], recipe, stream)
-    if stream is not None:
+    if stream is not None and not follows_float:
         stage("forward")
-        if output is not None and not recipe.sees_quantized:
-            stream.replace(output)
-        else:
-            stream.advance(block.module, block.index)
+        stream.advance(block.module, block.index)
 
 
 def _quantize_site(

@@ -1,4 +1,4 @@
-"""A written checkpoint, loaded by transformers: the same model, or an error, never another model."""
+"""A written checkpoint, loaded by transformers: the same model or an error, never another one."""
 
 import json
 import shutil
@@ -106,7 +106,9 @@ def as_float64(seen: Tensor | QuantizedInput, group_size: int) -> Tensor:
     if seen.block_scale is None:
         return values
     values = values * seen.block_scale.double().repeat_interleave(group_size, -1).unsqueeze(1)
-    return torch.stack([row[:, order.argsort()] for row, order in zip(values, seen.order)])
+    return torch.stack(
+        [row[:, order.argsort()] for row, order in zip(values, seen.order, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a4-rrs-calibrated"])

@@ -6,8 +6,10 @@ from .graph import BlockGraph, Family, Norm, Rows, Site, WeightRef, attention_he
 
 
 def _block(config: PretrainedConfig, index: int) -> BlockGraph:
-    qkv_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
-    o_bias = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
+    # Qwen2 always has biases at q, k and v; Mistral never has any, whatever its config says.
+    attention_bias = config.model_type != "mistral" and getattr(config, "attention_bias", False)
+    qkv_bias = config.model_type == "qwen2" or attention_bias
+    o_bias = config.model_type != "qwen2" and attention_bias
     mlp_bias = getattr(config, "mlp_bias", False)
 
     def linear(name: str, bias: bool) -> WeightRef:

@@ -6,8 +6,11 @@ pipeline never holds more than the block it works on.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,8 +61,8 @@ class Source(Protocol):
     generation_config: GenerationConfig | None
     nbytes: int
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, as stored. Raises CheckpointError where there is none."""
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as stored, one at a time. Raises CheckpointError where there is none."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
@@ -72,7 +75,6 @@ class CheckpointSource:
         self.name, self.directory = name, directory
         self.config = _read_config(directory, name)
         self._files = _tensor_files(directory, name)
-        self._open: tuple[Path, Any] | None = None
         self.nbytes = sum(path.stat().st_size for path in set(self._files.values()))
         self.generation_config: GenerationConfig | None
         try:
@@ -80,15 +82,18 @@ class CheckpointSource:
         except OSError:
             self.generation_config = None
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, as stored."""
-        path = self._files.get(name)
-        if path is None:
-            raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
-        if self._open is None or self._open[0] != path:
-            self._open = (path, _open_safetensors(path))
-        tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as stored, mapped from the file; keep copies, not them."""
+        names = list(names)
+        for name in names:
+            if name not in self._files:
+                raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
+        for path in sorted({self._files[name] for name in names}):
+            # Opened for this call only: pages of a file that stays mapped count as our memory.
+            file = _open_safetensors(path)
+            for name in names:
+                if self._files[name] == path:
+                    yield name, file.get_tensor(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
@@ -111,12 +116,12 @@ class ModuleSource:
         storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self._tensors.values()}
         self.nbytes = sum(storages.values())
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the model, shared with it."""
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
-        tensor: Tensor = self._tensors[name].detach()
-        return tensor
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the model, shared with it."""
+        for name in names:
+            if name not in self._tensors:
+                raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
+            yield name, self._tensors[name].detach()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that came with the model, if one did."""
@@ -192,25 +197,29 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
     Raises CheckpointError for a missing tensor or a wrong shape, NumericsError for NaN or Inf.
     """
     loaded = {}
-    for name, parameter in module.named_parameters():
-        full = f"{prefix}.{name}"
-        tensor = source.tensor(full)
-        if tensor.shape != parameter.shape:
+    names = {f"{prefix}.{name}": name for name, _ in module.named_parameters()}
+    for full, tensor in source.tensors(names):
+        wanted = module.get_parameter(names[full]).shape
+        if tensor.shape != wanted:
             raise CheckpointError(
                 f"{source.name}: tensor '{full}' has shape {tuple(tensor.shape)}, "
-                f"the config asks for {tuple(parameter.shape)}"
+                f"the config asks for {tuple(wanted)}"
             )
         if not all_finite(tensor):
             raise NumericsError(f"{source.name}: tensor '{full}' holds NaN or Inf")
         # A copy, never a view: transforms write in place.
-        loaded[name] = tensor.to(dtype or tensor.dtype, copy=True)
+        loaded[names[full]] = tensor.to(dtype or tensor.dtype, copy=True)
     module.load_state_dict(loaded, strict=False, assign=True)
     module.requires_grad_(False)
 
 
 def unload_module(module: nn.Module) -> None:
-    """Give back the memory of a module's tensors."""
+    """Give back the memory of a module's tensors, to the system too."""
     module.to("meta")
+    # glibc keeps freed tensors in a heap that the next ones fragment: a block's worth a block.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _read_config(directory: Path, name: str) -> PretrainedConfig:

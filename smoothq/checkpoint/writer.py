@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from ..errors import CheckpointError, SmoothqError
 from .stream import INDEX, SINGLE
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 512 << 20  # held in memory until it is full
 RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tensors
 
 
@@ -86,6 +86,7 @@ class CheckpointWriter:
                 self._flush()
             self._pending[name] = tensor.contiguous()
             self._pending_bytes += tensor.nbytes
+            self.total_bytes += tensor.nbytes
 
     def finish(
         self,
@@ -119,7 +120,6 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             raise self._failure(error) from error
         self._shards.append(list(self._pending))
-        self.total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
     def _name_shards(self) -> None:

@@ -167,7 +167,7 @@ class InputQuantizer(nn.Module):
         quantized = self._quantize(x)
         if isinstance(quantized, Tensor):
             return quantized.float()
-        values = quantized.codes.float() * quantized.scale
+        values: Tensor = quantized.codes.float() * quantized.scale
         if quantized.block_scale is None or quantized.order is None:
             return values
         blocks = quantized.block_scale.repeat_interleave(self.spec.group_size, -1).unsqueeze(-2)

@@ -41,9 +41,9 @@ def inverse_factor(hessian: Tensor, damping: float, where: str) -> Tensor:
             if not failed:
                 return upper
         damping *= 10
-        log.warning(
-            "%s: the Hessian is not positive definite; damping raised to %g", where, damping
-        )
+        if damping <= LARGEST_DAMPING:
+            message = "%s: the Hessian is not positive definite; damping raised to %g"
+            log.warning(message, where, damping)
     raise NumericsError(f"{where}: the Hessian has no Cholesky factor, whatever the damping")
 
 

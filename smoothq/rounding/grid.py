@@ -39,12 +39,13 @@ class IntegerGrid:
     @property
     def lowest(self) -> int:
         """The lowest code."""
-        return -highest_code(self.bits) - (0 if self.multiplier else 1)
+        return -self.highest - (0 if self.multiplier else 1)
 
     @property
     def highest(self) -> int:
         """The highest code."""
-        return highest_code(self.bits)
+        highest: int = highest_code(self.bits)
+        return highest
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -135,12 +136,6 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ŵ = code · scale · multiplier, (N, K) in `dtype`."""
         return self.codes.to(dtype) * self.scales.step_by_column(self.codes.shape[1], dtype)
-
-    def rows(self, first: int, last: int) -> QuantizedWeight:
-        """The output features first … last − 1."""
-        m = self.scales.multiplier
-        scales = Scales(self.scales.scale[first:last], None if m is None else m[first:last])
-        return QuantizedWeight(self.codes[first:last], scales)
 
 
 def _positive(scale: Tensor) -> Tensor:

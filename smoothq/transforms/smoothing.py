@@ -51,6 +51,8 @@ def smooth(
     norm_dtype: what a norm's weight will be stored in; s is then what that rounding leaves of it,
     so that weights and norm still cancel exactly. The site must have a producer.
     """
+    if site.producer is None:
+        raise ValueError(f"site '{site.name}' has no producer that could absorb a divisor")
     readers = [reader.view(block) for reader in site.all_readers]
     weight_maxima = torch.stack([w.double().abs().amax(0) for w in readers]).amax(0)
     producer = site.producer
@@ -70,19 +72,16 @@ def smooth(
             shared = divisor = torch.where(norm != 0, norm.abs() / rounded, divisor)
     for matrix in readers:
         matrix.copy_(matrix.double() * divisor)
-    _divide_producer(block, site, shared)
+    _divide_producer(block, producer, shared)
 
 
-def _divide_producer(block: nn.Module, site: Site, divisor: Tensor) -> None:
-    producer = site.producer
+def _divide_producer(block: nn.Module, producer: Norm | Rows, divisor: Tensor) -> None:
     if isinstance(producer, Norm):
         names = [name for name in (producer.weight, producer.bias) if name is not None]
         for vector in (block.get_parameter(name).data for name in names):
             vector.copy_(vector.double() / divisor)
-    elif isinstance(producer, Rows):
-        rows, bias = producer.ref.view(block), producer.ref.bias_view(block)
-        rows.copy_(rows.double() / divisor.unsqueeze(-1))
-        if bias is not None:
-            bias.copy_(bias.double() / divisor)
-    else:
-        raise ValueError(f"site '{site.name}' has no producer that could absorb a divisor")
+        return
+    rows, bias = producer.ref.view(block), producer.ref.bias_view(block)
+    rows.copy_(rows.double() / divisor.unsqueeze(-1))
+    if bias is not None:
+        bias.copy_(bias.double() / divisor)

@@ -1,0 +1,200 @@
+"""The command line on a tiny model: what it prints, what it refuses, with which exit code."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smoothq import load_recipe
+from smoothq.cli import main
+from tests.conftest import RECIPES
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Run:
+    """Run `smoothq ARGUMENTS`: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smoothq", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+QUICK = ("--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
+
+
+@pytest.fixture
+def model(float_checkpoint) -> Path:
+    return float_checkpoint("llama")
+
+
+def test_quantize_eval_generate(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    code, text, log = run("quantize", model, "-o", out, "--w8a8", *QUICK)
+    assert code == 0, log
+    for label in ("method", "bits per weight", "bits per activation", "size", "peak memory"):
+        assert label in text
+    assert "3/3" in log
+
+    arguments = ("--text", "builtin", "--windows", 3, "--sequence-length", 32)
+    code, text, log = run("eval", out, *arguments, "--json")
+    assert code == 0, log
+    figure = json.loads(text)
+    assert (figure["windows"], figure["tokens"]) == (3, 93)
+    assert 1 < figure["perplexity"] < 1e6
+    code, text, _ = run("eval", out, *arguments)
+    assert f"{figure['perplexity']:.4f}" in text
+
+    code, text, log = run("generate", out, "Hello", "--no-chat", "--max-new-tokens", 4)
+    assert code == 0, log
+    assert "H" in text
+
+
+def test_json_carries_recipe_bits_and_sizes(run, model, tmp_path) -> None:
+    code, text, log = run("quantize", model, "-o", tmp_path / "out", "--w8a8", *QUICK, "--json")
+    assert code == 0, log
+    figures = json.loads(text)
+    assert figures["recipe"]["smoothing"]["alpha"] == 0.5
+    assert figures["bits"]["weight"] > 8
+    assert figures["bytes_after"] < figures["bytes_before"]
+
+
+def test_flags_edit_single_fields_of_the_preset(run, model, tmp_path) -> None:
+    code, _, log = run(
+        *("quantize", model, "-o", tmp_path / "out", "--w4a8", *QUICK),
+        *("--group-size", 16, "--alpha", 0.75, "--seed", 3, "--rounding", "rtn"),
+    )
+    assert code == 0, log
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    recipe = config["quantization_config"]["recipe"]
+    assert recipe["weights"]["group_size"] == 16
+    assert recipe["weights"]["rounding"] == "rtn"
+    assert recipe["smoothing"]["alpha"] == 0.75
+    assert (recipe["seed"], recipe["calibration"]["samples"]) == (3, 4)
+
+
+def test_w4a4_says_what_w4a8_would_cost(run, model, tmp_path) -> None:
+    method = ("--w4a4", "--method", "smoothrot", "--rounding", "rtn")
+    code, text, log = run("quantize", model, "-o", tmp_path / "out", *method, *QUICK)
+    assert code == 0, log
+    assert "int8 operands" in text
+    assert f"smoothq quantize {model} --w4a8 -o OUT" in text
+
+
+def test_a_recipe_file_replaces_the_presets(run, model, tmp_path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPES["w4a4"].to_yaml())
+    assert load_recipe(file) == RECIPES["w4a4"]
+    code, _, log = run("quantize", model, "-o", tmp_path / "out", "--recipe", file, *QUICK)
+    assert code == 0, log
+    code, _, log = run("quantize", model, "-o", tmp_path / "o2", "--recipe", file, "--w8a8")
+    assert code == 2
+    assert "--recipe" in log
+
+
+@pytest.mark.parametrize("presets", [(), ("--w8a8", "--w4a4")])
+def test_exactly_one_preset_is_wanted(run, model, tmp_path, presets) -> None:
+    code, _, log = run("quantize", model, "-o", tmp_path / "out", *presets)
+    assert code == 2
+    assert "--w8a8" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--w8a8", "--method", "rrs"), "rrs"),
+        (("--w8a8", "--smooth-scope", "token"), "runtime smoothing"),
+        (("--w4a16", "--group-size", "37"), "37 does not divide"),
+        (("--w4a16", "--group-size", "many"), "group_size"),
+        (("--w8a8", "--alpha", "1.5"), "alpha"),
+        (("--w8a8", "--a-bits", "3"), "activations.bits"),
+        (("--w8a8", "--device", "cuda"), "cuda"),
+        (("--w8a8", "--calibration", "no-such-file.txt"), "no-such-file.txt"),
+        (("--w8a8", "--calibration", "builtin", "--sequence-length", "100000000"), "100000000"),
+        (("--recipe", "no-such-recipe.yaml"), "no-such-recipe.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_exit_1_and_leaves_nothing(
+    run, model, tmp_path, arguments, message
+) -> None:
+    out = tmp_path / "out"
+    code, text, log = run("quantize", model, "-o", out, *arguments)
+    assert code == 1, log
+    lines = [line for line in log.splitlines() if line.startswith("smoothq: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert text == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_calibration_file_is_refused(run, model, tmp_path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    out = tmp_path / "out"
+    code, _, log = run("quantize", model, "-o", out, "--w8a8", "--calibration", empty)
+    assert code == 1
+    assert "empty.txt" in log
+    assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_a_model_that_does_not_exist_is_refused(run, tmp_path) -> None:
+    for command in (("quantize", "./nowhere", "-o", tmp_path / "out", "--w8a8"), ("eval", "./no")):
+        code, _, log = run(*command)
+        assert code == 1
+        assert "is not a directory" in log
+
+
+def test_debug_shows_the_traceback(run, tmp_path) -> None:
+    from smoothq.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        run("quantize", "./nowhere", "-o", tmp_path / "out", "--w8a8", "--debug")
+
+
+def test_a_yaml_recipe_with_an_unknown_field_names_it(run, model, tmp_path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("weights: {bits: 4, colour: red}\n")
+    code, _, log = run("quantize", model, "-o", tmp_path / "out", "--recipe", file)
+    assert code == 1
+    assert "weights.colour" in log
+
+
+def test_eval_of_a_damaged_checkpoint_is_one_line(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", model, "-o", out, "--w8a8", "--method", "rtn")[0] == 0
+    tensors = load_file(out / "model.safetensors")
+    tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    code, _, log = run("eval", out, "--text", "builtin", "--sequence-length", 32)
+    assert code == 1
+    assert "model.layers.0.mlp.up_proj.weight" in log
+
+
+def test_a_gguf_file_is_quantized_through_transformers(run, model, tmp_path) -> None:
+    missing = run("quantize", model, "--gguf-file", "no.gguf", "-o", tmp_path / "o", "--w8a8")
+    assert missing[0] == 1
+    assert "no.gguf" in missing[2]
+
+
+def test_the_card_and_the_tokenizer_travel_with_the_checkpoint(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", model, "-o", out, "--w8a8", "--method", "rtn")[0] == 0
+    card = (out / "README.md").read_text()
+    assert "w8a8-rtn" in card
+    assert "import smoothq" in card
+    assert (out / "tokenizer.json").is_file()
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
