@@ -250,11 +250,11 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     directory = resolve_directory(model)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
-    return loaded.to(torch.device(device)), tokenizer
+    return loaded.to(device), tokenizer
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

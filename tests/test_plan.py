@@ -1,0 +1,123 @@
+"""What a recipe comes to for a model: bits counted, groups chosen, contradictions refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from smoothq import Recipe, load_recipe, preset
+from smoothq.errors import RecipeError
+from smoothq.plan import make_plan
+
+
+def on_meta(**sizes: int) -> PreTrainedModel:
+    """A Llama of SmolLM2-135M's widths, without memory."""
+    widths = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**(widths | heads | sizes)))
+
+
+def test_bits_count_every_scale() -> None:
+    bits = make_plan(on_meta(), preset("w8a8", "rtn")).bits
+    elements = 576 * 576 * 2 + 576 * 192 * 2 + 576 * 1536 * 3
+    rows = 576 * 2 + 192 * 2 + 1536 * 2 + 576
+    assert bits.weight == pytest.approx(8 + 32 * rows / elements)
+    inputs = [576, 576, 576, 1536]
+    assert bits.activation == pytest.approx(8 + 32 * len(inputs) / sum(inputs))
+    assert bits.activation_decode == bits.activation
+
+
+def test_multipliers_count_as_they_are_stored() -> None:
+    recipe = preset("w4a4")
+    bits = make_plan(on_meta(), recipe).bits
+    per_channel = make_plan(on_meta(), recipe.edit(weights__group_scale="float")).bits
+    assert bits.weight == pytest.approx(4 + 8 / 64 + 32 * 5184 / 3_538_944, rel=1e-3)
+    assert per_channel.weight == pytest.approx(4 + 16 / 64)
+    # 18 multipliers take 5 bits a group of 32.
+    assert bits.activation == pytest.approx(4 + 5 / 32 + 32 * 4 / 3264)
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w4a8"])
+def test_defaults_stay_within_4_3_bits_in_prefill_and_decode(name) -> None:
+    bits = make_plan(on_meta(), preset(name)).bits
+    assert bits.weight <= 4.3
+    assert name == "w4a8" or max(bits.activation, bits.activation_decode) <= 4.3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit"), [(preset("w4a4", "quarot"), 0.27), (preset("w4a4"), 0.28)]
+)
+def test_packed_linears_take_about_a_quarter_of_bfloat16(recipe, limit) -> None:
+    model = on_meta()
+    elements = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    assert make_plan(model, recipe).linear_bytes <= limit * 2 * elements
+
+
+def test_live_scales_cost_more_in_decode_than_in_prefill() -> None:
+    bits = make_plan(on_meta(), preset("w4a4", "rrs", "live")).bits
+    assert bits.activation_decode - bits.activation > 0.2
+
+
+def test_auto_takes_the_largest_group_that_divides() -> None:
+    plan = make_plan(on_meta(), preset("w4a16"))
+    sizes = {
+        name: spec.grid.group_size
+        for site in plan.blocks[0].sites
+        for name, spec in site.modules.items()
+    }
+    assert sizes["self_attn.q_proj"] == 64
+    assert sizes["mlp.down_proj"] == 128
+
+
+def test_auto_refuses_a_width_that_none_divides() -> None:
+    with pytest.raises(RecipeError, match="none of the group sizes"):
+        make_plan(on_meta(hidden_size=540), preset("w4a16"))
+
+
+def test_a_width_without_a_hadamard_matrix_is_said_by_name() -> None:
+    plan = make_plan(on_meta(intermediate_size=1712), preset("w4a4", "quarot"))
+    assert any("1712" in note and "block-diagonal" in note for note in plan.notes)
+    assert make_plan(on_meta(), preset("w4a4", "quarot")).notes == ()
+
+
+def test_layers_draw_their_own_value_rotation_and_seeds_differ() -> None:
+    first, second = (make_plan(on_meta(), preset("w4a4").edit(seed=seed)) for seed in (0, 1))
+    assert first.blocks[0].value_rotation != first.blocks[1].value_rotation
+    assert first.residual_rotation != second.residual_rotation
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a4", "w4a16"])
+def test_a_recipe_survives_yaml(name, tmp_path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(preset(name).to_yaml())
+    assert load_recipe(file) == preset(name)
+
+
+def test_presets_are_causal_and_the_papers_live_rrs_is_not() -> None:
+    assert all(preset(name).causal for name in ("w8a8", "w4a8", "w4a4", "w4a16"))
+    assert not preset("w4a4", "rrs", "live").causal
+    assert not preset("w8a8").edit(activations__granularity="tensor").causal
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activations__static": True}, "granularity 'tensor'"),
+        ({"weights__group_scale": "multiplier"}, "4-bit weights in groups"),
+        ({"runtime_smoothing": {}}, "no room beside 8-bit"),
+        ({"weights__bits": 5}, "weights.bits"),
+        ({"activations__clip_ratio": 0}, "clip_ratio"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"rotation__down": False}, "no rotation"),
+    ],
+)
+def test_contradictions_are_refused(fields, message) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe().edit(**fields)
+
+
+def test_live_smoothing_refuses_float_weight_groups() -> None:
+    recipe = preset("w4a4", "rrs", "live")
+    with pytest.raises(RecipeError, match="reorders the channels"):
+        recipe.edit(weights__granularity="group")
+    recipe.edit(weights__granularity="group", weights__group_scale="multiplier")

