@@ -217,8 +217,9 @@ def _quantize_ends(
     family, rotation = plan.family, plan.residual_rotation
     tied = model.config.get_text_config(decoder=True).tie_word_embeddings
     names = [family.embedding, family.final_norm, *([] if tied else [family.head])]
+    dtype = WORKING_DTYPE if plan.folds_ends else None
     for name in names:
-        load_module(model.get_submodule(name), name, source, dtype=None)
+        load_module(model.get_submodule(name), name, source, dtype)
     if rotation is not None and plan.folds_ends:
         head = WeightRef(f"{family.head}.weight")
         fuse_norm(model, Norm(f"{family.final_norm}.weight"), (head,))

@@ -126,6 +126,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     if recipe.rotation is not None and recipe.rotation.residual:
         rotation = Hadamard.of(config.hidden_size, recipe.seed)
     fallbacks = [r.fallback for r in [rotation, *_site_rotations(blocks)] if r is not None]
+    notes = [note for note in fallbacks if note] + _auto_group_notes(recipe, blocks)
     return Plan(
         recipe=recipe,
         family=family,
@@ -133,7 +134,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         residual_rotation=rotation,
         folds_ends=rotation is not None and not config.tie_word_embeddings,
         bits=_count_bits(blocks),
-        notes=tuple(dict.fromkeys(note for note in fallbacks if note)),
+        notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
     )
 
@@ -203,6 +204,21 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 
 def _site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
     return [site.input.rotation for block in blocks for site in block.sites]
+
+
+def _auto_group_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...]) -> list[str]:
+    sites = [site for block in blocks for site in block.sites]
+    chosen = []
+    if recipe.weights.granularity == "group" and recipe.weights.group_size == "auto":
+        specs = [spec for site in sites for spec in site.modules.values()]
+        chosen += [("weight", spec.grid.group_size, spec.in_features) for spec in specs]
+    smooth = recipe.runtime_smoothing
+    if smooth is not None and smooth.group_size == "auto" and smooth.scope != "calibrated":
+        chosen += [("activation", s.input.group_size, s.input.width) for s in sites]
+    return [
+        f"{kind} groups chosen by 'auto': {size} of {width} channels"
+        for kind, size, width in chosen
+    ]
 
 
 def _plan_block(layer: nn.Module, graph: BlockGraph, recipe: Recipe, index: int) -> BlockPlan:
