@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import resource
+import sys
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,7 +102,7 @@ def quantize_checkpoint(
     check_device(device)
     model = skeleton(source)
     plan = make_plan(model, recipe)
-    writer.check(plan.linear_bytes + source.nbytes // 4)
+    writer.check(plan.total_bytes)
     tokenizer = tokenizer or source.tokenizer()
     tokens = _calibration_tokens(recipe, source, tokenizer, data)
     with writer:
@@ -114,7 +115,7 @@ def quantize_checkpoint(
             bytes_after=writer.total_bytes,
             linear_bytes=plan.linear_bytes,
             seconds=time.perf_counter() - start,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory=_peak_memory(),
             notes=plan.notes,
         )
         config = copy.deepcopy(source.config)
@@ -268,6 +269,11 @@ def _calibration_tokens(
         text.sequence_length,
         recipe.seed,
     )
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
 class Stage(Protocol):

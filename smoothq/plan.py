@@ -79,7 +79,7 @@ class Plan:
 
     residual_rotation: R1, or None. folds_ends: R1 is folded into embedding and head (they are
     not tied), where otherwise it runs online at both ends. notes: what the user should know.
-    stored_dtype: of everything that stays float.
+    stored_dtype: of everything that stays float; float_elements: how many numbers that is.
     """
 
     recipe: Recipe
@@ -90,6 +90,7 @@ class Plan:
     bits: Bits
     notes: tuple[str, ...]
     stored_dtype: torch.dtype
+    float_elements: int
 
     @property
     def online_rotations(self) -> list[Hadamard]:
@@ -102,8 +103,12 @@ class Plan:
     @property
     def linear_bytes(self) -> int:
         """Bytes of all quantized weights with their scales."""
-        specs = [spec for b in self.blocks for s in b.sites for spec in s.modules.values()]
-        return sum(spec.stored_bits for spec in specs) // 8
+        return sum(spec.stored_bits for spec in _weight_specs(self.blocks)) // 8
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors of the checkpoint."""
+        return self.linear_bytes + self.float_elements * self.stored_dtype.itemsize
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
@@ -136,6 +141,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         bits=_count_bits(blocks),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
+        float_elements=sum(p.numel() for p in model.parameters()) - _quantized_elements(blocks),
     )
 
 
@@ -210,7 +216,7 @@ def _auto_group_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...]) -> list[str
     sites = [site for block in blocks for site in block.sites]
     chosen = []
     if recipe.weights.granularity == "group" and recipe.weights.group_size == "auto":
-        specs = [spec for site in sites for spec in site.modules.values()]
+        specs = _weight_specs(blocks)
         chosen += [("weight", spec.grid.group_size, spec.in_features) for spec in specs]
     smooth = recipe.runtime_smoothing
     if smooth is not None and smooth.group_size == "auto" and smooth.scope != "calibrated":
@@ -300,15 +306,21 @@ def _input_spec(site: Site, recipe: Recipe, width: int, where: str) -> InputSpec
     return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)
 
 
+def _weight_specs(blocks: tuple[BlockPlan, ...]) -> list[WeightSpec]:
+    return [spec for block in blocks for site in block.sites for spec in site.modules.values()]
+
+
+def _quantized_elements(blocks: tuple[BlockPlan, ...]) -> int:
+    return sum(spec.out_features * spec.in_features for spec in _weight_specs(blocks))
+
+
 def _count_bits(blocks: tuple[BlockPlan, ...]) -> Bits:
     sites = [site for block in blocks for site in block.sites]
-    weights = [spec for site in sites for spec in site.modules.values()]
-    elements = sum(spec.out_features * spec.in_features for spec in weights)
-    stored = sum(spec.stored_bits for spec in weights)
+    stored = sum(spec.stored_bits for spec in _weight_specs(blocks))
     inputs = [site.input for site in sites]
     width = sum(spec.width for spec in inputs)
 
     def activation(tokens: int) -> float:
         return sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs) / width
 
-    return Bits(stored / elements, activation(PREFILL_TOKENS), activation(1))
+    return Bits(stored / _quantized_elements(blocks), activation(PREFILL_TOKENS), activation(1))

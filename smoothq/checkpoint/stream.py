@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,8 +31,6 @@ from transformers import (
 
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
-
-log = logging.getLogger("smoothq")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

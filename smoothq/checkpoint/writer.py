@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import CheckpointError, SmoothqError
+from ..errors import CheckpointError
 from .stream import INDEX, SINGLE
 
 SHARD_BYTES = 512 << 20  # held in memory until it is full
@@ -29,8 +31,8 @@ RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tenso
 class CheckpointWriter:
     """Writes tensors and metadata to a directory that appears only when complete.
 
-    A context manager: leaving it with an error of ours or of the disk removes `OUT.partial`; an
-    interruption (Ctrl-C, a kill) leaves it. Raises CheckpointError where the output cannot be
+    A context manager: leaving it with an error removes `OUT.partial`; an interruption (Ctrl-C, a
+    kill) leaves it. Raises CheckpointError where the output cannot be
     written, or is not empty and `overwrite` is not set.
     """
 
@@ -61,11 +63,9 @@ class CheckpointWriter:
             )
 
     def __enter__(self) -> Self:
-        try:
+        with self._writing():
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise self._failure(error) from error
         return self
 
     def __exit__(
@@ -76,8 +76,6 @@ class CheckpointWriter:
     ) -> None:
         if isinstance(error, Exception):
             shutil.rmtree(self.partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, SmoothqError):
-            raise self._failure(error) from error
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Take tensors in; a shard is written whenever one is full."""
@@ -97,8 +95,8 @@ class CheckpointWriter:
     ) -> None:
         """Write the last shard, the index and the metadata, and move everything into place."""
         self._flush()
-        self._name_shards()
-        try:
+        with self._writing():
+            self._name_shards()
             config.save_pretrained(self.partial)
             if generation_config is not None:
                 generation_config.save_pretrained(self.partial)
@@ -108,17 +106,13 @@ class CheckpointWriter:
             if self.out.exists():
                 shutil.rmtree(self.out)
             os.replace(self.partial, self.out)
-        except OSError as error:
-            raise self._failure(error) from error
 
     def _flush(self) -> None:
         if not self._pending:
             return
         path = self.partial / f"shard-{len(self._shards):05d}.safetensors"
-        try:
+        with self._writing():
             save_file(self._pending, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise self._failure(error) from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -141,7 +135,14 @@ class CheckpointWriter:
             }
             (self.partial / INDEX).write_text(json.dumps(index, indent=2))
 
-    def _failure(self, error: Exception) -> CheckpointError:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        return CheckpointError(f"cannot write '{self.out}': {reason}; nothing was left there")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the disk says into one line."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            reason = "the disk is full" if full else str(error)
+            raise CheckpointError(
+                f"cannot write '{self.out}': {reason}; nothing was left there"
+            ) from error
