@@ -88,9 +88,10 @@ def quantize(
     ] = None,
     w_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
     a_bits: Annotated[int | None, typer.Option(help="Bits of an activation; 16 is float.")] = None,
-    static: Annotated[
-        bool, typer.Option("--static", help="Calibrated per-tensor activation scales.")
-    ] = False,
+    activation_scales: Annotated[
+        Literal["token", "tensor", "static"] | None,
+        typer.Option(help="One scale a token, a tensor, or a tensor calibrated (O1, O2, O3)."),
+    ] = None,
     smooth_scope: Annotated[
         Scope | None, typer.Option(help="Where runtime smoothing takes its scale from.")
     ] = None,
@@ -128,8 +129,10 @@ def quantize(
         "weights__granularity": None if group_size is None else "group",
         "weights__bits": w_bits,
         "activations__bits": a_bits,
-        "activations__static": True if static else None,
-        "activations__granularity": "tensor" if static else None,
+        "activations__static": None if activation_scales is None else activation_scales == "static",
+        "activations__granularity": {"token": "token", "tensor": "tensor", "static": "tensor"}.get(
+            str(activation_scales)
+        ),
         "smoothing__alpha": alpha,
         "smoothing__edges": None if edges is None else edges.split(","),
         "calibration__source": calibration,

@@ -87,6 +87,18 @@ def test_flags_edit_single_fields_of_the_preset(run, model, tmp_path) -> None:
     assert (recipe["seed"], recipe["calibration"]["samples"]) == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("scales", "granularity", "static"),
+    [("token", "token", False), ("tensor", "tensor", False), ("static", "tensor", True)],
+)
+def test_the_three_levels_of_smoothquant(run, model, tmp_path, scales, granularity, static) -> None:
+    flags = ("--w8a8", "--activation-scales", scales, *QUICK, "--json")
+    code, text, log = run("quantize", model, "-o", tmp_path / "out", *flags)
+    assert code == 0, log
+    activations = json.loads(text)["recipe"]["activations"]
+    assert (activations["granularity"], activations["static"]) == (granularity, static)
+
+
 def test_w4a4_says_what_w4a8_would_cost(run, model, tmp_path) -> None:
     method = ("--w4a4", "--method", "smoothrot", "--rounding", "rtn")
     code, text, log = run("quantize", model, "-o", tmp_path / "out", *method, *QUICK)
@@ -121,6 +133,7 @@ def test_exactly_one_preset_is_wanted(run, model, tmp_path, presets) -> None:
         (("--w4a16", "--group-size", "37"), "37 does not divide"),
         (("--w4a16", "--group-size", "many"), "group_size"),
         (("--w8a8", "--alpha", "1.5"), "alpha"),
+        (("--w4a4", "--activation-scales", "static"), "per token"),
         (("--w8a8", "--a-bits", "3"), "activations.bits"),
         (("--w8a8", "--device", "cuda"), "cuda"),
         (("--w8a8", "--calibration", "no-such-file.txt"), "no-such-file.txt"),
