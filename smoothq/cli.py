@@ -41,9 +41,13 @@ log = logging.getLogger("smoothq")
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="dtype of all that is not quantized."),
+    DtypeName, typer.Option(help="dtype of all that is not quantized; auto is the model's own.")
+]
+RunDtype = Annotated[
+    DtypeName,
+    typer.Option(help="dtype of all that is not quantized; auto is float32 on a CPU."),
 ]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside MODEL, read by transformers.")]
 Device = Annotated[str, typer.Option(help="Device to run on.")]
@@ -119,6 +123,7 @@ def quantize(
     from .checkpoint.writer import CheckpointWriter
     from .pipeline import quantize_checkpoint
 
+    _silence_transformers()
     presets: dict[Preset, bool] = {"w8a8": w8a8, "w4a8": w4a8, "w4a4": w4a4, "w4a16": w4a16}
     chosen = _base_recipe(
         [name for name, wanted in presets.items() if wanted], method, smooth_scope, recipe
@@ -168,7 +173,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows a forward.")] = 1,
     split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
-    dtype: Dtype = "auto",
+    dtype: RunDtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -203,7 +208,7 @@ def generate(
         bool, typer.Option(help="Wrap the prompt in the tokenizer's chat template, if it has one.")
     ] = True,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
-    dtype: Dtype = "auto",
+    dtype: RunDtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Stream MODEL's continuation of PROMPT.
@@ -249,15 +254,25 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     from .checkpoint.stream import resolve_directory
     from .plan import check_device
 
+    _silence_transformers()
     check_device(device)
     directory = resolve_directory(model)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto" and device == "cpu":
+        wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
     return loaded.to(device), tokenizer
+
+
+def _silence_transformers() -> None:
+    """Its progress bars would be drawn over ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:
