@@ -36,8 +36,8 @@ def rows() -> dict[str, list[Recipe]]:
     """Row name → its recipes, one a seed where the rotation's draw matters."""
 
     def rtn(method: str) -> list[Recipe]:
-        recipe = preset("w4a4", method).edit(weights__rounding="rtn", weights__clip=False)
-        return [recipe.edit(seed=seed, activations__clip_ratio=1.0) for seed in SEEDS]
+        recipe = preset("w4a4", method).edit(weights__rounding="rtn")
+        return [recipe.edit(seed=seed) for seed in SEEDS]
 
     return {
         "w8a8 rtn": [preset("w8a8", "rtn")],
