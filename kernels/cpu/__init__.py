@@ -106,17 +106,21 @@ def group_gemm(
     """As `reference.group_gemm`, the scaling and the sum over blocks in float32."""
     batch, length, width = codes.shape
     result = torch.zeros(batch, length, weight.shape[0])
-    per_group = weight_scale.float().expand(-1, width // group_size)
+    factor = torch.ones(batch, width // group_size) if block_scale is None else block_scale
+    grouped = weight_scale.shape[1] > 1
     for b in range(batch):
         columns = weight if order is None else weight[:, order[b]]
         for g in range(width // group_size):
             block = slice(g * group_size, (g + 1) * group_size)
-            factor = per_group[:, g]
-            if block_scale is not None:
-                factor = factor * block_scale[b, g]
-            product = int8_matmul(codes[b, :, block].contiguous(), columns[:, block].contiguous())
-            result[b].addcmul_(product, factor)
+            if grouped:
+                a, w = codes[b, :, block].contiguous(), columns[:, block].contiguous()
+                result[b].addcmul_(int8_matmul(a, w), weight_scale[:, g].float() * factor[b, g])
+            else:  # one factor a block: the product adds itself, times it, to the result
+                a, w = codes[b, :, block].float(), columns[:, block].float()
+                result[b].addmm_(a, w.t(), alpha=float(factor[b, g]))
     result *= scale
+    if not grouped:
+        result *= weight_scale.float().t()
     return (result if bias is None else result.add_(bias)).to(dtype)
 
 
