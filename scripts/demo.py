@@ -85,6 +85,7 @@ def main() -> None:
 
         measure("float (bfloat16)", args.model, ("16", "16"))
         for name, recipe in RECIPES.items():
+            progress.console.print(f"quantizing: {name}")
 
             def on_progress(block: int, blocks: int, stage: str, name: str = name) -> None:
                 progress.update(task, description=f"{name}: block {block + 1}/{blocks}, {stage}")

@@ -121,6 +121,24 @@ def test_the_same_recipe_gives_the_same_bytes(float_checkpoint, data, tmp_path) 
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_what_stays_float_keeps_the_dtype_of_the_config_or_takes_the_recipes(
+    float_checkpoint, tmp_path, dtype
+) -> None:
+    source = tmp_path / "bfloat16"
+    float_model = AutoModelForCausalLM.from_pretrained(
+        float_checkpoint("llama"), dtype=torch.bfloat16
+    )
+    float_model.save_pretrained(source)
+    quantize(source, preset("w8a8", "rtn").edit(dtype=dtype), output=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    expected = torch.bfloat16 if dtype == "auto" else torch.float32
+    assert stored["model.embed_tokens.weight"].dtype == expected
+    assert stored["model.norm.weight"].dtype == expected
+    assert stored["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == expected
+
+
 def test_shards_load_as_one_model(float_checkpoint, data, tmp_path) -> None:
     source, out = float_checkpoint("llama"), tmp_path / "shards"
     writer = CheckpointWriter(out, shard_bytes=20_000)

@@ -6,6 +6,7 @@ pipeline never holds more than the block it works on.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import os
@@ -180,10 +181,11 @@ def resolve_directory(model: str) -> Path:
 
 def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
+    config = copy.deepcopy(source.config)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            source.config, dtype=torch.float32
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Building it named the working dtype there; the plan wants the checkpoint's own.
+    model.config.dtype = source.config.dtype
     model.eval()
     return model
 
