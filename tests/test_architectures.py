@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from architectures import TINY, VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +17,7 @@ from smoothq.architectures import (
     supported_model_types,
 )
 from smoothq.errors import UnsupportedModelError
+from tests.architectures import TINY, VOCABULARY, tiny_model
 
 LINEAR_FAMILIES = [name for name in TINY if name != "mixtral"]
 HEADS = {

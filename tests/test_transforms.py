@@ -9,7 +9,6 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import TINY, VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.norm_fusion import fuse_norm, fuse_norms
 from smoothq.transforms.rotation import rotate_input, rotate_residual, rotate_value_output
 from smoothq.transforms.smoothing import repeat_over_queries, smooth, smoothing_divisor
+from tests.architectures import TINY, VOCABULARY, tiny_model
 
 Rewrite = Callable[[PreTrainedModel], None]
 
