@@ -35,6 +35,7 @@ from .plan import (
     install_inputs,
     install_linear,
     make_plan,
+    text_config,
 )
 from .recipe import Recipe
 from .report import model_card
@@ -216,7 +217,7 @@ def _quantize_ends(
 ) -> HiddenStates | None:
     """Store what stands before and after the blocks, rotated where R1 folds; embed the tokens."""
     family, rotation = plan.family, plan.residual_rotation
-    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
+    tied = text_config(model).tie_word_embeddings
     names = [family.embedding, family.final_norm, *([] if tied else [family.head])]
     dtype = WORKING_DTYPE if plan.folds_ends else None
     for name in names:

@@ -7,7 +7,6 @@ its config, so nothing of it needs to be stored.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,6 @@ from .modules.input_quantizer import Mode
 from .recipe import FLOAT_BITS, GroupSize, Recipe
 from .rounding.grid import IntegerGrid
 from .transforms.hadamard import Hadamard
-
-log = logging.getLogger("smoothq")
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 PREFILL_TOKENS = 2048  # the sequence over which scales shared by a sequence are spread
@@ -95,7 +92,7 @@ class Plan:
     @property
     def online_rotations(self) -> list[Hadamard]:
         """Every rotation that runs with the model, each once."""
-        found = [site.input.rotation for block in self.blocks for site in block.sites]
+        found = _site_rotations(self.blocks)
         if not self.folds_ends:
             found.append(self.residual_rotation)
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))

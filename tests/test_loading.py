@@ -246,6 +246,13 @@ def test_a_tensor_of_another_shape_is_an_error(edited) -> None:
         AutoModelForCausalLM.from_pretrained(copy)
 
 
+def test_integers_of_another_dtype_are_an_error(edited) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    copy = edited(tensors=lambda stored: stored.update({name: stored[name].view(torch.int8)}))
+    with pytest.raises(CheckpointError, match=name):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
 def test_a_recipe_that_cannot_be_is_an_error(edited) -> None:
     copy = edited(config=lambda values: values["recipe"]["weights"].update(bits=3))
     with pytest.raises(RecipeError, match=r"weights\.bits"):

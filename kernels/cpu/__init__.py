@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..reference import (
     channel_multipliers,
-    live_channel_maxima,
     quantize_per_tensor,
     quantize_per_token,
     quantize_smoothed,
@@ -32,7 +31,6 @@ __all__ = [
     "hadamard",
     "int8_gemm",
     "int8_matmul",
-    "live_channel_maxima",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",

@@ -187,8 +187,8 @@ def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
         )
     for name, (shape, dtype) in stored.items():
         wanted: Tensor = expected[name]
-        same_kind = dtype.is_floating_point == wanted.dtype.is_floating_point
-        if shape != tuple(wanted.shape) or not (same_kind or dtype == wanted.dtype):
+        floats = dtype.is_floating_point and wanted.dtype.is_floating_point
+        if shape != tuple(wanted.shape) or not (floats or dtype == wanted.dtype):
             raise CheckpointError(
                 f"tensor '{name}' is {dtype} {shape} in the checkpoint, "
                 f"its recipe asks for {wanted.dtype} {tuple(wanted.shape)}"
