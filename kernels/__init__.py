@@ -1,20 +1,22 @@
 """The operators that run a quantized model, dispatched by the device of their input.
 
 Nothing outside this package calls a backend. The products are registered with PyTorch as custom
-operators with fake implementations, so that `torch.compile(fullgraph=True)` and `torch.export`
-see them whole; the quantizers are plain tensor code that a compiler may fuse. `reference.py`
-defines every result.
+operators with fake implementations, so that `torch.compile(fullgraph=True)`, CUDA graphs and
+`torch.export` see them whole; so are the Triton quantizers, while a CPU's are plain tensor code
+that a compiler may fuse. `reference.py` defines every result; `report` says what runs where.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cpu, reference
 from .reference import QuantizedInput, highest_code, largest_multiplier
@@ -24,46 +26,72 @@ __all__ = [
     "channel_multipliers",
     "group_gemm",
     "hadamard",
+    "hadamard_quantize",
     "highest_code",
+    "int4_gemm",
     "int8_gemm",
     "largest_multiplier",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
     "quantize_token_groups",
+    "report",
     "runs_on",
+    "runs_packed",
     "runtime_smooth_quantize",
     "static_quantize",
     "weight_only_gemm",
 ]
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+_BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # device type → module; "cuda" is ROCm's name too
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def runs_on(device_type: str) -> bool:
-    """Whether the operators run on that kind of device ("cpu", "cuda", …)."""
+    """Whether there are operators for that kind of device ("cpu", "cuda", …)."""
     return device_type in _BACKENDS
 
 
-def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The operator that `definition` specifies: its namesake in the backend of the first tensor.
+def runs_packed(operator: str, device: torch.device, group_size: int | None) -> bool:
+    """Whether a product takes 4-bit weights packed, as they are stored, on that device.
 
-    Raises NotImplementedError naming a device for which there is none.
+    operator: "int4_gemm" or "weight_only_gemm". group_size: of the weight's scales, None for one a
+    row. Where it does not, `QuantizedLinear.prepare` unpacks them to int8 once.
     """
+    return bool(_backend(device, operator).runs_packed(operator, group_size))
+
+
+def _backend(device: torch.device, operator: str) -> ModuleType:
+    """The backend of a device. Raises NotImplementedError naming a device that has none."""
+    name = _BACKENDS.get("cpu" if device.type == "meta" else device.type)
+    if name is None:
+        raise NotImplementedError(
+            f"smoothq has no kernel '{operator}' for device '{device}'; "
+            f"it runs on: {', '.join(_BACKENDS)}"
+        )
+    return cpu if name == "cpu" else _triton()
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    try:
+        return importlib.import_module(".triton", __name__)
+    except ImportError as error:
+        raise NotImplementedError(
+            "smoothq's GPU kernels need Triton, which PyTorch for GPUs brings along: "
+            f"pip install triton ({error})"
+        ) from error
+
+
+def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The operator that `definition` specifies: its namesake in the backend of the first tensor."""
     name = definition.__name__
 
     @functools.wraps(definition)
     def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        device = cast(Tensor, args[0]).device
-        backend = _BACKENDS.get("cpu" if device.type == "meta" else device.type)
-        if backend is None:
-            raise NotImplementedError(
-                f"smoothq has no kernel '{name}' for device '{device}'; "
-                f"it runs on: {', '.join(_BACKENDS)}"
-            )
+        backend = _backend(cast(Tensor, args[0]).device, name)
         return cast(Result, getattr(backend, name)(*args, **kwargs))
 
     return operator
@@ -71,6 +99,7 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
 
 channel_multipliers = _by_device(reference.channel_multipliers)
 hadamard = _by_device(reference.hadamard)
+hadamard_quantize = _by_device(reference.hadamard_quantize)
 quantize_per_tensor = _by_device(reference.quantize_per_tensor)
 quantize_per_token = _by_device(reference.quantize_per_token)
 quantize_smoothed = _by_device(reference.quantize_smoothed)
@@ -80,6 +109,9 @@ static_quantize = _by_device(reference.static_quantize)
 
 int8_gemm = torch.library.custom_op(
     "smoothq::int8_gemm", _by_device(reference.int8_gemm), mutates_args=()
+)
+int4_gemm = torch.library.custom_op(
+    "smoothq::int4_gemm", _by_device(reference.int4_gemm), mutates_args=()
 )
 group_gemm = torch.library.custom_op(
     "smoothq::group_gemm", _by_device(reference.group_gemm), mutates_args=()
@@ -99,6 +131,19 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
+
+
+@int4_gemm.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], packed.shape[0], dtype=dtype)
 
 
 @group_gemm.register_fake
@@ -126,3 +171,35 @@ def _(
     bits: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
+
+
+@runtime_checkable
+class RunsOperators(Protocol):
+    """A layer that can name the operators of its forward, in the order in which they run."""
+
+    weight: Tensor
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators' names."""
+
+
+def report(model: nn.Module) -> str:
+    """Which operator of which backend every quantized layer of a model runs: one line a kind.
+
+    Layers of the same name in different blocks that run the same operators share a line:
+
+        model.layers.*.mlp.down_proj   x30   hadamard_quantize, int4_gemm   triton on cuda:0
+    """
+    lines: Counter[tuple[str, str, str]] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, RunsOperators):
+            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            device = module.weight.device
+            backend = _backend(device, "report").__name__.rpartition(".")[2]
+            lines[kind, ", ".join(module.operators()), f"{backend} on {device}"] += 1
+    rows = [(kind, f"x{count}", run, where) for (kind, run, where), count in lines.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
+    return "\n".join(
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PACKED_BLOCK = 64  # columns that are packed together: 32 bytes of two codes each
 SMALLEST_SCALE = 1e-5  # the clamp of SmoothQuant and RRS: keeps a dead channel's divisor finite
 
 
@@ -197,6 +198,24 @@ def int8_gemm(
     return (result if bias is None else result + bias.double()).to(dtype)
 
 
+def int4_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = s_t · s_n · Σ_g m_ng · (Σ_{k in g} a_tk w_nk) + b_n, the sum in integers.
+
+    As `int8_gemm` with the weight packed: uint8 (N, ⌈K/2⌉), and multiplier: uint8 (N, K / G), the
+    integer scales of its groups, or None.
+    """
+    weight = multiplied_weight(unpack_int4(packed, codes.shape[1]), multiplier)
+    return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
+
+
 def group_gemm(
     codes: Tensor,
     scale: Tensor,
@@ -229,10 +248,27 @@ def group_gemm(
 
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """Two codes a byte, the even column in the low nibble: uint8 (N, ⌈K/2⌉) → int8 (N, K)."""
+    """Two codes a byte: uint8 (N, ⌈K/2⌉) → int8 (N, K).
+
+    Each block of 64 columns (the last may be shorter, and even after padding) stands in half as
+    many bytes: byte j holds column j of the block's first half in its low nibble and column j of
+    the second half in its high one. Neighbouring bytes are then neighbouring columns.
+    """
     low, high = packed & 15, packed >> 4
-    codes = torch.stack([low, high], -1).flatten(-2).to(torch.int8)
-    return ((codes ^ 8) - 8)[..., :columns]
+    whole = columns // PACKED_BLOCK * PACKED_BLOCK // 2
+    halves = [half[:, :whole].unflatten(-1, (-1, PACKED_BLOCK // 2)) for half in (low, high)]
+    blocks = torch.cat(halves, -1).flatten(1)
+    codes = torch.cat([blocks, low[:, whole:], high[:, whole:]], -1).to(torch.int8)
+    return ((codes ^ 8) - 8)[:, :columns]
+
+
+def multiplied_weight(codes: Tensor, multiplier: Tensor | None) -> Tensor:
+    """Codes −7 … 7 times the multipliers of their groups: int8 (N, K), uint8 (N, K / G)."""
+    if multiplier is None:
+        return codes
+    groups = codes.unflatten(-1, (multiplier.shape[-1], -1))
+    product: Tensor = groups * multiplier.to(torch.int8).unsqueeze(-1)
+    return product.flatten(-2)
 
 
 def weight_only_gemm(
@@ -265,3 +301,23 @@ def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     rotated = torch.einsum("...lr,lm,rn->...mn", blocks, left.double(), right.double())
     result: Tensor = rotated / (left.shape[0] * right.shape[0]) ** 0.5
     return result.flatten(-3).to(x.dtype)
+
+
+def hadamard_quantize(
+    x: Tensor,
+    signs: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    clip: float = 1.0,
+) -> QuantizedInput:
+    """x R quantized, the rotated values in float32: per token, or by `quantize_token_groups`.
+
+    x, signs, left, right: as `hadamard`. group_size: of the token's groups, or None for one scale
+    a token. Source: SmoothRot (arXiv 2506.05413) and RRS (arXiv 2409.20361) before down_proj.
+    """
+    rotated = hadamard(x.float(), signs, left, right)
+    if group_size is None:
+        return quantize_per_token(rotated, bits, clip)
+    return quantize_token_groups(rotated, bits, group_size, clip)

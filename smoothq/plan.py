@@ -155,10 +155,12 @@ def _stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
 
 
 def check_device(device: str) -> None:
-    """Raise DeviceError if none of our kernels runs on that kind of device."""
+    """Raise DeviceError if the kernels do not run on that device, or it is not there."""
     kind = device.partition(":")[0]
     if not runs_on(kind):
-        raise DeviceError(f"smoothq has no kernels for device '{device}' yet; use --device cpu")
+        raise DeviceError(f"smoothq has no kernels for device '{device}'; use --device cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"PyTorch sees no GPU here for device '{device}'; use --device cpu")
 
 
 def install_inputs(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..reference import (
+    QuantizedInput,
     channel_multipliers,
+    multiplied_weight,
     quantize_per_tensor,
     quantize_per_token,
     quantize_smoothed,
@@ -29,12 +31,15 @@ __all__ = [
     "channel_multipliers",
     "group_gemm",
     "hadamard",
+    "hadamard_quantize",
+    "int4_gemm",
     "int8_gemm",
     "int8_matmul",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
     "quantize_token_groups",
+    "runs_packed",
     "runtime_smooth_quantize",
     "static_quantize",
     "weight_only_gemm",
@@ -88,6 +93,26 @@ def int8_gemm(
     """As `reference.int8_gemm`, the scaling in float32."""
     result = int8_matmul(codes, weight).mul_(scale).mul_(weight_scale)
     return (result if bias is None else result.add_(bias)).to(dtype)
+
+
+def int4_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.int4_gemm`: unpacked, then `int8_gemm`."""
+    weight = multiplied_weight(unpack_int4(packed, codes.shape[1]), multiplier)
+    return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
+
+
+def runs_packed(operator: str, group_size: int | None) -> bool:
+    """Only `weight_only_gemm` takes packed weights as they are: integer ones run as int8."""
+    del group_size
+    return operator == "weight_only_gemm"
 
 
 def group_gemm(
@@ -151,3 +176,19 @@ def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     blocks = (work * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
     rotated: Tensor = left.to(work.dtype).t() @ (blocks @ (right.to(work.dtype) / norm))
     return rotated.flatten(-3).to(x.dtype)
+
+
+def hadamard_quantize(
+    x: Tensor,
+    signs: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    clip: float = 1.0,
+) -> QuantizedInput:
+    """As `reference.hadamard_quantize`, rotated in float32."""
+    rotated = hadamard(x.float(), signs, left, right)
+    if group_size is None:
+        return quantize_per_token(rotated, bits, clip)
+    return quantize_token_groups(rotated, bits, group_size, clip)

@@ -129,8 +129,38 @@ class InputQuantizer(nn.Module):
         self._last = (x, result, remaining - 1) if remaining > 1 else None
         return result
 
+    @property
+    def blocked(self) -> bool:
+        """Whether codes come with a float scale a block of channels: `live` by groups."""
+        return self.spec.mode == "live" and self.spec.group_size > 1
+
+    @property
+    def _fused(self) -> bool:
+        """Whether rotation and quantizer are one operator."""
+        return self.rotation is not None and self.spec.mode in ("token", "groups")
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that a forward runs, in order."""
+        quantizer = {
+            "float": (),
+            "token": ("quantize_per_token",),
+            "tensor": ("quantize_per_tensor",),
+            "static": ("static_quantize",),
+            "calibrated": ("quantize_smoothed",),
+            "groups": ("quantize_token_groups",),
+            "live": ("runtime_smooth_quantize",),
+        }[self.spec.mode]
+        if self._fused:
+            return ("hadamard_quantize",)
+        return quantizer if self.rotation is None else ("hadamard", *quantizer)
+
     def _quantize(self, x: Tensor) -> QuantizedInput | Tensor:
-        spec, x = self.spec, self.rotate(x)
+        spec = self.spec
+        if self._fused:
+            assert self.rotation is not None
+            group_size = spec.group_size if spec.mode == "groups" else None
+            return self.rotation.quantize(x, spec.bits, group_size, spec.clip)
+        x = self.rotate(x)
         match spec.mode:
             case "float":
                 return x

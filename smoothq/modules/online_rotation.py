@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels import QuantizedInput
 from ..transforms.hadamard import Hadamard
 
 
@@ -48,6 +49,12 @@ class OnlineRotation(nn.Module):
         no_signs = torch.ones_like(self.signs)
         rotated = kernels.hadamard(x, no_signs, self.left.t(), self.right.t())
         return rotated * self.signs
+
+    def quantize(self, x: Tensor, bits: int, group_size: int | None, clip: float) -> QuantizedInput:
+        """x R as codes, float (..., K): one scale a token, or a multiplier a group of a token."""
+        assert not self.transposed
+        factors = (self.signs, self.left, self.right)
+        return kernels.hadamard_quantize(x, *factors, bits, group_size, clip)
 
 
 class RotatesOutput(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..checkpoint.packing import pack, packed_like, unpack
 from ..kernels import QuantizedInput
+from ..kernels.reference import multiplied_weight
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from .input_quantizer import InputQuantizer
 
@@ -105,22 +106,49 @@ class QuantizedLinear(nn.Module):
         codes = unpack(self.weight, self.in_features, self.spec.grid.bits)
         return QuantizedWeight(codes, Scales(self.weight_scale, self.weight_multiplier))
 
-    def prepare(self) -> None:
-        """Derive the running form: the int8 operand with group multipliers in it.
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that a forward runs, in order."""
+        return (*self.site_input.operators(), self._product)
 
-        Layers with float activations run from the packed form.
+    @property
+    def _product(self) -> str:
+        """The operator that multiplies: by the input's scales, the weight's, and its form."""
+        if self.site_input.spec.mode == "float":
+            return "weight_only_gemm"
+        if self.site_input.blocked or self.weight_scale.shape[1] > 1:
+            return "group_gemm"
+        return "int4_gemm" if self._packed else "int8_gemm"
+
+    @property
+    def _packed(self) -> bool:
+        """Whether the product takes the weight's 4-bit codes as they are stored."""
+        if self.spec.grid.bits != 4 or self.site_input.blocked:
+            return False
+        floating = self.site_input.spec.mode == "float"
+        if not floating and self.weight_scale.shape[1] > 1:
+            return False
+        group_size = self.spec.grid.group_size if self.spec.groups > 1 else None
+        operator = "weight_only_gemm" if floating else "int4_gemm"
+        packed: bool = kernels.runs_packed(operator, self.weight.device, group_size)
+        return packed
+
+    def prepare(self) -> None:
+        """Derive the running form where it is not the stored one: int8, with multipliers in it.
+
+        With float activations the multipliers stay apart: times 127 they would leave int8.
         """
-        if self.site_input.spec.mode == "float" or self.weight.is_meta:
-            self._operand = None
+        self._operand = None
+        if self.weight.is_meta or self._packed:
             return
         operand = unpack(self.weight, self.in_features, self.spec.grid.bits)
-        if self.weight_multiplier is not None:
-            groups = operand.unflatten(-1, (self.spec.groups, -1))
-            operand = (groups * self.weight_multiplier.to(torch.int8).unsqueeze(-1)).flatten(-2)
+        if self.site_input.spec.mode != "float":
+            operand = multiplied_weight(operand, self.weight_multiplier)
         self._operand = operand
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (..., K) → (..., N) in x's dtype."""
+        if self._operand is None and not self._packed:
+            raise RuntimeError("this QuantizedLinear has no running form yet: call prepare()")
         quantized = self.site_input(x)
         if isinstance(quantized, Tensor):
             result = self._float_product(quantized)
@@ -133,45 +161,42 @@ class QuantizedLinear(nn.Module):
     def _float_product(self, x: Tensor) -> Tensor:
         product: Tensor = kernels.weight_only_gemm(
             x.reshape(-1, self.in_features),
-            self.weight.flatten(1),
+            self.weight if self._operand is None else self._operand,
             self.weight_scale,
             self.weight_multiplier,
             self.bias,
-            self.spec.grid.bits,
+            4 if self._operand is None else 8,
         )
         return product
 
     def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
-        product: Tensor = kernels.int8_gemm(
-            x.codes.reshape(-1, self.in_features),
-            x.scale.reshape(-1, 1),
-            self._prepared(),
-            self.weight_scale.float().squeeze(1),
-            self.bias,
-            dtype,
-        )
+        codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
+        weight_scale = self.weight_scale.float().squeeze(1)
+        product: Tensor
+        if self._operand is None:
+            product = kernels.int4_gemm(
+                codes, scale, self.weight, weight_scale, self.weight_multiplier, self.bias, dtype
+            )
+        else:
+            product = kernels.int8_gemm(codes, scale, self._operand, weight_scale, self.bias, dtype)
         return product
 
     def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         """Float scales by block of channels: `live` smoothing, or float weight groups."""
         live = x.block_scale is not None
+        assert self._operand is not None
         product: Tensor = kernels.group_gemm(
             x.codes if live else x.codes.reshape(1, -1, self.in_features),
             x.scale if live else x.scale.reshape(1, -1, 1),
             x.block_scale,
             x.order,
-            self._prepared(),
+            self._operand,
             self.weight_scale,
             self.bias,
             self.site_input.spec.group_size if live else self.spec.grid.group_size,
             dtype,
         )
         return product
-
-    def _prepared(self) -> Tensor:
-        if self._operand is None:
-            raise RuntimeError("this QuantizedLinear has no running form yet: call prepare()")
-        return self._operand
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scale = self.weight_scale

@@ -1,0 +1,37 @@
+"""The operators as Triton kernels, for every GPU that Triton compiles for.
+
+Each file holds one kind of operator, its kernels beside their launchers; `README.md` in the folder
+above derives them. Everything here is called through `smoothq.kernels` alone.
+"""
+
+from .group_gemm import group_gemm
+from .hadamard import hadamard, hadamard_quantize
+from .integer_gemm import int4_gemm, int8_gemm
+from .launch import runs_packed
+from .quantize import (
+    channel_multipliers,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_smoothed,
+    quantize_token_groups,
+    static_quantize,
+)
+from .runtime_smooth import runtime_smooth_quantize
+from .weight_only_gemm import weight_only_gemm
+
+__all__ = [
+    "channel_multipliers",
+    "group_gemm",
+    "hadamard",
+    "hadamard_quantize",
+    "int4_gemm",
+    "int8_gemm",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "quantize_smoothed",
+    "quantize_token_groups",
+    "runs_packed",
+    "runtime_smooth_quantize",
+    "static_quantize",
+    "weight_only_gemm",
+]

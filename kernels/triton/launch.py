@@ -1,0 +1,94 @@
+"""What the launchers share: autotuning over named tiles, and the choice of block sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import PACKED_BLOCK
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DECODE_TOKENS = 16  # up to this many tokens a product is bound by the bytes of its weight
+FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+Kernel = Any  # a triton.JITFunction or Autotuner: launched as kernel[grid](*args)
+
+
+def tuned(
+    tiles: dict[str, triton.Config], key: Iterable[str], fit: Callable[..., Any] | None = None
+) -> Callable[[Kernel], Kernel]:
+    """A kernel that takes the fastest of a few named tiles, timed once a key and kept on disk.
+
+    fit: which of the tiles the arguments allow. The interpreter does not measure: it takes the
+    first tile.
+    """
+    configs = list(tiles.values())[: 1 if INTERPRETED else None]
+    prune = None if fit is None else {"early_config_prune": fit}
+    decorator = triton.autotune(configs, key=list(key), prune_configs_by=prune, cache_results=True)
+    return cast(Callable[[Kernel], Kernel], decorator)
+
+
+def tile(n: int, m: int, warps: int, stages: int, band: int = 1, **more: int) -> triton.Config:
+    """A tile of n output features and m tokens; `band` tiles of tokens are walked together."""
+    sizes = {"BLOCK_N": n, "BLOCK_M": m, "BAND": band, **more}
+    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """What a float product's operands are multiplied as: their own dtype.
+
+    The interpreter multiplies bfloat16's bits as integers, so there they go in as float32: the
+    same values, since products of them are exact in float32 either way.
+    """
+    return tl.float32 if INTERPRETED else FLOATS[dtype]
+
+
+def token_bucket(tokens: int) -> int:
+    """The size class a product is tuned for: the next power of two, at most 8,192."""
+    return min(int(triton.next_power_of_2(max(tokens, 1))), 8192)
+
+
+@cache
+def runs_ptx() -> bool:
+    """Whether kernels may hold PTX: on NVIDIA's GPUs, not on AMD's nor in the interpreter."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def runs_packed(operator: str, group_size: int | None) -> bool:
+    """Whether 4-bit weights in groups of that size (None: one scale a row) run as they are stored.
+
+    Half a packed block, 32 columns, must lie within one group.
+    """
+    del operator  # both products of packed weights read the same blocks
+    return group_size is None or group_size % (PACKED_BLOCK // 2) == 0
+
+
+def row_warps(width: int) -> int:
+    """Warps for a program that holds `width` float32 values: 32 values a thread."""
+    return min(max(width // 1024, 1), 32)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once on a device, in multiples of its occupancy."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x, (..., K), as contiguous rows (M, K): a view where x is contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def check_float(x: Tensor, operator: str) -> None:
+    """Raise TypeError unless x has a dtype that the kernels read."""
+    if x.dtype not in FLOATS:
+        known = ", ".join(map(str, FLOATS))
+        raise TypeError(f"{operator}: the Triton kernels take {known}, not {x.dtype}")

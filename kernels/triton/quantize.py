@@ -1,0 +1,277 @@
+"""The quantizers: one program a token, the whole token in registers, every byte touched once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code, largest_multiplier
+from .codes import divide, divide_by, nonzero, per_token, to_codes, token_groups
+from .launch import check_float, row_warps, rows_of
+
+STATIC_BLOCK = 4096  # elements a program of the element-wise quantizer
+
+
+@triton.jit
+def _per_token_kernel(x, codes, scales, K, clip, HIGHEST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
+    found, scale = per_token(values, clip, HIGHEST, -HIGHEST - 1)
+    tl.store(codes + row * K + columns, found, mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _token_groups_kernel(
+    x,
+    codes,
+    scales,
+    K,
+    clip,
+    GROUP: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, COLUMNS)[None, :]
+    columns = tl.arange(0, GROUPS)[:, None] * GROUP + inner
+    inside = (inner < GROUP) & (columns < K)
+    values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
+    found, scale = token_groups(values, clip, HIGHEST, LARGEST)
+    tl.store(codes + row * K + columns, found, mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _smoothed_kernel(
+    x,
+    multiplier,
+    codes,
+    scales,
+    K,
+    tokens_a_sequence,
+    clip,
+    HIGHEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
+    sequence = row // tokens_a_sequence
+    m = tl.load(multiplier + sequence * K + columns, mask=inside, other=1)
+    found, scale = per_token(divide(values, m.to(tl.float32)), clip, HIGHEST, -HIGHEST)
+    tl.store(codes + row * K + columns, found * m, mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _one_scale_kernel(
+    x,
+    source,
+    codes,
+    scale_out,
+    elements,
+    clip,
+    FROM_MAXIMUM: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes under one scale: `source` itself, or with FROM_MAXIMUM the one of that maximum."""
+    program = tl.program_id(0).to(tl.int64)
+    scale = tl.load(source)
+    if FROM_MAXIMUM:
+        scale = nonzero(divide_by(scale * clip, HIGHEST))
+    offsets = program * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < elements
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(codes + offsets, to_codes(divide(values, scale), -HIGHEST - 1, HIGHEST), mask=inside)
+    if program == 0:
+        tl.store(scale_out, scale)
+
+
+@triton.jit
+def _multipliers_kernel(scale, multiplier, K, smallest, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    values = tl.load(scale + row * K + columns, mask=inside, other=0.0).to(tl.float32)
+    values = tl.maximum(values, smallest)
+    base = divide_by(tl.max(values), LARGEST)
+    found = tl.minimum(tl.maximum(tl.ceil(divide(values, base)), 1.0), LARGEST * 1.0)
+    tl.store(multiplier + row * K + columns, found.to(tl.int8), mask=inside)
+
+
+def empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 (..., K) and scale float32 (..., 1) for x, not yet written."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("smoothq::triton_quantize_per_token", mutates_args=())
+def _per_token(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    check_float(x, "quantize_per_token")
+    rows, (codes, scale) = rows_of(x), empty_quantized(x)
+    if rows.shape[0]:
+        block = triton.next_power_of_2(rows.shape[1])
+        _per_token_kernel[(rows.shape[0],)](
+            rows,
+            codes,
+            scale,
+            rows.shape[1],
+            clip,
+            highest_code(bits),
+            block,
+            num_warps=row_warps(block),
+        )
+    return codes, scale
+
+
+@torch.library.custom_op("smoothq::triton_quantize_token_groups", mutates_args=())
+def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
+    check_float(x, "quantize_token_groups")
+    rows, (codes, scale) = rows_of(x), empty_quantized(x)
+    if rows.shape[0]:
+        groups = triton.next_power_of_2(rows.shape[1] // group_size)
+        columns = triton.next_power_of_2(group_size)
+        _token_groups_kernel[(rows.shape[0],)](
+            rows,
+            codes,
+            scale,
+            rows.shape[1],
+            clip,
+            group_size,
+            highest_code(bits),
+            largest_multiplier(bits),
+            groups,
+            columns,
+            num_warps=row_warps(groups * columns),
+        )
+    return codes, scale
+
+
+@torch.library.custom_op("smoothq::triton_quantize_smoothed", mutates_args=())
+def _smoothed(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    check_float(x, "quantize_smoothed")
+    rows, (codes, scale) = rows_of(x), empty_quantized(x)
+    if rows.shape[0]:
+        multiplier = rows_of(multiplier)
+        block = triton.next_power_of_2(rows.shape[1])
+        _smoothed_kernel[(rows.shape[0],)](
+            rows,
+            multiplier,
+            codes,
+            scale,
+            rows.shape[1],
+            rows.shape[0] // multiplier.shape[0],
+            clip,
+            highest_code(bits),
+            block,
+            num_warps=row_warps(block),
+        )
+    return codes, scale
+
+
+@torch.library.custom_op("smoothq::triton_quantize_one_scale", mutates_args=())
+def _one_scale(
+    x: Tensor, source: Tensor, from_maximum: bool, bits: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    check_float(x, "static_quantize")
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty([1] * x.dim(), dtype=torch.float32, device=x.device)
+    programs = max(triton.cdiv(x.numel(), STATIC_BLOCK), 1)
+    _one_scale_kernel[(programs,)](
+        x,
+        source.float(),
+        codes,
+        scale,
+        x.numel(),
+        clip,
+        from_maximum,
+        highest_code(bits),
+        STATIC_BLOCK,
+        num_warps=4,
+    )
+    return codes, scale
+
+
+@torch.library.custom_op("smoothq::triton_channel_multipliers", mutates_args=())
+def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
+    """As `reference.channel_multipliers`."""
+    rows = rows_of(scale)
+    multiplier = torch.empty(scale.shape, dtype=torch.int8, device=scale.device)
+    if rows.shape[0]:
+        block = triton.next_power_of_2(rows.shape[1])
+        _multipliers_kernel[(rows.shape[0],)](
+            rows,
+            multiplier,
+            rows.shape[1],
+            SMALLEST_SCALE,
+            largest_multiplier(bits),
+            block,
+            num_warps=row_warps(block),
+        )
+    return multiplier
+
+
+@_per_token.register_fake
+def _(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    return empty_quantized(x)
+
+
+@_token_groups.register_fake
+def _(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
+    return empty_quantized(x)
+
+
+@_smoothed.register_fake
+def _(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    return empty_quantized(x)
+
+
+@_one_scale.register_fake
+def _(
+    x: Tensor, source: Tensor, from_maximum: bool, bits: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    return empty_quantized(x)[0], x.new_empty([1] * x.dim(), dtype=torch.float32)
+
+
+@channel_multipliers.register_fake
+def _(scale: Tensor, bits: int) -> Tensor:
+    return torch.empty(scale.shape, dtype=torch.int8, device=scale.device)
+
+
+def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
+    """As `reference.quantize_per_token`."""
+    return QuantizedInput(*_per_token(x, bits, clip))
+
+
+def quantize_token_groups(
+    x: Tensor, bits: int, group_size: int, clip: float = 1.0
+) -> QuantizedInput:
+    """As `reference.quantize_token_groups`."""
+    return QuantizedInput(*_token_groups(x, bits, group_size, clip))
+
+
+def quantize_smoothed(
+    x: Tensor, multiplier: Tensor, bits: int, clip: float = 1.0
+) -> QuantizedInput:
+    """As `reference.quantize_smoothed`, for one multiplier a channel, or a sequence and channel."""
+    return QuantizedInput(*_smoothed(x, multiplier, bits, clip))
+
+
+def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
+    """As `reference.quantize_per_tensor`: PyTorch's maximum, then one pass."""
+    return QuantizedInput(*_one_scale(x, x.abs().amax(), True, bits, clip))
+
+
+def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:
+    """As `reference.static_quantize`."""
+    return QuantizedInput(*_one_scale(x, scale, False, bits, 1.0))

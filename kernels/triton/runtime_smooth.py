@@ -1,0 +1,155 @@
+"""Runtime smoothing over the sequence at hand, in two passes over the input.
+
+The first pass finds each channel's maximum over the tokens (a program takes some tokens, whole, so
+that a token's own maximum is at hand to normalise with), the second gathers the channels in the
+order of their maxima, divides and quantizes. Between them the maxima alone are sorted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code
+from .codes import divide, per_token
+from .launch import check_float, row_warps, rows_of
+from .quantize import channel_multipliers, empty_quantized, quantize_smoothed
+
+TOKENS_A_PROGRAM = 16  # of the first pass: so many fewer atomic maxima than tokens
+
+
+@triton.jit
+def _channel_maxima_kernel(
+    x,
+    mask,
+    maxima,
+    L,
+    K,
+    smallest,
+    NORMALISE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * TOKENS
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    largest = tl.zeros([BLOCK], tl.float32)
+    for token in range(first, min(first + TOKENS, L)):
+        row = sequence * L + token
+        kept = True
+        if mask is not None:
+            kept = tl.load(mask + row) != 0
+        values = tl.load(x + row * K + columns, mask=inside & kept, other=0.0).to(tl.float32)
+        values = tl.abs(values)
+        if NORMALISE:
+            values = divide(values, tl.maximum(tl.max(values), smallest))
+        largest = tl.maximum(largest, values)
+    tl.atomic_max(maxima + sequence * K + columns, largest, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _ordered_kernel(
+    x,
+    order,
+    block_scale,
+    codes,
+    scales,
+    L,
+    K,
+    clip,
+    GROUP: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sequence = row // L
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    channel = tl.load(order + sequence * K + columns, mask=inside, other=0)
+    values = tl.load(x + row * K + channel, mask=inside, other=0.0).to(tl.float32)
+    divisors = block_scale + sequence * (K // GROUP) + columns // GROUP
+    smoothed = divide(values, tl.load(divisors, mask=inside, other=1.0))
+    found, scale = per_token(smoothed, clip, HIGHEST, -HIGHEST - 1)
+    tl.store(codes + row * K + columns, found, mask=inside)
+    tl.store(scales + row, scale)
+
+
+@torch.library.custom_op("smoothq::triton_live_channel_maxima", mutates_args=())
+def _channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
+    check_float(x, "runtime_smooth_quantize")
+    batch, length, width = x.shape
+    maxima = torch.full((batch, width), SMALLEST_SCALE, dtype=torch.float32, device=x.device)
+    if batch and length:
+        block = triton.next_power_of_2(width)
+        _channel_maxima_kernel[(triton.cdiv(length, TOKENS_A_PROGRAM), batch)](
+            rows_of(x),
+            None if mask is None else mask.to(torch.uint8).contiguous(),
+            maxima,
+            length,
+            width,
+            SMALLEST_SCALE,
+            normalise,
+            TOKENS_A_PROGRAM,
+            block,
+            num_warps=row_warps(block),
+        )
+    return maxima
+
+
+@torch.library.custom_op("smoothq::triton_quantize_ordered", mutates_args=())
+def _ordered(
+    x: Tensor, order: Tensor, block_scale: Tensor, bits: int, group_size: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    codes, scale = empty_quantized(x)
+    batch, length, width = x.shape
+    if batch and length:
+        block = triton.next_power_of_2(width)
+        _ordered_kernel[(batch * length,)](
+            rows_of(x),
+            order,
+            block_scale,
+            codes,
+            scale,
+            length,
+            width,
+            clip,
+            group_size,
+            highest_code(bits),
+            block,
+            num_warps=row_warps(block),
+        )
+    return codes, scale
+
+
+@_channel_maxima.register_fake
+def _(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+
+
+@_ordered.register_fake
+def _(
+    x: Tensor, order: Tensor, block_scale: Tensor, bits: int, group_size: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    return empty_quantized(x)
+
+
+def runtime_smooth_quantize(
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    clip: float = 1.0,
+    mask: Tensor | None = None,
+    normalise: bool = False,
+) -> QuantizedInput:
+    """As `reference.runtime_smooth_quantize`."""
+    maxima = _channel_maxima(x, mask, normalise)
+    if group_size == 1:
+        multiplier = channel_multipliers(maxima, bits).unsqueeze(-2)
+        return quantize_smoothed(x, multiplier, bits, clip)
+    ordered, order = maxima.sort(dim=-1, descending=True, stable=True)
+    block_scale = ordered[:, ::group_size].contiguous()
+    codes, scale = _ordered(x, order, block_scale, bits, group_size, clip)
+    return QuantizedInput(codes, scale, block_scale, order)

@@ -1,0 +1,199 @@
+"""weight_only_gemm: float tokens times packed weights, unpacked inside.
+
+Codes are exact in bfloat16 and float16, so that they go into the tensor cores as they are; one
+scale a row comes at the end, and group scales (or a row's scale times a group's multiplier) at the
+end of each group's sum, as in group_gemm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import (
+    DECODE_TOKENS,
+    Kernel,
+    check_float,
+    operand,
+    runs_packed,
+    runs_ptx,
+    tile,
+    token_bucket,
+    tuned,
+)
+from .nibbles import as_floats, columns_of
+from .tiles import load_columns, store, tile_of
+
+PREFILL_TILES = {
+    "small": tile(64, 32, 4, 3, band=8, BLOCK_K=64),
+    "wide": tile(128, 64, 8, 3, band=8, BLOCK_K=64),
+    "square": tile(128, 128, 8, 3, band=8, BLOCK_K=64),
+    "square, deep": tile(128, 128, 8, 3, band=8, BLOCK_K=128),
+}
+DECODE_TILES = {
+    "narrow": tile(32, 16, 2, 4, BLOCK_K=64),
+    "short": tile(64, 16, 4, 4, BLOCK_K=64),
+    "long": tile(64, 16, 4, 4, BLOCK_K=128),
+    "longest": tile(64, 16, 4, 4, BLOCK_K=256),
+    "narrow, long": tile(32, 16, 2, 4, BLOCK_K=256),
+}
+
+
+@triton.jit
+def _weight_only_kernel(
+    x,
+    weight,
+    weight_scale,
+    multiplier,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    row_bytes,
+    groups,
+    token_bucket,
+    OPERAND: tl.constexpr,
+    PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    GROUP: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); without GROUPED one s_n a row."""
+    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, BAND)
+    token_rows, weight_rows = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
+    token_pointers = x + token_rows[None, :] * K
+    weight_pointers = weight + weight_rows[:, None] * row_bytes
+    EVEN: tl.constexpr = GROUP % BLOCK_K == 0  # no step goes past a group, or past K
+    STEPS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # a group, where weights are int8
+    steps = groups * STEPS if GROUPED and not PACKED else tl.cdiv(K, BLOCK_K)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in range(0, steps):
+        if PACKED:
+            k = step * BLOCK_K
+            group = k // GROUP
+            first, second, inside = columns_of(k, K, BLOCK_K // 2, EVEN)
+            a = load_columns(token_pointers, first[:, None], inside[:, None], EVEN).to(OPERAND)
+            last = (inside & (second < K))[:, None]
+            b = load_columns(token_pointers, second[:, None], last, EVEN).to(OPERAND)
+            byte = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+            packed = load_columns(weight_pointers, byte, inside[None, :], EVEN)
+            w, v = as_floats(packed, OPERAND, PTX)
+            if not GROUPED:
+                total = tl.dot(w, a, total, input_precision="ieee")
+                total = tl.dot(v, b, total, input_precision="ieee")
+            elif GROUP % 64 == 0:  # both halves lie in one group
+                part = tl.dot(w, a, input_precision="ieee")
+                part = tl.dot(v, b, part, input_precision="ieee")
+                total += part * group_scale(weight_scale, multiplier, weight_rows, group, groups)
+            else:
+                part = tl.dot(w, a, input_precision="ieee")
+                total += part * group_scale(weight_scale, multiplier, weight_rows, group, groups)
+                group = tl.minimum(k + 32, K - 1) // GROUP
+                part = tl.dot(v, b, input_precision="ieee")
+                total += part * group_scale(weight_scale, multiplier, weight_rows, group, groups)
+        else:
+            group = step // STEPS if GROUPED else 0
+            k = group * GROUP + (step % STEPS) * BLOCK_K
+            columns = k + tl.arange(0, BLOCK_K)
+            inside = columns < (group + 1) * GROUP
+            a = load_columns(token_pointers, columns[:, None], inside[:, None], EVEN).to(OPERAND)
+            w = load_columns(weight_pointers, columns[None, :], inside[None, :], EVEN).to(OPERAND)
+            if GROUPED:
+                part = tl.dot(w, a, input_precision="ieee")
+                total += part * group_scale(weight_scale, multiplier, weight_rows, group, groups)
+            else:
+                total = tl.dot(w, a, total, input_precision="ieee")
+    result = tl.trans(total)
+    if not GROUPED:
+        result *= tl.load(weight_scale + weight_rows).to(tl.float32)[None, :]
+    if bias is not None:
+        result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
+    store(result, out, m, n, M, N)
+
+
+@triton.jit
+def group_scale(weight_scale, multiplier, rows, group, groups):
+    """The scales of one group, float32 (rows, 1): stored as such, or a row's times a multiplier."""
+    if multiplier is None:
+        scale = tl.load(weight_scale + rows * groups + group).to(tl.float32)
+    else:
+        m = tl.load(multiplier + rows * groups + group).to(tl.float32)
+        scale = tl.load(weight_scale + rows).to(tl.float32) * m
+    return scale[:, None]
+
+
+def _tiles_that_fit(
+    configs: list[triton.Config], named: dict[str, Any], **settings: Any
+) -> list[triton.Config]:
+    """The tiles whose step does not cross a group: packed, 64 columns or a part of the group."""
+    if not settings["GROUPED"] or not settings["PACKED"]:
+        return configs
+    group = settings["GROUP"]
+    return [c for c in configs if c.kwargs["BLOCK_K"] == 64 or group % c.kwargs["BLOCK_K"] == 0]
+
+
+_KEY = ["N", "K", "token_bucket", "PACKED", "GROUPED", "GROUP"]
+_prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY, _tiles_that_fit)(_weight_only_kernel)
+_decode_kernel: Kernel = tuned(DECODE_TILES, _KEY, _tiles_that_fit)(_weight_only_kernel)
+
+
+def weight_only_gemm(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """As `reference.weight_only_gemm`, summed in float32.
+
+    Raises NotImplementedError for 4-bit groups that do not fit the packed blocks: `runs_packed`.
+    """
+    check_float(x, "weight_only_gemm")
+    (M, K), N = x.shape, packed.shape[0]
+    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, weight = x.contiguous(), packed.contiguous().view(torch.int8)
+    groups = (weight_scale if multiplier is None else multiplier).shape[1]
+    if multiplier is not None and groups == 1:
+        weight_scale, multiplier = weight_scale.float() * multiplier, None
+    if bits == 4 and groups > 1 and not runs_packed("weight_only_gemm", K // groups):
+        raise NotImplementedError(
+            f"weight_only_gemm: 4-bit groups of {K // groups} columns do not fit the packed "
+            "blocks; unpack the weight and pass it as 8 bits"
+        )
+    kernel = _decode_kernel if M <= DECODE_TOKENS else _prefill_kernel
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
+
+    kernel[grid](
+        x,
+        weight,
+        weight_scale.contiguous(),
+        multiplier,
+        bias,
+        out,
+        M,
+        N,
+        K,
+        weight.shape[1],
+        groups,
+        token_bucket(M),
+        operand(x.dtype),
+        PACKED=bits == 4,
+        GROUPED=groups > 1,
+        GROUP=K // groups,
+        PTX=runs_ptx(),
+    )
+    return out
