@@ -31,6 +31,7 @@ __all__ = [
     "int4_gemm",
     "int8_gemm",
     "largest_multiplier",
+    "left_factor",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 _BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # device type → module; "cuda" is ROCm's name too
+_LOADED: dict[str, ModuleType] = {"cpu": cpu}  # Triton is imported when a GPU's tensor first comes
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -63,6 +65,16 @@ def runs_packed(operator: str, device: torch.device, group_size: int | None) -> 
     return bool(_backend(device, operator).runs_packed(operator, group_size))
 
 
+def left_factor(device: torch.device, base: int, order: int) -> int | None:
+    """How a Hadamard matrix of an order runs fastest on a device: the left factor's order.
+
+    base: the order of its part that is no power of two; the left factor is a multiple of it by a
+    power of two, the right factor the power of two that is left. None: as the rotation is stored.
+    """
+    left: int | None = _backend(device, "hadamard").left_factor(base, order)
+    return left
+
+
 def _backend(device: torch.device, operator: str) -> ModuleType:
     """The backend of a device. Raises NotImplementedError naming a device that has none."""
     name = _BACKENDS.get("cpu" if device.type == "meta" else device.type)
@@ -71,13 +83,14 @@ def _backend(device: torch.device, operator: str) -> ModuleType:
             f"smoothq has no kernel '{operator}' for device '{device}'; "
             f"it runs on: {', '.join(_BACKENDS)}"
         )
-    return cpu if name == "cpu" else _triton()
+    if name not in _LOADED:
+        _LOADED[name] = _load(name)
+    return _LOADED[name]
 
 
-@functools.cache
-def _triton() -> ModuleType:
+def _load(name: str) -> ModuleType:
     try:
-        return importlib.import_module(".triton", __name__)
+        return importlib.import_module(f".{name}", __name__)
     except ImportError as error:
         raise NotImplementedError(
             "smoothq's GPU kernels need Triton, which PyTorch for GPUs brings along: "

@@ -295,7 +295,8 @@ def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """x R with R = diag(signs) · (I ⊗ H_left ⊗ H_right) / √(orders): blocks of Hadamard matrices.
 
     x: float (..., K); signs: int8 (K,); left: int8 (l, l), right: int8 (r, r), entries ±1,
-    l · r divides K. Returns x's shape and dtype; computed in float64.
+    l · r divides K, and `right` is Sylvester's matrix of a power of two. Returns x's shape and
+    dtype; computed in float64.
     """
     blocks = (x.double() * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
     rotated = torch.einsum("...lr,lm,rn->...mn", blocks, left.double(), right.double())

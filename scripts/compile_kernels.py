@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,91 +101,106 @@ class CompilingDriver:
         return once
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+Case = tuple[str, Callable[[], object]]
+
+ROWS, WIDTH, DOWN, GROUP = 256, 4096, 14336, 128
+
+
+def cases() -> Iterator[Case]:
     """Every operator in every form, its name first, at widths that real models have."""
-    width, rows, group = 4096, 256, 128
-    packed = pack(torch.zeros(rows, width, dtype=torch.int8), 4).flatten(1)
-    weight = torch.zeros(rows, width, dtype=torch.int8)
-    per_row, per_group = torch.ones(rows), torch.ones(rows, width // group).bfloat16()
-    multiplier = torch.ones(rows, width // group, dtype=torch.uint8)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kind, bias = str(dtype).removeprefix("torch."), torch.ones(rows, dtype=dtype)
-        for tokens in (1, 64):
-            codes, scale = torch.zeros(tokens, width, dtype=torch.int8), torch.ones(tokens, 1)
-            x, where = torch.ones(tokens, width, dtype=dtype), f"{kind}, {tokens} tokens"
-            yield (
-                f"int8_gemm, {where}",
-                lambda c=codes, s=scale, b=bias, d=dtype: operators.int8_gemm(
-                    c, s, weight, per_row, b, d
-                ),
-            )
-            for name, m in (("", None), (" multipliers,", multiplier)):
-                yield (
-                    f"int4_gemm,{name} {where}",
-                    lambda c=codes, s=scale, m=m, d=dtype: operators.int4_gemm(
-                        c, s, packed, per_row, m, None, d
-                    ),
-                )
-                yield (
-                    f"weight_only_gemm, 4 bits,{name} {where}",
-                    lambda x=x, m=m: operators.weight_only_gemm(
-                        x, packed, per_row[:, None], m, None, 4
-                    ),
-                )
-            yield (
-                f"weight_only_gemm, 4 bits, groups, {where}",
-                lambda x=x: operators.weight_only_gemm(x, packed, per_group, None, None, 4),
-            )
-            yield (
-                f"weight_only_gemm, 8 bits, {where}",
-                lambda x=x: operators.weight_only_gemm(x, weight, per_row[:, None], None, None, 8),
-            )
-        codes, scale = torch.zeros(1, 64, width, dtype=torch.int8), torch.ones(1, 64, 1)
-        blocks = torch.ones(1, width // group)
+        kind = str(dtype).removeprefix("torch.")
+        forms = [*weight_only_cases(dtype), *quantizer_cases(dtype)]
+        if dtype != torch.float16:  # of a product of integers only the last conversion differs
+            forms += integer_cases(dtype)
+        for name, run in forms:
+            yield f"{name}, {kind}", run
+
+
+def integer_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of codes, with results of a dtype."""
+    weight = torch.zeros(ROWS, WIDTH, dtype=torch.int8)
+    packed, per_row = pack(weight, 4), torch.ones(ROWS)
+    multiplier = torch.ones(ROWS, WIDTH // GROUP, dtype=torch.uint8)
+    for tokens in (1, 64):
+        codes, scale = torch.zeros(tokens, WIDTH, dtype=torch.int8), torch.ones(tokens, 1)
+        bias = torch.ones(ROWS, dtype=dtype)
+        operands = (codes, scale, packed, per_row)
         yield (
-            f"group_gemm, blocks, {kind}",
-            lambda c=codes, s=scale, b=blocks, d=dtype: operators.group_gemm(
-                c, s, b, None, weight, per_row[:, None], None, group, d
-            ),
+            f"int8_gemm, {tokens} tokens",
+            partial(operators.int8_gemm, codes, scale, weight, per_row, bias, dtype),
         )
         yield (
-            f"group_gemm, weight groups, {kind}",
-            lambda c=codes, s=scale, d=dtype: operators.group_gemm(
-                c, s, None, None, weight, per_group, None, group, d
+            f"int4_gemm, {tokens} tokens",
+            partial(operators.int4_gemm, *operands, None, None, dtype),
+        )
+        yield (
+            f"int4_gemm, multipliers, {tokens} tokens",
+            partial(operators.int4_gemm, *operands, multiplier, None, dtype),
+        )
+        shaped = (codes[None], scale[None])
+        per_group = torch.ones(ROWS, WIDTH // GROUP).bfloat16()
+        yield (
+            f"group_gemm, weight groups, {tokens} tokens",
+            partial(
+                operators.group_gemm, *shaped, None, None, weight, per_group, None, GROUP, dtype
             ),
         )
-        x = torch.ones(1, 2, 14336, dtype=dtype)
-        ones = torch.ones(14336, dtype=torch.int8)
-        rotation = Hadamard.of(14336, seed=0)
-        factors = (rotation.signs(), *rotation.factors())
-        wide = Hadamard.of(11008, seed=0)  # its left factor is too wide to be fused
-        wide_factors = (wide.signs(), *wide.factors())
-        for name, call in {
-            "quantize_per_token": lambda x=x: operators.quantize_per_token(x, 4),
-            "quantize_per_tensor": lambda x=x: operators.quantize_per_tensor(x, 8),
-            "static_quantize": lambda x=x: operators.static_quantize(x, torch.ones(()), 8),
-            "quantize_token_groups": lambda x=x: operators.quantize_token_groups(x, 4, group),
-            "quantize_smoothed": lambda x=x, m=ones: operators.quantize_smoothed(x, m, 4),
-            "runtime_smooth_quantize": lambda x=x: operators.runtime_smooth_quantize(x, 4, group),
-            "runtime_smooth_quantize, normalised": lambda x=x: operators.runtime_smooth_quantize(
-                x, 4, 1, normalise=True
+        blocks = torch.ones(1, WIDTH // GROUP)
+        yield (
+            f"group_gemm, blocks, {tokens} tokens",
+            partial(
+                operators.group_gemm,
+                *(*shaped, blocks, None, weight, per_row[:, None], None, GROUP, dtype),
             ),
-            "hadamard": lambda x=x, f=wide_factors: operators.hadamard(x[..., :11008], *f),
-            "hadamard_quantize": lambda x=x, f=factors: operators.hadamard_quantize(x, *f, 4),
-            "hadamard_quantize, groups": lambda x=x, f=factors: operators.hadamard_quantize(
-                x, *f, 4, group
-            ),
-        }.items():
-            yield f"{name}, {kind}", call
+        )
+
+
+def weight_only_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of floats of a dtype and packed weights."""
+    weight = torch.zeros(ROWS, WIDTH, dtype=torch.int8)
+    packed, per_row = pack(weight, 4), torch.ones(ROWS, 1)
+    per_group = torch.ones(ROWS, WIDTH // GROUP).bfloat16()
+    multiplier = torch.ones(ROWS, WIDTH // GROUP, dtype=torch.uint8)
+    for tokens in (1, 64):
+        product = partial(operators.weight_only_gemm, torch.ones(tokens, WIDTH, dtype=dtype))
+        forms = {
+            "4 bits": (packed, per_row, None, None, 4),
+            "4 bits, groups": (packed, per_group, None, None, 4),
+            "4 bits, multipliers": (packed, per_row, multiplier, None, 4),
+            "8 bits": (weight, per_row, None, None, 8),
+        }
+        for form, operands in forms.items():
+            yield f"weight_only_gemm, {form}, {tokens} tokens", partial(product, *operands)
+
+
+def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The quantizers and rotations of inputs of a dtype."""
+    x = torch.ones(1, 2, DOWN, dtype=dtype)
+    ones = torch.ones(DOWN, dtype=torch.int8)
+    rotation, wide = Hadamard.of(DOWN, seed=0), Hadamard.of(11008, seed=0)
+    factors = (rotation.signs(), *rotation.factors(operators.left_factor(rotation.base, DOWN)))
+    wide_factors = (wide.signs(), *wide.factors())  # a left factor too wide to be fused
+    yield "quantize_per_token", partial(operators.quantize_per_token, x, 4)
+    yield "quantize_per_tensor", partial(operators.quantize_per_tensor, x, 8)
+    yield "static_quantize", partial(operators.static_quantize, x, torch.ones(()), 8)
+    yield "quantize_token_groups", partial(operators.quantize_token_groups, x, 4, GROUP)
+    yield "quantize_smoothed", partial(operators.quantize_smoothed, x, ones, 4)
+    live = partial(operators.runtime_smooth_quantize, x, 4)
+    yield "runtime_smooth_quantize", partial(live, GROUP)
+    yield "runtime_smooth_quantize, normalised", partial(live, 1, normalise=True)
+    yield "hadamard", partial(operators.hadamard, x[..., :11008], *wide_factors)
+    yield "hadamard_quantize", partial(operators.hadamard_quantize, x, *factors, 4)
+    yield "hadamard_quantize, groups", partial(operators.hadamard_quantize, x, *factors, 4, GROUP)
 
 
 def compile_all(chip: Chip, only: str = "") -> list[Compiled]:
     """Compile every case whose name contains `only`."""
-    loaded: list[tuple[str, str, dict[str, str]]] = []
+    loaded: dict[str, tuple[str, str, dict[str, str]]] = {}
     case = ""
 
     def remember(module: Any, function: Any, name: str, files: dict[str, str], key: str) -> None:
-        loaded.append((case, name, dict(files)))
+        loaded.setdefault(key, (case, name, dict(files)))
 
     triton.runtime.driver.set_active(CompilingDriver(chip))
     with tempfile.TemporaryDirectory() as cache:  # timings found here must reach no real cache
@@ -194,7 +210,7 @@ def compile_all(chip: Chip, only: str = "") -> list[Compiled]:
             if only in case:
                 run()
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda entry: examine(chip, *entry), loaded))
+            return list(pool.map(lambda entry: examine(chip, *entry), loaded.values()))
 
 
 def examine(chip: Chip, case: str, name: str, files: dict[str, str]) -> Compiled:

@@ -1,5 +1,6 @@
 """Tiny models on disk, a tokenizer for them, and recipes that fit their widths."""
 
+import os
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 from smoothq import Recipe, preset
 from tests.architectures import VOCABULARY, tiny_model

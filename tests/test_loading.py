@@ -52,7 +52,8 @@ def plain_unpack(stored: Tensor, columns: int) -> Tensor:
     """Codes by the format's description, written again: int64 (N, K)."""
     if stored.dtype == torch.int8:
         return stored.reshape(stored.shape[0], columns).long()
-    nibbles = torch.stack([stored % 16, stored // 16], -1).flatten(1).long()
+    blocks = [block.long() for block in stored.split(32, 1)]
+    nibbles = torch.cat([half for block in blocks for half in (block % 16, block // 16)], 1)
     return torch.where(nibbles > 7, nibbles - 16, nibbles)[:, :columns]
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "int4_gemm",
     "int8_gemm",
     "int8_matmul",
+    "left_factor",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
@@ -113,6 +114,12 @@ def runs_packed(operator: str, group_size: int | None) -> bool:
     """Only `weight_only_gemm` takes packed weights as they are: integer ones run as int8."""
     del group_size
     return operator == "weight_only_gemm"
+
+
+def left_factor(base: int, order: int) -> int | None:
+    """As the rotation is stored: two factors of like size make the fewest operations."""
+    del base, order
+    return None
 
 
 def group_gemm(

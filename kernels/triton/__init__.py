@@ -5,7 +5,7 @@ above derives them. Everything here is called through `smoothq.kernels` alone.
 """
 
 from .group_gemm import group_gemm
-from .hadamard import hadamard, hadamard_quantize
+from .hadamard import hadamard, hadamard_quantize, left_factor
 from .integer_gemm import int4_gemm, int8_gemm
 from .launch import runs_packed
 from .quantize import (
@@ -26,6 +26,7 @@ __all__ = [
     "hadamard_quantize",
     "int4_gemm",
     "int8_gemm",
+    "left_factor",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",

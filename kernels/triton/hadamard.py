@@ -1,8 +1,10 @@
 """Hadamard rotations, alone and in one pass into the quantizer.
 
-A token of K = l · r channels is read as a matrix V (l, r); its rotation is H_leftᵀ V H_right, two
-small products for the tensor cores. The factors hold ±1, exact in bfloat16; a float32 operand is
-cut into three bfloat16 parts that add up to it, so that the products are as good as float32 ones.
+A token of K = l · r channels is read as a matrix V (l, r); its rotation is H_leftᵀ V H_right. r is
+a power of two, its Hadamard matrix Sylvester's, so that it splits again: the fused form rotates the
+three axes of (l, a, b) one after the other, each by a small product for the tensor cores. The
+factors hold ±1, exact in bfloat16; a float32 operand is cut into three bfloat16 parts that add up
+to it, so that the products are as good as float32 ones.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from .quantize import empty_quantized, quantize_per_token, quantize_token_groups
 
 SMALLEST_DOT = 16
 TILE = 64  # rows and columns of a plain rotation's tile
-WIDEST_FACTOR = 128  # of the fused form: one token's matrix, at most 128 × 128, stays in registers
+WIDEST_LEFT, WIDEST_AXIS = 64, 128  # orders of one product in the fused form
+LARGEST_TOKEN = {2: 16384, 4: 8192}  # of x's bytes: channels that one program's registers hold
 
 
 @triton.jit
@@ -30,24 +33,14 @@ def _part(v):
 
 
 @triton.jit
-def _sign_dot(signs, v, OPERAND: tl.constexpr, IN_16_BITS: tl.constexpr):
-    """signs (±1 or 0, OPERAND) times v, float32; IN_16_BITS: v is exact in bfloat16."""
-    high, rest = _part(v)
-    total = tl.dot(signs, high.to(OPERAND))
-    if not IN_16_BITS:
+def _times_signs(v, signs, OPERAND: tl.constexpr, EXACT: tl.constexpr):
+    """v, float32, times ±1 (or 0) of dtype OPERAND, in float32; EXACT: OPERAND holds v as it is."""
+    if EXACT:
+        total = tl.dot(v.to(OPERAND), signs)
+    else:
+        high, rest = _part(v)
         middle, rest = _part(rest)
-        total = tl.dot(signs, middle.to(OPERAND), total)
-        total = tl.dot(signs, rest.to(tl.bfloat16).to(OPERAND), total)
-    return total
-
-
-@triton.jit
-def _dot_sign(v, signs, OPERAND: tl.constexpr, IN_16_BITS: tl.constexpr):
-    """v, float32, times signs, as `_sign_dot`."""
-    high, rest = _part(v)
-    total = tl.dot(high.to(OPERAND), signs)
-    if not IN_16_BITS:
-        middle, rest = _part(rest)
+        total = tl.dot(high.to(OPERAND), signs)
         total = tl.dot(middle.to(OPERAND), signs, total)
         total = tl.dot(rest.to(tl.bfloat16).to(OPERAND), signs, total)
     return total
@@ -76,8 +69,9 @@ def _hadamard_kernel(
     right_column,
     K,
     norm,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
-    IN_16_BITS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STEP: tl.constexpr,
@@ -88,7 +82,7 @@ def _hadamard_kernel(
     tiles_r = tl.cdiv(R, BLOCK_R)
     i = (tl.program_id(2) // tiles_r) * BLOCK_L + tl.arange(0, BLOCK_L)
     j = (tl.program_id(2) % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     for l0 in range(0, L, STEP):
         rows = l0 + tl.arange(0, STEP)
         half = tl.zeros([STEP, BLOCK_R], tl.float32)
@@ -98,13 +92,24 @@ def _hadamard_kernel(
             offsets = base + rows[:, None] * R + columns[None, :]
             v = tl.load(x + token * K + offsets, mask=inside, other=0.0).to(tl.float32)
             v *= tl.load(signs + offsets, mask=inside, other=0).to(tl.float32)
-            h = _factor(right, columns, j, R, right_row, right_column, OPERAND)
-            half += _dot_sign(v, h, OPERAND, IN_16_BITS)
-        h = _factor(left, i, rows, L, left_column, left_row, OPERAND)  # transposed
-        total += _sign_dot(h, half, OPERAND, False)
-    inside = (i < L)[:, None] & (j < R)[None, :]
-    pointers = out + token * K + base + i[:, None] * R + j[None, :]
+            h = _factor(right, columns, j, R, right_row, right_column, FIRST)
+            half += _times_signs(v, h, FIRST, EXACT)
+        h = _factor(left, rows, i, L, left_row, left_column, OPERAND)
+        total += _times_signs(half.trans(), h, OPERAND, False)
+    inside = (j < R)[:, None] & (i < L)[None, :]
+    pointers = out + token * K + base + i[None, :] * R + j[:, None]
     tl.store(pointers, (total * norm).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sylvester(ORDER: tl.constexpr, OPERAND: tl.constexpr):
+    """Sylvester's matrix: −1 where the two indices share an odd number of bits. ORDER ≤ 256."""
+    index = tl.arange(0, ORDER)
+    shared = index[:, None] & index[None, :]
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    return (1 - 2 * (shared & 1)).to(OPERAND)
 
 
 @triton.jit
@@ -112,44 +117,49 @@ def _hadamard_quantize_kernel(
     x,
     signs,
     left,
-    right,
     codes,
     scales,
     K,
     left_row,
     left_column,
-    right_row,
-    right_column,
     norm,
     clip,
     L: tl.constexpr,
-    R: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
     ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
-    IN_16_BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HIGHEST: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """One whole token, its matrix (L, R) padded to ROWS, rotated and quantized in registers."""
+    """One whole token as (L, A, B), padded to ROWS, rotated axis by axis, and quantized."""
     token = tl.program_id(0).to(tl.int64)
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, R)
-    inside = (rows < L)[:, None] & (columns < R)[None, :]
-    offsets = rows[:, None] * R + columns[None, :]
-    v = tl.load(x + token * K + offsets, mask=inside, other=0.0).to(tl.float32)
-    v *= tl.load(signs + offsets, mask=inside, other=0).to(tl.float32)
-    h = _factor(right, columns, columns, R, right_row, right_column, OPERAND)
-    v = _dot_sign(v, h, OPERAND, IN_16_BITS)
-    h = _factor(left, rows, rows, L, left_column, left_row, OPERAND)  # transposed
-    v = _sign_dot(h, v, OPERAND, False) * norm
+    row, column = tl.arange(0, ROWS * A)[:, None], tl.arange(0, B)[None, :]
+    inside = row < L * A
+    v = tl.load(x + token * K + row * B + column, mask=inside, other=0.0).to(tl.float32)
+    v *= tl.load(signs + row * B + column, mask=inside, other=0).to(tl.float32)
+    v = _times_signs(v, _sylvester(B, FIRST), FIRST, EXACT)
+    if A > 1:
+        v = v.reshape(ROWS, A, B).permute(0, 2, 1).reshape(ROWS * B, A)
+        v = _times_signs(v, _sylvester(A, OPERAND), OPERAND, False)
+        v = v.reshape(ROWS, B, A).permute(0, 2, 1)
+    v = v.reshape(ROWS, A * B)
+    if L > 1:
+        rows = tl.arange(0, ROWS)
+        h = _factor(left, rows, rows, L, left_row, left_column, OPERAND)
+        v = _times_signs(v.trans(), h, OPERAND, False).trans()
+    v *= norm
     if GROUP == 0:
+        channel = tl.arange(0, ROWS)[:, None] * (A * B) + tl.arange(0, A * B)[None, :]
         found, scale = per_token(v, clip, HIGHEST, -HIGHEST - 1)
-        tl.store(codes + token * K + offsets, found, mask=inside)
     else:
-        COUNT: tl.constexpr = ROWS * R // GROUP
-        found, scale = token_groups(v.reshape(COUNT, GROUP), clip, HIGHEST, LARGEST)
+        COUNT: tl.constexpr = ROWS * A * B // GROUP
         channel = tl.arange(0, COUNT)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        tl.store(codes + token * K + channel, found, mask=channel < L * R)
+        found, scale = token_groups(v.reshape(COUNT, GROUP), clip, HIGHEST, LARGEST)
+    tl.store(codes + token * K + channel, found, mask=channel < K)
     tl.store(scales + token, scale)
 
 
@@ -173,46 +183,43 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
             *right.stride(),
             width,
             (L * R) ** -0.5,
-            operand(torch.bfloat16),
-            x.dtype == torch.bfloat16,
+            *_operands(x.dtype),
             TILE,
             TILE,
             32,
-            num_warps=4,
+            num_warps=8,
         )
     return out
 
 
 @torch.library.custom_op("smoothq::triton_hadamard_quantize", mutates_args=())
 def _fused(
-    x: Tensor, signs: Tensor, left: Tensor, right: Tensor, bits: int, group_size: int, clip: float
+    x: Tensor, signs: Tensor, left: Tensor, right: int, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:
     check_float(x, "hadamard_quantize")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
     if rows.shape[0]:
-        L, R = left.shape[0], right.shape[0]
-        padded = max(triton.next_power_of_2(L), SMALLEST_DOT)
+        L = left.shape[0]
+        padded, (a, b) = _padded(L), _axes(right)
         _hadamard_quantize_kernel[(rows.shape[0],)](
             rows,
             signs,
             left,
-            right,
             codes,
             scale,
             rows.shape[1],
             *left.stride(),
-            *right.stride(),
-            (L * R) ** -0.5,
+            (L * right) ** -0.5,
             clip,
             L,
-            R,
+            a,
+            b,
             padded,
-            operand(torch.bfloat16),
-            x.dtype == torch.bfloat16,
+            *_operands(x.dtype),
             group_size,
             highest_code(bits),
             largest_multiplier(bits),
-            num_warps=min(max(padded * R // 2048, 2), 8),
+            num_warps=min(max(padded * right // 1024, 1), 16),
         )
     return codes, scale
 
@@ -224,7 +231,7 @@ def _(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype)
 
 @_fused.register_fake
 def _(
-    x: Tensor, signs: Tensor, left: Tensor, right: Tensor, bits: int, group_size: int, clip: float
+    x: Tensor, signs: Tensor, left: Tensor, right: int, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:
     return empty_quantized(x)
 
@@ -235,11 +242,35 @@ def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return rotated
 
 
-def fuses(width: int, left: int, right: int, group_size: int | None) -> bool:
+def _operands(dtype: torch.dtype) -> tuple[tl.dtype, bool, tl.dtype]:
+    """What x is multiplied as, whether that holds it exactly, and what later products take."""
+    parts = operand(torch.bfloat16)
+    return (parts, False, parts) if dtype == torch.float32 else (operand(dtype), True, parts)
+
+
+def left_factor(base: int, order: int) -> int:
+    """The order of the left factor that runs fastest: small factors make small products."""
+    return base if base > 1 else min(order, 32)
+
+
+def _padded(left: int) -> int:
+    return max(int(triton.next_power_of_2(left)), SMALLEST_DOT if left > 1 else 1)
+
+
+def _axes(right: int) -> tuple[int, int]:
+    """A power of two as two factors of 16 at least, or as one of 128 at most."""
+    if right <= WIDEST_AXIS:
+        return 1, right
+    bits = right.bit_length() - 1
+    return 1 << bits // 2, 1 << (bits - bits // 2)
+
+
+def fuses(x: Tensor, left: int, right: int, group_size: int | None) -> bool:
     """Whether one program holds a token, so that rotation and quantizer are one kernel."""
-    fits = left <= WIDEST_FACTOR and SMALLEST_DOT <= right <= WIDEST_FACTOR
+    largest = LARGEST_TOKEN[x.dtype.itemsize]
+    fits = left <= WIDEST_LEFT and right >= SMALLEST_DOT and _padded(left) * right <= largest
     power_of_two = group_size is None or group_size & (group_size - 1) == 0
-    return fits and power_of_two and left * right == width
+    return fits and power_of_two and left * right == x.shape[-1]
 
 
 def hadamard_quantize(
@@ -252,8 +283,9 @@ def hadamard_quantize(
     clip: float = 1.0,
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`: one kernel where `fuses`, else two with float32 between."""
-    if fuses(x.shape[-1], left.shape[0], right.shape[0], group_size):
-        return QuantizedInput(*_fused(x, signs, left, right, bits, group_size or 0, clip))
+    if fuses(x, left.shape[0], right.shape[0], group_size):
+        order = right.shape[0]
+        return QuantizedInput(*_fused(x, signs, left, order, bits, group_size or 0, clip))
     rotated = _hadamard(x, signs, left, right, torch.float32)
     if group_size is None:
         return quantize_per_token(rotated, bits, clip)

@@ -21,6 +21,7 @@ from torch import Tensor
 from .launch import (
     DECODE_TOKENS,
     Kernel,
+    most_tokens,
     multiprocessors,
     runs_packed,
     runs_ptx,
@@ -149,11 +150,15 @@ def _add_splits_kernel(
 def _tiles_that_fit(
     configs: list[triton.Config], named: dict[str, Any], **settings: Any
 ) -> list[triton.Config]:
-    """The tiles whose step of K does not cross a group with its own multiplier."""
-    if named["multiplier"] is None:
-        return configs
-    steps = (64, *(128 << i for i in range(8) if settings["GROUP"] % (128 << i) == 0))
-    return [config for config in configs if config.kwargs["BLOCK_K"] in steps]
+    """The tiles that fit the registers, and whose step of K does not cross a multiplier's group."""
+    tokens = most_tokens(named["out"].dtype)
+    group = settings["GROUP"] if named["multiplier"] is not None else 0
+    return [
+        config
+        for config in configs
+        if config.kwargs["BLOCK_M"] <= tokens
+        and (config.kwargs["BLOCK_K"] == 64 or group % config.kwargs["BLOCK_K"] == 0)
+    ]
 
 
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUP", "SPLIT_K"]

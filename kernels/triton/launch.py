@@ -55,9 +55,25 @@ def token_bucket(tokens: int) -> int:
 
 
 @cache
+def _target() -> tuple[str, int | str]:
+    """The compiler's backend and the chip: ("cuda", 90), ("hip", "gfx942"), ("interpreter", 0)."""
+    if INTERPRETED:
+        return "interpreter", 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch
+
+
 def runs_ptx() -> bool:
     """Whether kernels may hold PTX: on NVIDIA's GPUs, not on AMD's nor in the interpreter."""
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return _target()[0] == "cuda"
+
+
+def most_tokens(out: torch.dtype) -> int:
+    """The widest tile of tokens, beside 128 rows, whose sums and operands fit the registers.
+
+    Hopper's tensor cores read the tokens from shared memory; the others' hold them in registers.
+    """
+    return 256 if _target() == ("cuda", 90) and out.itemsize == 2 else 128
 
 
 def runs_packed(operator: str, group_size: int | None) -> bool:

@@ -134,10 +134,13 @@ def group_scale(weight_scale, multiplier, rows, group, groups):
 def _tiles_that_fit(
     configs: list[triton.Config], named: dict[str, Any], **settings: Any
 ) -> list[triton.Config]:
-    """The tiles whose step does not cross a group: packed, 64 columns or a part of the group."""
-    if not settings["GROUPED"] or not settings["PACKED"]:
-        return configs
-    group = settings["GROUP"]
+    """The tiles whose step does not cross a packed group; for float32 the smallest alone.
+
+    Without tensor cores for it, a float32 product holds its operands in registers.
+    """
+    if named["OPERAND"] == tl.float32:
+        return configs[:1]
+    group = settings["GROUP"] if settings["GROUPED"] and settings["PACKED"] else 0
     return [c for c in configs if c.kwargs["BLOCK_K"] == 64 or group % c.kwargs["BLOCK_K"] == 0]
 
 

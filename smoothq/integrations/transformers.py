@@ -29,6 +29,7 @@ from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_residual
 
 METHOD = "smoothq"
+FORMAT = 2  # of the tensors: 4-bit codes packed by blocks of 64 columns
 
 
 @register_quantization_config(METHOD)
@@ -36,7 +37,7 @@ class SmoothqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint.
 
     recipe: the whole Recipe as a mapping. version: of smoothq that wrote it. rotations: the
-    construction and hash of every matrix that runs online.
+    construction and hash of every matrix that runs online. format: how the tensors are laid out.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class SmoothqConfig(QuantizationConfigMixin):
         recipe: dict[str, Any] | None = None,
         version: str = "",
         rotations: Iterable[dict[str, Any]] = (),
+        format: int = 1,
         **unknown: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.recipe = recipe or {}
         self.version = version
         self.rotations = list(rotations)
+        self.format = format
         # Kept, so that a newer writer's fields survive being loaded and saved again.
         unknown.pop("quant_method", None)
         for name, value in unknown.items():
@@ -59,7 +62,7 @@ class SmoothqConfig(QuantizationConfigMixin):
     def of(cls, plan: Plan, version: str) -> SmoothqConfig:
         """The config that a plan's checkpoint carries."""
         rotations = [rotation.to_dict() for rotation in plan.online_rotations]
-        return cls(plan.recipe.model_dump(mode="json"), version, rotations)
+        return cls(plan.recipe.model_dump(mode="json"), version, rotations, FORMAT)
 
     def parsed_recipe(self) -> Recipe:
         """The recipe. Raises RecipeError naming the field at fault."""
@@ -93,6 +96,7 @@ class SmoothqHfQuantizer(HfQuantizer):
     ) -> None:
         # transformers builds the model under a meta-device context; rotations must be real.
         with torch.device("cpu"):
+            self._check_format()
             self.plan = make_plan(model, self.quantization_config.parsed_recipe())
             self._check_rotations(self.plan)
             install(model, self.plan)
@@ -102,6 +106,14 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
         prepare(model)
+
+    def _check_format(self) -> None:
+        config = self.quantization_config
+        if config.format != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {config.format} (smoothq {config.version}), this one "
+                f"reads format {FORMAT}; quantize the model again, or load it with that version"
+            )
 
     def _check_rotations(self, plan: Plan) -> None:
         stored = [Hadamard.from_dict(entry) for entry in self.quantization_config.rotations]

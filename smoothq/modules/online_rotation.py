@@ -33,9 +33,11 @@ class OnlineRotation(nn.Module):
         self.prepare(torch.device("cpu"))
 
     def prepare(self, device: torch.device) -> None:
-        """Construct the factors, int8, on a device."""
-        left, right = self.rotation.factors()
-        factors = {"signs": self.rotation.signs(), "left": left, "right": right}
+        """Construct the factors, int8, as they run fastest on a device."""
+        rotation = self.rotation
+        order = kernels.left_factor(device, rotation.base, rotation.left * rotation.right)
+        left, right = rotation.factors(order)
+        factors = {"signs": rotation.signs(), "left": left, "right": right}
         for name, factor in factors.items():
             self.register_buffer(name, factor.to(device), persistent=False)
 

@@ -115,9 +115,21 @@ class Hadamard:
         bits = np.unpackbits(packed, count=self.order).astype(np.int8)
         return torch.from_numpy(1 - 2 * bits)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """H_left, int8 (left, left), and H_right, int8 (right, right): entries ±1, unnormalised."""
-        return hadamard_matrix(self.left), hadamard_matrix(self.right)
+    @property
+    def base(self) -> int:
+        """The order of the part of each block that is no power of two; 1 where there is none."""
+        base = _base_order(self.left * self.right)
+        assert base is not None
+        return base
+
+    def factors(self, left: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """H_left, int8 (left, left), and H_right, int8 (right, right): entries ±1, unnormalised.
+
+        left: another order of the left factor, `base` times a power of two: their product is the
+        same matrix, since all that both hold beyond the base is Sylvester's.
+        """
+        left = self.left if left is None else left
+        return hadamard_matrix(left), hadamard_matrix(self.left * self.right // left)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """R itself, dense and orthogonal: (order, order) of the given floating dtype."""

@@ -1,0 +1,161 @@
+"""Whole quantized models on the Triton operators: the logits of the CPU's, and the reported names.
+
+Without a GPU the operators of the CPU are exchanged for Triton's, which its interpreter runs.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from smoothq import Recipe, kernels, quantize
+from smoothq.integrations.transformers import prepare
+from smoothq.modules import QuantizedLinear
+from tests.architectures import VOCABULARY
+from tests.conftest import RECIPES
+
+pytest.importorskip("triton")
+
+# Groups of 32 fit the packed blocks; conftest's recipes, of 16, do not and are unpacked.
+WIDE = {
+    f"{name}, groups of 32": RECIPES[name].edit(weights__group_size=32)
+    for name in ("w4a4", "w4a8", "w4a16")
+}
+EVERY = RECIPES | WIDE
+TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose widths are 64 and 192."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    )
+    directory = tmp_path_factory.mktemp("source")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def triton_for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BACKENDS", {"cpu": "triton"})
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, data: Tensor) -> Callable[[Recipe], PreTrainedModel]:
+    """The quantized model of a recipe, made once, prepared for the backend of the moment."""
+    models: dict[Recipe, PreTrainedModel] = {}
+
+    def of(recipe: Recipe) -> PreTrainedModel:
+        recipe = recipe.edit(weights__rounding="rtn", weights__clip=False)
+        if recipe not in models:
+            models[recipe] = quantize(source, recipe, data=data)
+        prepare(models[recipe])
+        return models[recipe]
+
+    return of
+
+
+Made = Callable[[Recipe], PreTrainedModel]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=TOKENS).logits
+    return found
+
+
+class Called(TorchDispatchMode):
+    """The operators of ours that run: on the CPU's backend no quantizer is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        space, _, name = func.name().partition("::")
+        if space == "smoothq":
+            self.names[name.removeprefix("triton_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_logits_are_those_of_the_cpu_by_the_operators_that_are_named(
+    name: str, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(made(EVERY[name]))
+    monkeypatch.setattr(kernels, "_BACKENDS", {"cpu": "triton"})
+    model = made(EVERY[name])
+    lines = kernels.report(model).splitlines()
+    assert all(line.endswith("triton on cpu") for line in lines)
+    with Called() as called:
+        error = (logits(model) - expected).abs()
+    # Hadamards differ in their last bits, so that a code near a tie may be its neighbour.
+    assert error.mean() < (0.02 if EVERY[name].rotation else 1e-5) * expected.abs().mean()
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    products = Counter(linear.operators()[-1] for linear in linears)
+    gemms = {"int8_gemm", "int4_gemm", "group_gemm", "weight_only_gemm"}
+    assert {name: count for name, count in called.names.items() if name in gemms} == products
+
+
+def test_four_bit_weights_stay_packed_where_their_groups_allow(
+    made: Made, triton_for_cpu: None
+) -> None:
+    packed = made(WIDE["w4a4, groups of 32"]).model.layers[0].mlp.down_proj
+    assert packed.operators() == ("hadamard_quantize", "int4_gemm")
+    assert packed._operand is None
+    unpacked = made(RECIPES["w4a4"]).model.layers[0].mlp.down_proj
+    assert unpacked.operators() == ("hadamard_quantize", "int8_gemm")
+    assert unpacked._operand.dtype == torch.int8
+
+
+def test_the_report_names_every_layer_once(made: Made) -> None:
+    report = kernels.report(made(RECIPES["w4a4-rrs-live"])).splitlines()
+    assert len(report) == 7
+    (down,) = [line.split("   ") for line in report if "down_proj" in line]
+    assert [cell.strip() for cell in down if cell.strip()] == [
+        "model.layers.*.mlp.down_proj",
+        "x2",
+        "hadamard, runtime_smooth_quantize, group_gemm",
+        "cpu on cpu",
+    ]
+    assert kernels.report(nn.Linear(2, 2)) == ""
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a4, groups of 32", "w4a16, groups of 32"])
+def test_a_whole_model_is_one_graph(name: str, made: Made, triton_for_cpu: None) -> None:
+    model = made(EVERY[name])
+    expected = logits(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(logits(compiled), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestWithoutTriton:
+    @pytest.fixture(autouse=True)
+    def no_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(name: str, package: str) -> None:
+            raise ImportError("No module named 'triton'")
+
+        monkeypatch.delitem(kernels._LOADED, "triton", raising=False)
+        monkeypatch.setattr(kernels.importlib, "import_module", absent)
+
+    def test_a_gpu_is_refused_with_the_way_out(self, triton_for_cpu: None) -> None:
+        with pytest.raises(NotImplementedError, match="pip install triton"):
+            kernels.quantize_per_token(torch.ones(1, 2), 4)
+
+    def test_a_cpu_does_not_need_it(self) -> None:
+        assert kernels.quantize_per_token(torch.ones(1, 2), 4).codes.tolist() == [[7, 7]]

@@ -1,0 +1,159 @@
+"""The benchmarks run to their end: toy kernels under the interpreter, a tiny model on the CPU."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from smoothq import preset
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+PRODUCTS = {
+    "bf16",
+    "torch._int_mm",
+    "int8_gemm",
+    "int4_gemm",
+    "int4_gemm, multipliers",
+    "group_gemm, live",
+    "weight_only_gemm, row",
+    "weight_only_gemm, groups",
+}
+QUANTIZERS = {
+    "copy",
+    "quantize_per_token",
+    "quantize_token_groups",
+    "quantize_smoothed",
+    "hadamard_quantize",
+    "hadamard_quantize, groups",
+    "runtime_smooth_quantize, live",
+}
+OTHERS = {"torchao int8 dynamic", "torchao int8 weight-only", "gemlite A16W4, groups"}
+SMOOTHING = {
+    f"{quantizer} + int8_gemm"
+    for quantizer in ("quantize_per_token", "quantize_token_groups", "quantize_smoothed")
+}
+
+
+def run(
+    directory: Path, script: str, *arguments: object, interpret: bool
+) -> subprocess.CompletedProcess[str]:
+    """Run a script on the CPU of any machine, from a directory."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, SCRIPTS / script, *map(str, arguments)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module(name)
+
+
+@pytest.mark.slow
+def test_toy_kernels_are_run_and_labelled(tmp_path) -> None:
+    out = tmp_path / "out" / "kernels.json"
+    done = run(tmp_path, "bench_kernels.py", "--toy", "--output", out, interpret=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no measurement") >= 2
+    assert list(tmp_path.iterdir()) == [out.parent]
+    results = json.loads(out.read_text())
+    assert results["interpreted"] is True
+    assert results["complete"] is True
+    assert results["targets"] == []
+    rows = {part: {} for part in ("product", "quantizer", "smoothing")}
+    for row in results["rows"]:
+        rows[row["part"]].setdefault(row["operator"], []).append(row)
+    assert set(rows["product"]) == PRODUCTS | OTHERS
+    assert set(rows["quantizer"]) == QUANTIZERS
+    assert set(rows["smoothing"]) == SMOOTHING
+    for row in results["rows"]:
+        if row["operator"] in OTHERS:
+            assert row["status"] in ("not installed", "needs a GPU")
+            continue
+        times = [*row["seconds"].values(), row["relative"], row["of_ceiling"]]
+        assert all(math.isfinite(value) and value > 0 for value in times), row
+    for row in rows["product"]["torch._int_mm"]:
+        assert row["tokens"] > 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "interpret"), [((), False), (("--toy",), False), ((), True)])
+def test_kernels_are_not_measured_without_a_gpu(tmp_path, arguments, interpret) -> None:
+    done = run(tmp_path, "bench_kernels.py", *arguments, interpret=interpret)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_are_geometric_means_over_wide_projections(monkeypatch) -> None:
+    bench = load(monkeypatch, "bench_kernels")
+
+    def row(shape: object, operator: str, seconds: float) -> object:
+        where = ("product", shape.model, shape.projections, 2048, shape.rows, shape.width)
+        return bench.Row(*where, operator, seconds=bench.Spread(*[seconds] * 4))
+
+    square, narrow, gate, _ = bench.projections("model", 4096, 14336, 1024)
+    rows = [
+        *(row(square, "bf16", 4.0), row(square, "int8_gemm", 2.0)),  # twice as fast, for q and o
+        *(row(gate, "bf16", 0.25), row(gate, "int8_gemm", 1.0)),  # a quarter of the speed
+        *(row(narrow, "bf16", 1.0), row(narrow, "int8_gemm", 100.0)),  # too narrow to count
+    ]
+    verdict = next(found for found in bench.verdicts(rows) if "of bf16" in found["target"])
+    assert verdict["tokens"] == 2048
+    assert verdict["figure"] == pytest.approx(1.0)
+    assert verdict["verdict"] == "missed"
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_measured_on_the_cpu(tmp_path) -> None:
+    out = tmp_path / "model.json"
+    sizes = ("--prompt", 16, "--prompt", 48, "--batch", 1, "--batch", 3, "--context", 8)
+    few = ("--steps", 2, "--repetitions", 2)
+    arguments = ("--size", "tiny", "--preset", "w4a4", *sizes, *few, "--output", out)
+    done = run(tmp_path, "bench_model.py", *arguments, interpret=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert (results["size"], results["preset"], results["cuda_graphs"]) == ("tiny", "w4a4", False)
+    assert [row["tokens"] for row in results["prefill"]] == [16, 48]
+    assert [row["batch"] for row in results["decode"]] == [1, 3]
+    for row in results["prefill"] + results["decode"]:
+        assert set(row["seconds"]) == {"float", "quantized"}
+        values = [value for side in row["seconds"].values() for value in side.values()]
+        values += [*row["tokens_a_second"].values(), row["speedup"]]
+        assert all(math.isfinite(value) and value > 0 for value in values), row
+    used = results["memory"]
+    assert 0 < used["quantized"]["model"] < used["float"]["model"]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a4", "w4a16"])
+def test_random_models_give_finite_logits(monkeypatch, name) -> None:
+    bench = load(monkeypatch, "bench_model")
+    config, cpu = bench.config_of("tiny"), bench.Where(torch.device("cpu"), torch.float32)
+    asked = bench.Asked((4,), (2,), context=3, steps=2, repetitions=1)
+    with torch.no_grad():
+        model = bench.random_quantized_model(config, preset(name), cpu)
+        logits = bench.prefill(model, 12).step()
+        builders = {
+            "float": lambda: bench.random_float_model(config, cpu),
+            "quantized": lambda: model,
+        }
+        speeds, used = bench.measure_in_turns(builders, asked, cpu, together=False)
+    assert logits.shape == (1, 1, config.vocab_size)
+    assert logits.isfinite().all()
+    assert logits.std() > 0.1
+    assert [speed.row()["speedup"] > 0 for speed in speeds] == [True, True]
+    assert set(used) == {"float", "quantized"}
