@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .architectures import Site
@@ -32,12 +33,18 @@ class HiddenStates:
 
     @classmethod
     def enter(
-        cls, model: PreTrainedModel, plan: Plan, tokens: Tensor, rotation: Hadamard | None
+        cls,
+        model: PreTrainedModel,
+        plan: Plan,
+        tokens: Tensor,
+        rotation: Hadamard | None,
+        device: torch.device,
     ) -> HiddenStates:
         """Embed tokens, int64 (samples, length), and record what the base model hands its blocks.
 
         The embedding must be loaded; the blocks may be on the meta device. rotation: of the
-        residual stream, where the embedding itself has not been rotated.
+        residual stream, where the embedding itself has not been rotated. device: where the blocks
+        will run; the embedding runs on the CPU.
         """
         base, embedding = (
             model.get_submodule(name) for name in (plan.family.base, plan.family.embedding)
@@ -56,7 +63,8 @@ class HiddenStates:
                 _run_until_stopped(base, inputs_embeds=embedded, use_cache=False)
         finally:
             base.set_submodule(attribute, blocks)
-        return cls(batches, [recorder.arguments for recorder in recorders])
+        arguments = [recorder.arguments for recorder in recorders]
+        return cls(*tree_map_only(Tensor, lambda tensor: tensor.to(device), (batches, arguments)))
 
     def observe_together(
         self, block: nn.Module, name: str, index: int, sites: list[Site], advance: bool

@@ -39,7 +39,8 @@ class AbsMax:
         x = x.float()
         if self._normalise:
             x = x / x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-        self._maxima = torch.maximum(self._maxima, torch.maximum(x.amax(0), -x.amin(0)))
+        seen = torch.maximum(x.amax(0), -x.amin(0))
+        self._maxima = torch.maximum(self._maxima.to(x.device), seen)
 
     def merge(self, other: AbsMax) -> None:
         """Take in what another observer saw; exact."""
@@ -59,6 +60,7 @@ class SecondMoment:
     def update(self, x: Tensor) -> None:
         """Take in a micro-batch, float (tokens, K)."""
         x = x.float()
+        self._sum = self._sum.to(x.device)
         self._sum += x.t() @ x
 
     def merge(self, other: SecondMoment) -> None:

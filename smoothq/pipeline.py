@@ -107,7 +107,7 @@ def quantize_checkpoint(
     tokenizer = tokenizer or source.tokenizer()
     tokens = _calibration_tokens(recipe, source, tokenizer, data)
     with writer:
-        _run(source, plan, model, tokens, writer, progress or _silent)
+        _run(source, plan, model, tokens, writer, torch.device(device), progress or _silent)
         result = Result(
             name=source.name,
             recipe=recipe,
@@ -134,15 +134,17 @@ def _run(
     model: PreTrainedModel,
     tokens: Tensor | None,
     writer: CheckpointWriter,
+    device: torch.device,
     progress: Progress,
 ) -> None:
     """The pass: what enters the blocks, each block, and what is stored of them."""
-    stream = _quantize_ends(source, plan, model, tokens, writer)
+    stream = _quantize_ends(source, plan, model, tokens, writer, device)
     for index, block_plan in enumerate(plan.blocks):
         name = f"{plan.family.layers}.{index}"
         block = _Block(model.get_submodule(name), name, index, block_plan)
         progress(index, len(plan.blocks), "load")
         load_module(block.module, name, source, WORKING_DTYPE)
+        block.module.to(device)
         _quantize_block(
             block, plan, stream, lambda stage, i=index: progress(i, len(plan.blocks), stage)
         )
@@ -170,6 +172,8 @@ def _quantize_block(block: _Block, plan: Plan, stream: HiddenStates | None, stag
     if graph.value_output is not None and block.plan.value_rotation is not None:
         rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)
     inputs = install_inputs(block.module, block.plan, SequenceContext(), block.name)
+    for site_input in inputs.values():
+        site_input.to(next(block.module.parameters()).device)
     for site_plan in block.plan.sites:
         stage(f"quantize {site_plan.site.name}")
         _quantize_site(block, site_plan, inputs[site_plan.site.name], recipe, stream)
@@ -214,6 +218,7 @@ def _quantize_ends(
     model: PreTrainedModel,
     tokens: Tensor | None,
     writer: CheckpointWriter,
+    device: torch.device,
 ) -> HiddenStates | None:
     """Store what stands before and after the blocks, rotated where R1 folds; embed the tokens."""
     family, rotation = plan.family, plan.residual_rotation
@@ -232,7 +237,7 @@ def _quantize_ends(
     stream = None
     if tokens is not None:
         online = None if plan.folds_ends else rotation
-        stream = HiddenStates.enter(model, plan, tokens, online)
+        stream = HiddenStates.enter(model, plan, tokens, online, device)
     for name in names:
         unload_module(model.get_submodule(name))
     return stream
@@ -244,7 +249,7 @@ def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Ten
     for key, tensor in module.state_dict().items():
         scale = key.rpartition(".")[2] in ("weight_scale", "scale")
         cast = tensor.is_floating_point() and not scale
-        stored[f"{name}.{key}"] = tensor.to(dtype) if cast else tensor
+        stored[f"{name}.{key}"] = tensor.to("cpu", dtype if cast else tensor.dtype)
     return stored
 
 

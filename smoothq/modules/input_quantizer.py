@@ -110,7 +110,7 @@ class InputQuantizer(nn.Module):
         """Set the static scale or the calibrated multipliers from max_t |x_tk|, float (K,)."""
         if self.spec.mode == "static":
             largest = maxima.max() * self.spec.clip / kernels.highest_code(self.spec.bits)
-            self.scale.copy_(largest if largest > 0 else torch.ones(()))
+            self.scale.copy_(largest if largest > 0 else torch.ones_like(largest))
         elif self.spec.mode == "calibrated":
             self.multiplier.copy_(kernels.channel_multipliers(maxima, self.spec.bits))
 

@@ -7,6 +7,7 @@ final norm; embedding, norm and head keep their tensors, names and tie.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ class OnlineRotation(nn.Module):
         factors = {"signs": rotation.signs(), "left": left, "right": right}
         for name, factor in factors.items():
             self.register_buffer(name, factor.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnlineRotation:
+        before = self.signs.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.signs.device != before and not self.signs.is_meta:
+            self.prepare(self.signs.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate float (..., K)."""

@@ -32,7 +32,8 @@ def inverse_factor(hessian: Tensor, damping: float, where: str) -> Tensor:
     """
     mean = hessian.diagonal().mean()
     while damping <= LARGEST_DAMPING:
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (damping * mean)
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
@@ -65,7 +66,7 @@ def factorise(hessian: Tensor, settings: Gptq, where: str) -> Factor:
     hessian = hessian.double().clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    order = torch.arange(len(hessian))
+    order = torch.arange(len(hessian), device=hessian.device)
     if settings.activation_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = inverse_factor(hessian[order][:, order], settings.damping, where)
