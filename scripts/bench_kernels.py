@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shlex
 import statistics
 import sys
@@ -31,6 +30,7 @@ import triton
 import typer
 from rich.console import Console
 from rich.table import Table
+from timing import Spread, as_graph, slug
 from torch import Tensor
 
 from smoothq.checkpoint.packing import pack
@@ -100,23 +100,6 @@ REAL = Sizes(
 TOY = Sizes(projections("toy", 256, 512, 128), (1, 17), square=64, copied=2**16, repetitions=1)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Seconds of one run, over the repetitions."""
-
-    least: float
-    p20: float
-    median: float
-    p80: float
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Spread:
-        """The spread of some repetitions."""
-        values = torch.tensor(seconds, dtype=torch.float64)
-        p20, median, p80 = values.quantile(values.new_tensor([0.2, 0.5, 0.8])).tolist()
-        return cls(min(seconds), p20, median, p80)
-
-
 class Timer(Protocol):
     """Times runs against one another."""
 
@@ -138,17 +121,8 @@ class GpuTimer:
         self.flush = torch.empty(max(4 * cache, 2**28), dtype=torch.int8, device=self.device)
 
     def prepared(self, run: Run) -> Run:
-        """The run as a graph; before that it autotunes and compiles on a stream of its own."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        """The run as a graph, tuned and compiled."""
+        return as_graph(run)
 
     def alternate(self, runs: list[Run], repetitions: int) -> list[Spread]:
         """Time prepared runs in turns; the first round is thrown away."""
@@ -722,11 +696,6 @@ def version_of(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def check(toy: bool, roofline: Path | None) -> None:

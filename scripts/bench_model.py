@@ -29,6 +29,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from timing import Spread, as_graph, slug
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -224,41 +225,13 @@ def rewind(cache: StaticCache, tokens: int) -> None:
         layer.cumulative_length.fill_(tokens)
 
 
-def captured(run: Run) -> Run:
-    """The run with its step as a CUDA graph; before that it autotunes on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run.reset()
-            run.step()
-        run.reset()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run.step()
-    return Run(run.reset, graph.replay, run.steps)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Seconds of one step, over the repetitions."""
-
-    p20: float
-    median: float
-    p80: float
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Spread:
-        """The spread of some repetitions."""
-        values = torch.tensor(seconds, dtype=torch.float64)
-        return cls(*values.quantile(values.new_tensor([0.2, 0.5, 0.8])).tolist())
-
-
 def alternate(runs: dict[Side, Run], repetitions: int, where: Where) -> dict[Side, Spread]:
     """Time runs in turns; the first round is thrown away."""
     if where.device.type == "cuda":
-        runs = {side: captured(run) for side, run in runs.items()}
+        runs = {
+            side: Run(run.reset, as_graph(run.step, run.reset), run.steps)
+            for side, run in runs.items()
+        }
     seconds: dict[Side, list[float]] = {side: [] for side in runs}
     for _ in range(repetitions + 1):
         for side, run in runs.items():
@@ -454,11 +427,6 @@ def figures(speeds: list[Speed], used: dict[Side, Memory]) -> dict[str, Any]:
         "decode": [speed.row() for speed in speeds if speed.task == "decode"],
         "memory": {side: {**asdict(used[side]), "peak": used[side].peak} for side in SIDES},
     }
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @torch.no_grad()
