@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, tile, token_bucket, tuned
+from .launch import Kernel, contiguous, tile, token_bucket, tuned
 from .tiles import store, tile_of
 
 LONGEST_STEP, SHORTEST_STEP = 128, 32  # columns a step; tensor cores take 32 bytes at least
@@ -102,7 +102,7 @@ def group_gemm(
     out = torch.empty(batch, length, N, dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
-    codes, weight_scale = codes.contiguous(), weight_scale.contiguous()
+    codes, weight_scale, bias = codes.contiguous(), weight_scale.contiguous(), contiguous(bias)
     per_token = scale.numel() > 1
     scale = scale.expand(batch, length, 1).contiguous() if per_token else scale.contiguous()
     block_k = step_of(group_size)

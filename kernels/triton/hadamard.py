@@ -165,7 +165,6 @@ def _hadamard_quantize_kernel(
 
 @torch.library.custom_op("smoothq::triton_hadamard", mutates_args=())
 def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    check_float(x, "hadamard")
     rows, out = rows_of(x), torch.empty(x.shape, dtype=dtype, device=x.device)
     tokens, width = rows.shape
     L, R = left.shape[0], right.shape[0]
@@ -173,7 +172,7 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
         tiles = triton.cdiv(L, TILE) * triton.cdiv(R, TILE)
         _hadamard_kernel[(tokens, width // (L * R), tiles)](
             rows,
-            signs,
+            signs.contiguous(),
             left,
             right,
             out,
@@ -196,14 +195,13 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
 def _fused(
     x: Tensor, signs: Tensor, left: Tensor, right: int, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:
-    check_float(x, "hadamard_quantize")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
     if rows.shape[0]:
         L = left.shape[0]
         padded, (a, b) = _padded(L), _axes(right)
         _hadamard_quantize_kernel[(rows.shape[0],)](
             rows,
-            signs,
+            signs.contiguous(),
             left,
             codes,
             scale,
@@ -238,6 +236,7 @@ def _(
 
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """As `reference.hadamard`, in float32."""
+    check_float(x, "hadamard")
     rotated: Tensor = _hadamard(x, signs, left, right, x.dtype)
     return rotated
 
@@ -283,6 +282,7 @@ def hadamard_quantize(
     clip: float = 1.0,
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`: one kernel where `fuses`, else two with float32 between."""
+    check_float(x, "hadamard_quantize")
     if fuses(x, left.shape[0], right.shape[0], group_size):
         order = right.shape[0]
         return QuantizedInput(*_fused(x, signs, left, order, bits, group_size or 0, clip))

@@ -21,6 +21,7 @@ from torch import Tensor
 from .launch import (
     DECODE_TOKENS,
     Kernel,
+    contiguous,
     most_tokens,
     multiprocessors,
     runs_packed,
@@ -198,7 +199,8 @@ def integer_gemm(
     if out.numel() == 0:
         return out
     codes, weight, scale = codes.contiguous(), weight.contiguous(), scale.contiguous()
-    weight = weight.view(torch.int8)
+    weight, weight_scale = weight.view(torch.int8), weight_scale.contiguous()
+    multiplier, bias = contiguous(multiplier), contiguous(bias)
     groups = 1 if multiplier is None else multiplier.shape[1]
     if groups > 1 and not runs_packed("int4_gemm", K // groups):
         raise NotImplementedError(

@@ -103,6 +103,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x as the kernels walk through it; None stays None."""
+    return None if x is None else x.contiguous()
+
+
 def check_float(x: Tensor, operator: str) -> None:
     """Raise TypeError unless x has a dtype that the kernels read."""
     if x.dtype not in FLOATS:

@@ -182,7 +182,6 @@ def _smoothed(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Te
 def _one_scale(
     x: Tensor, source: Tensor, from_maximum: bool, bits: int, clip: float
 ) -> tuple[Tensor, Tensor]:
-    check_float(x, "static_quantize")
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty([1] * x.dim(), dtype=torch.float32, device=x.device)
@@ -269,9 +268,11 @@ def quantize_smoothed(
 
 def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
     """As `reference.quantize_per_tensor`: PyTorch's maximum, then one pass."""
+    check_float(x, "quantize_per_tensor")
     return QuantizedInput(*_one_scale(x, x.abs().amax(), True, bits, clip))
 
 
 def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:
     """As `reference.static_quantize`."""
+    check_float(x, "static_quantize")
     return QuantizedInput(*_one_scale(x, scale, False, bits, 1.0))

@@ -18,6 +18,7 @@ from .launch import (
     DECODE_TOKENS,
     Kernel,
     check_float,
+    contiguous,
     operand,
     runs_packed,
     runs_ptx,
@@ -167,6 +168,7 @@ def weight_only_gemm(
     if out.numel() == 0:
         return out
     x, weight = x.contiguous(), packed.contiguous().view(torch.int8)
+    multiplier, bias = contiguous(multiplier), contiguous(bias)
     groups = (weight_scale if multiplier is None else multiplier).shape[1]
     if multiplier is not None and groups == 1:
         weight_scale, multiplier = weight_scale.float() * multiplier, None

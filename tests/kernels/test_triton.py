@@ -1091,22 +1091,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every other": lambda t: torch.stack([t, torch.full_like(t, 1)], -1)[..., 0],
     "turned": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
 }
-# Parameters that the kernels read as if they were contiguous, as a layer stores them.
-TAKEN_AS_CONTIGUOUS = {
-    *[("int8_gemm", 3), ("int8_gemm", 4), ("int4_gemm", 3), ("int4_gemm", 5)],
-    *[("int4_gemm, multipliers", position) for position in (3, 4, 5)],
-    *[("group_gemm", 6), ("group_gemm, ordered", 6), ("weight_only_gemm", 4)],
-    *[("weight_only_gemm, multipliers", position) for position in (3, 4)],
-    *[("hadamard", 1), ("hadamard_quantize", 1), ("hadamard_quantize, two kernels", 1)],
-}
 LAID_OUT = [
-    pytest.param(
-        *(call, position, layout),
-        id=f"{call} {position} {layout}",
-        marks=[pytest.mark.xfail(strict=True, reason="taken as contiguous")]
-        if (call, position) in TAKEN_AS_CONTIGUOUS
-        else [],
-    )
+    pytest.param(call, position, layout, id=f"{call} {position} {layout}")
     for call, (_, operands) in OPERATORS.items()
     for position, operand in enumerate(operands)
     if isinstance(operand, Tensor)
@@ -1222,27 +1208,8 @@ class TestNoTokens:
             assert found.dtype == dtype
 
 
-MISNAMED = {
-    "quantize_per_tensor": "refused as static_quantize",
-    "hadamard_quantize": "KeyError: 8",
-    "hadamard_quantize, two kernels": "KeyError: 8",
-}
-
-
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "call",
-        [
-            pytest.param(
-                call,
-                marks=[pytest.mark.xfail(strict=True, reason=MISNAMED[call])]
-                if call in MISNAMED
-                else [],
-            )
-            for call in QUANTIZERS
-            if call != "channel_multipliers"
-        ],
-    )
+    @pytest.mark.parametrize("call", [call for call in QUANTIZERS if call != "channel_multipliers"])
     def test_float64_is_refused_by_name(self, call: str) -> None:
         name, (x, *operands) = OPERATORS[call]
         with pytest.raises(TypeError, match=rf"^{name}: .*not torch\.float64"):
