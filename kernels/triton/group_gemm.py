@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, contiguous, tile, token_bucket, tuned
+from .launch import Kernel, contiguous, on_its_device, tile, token_bucket, tuned
 from .tiles import store, tile_of
 
 LONGEST_STEP, SHORTEST_STEP = 128, 32  # columns a step; tensor cores take 32 bytes at least
@@ -86,6 +86,7 @@ def step_of(group_size: int) -> int:
     return min(max(covering, SHORTEST_STEP), LONGEST_STEP)
 
 
+@on_its_device
 def group_gemm(
     codes: Tensor,
     scale: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import QuantizedInput, highest_code, largest_multiplier
 from .codes import per_token, token_groups
-from .launch import check_float, operand, rows_of
+from .launch import check_float, on_its_device, operand, rows_of
 from .quantize import empty_quantized, quantize_per_token, quantize_token_groups
 
 SMALLEST_DOT = 16
@@ -164,6 +164,7 @@ def _hadamard_quantize_kernel(
 
 
 @torch.library.custom_op("smoothq::triton_hadamard", mutates_args=())
+@on_its_device
 def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     rows, out = rows_of(x), torch.empty(x.shape, dtype=dtype, device=x.device)
     tokens, width = rows.shape
@@ -192,6 +193,7 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
 
 
 @torch.library.custom_op("smoothq::triton_hadamard_quantize", mutates_args=())
+@on_its_device
 def _fused(
     x: Tensor, signs: Tensor, left: Tensor, right: int, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:

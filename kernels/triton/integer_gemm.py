@@ -24,6 +24,7 @@ from .launch import (
     contiguous,
     most_tokens,
     multiprocessors,
+    on_its_device,
     runs_packed,
     runs_ptx,
     tile,
@@ -258,6 +259,7 @@ def integer_gemm(
     return out
 
 
+@on_its_device
 def int8_gemm(
     codes: Tensor,
     scale: Tensor,
@@ -270,6 +272,7 @@ def int8_gemm(
     return integer_gemm(codes, scale, weight, weight_scale, None, bias, dtype, packed=False)
 
 
+@on_its_device
 def int4_gemm(
     codes: Tensor,
     scale: Tensor,

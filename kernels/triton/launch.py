@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
-from typing import Any, cast
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import triton
@@ -17,6 +17,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 DECODE_TOKENS = 16  # up to this many tokens a product is bound by the bytes of its weight
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Kernel = Any  # a triton.JITFunction or Autotuner: launched as kernel[grid](*args)
 
 
@@ -101,6 +103,19 @@ def multiprocessors(device: torch.device) -> int:
 def rows_of(x: Tensor) -> Tensor:
     """x, (..., K), as contiguous rows (M, K): a view where x is contiguous."""
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def on_its_device(
+    launcher: Callable[Arguments, Result],
+) -> Callable[Arguments, Result]:
+    """Launch on the GPU that holds the first tensor: Triton takes whichever is current."""
+
+    @wraps(launcher)
+    def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args, **kwargs)
+
+    return guarded
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

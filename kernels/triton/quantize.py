@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code, largest_multiplier
 from .codes import divide, divide_by, nonzero, per_token, to_codes, token_groups
-from .launch import check_float, row_warps, rows_of
+from .launch import check_float, on_its_device, row_warps, rows_of
 
 STATIC_BLOCK = 4096  # elements a program of the element-wise quantizer
 
@@ -115,6 +115,7 @@ def empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("smoothq::triton_quantize_per_token", mutates_args=())
+@on_its_device
 def _per_token(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_per_token")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
@@ -134,6 +135,7 @@ def _per_token(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("smoothq::triton_quantize_token_groups", mutates_args=())
+@on_its_device
 def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_token_groups")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
@@ -157,6 +159,7 @@ def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[T
 
 
 @torch.library.custom_op("smoothq::triton_quantize_smoothed", mutates_args=())
+@on_its_device
 def _smoothed(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_smoothed")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
@@ -179,6 +182,7 @@ def _smoothed(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Te
 
 
 @torch.library.custom_op("smoothq::triton_quantize_one_scale", mutates_args=())
+@on_its_device
 def _one_scale(
     x: Tensor, source: Tensor, from_maximum: bool, bits: int, clip: float
 ) -> tuple[Tensor, Tensor]:
@@ -202,6 +206,7 @@ def _one_scale(
 
 
 @torch.library.custom_op("smoothq::triton_channel_multipliers", mutates_args=())
+@on_its_device
 def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
     """As `reference.channel_multipliers`."""
     rows = rows_of(scale)

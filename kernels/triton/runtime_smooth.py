@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code
 from .codes import divide, per_token
-from .launch import check_float, row_warps, rows_of
+from .launch import check_float, on_its_device, row_warps, rows_of
 from .quantize import channel_multipliers, empty_quantized, quantize_smoothed
 
 TOKENS_A_PROGRAM = 16  # of the first pass: so many fewer atomic maxima than tokens
@@ -78,6 +78,7 @@ def _ordered_kernel(
 
 
 @torch.library.custom_op("smoothq::triton_live_channel_maxima", mutates_args=())
+@on_its_device
 def _channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
     check_float(x, "runtime_smooth_quantize")
     batch, length, width = x.shape
@@ -100,6 +101,7 @@ def _channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
 
 
 @torch.library.custom_op("smoothq::triton_quantize_ordered", mutates_args=())
+@on_its_device
 def _ordered(
     x: Tensor, order: Tensor, block_scale: Tensor, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:

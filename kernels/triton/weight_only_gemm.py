@@ -19,6 +19,7 @@ from .launch import (
     Kernel,
     check_float,
     contiguous,
+    on_its_device,
     operand,
     runs_packed,
     runs_ptx,
@@ -150,6 +151,7 @@ _prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY, _tiles_that_fit)(_weight_on
 _decode_kernel: Kernel = tuned(DECODE_TILES, _KEY, _tiles_that_fit)(_weight_only_kernel)
 
 
+@on_its_device
 def weight_only_gemm(
     x: Tensor,
     packed: Tensor,
