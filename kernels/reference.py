@@ -318,7 +318,13 @@ def hadamard_quantize(
     x, signs, left, right: as `hadamard`. group_size: of the token's groups, or None for one scale
     a token. Source: SmoothRot (arXiv 2506.05413) and RRS (arXiv 2409.20361) before down_proj.
     """
-    rotated = hadamard(x.float(), signs, left, right)
+    return quantize_rotated(hadamard(x.float(), signs, left, right), bits, group_size, clip)
+
+
+def quantize_rotated(
+    rotated: Tensor, bits: int, group_size: int | None, clip: float
+) -> QuantizedInput:
+    """The quantizer of `hadamard_quantize` alone, of float32 (..., K)."""
     if group_size is None:
         return quantize_per_token(rotated, bits, clip)
     return quantize_token_groups(rotated, bits, group_size, clip)

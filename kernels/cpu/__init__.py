@@ -20,6 +20,7 @@ from ..reference import (
     multiplied_weight,
     quantize_per_tensor,
     quantize_per_token,
+    quantize_rotated,
     quantize_smoothed,
     quantize_token_groups,
     runtime_smooth_quantize,
@@ -195,7 +196,4 @@ def hadamard_quantize(
     clip: float = 1.0,
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`, rotated in float32."""
-    rotated = hadamard(x.float(), signs, left, right)
-    if group_size is None:
-        return quantize_per_token(rotated, bits, clip)
-    return quantize_token_groups(rotated, bits, group_size, clip)
+    return quantize_rotated(hadamard(x.float(), signs, left, right), bits, group_size, clip)

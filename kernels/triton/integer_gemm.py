@@ -31,7 +31,7 @@ from .launch import (
     token_bucket,
     tuned,
 )
-from .nibbles import columns_of, shifted, times_multipliers
+from .nibbles import load_packed, shifted, times_multipliers
 from .tiles import load_columns, scale_and_store, tile_of
 
 MOST_SPLITS = 16
@@ -91,12 +91,7 @@ def _integer_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for k in range(split * BLOCK_K, K, BLOCK_K * SPLIT_K):
         if PACKED:
-            first, second, inside = columns_of(k, K, BLOCK_K // 2, EVEN_K)
-            a = load_columns(token_pointers, first[:, None], inside[:, None], EVEN_K)
-            last = (inside & (second < K))[:, None]
-            b = load_columns(token_pointers, second[:, None], last, EVEN_K)
-            byte = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-            packed = load_columns(weight_pointers, byte, inside[None, :], EVEN_K)
+            a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN_K)
             if multiplier is None:
                 w, v = shifted(packed, PTX)
             else:  # each half lies within one group, as `_tiles_that_fit` sees to

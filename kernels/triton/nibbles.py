@@ -10,6 +10,8 @@ Compilers do not find these forms (they take bytes apart, 4 to 8 instructions a 
 import triton
 import triton.language as tl
 
+from .tiles import load_columns
+
 # Bytes 16 · code, first half and second half: the nibble stays in the byte's upper half.
 SHIFTED_PTX = """{
 .reg .b32 t;
@@ -152,3 +154,13 @@ def columns_of(k, K, BYTES: tl.constexpr, EVEN_K: tl.constexpr):
     if not EVEN_K:
         half = tl.where(block + 64 <= K, 32, (K - block + 1) // 2)
     return block + within, block + half + within, within < half
+
+
+@triton.jit
+def load_packed(token_pointers, weight_pointers, k, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """At columns k …: the tokens' first and second halves, and the bytes that both meet."""
+    first, second, inside = columns_of(k, K, BLOCK_K // 2, EVEN_K)
+    a = load_columns(token_pointers, first[:, None], inside[:, None], EVEN_K)
+    b = load_columns(token_pointers, second[:, None], (inside & (second < K))[:, None], EVEN_K)
+    byte = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+    return a, b, load_columns(weight_pointers, byte, inside[None, :], EVEN_K)

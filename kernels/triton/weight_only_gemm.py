@@ -27,7 +27,7 @@ from .launch import (
     token_bucket,
     tuned,
 )
-from .nibbles import as_floats, columns_of
+from .nibbles import as_floats, load_packed
 from .tiles import load_columns, store, tile_of
 
 PREFILL_TILES = {
@@ -82,12 +82,8 @@ def _weight_only_kernel(
         if PACKED:
             k = step * BLOCK_K
             group = k // GROUP
-            first, second, inside = columns_of(k, K, BLOCK_K // 2, EVEN)
-            a = load_columns(token_pointers, first[:, None], inside[:, None], EVEN).to(OPERAND)
-            last = (inside & (second < K))[:, None]
-            b = load_columns(token_pointers, second[:, None], last, EVEN).to(OPERAND)
-            byte = k // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-            packed = load_columns(weight_pointers, byte, inside[None, :], EVEN)
+            a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN)
+            a, b = a.to(OPERAND), b.to(OPERAND)
             w, v = as_floats(packed, OPERAND, PTX)
             if not GROUPED:
                 total = tl.dot(w, a, total, input_precision="ieee")
