@@ -19,9 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu, reference
-from .reference import QuantizedInput, highest_code, largest_multiplier
+from .reference import (
+    MULTIPLIED_BITS,
+    QuantizedInput,
+    highest_code,
+    largest_group_multiplier,
+    largest_multiplier,
+)
 
 __all__ = [
+    "MULTIPLIED_BITS",
     "QuantizedInput",
     "channel_multipliers",
     "group_gemm",
@@ -30,6 +37,7 @@ __all__ = [
     "highest_code",
     "int4_gemm",
     "int8_gemm",
+    "largest_group_multiplier",
     "largest_multiplier",
     "left_factor",
     "quantize_per_tensor",

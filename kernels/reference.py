@@ -6,12 +6,13 @@ integers. The matrix products are defined in int64 and float64; a kernel may rou
 result once, to the output's dtype.
 
 Conventions: M tokens, N out_features, K in_features, G group size. A scale is what a code is
-multiplied by to get its value back. Symmetric b-bit codes reach `2^(b-1) - 1`; they go down to
-`-2^(b-1)`, or only to `-(2^(b-1) - 1)` where an integer multiplier follows, because
-`-8 · 18` would leave int8.
+multiplied by to get its value back. b-bit codes are `-2^(b-1)` … `2^(b-1) - 1`.
 
 **Multipliers.** A scale restricted to `m · base` with an integer `m` goes into the codes: for
-4 bits `m ≤ 18`, and `q · m` is an int8 operand of a plain integer product.
+4 bits `|m| ≤ 15`, and `q · m` is an int8 operand of a plain integer product.
+
+**Full range.** A scale may be negative. Where it takes the sign that brings the value of largest
+magnitude to the lowest code, `-2^(b-1)`, no code is wasted and the steps are finer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 PACKED_BLOCK = 64  # columns that are packed together: 32 bytes of two codes each
+MULTIPLIED_BITS = 6  # the widest codes beside which an int8 has room for multipliers up to 3
 SMALLEST_SCALE = 1e-5  # the clamp of SmoothQuant and RRS: keeps a dead channel's divisor finite
 
 
@@ -45,17 +47,31 @@ def highest_code(bits: int) -> int:
 
 
 def largest_multiplier(bits: int) -> int:
-    """The largest integer m with m · highest_code(bits) ≤ 127: 18 for 4 bits, 1 for 8."""
-    return 127 // highest_code(bits)
+    """The largest integer m with m · 2^(b-1) ≤ 127: 15 for 4 bits, 3 for 6.
+
+    Raises ValueError for wider codes, which leave no room for multipliers.
+    """
+    if bits > MULTIPLIED_BITS:
+        raise ValueError(f"{bits}-bit codes leave an int8 no room for multipliers")
+    return 127 // (highest_code(bits) + 1)
+
+
+def largest_group_multiplier(bits: int) -> int:
+    """The largest multiplier of a token's groups: 8, so that with its sign it takes 4 bits."""
+    return min(8, largest_multiplier(bits))
 
 
 def _scale_of(maximum: Tensor, bits: int, clip: float) -> Tensor:
-    scale = maximum * clip / highest_code(bits)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return _nonzero(maximum * clip / highest_code(bits))
 
 
-def _codes(x: Tensor, scale: Tensor, bits: int, lowest: int) -> Tensor:
-    return (x / scale).round_().clamp_(lowest, highest_code(bits)).to(torch.int8)
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    highest = highest_code(bits)
+    return (x / scale).round_().clamp_(-highest - 1, highest).to(torch.int8)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -63,15 +79,27 @@ def _largest(x: Tensor) -> Tensor:
     return largest
 
 
-def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
-    """One symmetric scale a token: s_t = clip · max_k |x_tk| / (2^(b-1) - 1).
+def _extreme(x: Tensor) -> Tensor:
+    """The value of largest magnitude; of two the negative one."""
+    highest, lowest = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
+    return torch.where(highest > -lowest, highest, lowest)
 
+
+def quantize_per_token(
+    x: Tensor, bits: int, clip: float = 1.0, full_range: bool = False
+) -> QuantizedInput:
+    """One scale a token: s_t = clip · max_k |x_tk| / (2^(b-1) - 1).
+
+    With `full_range`, s_t = -clip · e_t / 2^(b-1), e_t the token's value of largest magnitude.
     x: float (..., K). Returns codes int8 (..., K), scale float32 (..., 1).
     Source: SmoothQuant (arXiv 2211.10438), section 2.
     """
     x = x.float()
-    scale = _scale_of(_largest(x), bits, clip)
-    return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
+    if full_range:
+        scale = _nonzero(_extreme(x) * clip / -(highest_code(bits) + 1))
+    else:
+        scale = _scale_of(_largest(x), bits, clip)
+    return QuantizedInput(_codes(x, scale, bits), scale)
 
 
 def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
@@ -82,14 +110,14 @@ def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInp
     """
     x = x.float()
     scale = _scale_of(x.abs().amax().reshape([1] * x.dim()), bits, clip)
-    return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
+    return QuantizedInput(_codes(x, scale, bits), scale)
 
 
 def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:
     """Codes under one calibrated scale (SmoothQuant O3). x: float (..., K); scale: float32 ()."""
     x = x.float()
     scale = scale.float().reshape([1] * x.dim())
-    return QuantizedInput(_codes(x, scale, bits, -highest_code(bits) - 1), scale)
+    return QuantizedInput(_codes(x, scale, bits), scale)
 
 
 def quantize_token_groups(
@@ -97,18 +125,20 @@ def quantize_token_groups(
 ) -> QuantizedInput:
     """Runtime smoothing in the scope `token`: groups of channels with integer multipliers.
 
-    Of each token alone: g = clip · max |x| of a group, base = max g / m_max,
-    m = ceil(g / base) ∈ 1…m_max, q = round(x / (m · s)) with s = base / (2^(b-1) - 1).
+    Of each token alone: g = clip · e, e a group's value of largest magnitude, base =
+    max |g| / 8, |m| = ceil(|g| / base) ∈ 1…8 with the sign of -e (full range),
+    q = round(x / (m · s)) with s = base / 2^(b-1). Beside codes of 5 and 6 bits |m| ≤ 7 and 3.
     x: float (..., K), G divides K. Returns codes q · m int8 (..., K), scale s float32 (..., 1).
     """
-    x = x.float()
-    groups = x.unflatten(-1, (-1, group_size))
-    maxima = _largest(groups) * clip
-    base = maxima.amax(-2, keepdim=True) / largest_multiplier(bits)
-    base = torch.where(base / highest_code(bits) > 0, base, torch.ones_like(base))
-    multiplier = (maxima / base).ceil().clamp(1, largest_multiplier(bits))
-    scale = base / highest_code(bits)
-    codes = _codes(groups, multiplier * scale, bits, -highest_code(bits))
+    groups, largest = x.float().unflatten(-1, (-1, group_size)), largest_group_multiplier(bits)
+    extreme = _extreme(groups)
+    maxima = extreme.abs() * clip
+    base = maxima.amax(-2, keepdim=True) / largest
+    scale = _nonzero(base / (highest_code(bits) + 1))
+    base = scale * (highest_code(bits) + 1)
+    multiplier = (maxima / base).ceil().clamp(1, largest)
+    multiplier = torch.where(extreme > 0, -multiplier, multiplier)
+    codes = _codes(groups, multiplier * scale, bits)
     return QuantizedInput((codes * multiplier.to(torch.int8)).flatten(-2), scale.squeeze(-1))
 
 
@@ -132,7 +162,7 @@ def quantize_smoothed(
     """
     smoothed = x.float() / multiplier
     scale = _scale_of(_largest(smoothed), bits, clip)
-    codes = _codes(smoothed, scale, bits, -highest_code(bits))
+    codes = _codes(smoothed, scale, bits)
     return QuantizedInput(codes * multiplier, scale)
 
 
@@ -209,7 +239,7 @@ def int4_gemm(
 ) -> Tensor:
     """y = s_t · s_n · Σ_g m_ng · (Σ_{k in g} a_tk w_nk) + b_n, the sum in integers.
 
-    As `int8_gemm` with the weight packed: uint8 (N, ⌈K/2⌉), and multiplier: uint8 (N, K / G), the
+    As `int8_gemm` with the weight packed: uint8 (N, ⌈K/2⌉), and multiplier: int8 (N, K / G), the
     integer scales of its groups, or None.
     """
     weight = multiplied_weight(unpack_int4(packed, codes.shape[1]), multiplier)
@@ -263,11 +293,11 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
 
 
 def multiplied_weight(codes: Tensor, multiplier: Tensor | None) -> Tensor:
-    """Codes −7 … 7 times the multipliers of their groups: int8 (N, K), uint8 (N, K / G)."""
+    """4-bit codes times the multipliers of their groups: int8 (N, K), int8 (N, K / G)."""
     if multiplier is None:
         return codes
     groups = codes.unflatten(-1, (multiplier.shape[-1], -1))
-    product: Tensor = groups * multiplier.to(torch.int8).unsqueeze(-1)
+    product: Tensor = groups * multiplier.unsqueeze(-1)
     return product.flatten(-2)
 
 
@@ -282,7 +312,7 @@ def weight_only_gemm(
     """y = x Ŵᵀ + b with Ŵ unpacked inside: float activations, packed weights.
 
     x: float (M, K); packed: uint8 (N, ⌈K/2⌉) for 4 bits, int8 (N, K) for 8; weight_scale: float
-    (N, 1) or (N, K / G); multiplier: uint8 (N, K / G) or None. Returns (M, N) in x's dtype.
+    (N, 1) or (N, K / G); multiplier: int8 (N, K / G) or None. Returns (M, N) in x's dtype.
     """
     weight = unpack_int4(packed, x.shape[-1]) if bits == 4 else packed
     step = weight_scale.double() if multiplier is None else weight_scale.double() * multiplier
@@ -312,19 +342,22 @@ def hadamard_quantize(
     bits: int,
     group_size: int | None = None,
     clip: float = 1.0,
+    full_range: bool = False,
 ) -> QuantizedInput:
     """x R quantized, the rotated values in float32: per token, or by `quantize_token_groups`.
 
     x, signs, left, right: as `hadamard`. group_size: of the token's groups, or None for one scale
-    a token. Source: SmoothRot (arXiv 2506.05413) and RRS (arXiv 2409.20361) before down_proj.
+    a token, with or without `full_range`. Source: SmoothRot (arXiv 2506.05413) and RRS
+    (arXiv 2409.20361) before down_proj.
     """
-    return quantize_rotated(hadamard(x.float(), signs, left, right), bits, group_size, clip)
+    rotated = hadamard(x.float(), signs, left, right)
+    return quantize_rotated(rotated, bits, group_size, clip, full_range)
 
 
 def quantize_rotated(
-    rotated: Tensor, bits: int, group_size: int | None, clip: float
+    rotated: Tensor, bits: int, group_size: int | None, clip: float, full_range: bool
 ) -> QuantizedInput:
     """The quantizer of `hadamard_quantize` alone, of float32 (..., K)."""
     if group_size is None:
-        return quantize_per_token(rotated, bits, clip)
+        return quantize_per_token(rotated, bits, clip, full_range)
     return quantize_token_groups(rotated, bits, group_size, clip)

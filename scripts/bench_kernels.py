@@ -42,7 +42,7 @@ from smoothq.transforms.hadamard import Hadamard
 
 BITS = 4  # of the quantizers' codes; weights and codes of the products are 4 or 8 by operator
 WEIGHT_GROUP = 128  # columns that share a weight's multiplier or scale, or a live block
-SMOOTHING_GROUP = 32  # channels that share a token's multiplier: the preset's
+SMOOTHING_GROUP = 16  # channels that share a token's multiplier: the preset's
 WIDE = 4096  # rows from which a projection counts for the targets
 INT_MM_TOKENS = 17  # the fewest that torch._int_mm takes
 NO_MEASUREMENT = "toy sizes under Triton's interpreter: no measurement"
@@ -260,7 +260,7 @@ class Operands:
         self.weight8, self.row_scale = integers(-127, 127, rows, width), scales(rows)
         self.codes4 = integers(-7, 7, rows, width)
         self.packed = pack(self.codes4, 4)
-        self.multiplier = integers(1, largest_multiplier(4), rows, groups).to(torch.uint8)
+        self.multiplier = integers(1, largest_multiplier(4), rows, groups)
         self.group_scale = scales(rows, groups).bfloat16()
         self.block_scale = scales(1, groups)
         self.order = torch.randperm(width, device=device)[None]

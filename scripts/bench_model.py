@@ -149,7 +149,7 @@ def random_weight(layer: QuantizedLinear, device: torch.device) -> QuantizedWeig
     step = layer.in_features**-0.5 / grid.highest
     if "weight_multiplier" in stored:
         largest, size = largest_multiplier(grid.bits), stored["weight_multiplier"].shape
-        multiplier = torch.randint(1, largest + 1, size, dtype=torch.uint8, device=device)
+        multiplier = torch.randint(1, largest + 1, size, dtype=torch.int8, device=device)
         step /= largest
     scale = step * (0.5 + torch.rand(stored["weight_scale"].shape, device=device))
     return QuantizedWeight(codes, Scales(scale.to(stored["weight_scale"].dtype), multiplier))

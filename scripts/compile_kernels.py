@@ -121,7 +121,7 @@ def integer_cases(dtype: torch.dtype) -> Iterator[Case]:
     """The products of codes, with results of a dtype."""
     weight = torch.zeros(ROWS, WIDTH, dtype=torch.int8)
     packed, per_row = pack(weight, 4), torch.ones(ROWS)
-    multiplier = torch.ones(ROWS, WIDTH // GROUP, dtype=torch.uint8)
+    multiplier = torch.ones(ROWS, WIDTH // GROUP, dtype=torch.int8)
     for tokens in (1, 64):
         codes, scale = torch.zeros(tokens, WIDTH, dtype=torch.int8), torch.ones(tokens, 1)
         bias = torch.ones(ROWS, dtype=dtype)
@@ -161,7 +161,7 @@ def weight_only_cases(dtype: torch.dtype) -> Iterator[Case]:
     weight = torch.zeros(ROWS, WIDTH, dtype=torch.int8)
     packed, per_row = pack(weight, 4), torch.ones(ROWS, 1)
     per_group = torch.ones(ROWS, WIDTH // GROUP).bfloat16()
-    multiplier = torch.ones(ROWS, WIDTH // GROUP, dtype=torch.uint8)
+    multiplier = torch.ones(ROWS, WIDTH // GROUP, dtype=torch.int8)
     for tokens in (1, 64):
         product = partial(operators.weight_only_gemm, torch.ones(tokens, WIDTH, dtype=dtype))
         forms = {
@@ -181,7 +181,11 @@ def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:
     rotation, wide = Hadamard.of(DOWN, seed=0), Hadamard.of(11008, seed=0)
     factors = (rotation.signs(), *rotation.factors(operators.left_factor(rotation.base, DOWN)))
     wide_factors = (wide.signs(), *wide.factors())  # a left factor too wide to be fused
-    yield "quantize_per_token", partial(operators.quantize_per_token, x, 4)
+    for full_range in (False, True):
+        yield (
+            "quantize_per_token" + ", full range" * full_range,
+            partial(operators.quantize_per_token, x, 4, 1.0, full_range),
+        )
     yield "quantize_per_tensor", partial(operators.quantize_per_tensor, x, 8)
     yield "static_quantize", partial(operators.static_quantize, x, torch.ones(()), 8)
     yield "quantize_token_groups", partial(operators.quantize_token_groups, x, 4, GROUP)

@@ -66,6 +66,10 @@ class HiddenStates:
         arguments = [recorder.arguments for recorder in recorders]
         return cls(*tree_map_only(Tensor, lambda tensor: tensor.to(device), (batches, arguments)))
 
+    def copy(self) -> HiddenStates:
+        """The same states, to be moved through other blocks."""
+        return HiddenStates(list(self._batches), self._arguments)
+
     def observe_together(
         self, block: nn.Module, name: str, index: int, sites: list[Site], advance: bool
     ) -> dict[str, Tensor]:
@@ -88,7 +92,7 @@ class HiddenStates:
         for site in sites:
             watch(site)
         for i, batch in enumerate(self._batches):
-            output = self._forward(block, index, batch)
+            output = self.forward(block, index, batch)
             if advance:
                 self._batches[i] = output
         for handle in handles:
@@ -128,9 +132,18 @@ class HiddenStates:
     def advance(self, block: nn.Module, index: int) -> None:
         """Move past a block: its output becomes what enters the next."""
         for i, batch in enumerate(self._batches):
-            self._batches[i] = self._forward(block, index, batch)
+            self._batches[i] = self.forward(block, index, batch)
 
-    def _forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
+    def __len__(self) -> int:
+        """Micro-batches."""
+        return len(self._batches)
+
+    def batch(self, i: int) -> Tensor:
+        """Micro-batch i, float32 (sequences, tokens, hidden_size)."""
+        return self._batches[i]
+
+    def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
+        """A block's output for one micro-batch."""
         output = block(batch, **self._arguments[index][batch.shape[0]])
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden

@@ -44,6 +44,7 @@ from .rounding.rtn import round_to_nearest
 from .transforms.norm_fusion import fuse_norm, fuse_norms
 from .transforms.rotation import rotate_input, rotate_residual, rotate_value_output
 from .transforms.smoothing import smooth
+from .tuning import tune
 from .version import __version__
 
 WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
@@ -139,6 +140,7 @@ def _run(
 ) -> None:
     """The pass: what enters the blocks, each block, and what is stored of them."""
     stream = _quantize_ends(source, plan, model, tokens, writer, device)
+    unquantized = stream.copy() if stream is not None and plan.recipe.tuning else None
     for index, block_plan in enumerate(plan.blocks):
         name = f"{plan.family.layers}.{index}"
         block = _Block(model.get_submodule(name), name, index, block_plan)
@@ -146,14 +148,27 @@ def _run(
         load_module(block.module, name, source, WORKING_DTYPE)
         block.module.to(device)
         _quantize_block(
-            block, plan, stream, lambda stage, i=index: progress(i, len(plan.blocks), stage)
+            block,
+            plan,
+            stream,
+            unquantized,
+            lambda stage, i=index: progress(i, len(plan.blocks), stage),
         )
         writer.add(_to_store(block.module, name, plan.stored_dtype))
         unload_module(block.module)
 
 
-def _quantize_block(block: _Block, plan: Plan, stream: HiddenStates | None, stage: Stage) -> None:
-    """Transform and quantize one block, and move the hidden states past it."""
+def _quantize_block(
+    block: _Block,
+    plan: Plan,
+    stream: HiddenStates | None,
+    unquantized: HiddenStates | None,
+    stage: Stage,
+) -> None:
+    """Transform and quantize one block, and move the hidden states past it.
+
+    unquantized: the hidden states of the float model, where the recipe tunes blocks towards them.
+    """
     recipe, graph = plan.recipe, block.plan.graph
     if plan.residual_rotation is not None:
         stage("rotate")
@@ -171,12 +186,19 @@ def _quantize_block(block: _Block, plan: Plan, stream: HiddenStates | None, stag
             smooth(block.module, site, maxima[site.name], alpha, plan.stored_dtype)
     if graph.value_output is not None and block.plan.value_rotation is not None:
         rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)
+    if unquantized is not None:
+        stage("float forward")
+        unquantized.advance(block.module, block.index)
     inputs = install_inputs(block.module, block.plan, SequenceContext(), block.name)
     for site_input in inputs.values():
         site_input.to(next(block.module.parameters()).device)
+    unrounded: dict[str, Tensor] = {}
     for site_plan in block.plan.sites:
         stage(f"quantize {site_plan.site.name}")
-        _quantize_site(block, site_plan, inputs[site_plan.site.name], recipe, stream)
+        unrounded |= _quantize_site(block, site_plan, inputs[site_plan.site.name], recipe, stream)
+    if stream is not None and unquantized is not None and recipe.tuning is not None:
+        stage("tune")
+        tune(block.module, block.index, block.plan, unrounded, stream, unquantized, recipe.tuning)
     if stream is not None and not follows_float:
         stage("forward")
         stream.advance(block.module, block.index)
@@ -188,13 +210,16 @@ def _quantize_site(
     site_input: InputQuantizer,
     recipe: Recipe,
     stream: HiddenStates | None,
-) -> None:
-    """Calibrate one site's input, round its weights, and put the quantized linears in place."""
+) -> dict[str, Tensor]:
+    """Calibrate one site's input, round its weights, and put the quantized linears in place.
+
+    Returns, by module, what the codes of its weight were rounded from.
+    """
     site = plan.site
     if plan.input.rotation is not None:
         for reader in site.readers:
             rotate_input(reader.view(block.module), plan.input.rotation)
-    factor = None
+    factor, unrounded = None, {}
     where = f"{block.name}, {site.name}"
     if stream is not None:
         normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
@@ -210,6 +235,9 @@ def _quantize_site(
         else:
             rounded = gptq(linear.weight, factor, spec.grid, recipe.gptq.block_size)
         install_linear(block.module, name, spec, site_input).set_weight(rounded, linear.bias)
+        assert rounded.unrounded is not None
+        unrounded[name] = rounded.unrounded
+    return unrounded
 
 
 def _quantize_ends(

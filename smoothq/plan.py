@@ -264,7 +264,9 @@ def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
     if weights.granularity == "group":
         size = _group_size(weights.group_size, columns, where)
     multiplier = weights.group_scale == "multiplier"
-    return IntegerGrid(weights.bits, weights.granularity, size, multiplier, weights.clip)
+    return IntegerGrid(
+        weights.bits, weights.granularity, size, multiplier, weights.clip, weights.full_range
+    )
 
 
 def _group_size(size: GroupSize, columns: int, where: str) -> int:
@@ -300,6 +302,7 @@ def _input_spec(site: Site, recipe: Recipe, width: int, where: str) -> InputSpec
         mode = "static" if activations.static else "tensor"
     else:
         mode = "token"
+        settings["full_range"] = activations.full_range
     if recipe.rotation is not None and recipe.rotation.down and site.edge == "up_down":
         settings["rotation"] = Hadamard.of(width, recipe.seed)
     return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)

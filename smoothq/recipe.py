@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import RecipeError
-from .kernels import largest_multiplier
+from .kernels import MULTIPLIED_BITS
 
 Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
@@ -32,7 +32,8 @@ class Weights(_Frozen):
     granularity: one scale a tensor, an output channel, or a group of input channels.
     group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
     scale, which keeps the product a plain integer one. clip: search the scale that minimises the
-    rounding error. rounding: round to nearest, or GPTQ.
+    rounding error. full_range: a scale's sign brings the largest weight to the lowest code, as a
+    multiplier's always does. rounding: round to nearest, or GPTQ.
     """
 
     bits: Literal[4, 8] = 8
@@ -40,6 +41,7 @@ class Weights(_Frozen):
     group_size: GroupSize = "auto"
     group_scale: Literal["float", "multiplier"] = "float"
     clip: bool = False
+    full_range: bool = False
     rounding: Literal["rtn", "gptq"] = "rtn"
 
 
@@ -47,13 +49,16 @@ class Activations(_Frozen):
     """How a linear's input is quantized at run time.
 
     bits: 16 leaves it in float. static: one calibrated scale a tensor instead of one found at
-    run time. clip_ratio: the share of the maximum that the largest code stands for.
+    run time. clip_ratio: the share of the maximum that the largest code stands for. full_range: a
+    token's scale may be negative, so that its largest value takes the lowest code; groups do so
+    always.
     """
 
     bits: Literal[4, 5, 6, 7, 8, 16] = 8
     granularity: Literal["token", "tensor"] = "token"
     static: bool = False
     clip_ratio: float = Field(1.0, gt=0, le=1)
+    full_range: bool = False
 
 
 class Smoothing(_Frozen):
@@ -81,7 +86,7 @@ class RuntimeSmoothing(_Frozen):
     """
 
     scope: Scope = "token"
-    group_size: GroupSize = 32
+    group_size: GroupSize = 16
     normalise: bool = False
 
 
@@ -91,6 +96,18 @@ class Gptq(_Frozen):
     block_size: int = Field(128, ge=1)
     damping: float = Field(0.01, gt=0)
     activation_order: bool = True
+
+
+class Tuning(_Frozen):
+    """Block-wise tuning after rounding: steps a block, one micro-batch of calibration text each.
+
+    code_rate: how far a step moves what a code is rounded from, in codes. scale_rate: how far it
+    moves a scale, as a share of it. Both fall linearly to zero.
+    """
+
+    steps: int = Field(32, ge=1)
+    code_rate: float = Field(0.02, gt=0)
+    scale_rate: float = Field(1e-3, ge=0)
 
 
 class Calibration(_Frozen):
@@ -117,6 +134,7 @@ class Recipe(_Frozen):
     rotation: Rotation | None = None
     runtime_smoothing: RuntimeSmoothing | None = None
     gptq: Gptq = Gptq()
+    tuning: Tuning | None = None
     calibration: Calibration = Calibration()
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -126,16 +144,20 @@ class Recipe(_Frozen):
         a, w, smooth = self.activations, self.weights, self.runtime_smoothing
         if a.static and a.granularity != "tensor":
             raise ValueError("static activations need granularity 'tensor'")
+        if a.full_range and (a.granularity != "token" or smooth):
+            raise ValueError("full_range is of one scale a token; a token's groups have it always")
         if a.bits == FLOAT_BITS and (smooth or a.static):
             raise ValueError("runtime smoothing and static scales need activations of ≤ 8 bits")
         if w.group_scale == "multiplier" and (w.granularity != "group" or w.bits != 4):
             raise ValueError("group_scale 'multiplier' needs 4-bit weights in groups")
+        if self.tuning is not None and w.granularity == "tensor":
+            raise ValueError("tuning learns a scale a row: it needs weights per channel or group")
         if smooth is None:
             return self
         if a.granularity != "token":
             raise ValueError("runtime smoothing needs activations quantized per token")
         integer = smooth.scope != "live" or smooth.group_size == 1
-        if integer and largest_multiplier(a.bits) < 2:
+        if integer and a.bits > MULTIPLIED_BITS:
             raise ValueError(
                 f"runtime smoothing by integer multipliers has no room beside {a.bits}-bit codes;"
                 " use --a-bits 4, or --smooth-scope live with groups"
@@ -152,6 +174,7 @@ class Recipe(_Frozen):
         """Whether the recipe looks at calibration text at all."""
         return (
             self.smoothing is not None
+            or self.tuning is not None
             or self.weights.rounding == "gptq"
             or self.activations.static
             or (self.runtime_smoothing is not None and self.runtime_smoothing.scope == "calibrated")
@@ -222,7 +245,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 _SCOPES: dict[Scope, dict[str, Any]] = {
-    "token": {"scope": "token", "group_size": 32},
+    "token": {"scope": "token", "group_size": 16},
     "calibrated": {"scope": "calibrated", "normalise": True},
     "live": {"scope": "live", "group_size": "auto"},
 }
@@ -265,7 +288,7 @@ def _best(name: Preset, a_bits: int) -> dict[str, Any]:
         weights |= {"group_size": 64, "group_scale": "multiplier"}
         values |= {"rotation": {}, "smoothing": {"alpha": 0.5, "edges": ["up_down"]}}
     if name == "w4a4":
-        values["activations"]["clip_ratio"] = 0.9
+        values["activations"]["clip_ratio"] = 0.925
         values["runtime_smoothing"] = _SCOPES["token"]
     return values
 

@@ -33,8 +33,8 @@ def test_multipliers_count_as_they_are_stored() -> None:
     per_channel = make_plan(on_meta(), recipe.edit(weights__group_scale="float")).bits
     assert bits.weight == pytest.approx(4 + 8 / 64 + 32 * 5184 / 3_538_944, rel=1e-3)
     assert per_channel.weight == pytest.approx(4 + 16 / 64)
-    # 18 multipliers take 5 bits a group of 32.
-    assert bits.activation == pytest.approx(4 + 5 / 32 + 32 * 4 / 3264)
+    # A multiplier and its sign take 4 bits a group of 16.
+    assert bits.activation == pytest.approx(4 + 4 / 16 + 32 * 4 / 3264)
 
 
 @pytest.mark.parametrize("name", ["w4a4", "w4a8"])

@@ -23,16 +23,25 @@ seeds = st.integers(0, 2**32 - 1)
 
 def grid(kind: str, bits: int = 4, clip: bool = False, width: int = WIDTH) -> IntegerGrid:
     """The grid that a recipe would make of a matrix `width` wide."""
-    match kind:
-        case "tensor" | "channel":
-            return IntegerGrid(bits, kind, width, multiplier=False, clip=clip)  # type: ignore[arg-type]
-        case "group":
-            return IntegerGrid(bits, "group", GROUP, multiplier=False, clip=clip)
-    return IntegerGrid(bits, "group", GROUP, multiplier=True, clip=clip)
+    granularity, *form = kind.split(", ")
+    return IntegerGrid(
+        bits,
+        granularity,  # type: ignore[arg-type]
+        GROUP if granularity == "group" else width,
+        multiplier="multipliers" in form,
+        clip=clip,
+        full_range="full range" in form,
+    )
 
 
-each_kind = pytest.mark.parametrize("kind", ["tensor", "channel", "group", "group, multipliers"])
+KINDS = ["tensor", "channel", "group", "channel, full range", "group, multipliers"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
 each_width = pytest.mark.parametrize("bits", [4, 8])
+# Multipliers stand beside 4-bit codes only.
+each_kind_and_width = pytest.mark.parametrize(
+    ("kind", "bits"),
+    [(kind, bits) for kind in KINDS for bits in (4, 8) if bits == 4 or "multipliers" not in kind],
+)
 each_clip = pytest.mark.parametrize("clip", [False, True], ids=["absmax", "clip search"])
 
 
@@ -46,7 +55,7 @@ def groups_of(weight: Tensor, kind: str) -> Tensor:
     """The matrix cut into what shares a scale: float64 (…, elements)."""
     if kind == "tensor":
         return weight.double().flatten()
-    return weight.double().unflatten(-1, (-1, WIDTH if kind == "channel" else GROUP))
+    return weight.double().unflatten(-1, (-1, WIDTH if kind.startswith("channel") else GROUP))
 
 
 class TestScales:
@@ -76,38 +85,50 @@ class TestScales:
         assert torch.equal(scales.scale, exact.float().bfloat16())
 
     @each_width
-    def test_multipliers_are_the_least_that_cover_each_group(self, bits: int) -> None:
+    @each_clip
+    def test_full_range_brings_the_largest_weight_to_the_lowest_code(
+        self, bits: int, clip: bool
+    ) -> None:
+        weight = matrix(40)
+        rounded = round_to_nearest(weight, grid("channel, full range", bits, clip))
+        where = weight.abs().argmax(-1, keepdim=True)
+        extremes = weight.gather(1, where)
+        assert torch.equal(rounded.scales.scale < 0, extremes > 0)
+        assert bool((rounded.codes.gather(1, where) == -(2 ** (bits - 1))).all())
+        if not clip:
+            expected = extremes / -(2 ** (bits - 1))
+            assert torch.allclose(rounded.scales.scale, expected, rtol=1e-6, atol=0)
+
+    def test_multipliers_are_the_least_that_cover_each_group(self) -> None:
         weight = matrix(9)
         weight[:, :GROUP] *= 0.01
-        scales = grid("group, multipliers", bits).find_scales(weight)
-        highest = 2 ** (bits - 1) - 1
-        largest = 127 // highest
+        scales = grid("group, multipliers").find_scales(weight)
+        lowest, largest = 8, 15
         assert scales.scale.dtype == torch.float32
         assert scales.multiplier is not None
-        assert scales.multiplier.dtype == torch.uint8
+        assert scales.multiplier.dtype == torch.int8
         assert scales.multiplier.shape == (9, WIDTH // GROUP)
-        base = weight.double().abs().amax(-1) / (highest * largest)
+        base = weight.double().abs().amax(-1) / (lowest * largest)
         assert torch.allclose(scales.scale.double().squeeze(1), base, rtol=1e-6, atol=0)
         for row, group, m in zip(*_grid_of_indices(9), scales.multiplier.flatten(), strict=True):
-            maximum = groups_of(weight, "group")[row, group].abs().max()
-            assert 1 <= m <= largest
-            assert m * base[row] * highest >= maximum * (1 - 1e-6)
-            assert m == 1 or (m - 1) * base[row] * highest < maximum * (1 + 1e-6)
+            values = groups_of(weight, "group")[row, group]
+            extreme = values[values.abs().argmax()]
+            assert (m < 0) == (extreme > 0)
+            assert 1 <= m.abs() <= largest
+            assert m.abs() * base[row] * lowest >= extreme.abs() * (1 - 1e-6)
+            assert m.abs() == 1 or (m.abs() - 1) * base[row] * lowest < extreme.abs() * (1 + 1e-6)
 
     @each_clip
     @each_kind
     def test_a_multiplied_code_fits_int8(self, kind: str, clip: bool) -> None:
         rounded = round_to_nearest(matrix(40), grid(kind, clip=clip))
         multiplier = rounded.scales.multiplier
-        largest = 1 if multiplier is None else multiplier.max().item()
-        assert rounded.codes.abs().max().item() * largest <= 127
         if multiplier is not None:
-            assert multiplier.min().item() >= 1
-            assert largest <= 18
-            assert rounded.codes.min() >= -7
+            assert 1 <= multiplier.abs().min().item() <= multiplier.abs().max().item() <= 15
+            products = groups_of(rounded.codes, kind) * multiplier.unsqueeze(-1)
+            assert products.abs().max().item() <= 127
 
-    @each_kind
-    @each_width
+    @each_kind_and_width
     @FEW
     @given(seed=seeds)
     def test_the_clip_search_is_never_worse_than_the_maximum(
@@ -131,7 +152,7 @@ class TestScales:
         assert clipped.sum() < 0.97 * covering.sum()
 
     @each_clip
-    @pytest.mark.parametrize("kind", ["channel", "group", "group, multipliers"])
+    @pytest.mark.parametrize("kind", KINDS[1:])
     def test_rows_are_independent_however_many_there_are(self, kind: str, clip: bool) -> None:
         weight = matrix(515)
         whole = round_to_nearest(weight, grid(kind, clip=clip))
@@ -148,12 +169,12 @@ class TestScales:
         rounded = round_to_nearest(weight, grid(kind, clip=clip))
         assert not rounded.codes[2].any()
         assert rounded.codes[1].any()
-        assert bool((rounded.scales.step(torch.float32) > 0).all())
+        assert bool((rounded.scales.step(torch.float32) != 0).all())
 
-    def test_the_lowest_code_stops_at_minus_7_only_where_a_multiplier_follows(self) -> None:
-        lowest = {kind: grid(kind).lowest for kind in ("channel", "group", "group, multipliers")}
-        assert lowest == {"channel": -8, "group": -8, "group, multipliers": -7}
-        assert (grid("channel", 8).lowest, grid("channel", 8).highest) == (-128, 127)
+    @each_kind
+    def test_codes_are_all_that_the_bits_hold(self, kind: str) -> None:
+        assert (grid(kind).lowest, grid(kind).highest) == (-8, 7)
+        assert (grid(kind, 8).lowest, grid(kind, 8).highest) == (-128, 127)
 
 
 def _grid_of_indices(rows: int) -> tuple[list[int], list[int]]:
@@ -162,8 +183,7 @@ def _grid_of_indices(rows: int) -> tuple[list[int], list[int]]:
 
 
 class TestRoundToNearest:
-    @each_kind
-    @each_width
+    @each_kind_and_width
     @each_clip
     def test_no_other_point_of_the_grid_is_nearer(self, kind: str, bits: int, clip: bool) -> None:
         weight = matrix(5)
@@ -174,7 +194,7 @@ class TestRoundToNearest:
         points = torch.arange(chosen.lowest, chosen.highest + 1, dtype=torch.float64)
         nearest = (weight.double().unsqueeze(-1) - points * step.unsqueeze(-1)).abs().amin(-1)
         found = (weight.double() - rounded.dequantize(torch.float64)).abs()
-        assert bool((found <= nearest + 1e-5 * step).all())
+        assert bool((found <= nearest + 1e-5 * step.abs()).all())
 
     def test_dequantized_codes_are_rounded_to_themselves(self) -> None:
         first = round_to_nearest(matrix(5), grid("channel"))
@@ -261,8 +281,7 @@ class TestGptq:
         for block_size in (1, 16, 128):
             assert torch.equal(gptq(weight, factor, chosen, block_size).codes, expected)
 
-    @each_kind
-    @each_width
+    @each_kind_and_width
     @pytest.mark.parametrize("activation_order", [False, True], ids=["in order", "by activation"])
     def test_the_output_error_is_below_round_to_nearests(
         self, kind: str, bits: int, activation_order: bool

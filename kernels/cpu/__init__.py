@@ -66,6 +66,8 @@ def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
 
 def _int_mm(a: Tensor, w: Tensor) -> Tensor:
     """float32 (M, N), the integer sum rounded once."""
+    if a.shape[1] == 1:
+        return _float_lanes(a, w)  # torch misreads the strides of one column's transpose
     return torch._int_mm(a, w.t()).float()
 
 
@@ -194,6 +196,8 @@ def hadamard_quantize(
     bits: int,
     group_size: int | None = None,
     clip: float = 1.0,
+    full_range: bool = False,
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`, rotated in float32."""
-    return quantize_rotated(hadamard(x.float(), signs, left, right), bits, group_size, clip)
+    rotated = hadamard(x.float(), signs, left, right)
+    return quantize_rotated(rotated, bits, group_size, clip, full_range)

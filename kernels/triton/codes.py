@@ -26,21 +26,31 @@ def divide_by(a, NUMBER: tl.constexpr):
 @triton.jit
 def nonzero(scale):
     """scale, or 1 where it is zero: a dead token keeps a finite scale."""
-    return tl.where(scale > 0, scale, 1.0)
+    return tl.where(scale == 0, 1.0, scale)
 
 
 @triton.jit
-def to_codes(quotient, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """Quotients as int8 codes: rounded half to even, LOWEST … HIGHEST."""
-    bounded = tl.minimum(tl.maximum(quotient, LOWEST * 1.0), HIGHEST * 1.0)
+def extreme(x, axis: tl.constexpr):
+    """The value of largest magnitude along an axis; of two the negative one."""
+    highest, lowest = tl.max(x, axis=axis), tl.min(x, axis=axis)
+    return tl.where(highest > -lowest, highest, lowest)
+
+
+@triton.jit
+def to_codes(quotient, HIGHEST: tl.constexpr):
+    """Quotients as int8 codes: rounded half to even, −HIGHEST − 1 … HIGHEST."""
+    bounded = tl.minimum(tl.maximum(quotient, -HIGHEST - 1.0), HIGHEST * 1.0)
     return ((bounded + _ROUND) - _ROUND).to(tl.int8)
 
 
 @triton.jit
-def per_token(x, clip, HIGHEST: tl.constexpr, LOWEST: tl.constexpr):
-    """Codes and scale () of one token, float32 (ROWS, COLUMNS); padding must be zero."""
-    scale = nonzero(divide_by(tl.max(tl.abs(x)) * clip, HIGHEST))
-    return to_codes(divide(x, scale), LOWEST, HIGHEST), scale
+def per_token(x, clip, HIGHEST: tl.constexpr, FULL_RANGE: tl.constexpr):
+    """Codes and scale () of one token, float32 of any shape; padding must be zero."""
+    if FULL_RANGE:
+        scale = nonzero(divide_by(extreme(x, None) * clip, -HIGHEST - 1))
+    else:
+        scale = nonzero(divide_by(tl.max(tl.abs(x)) * clip, HIGHEST))
+    return to_codes(divide(x, scale), HIGHEST), scale
 
 
 @triton.jit
@@ -49,11 +59,11 @@ def token_groups(x, clip, HIGHEST: tl.constexpr, LARGEST: tl.constexpr):
 
     x: float32 (groups, channels of a group); padding must be zero.
     """
-    maxima = tl.max(tl.abs(x), axis=1) * clip
-    base = divide_by(tl.max(maxima), LARGEST)
-    base = tl.where(divide_by(base, HIGHEST) > 0, base, 1.0)
-    multiplier = tl.ceil(divide(maxima, base))
+    extremes = extreme(x, 1)
+    maxima = tl.abs(extremes) * clip
+    scale = nonzero(divide_by(divide_by(tl.max(maxima), LARGEST), HIGHEST + 1))
+    multiplier = tl.ceil(divide(maxima, scale * (HIGHEST + 1)))
     multiplier = tl.minimum(tl.maximum(multiplier, 1.0), LARGEST * 1.0)
-    scale = divide_by(base, HIGHEST)
-    codes = to_codes(divide(x, (multiplier * scale)[:, None]), -HIGHEST, HIGHEST)
+    multiplier = tl.where(extremes > 0, -multiplier, multiplier)
+    codes = to_codes(divide(x, (multiplier * scale)[:, None]), HIGHEST)
     return codes * multiplier.to(tl.int8)[:, None], scale

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import QuantizedInput, highest_code, largest_multiplier
+from ..reference import QuantizedInput, highest_code, largest_group_multiplier
 from .codes import per_token, token_groups
 from .launch import check_float, on_its_device, operand, rows_of
 from .quantize import empty_quantized, quantize_per_token, quantize_token_groups
@@ -132,6 +132,7 @@ def _hadamard_quantize_kernel(
     EXACT: tl.constexpr,
     OPERAND: tl.constexpr,
     GROUP: tl.constexpr,
+    FULL_RANGE: tl.constexpr,
     HIGHEST: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
@@ -154,7 +155,7 @@ def _hadamard_quantize_kernel(
     v *= norm
     if GROUP == 0:
         channel = tl.arange(0, ROWS)[:, None] * (A * B) + tl.arange(0, A * B)[None, :]
-        found, scale = per_token(v, clip, HIGHEST, -HIGHEST - 1)
+        found, scale = per_token(v, clip, HIGHEST, FULL_RANGE)
     else:
         COUNT: tl.constexpr = ROWS * A * B // GROUP
         channel = tl.arange(0, COUNT)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -195,7 +196,14 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
 @torch.library.custom_op("smoothq::triton_hadamard_quantize", mutates_args=())
 @on_its_device
 def _fused(
-    x: Tensor, signs: Tensor, left: Tensor, right: int, bits: int, group_size: int, clip: float
+    x: Tensor,
+    signs: Tensor,
+    left: Tensor,
+    right: int,
+    bits: int,
+    group_size: int,
+    clip: float,
+    full_range: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
     if rows.shape[0]:
@@ -217,8 +225,9 @@ def _fused(
             padded,
             *_operands(x.dtype),
             group_size,
+            full_range,
             highest_code(bits),
-            largest_multiplier(bits),
+            largest_group_multiplier(bits) if group_size else 0,
             num_warps=min(max(padded * right // 1024, 1), 16),
         )
     return codes, scale
@@ -231,7 +240,14 @@ def _(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype)
 
 @_fused.register_fake
 def _(
-    x: Tensor, signs: Tensor, left: Tensor, right: int, bits: int, group_size: int, clip: float
+    x: Tensor,
+    signs: Tensor,
+    left: Tensor,
+    right: int,
+    bits: int,
+    group_size: int,
+    clip: float,
+    full_range: bool,
 ) -> tuple[Tensor, Tensor]:
     return empty_quantized(x)
 
@@ -282,13 +298,14 @@ def hadamard_quantize(
     bits: int,
     group_size: int | None = None,
     clip: float = 1.0,
+    full_range: bool = False,
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`: one kernel where `fuses`, else two with float32 between."""
     check_float(x, "hadamard_quantize")
     if fuses(x, left.shape[0], right.shape[0], group_size):
-        order = right.shape[0]
-        return QuantizedInput(*_fused(x, signs, left, order, bits, group_size or 0, clip))
+        form = (right.shape[0], bits, group_size or 0, clip, full_range)
+        return QuantizedInput(*_fused(x, signs, left, *form))
     rotated = _hadamard(x, signs, left, right, torch.float32)
     if group_size is None:
-        return quantize_per_token(rotated, bits, clip)
+        return quantize_per_token(rotated, bits, clip, full_range)
     return quantize_token_groups(rotated, bits, group_size, clip)

@@ -20,8 +20,9 @@ and.b32 $1, $2, 0xf0f0f0f0;
 and.b32 $0, t, 0xf0f0f0f0;
 }"""
 
-# Bytes code · m, both modulo 256, in 16-bit lanes: (code + 8) · m + (256 - 8 m). $3 is m and $7
-# is 256 - 8 m in both lanes, of the first half; $11 and $15 of the second.
+# Bytes code · m in 16-bit lanes: (code + 8) · m + (256 - 8 m), positive in the end whatever m's
+# sign, so that the lanes' borrows cancel. $3 is m and $7 is 256 - 8 m in both lanes, of the first
+# half; $11 and $15 of the second.
 MULTIPLIED_PTX = """{
 .reg .b32 u, a, b, c, d;
 xor.b32 u, $2, 0x88888888;

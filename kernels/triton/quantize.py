@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code, largest_multiplier
+from ..reference import (
+    SMALLEST_SCALE,
+    QuantizedInput,
+    highest_code,
+    largest_group_multiplier,
+    largest_multiplier,
+)
 from .codes import divide, divide_by, nonzero, per_token, to_codes, token_groups
 from .launch import check_float, on_its_device, row_warps, rows_of
 
@@ -15,12 +21,21 @@ STATIC_BLOCK = 4096  # elements a program of the element-wise quantizer
 
 
 @triton.jit
-def _per_token_kernel(x, codes, scales, K, clip, HIGHEST: tl.constexpr, BLOCK: tl.constexpr):
+def _per_token_kernel(
+    x,
+    codes,
+    scales,
+    K,
+    clip,
+    HIGHEST: tl.constexpr,
+    FULL_RANGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
     values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
-    found, scale = per_token(values, clip, HIGHEST, -HIGHEST - 1)
+    found, scale = per_token(values, clip, HIGHEST, FULL_RANGE)
     tl.store(codes + row * K + columns, found, mask=inside)
     tl.store(scales + row, scale)
 
@@ -66,7 +81,7 @@ def _smoothed_kernel(
     values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
     sequence = row // tokens_a_sequence
     m = tl.load(multiplier + sequence * K + columns, mask=inside, other=1)
-    found, scale = per_token(divide(values, m.to(tl.float32)), clip, HIGHEST, -HIGHEST)
+    found, scale = per_token(divide(values, m.to(tl.float32)), clip, HIGHEST, False)
     tl.store(codes + row * K + columns, found * m, mask=inside)
     tl.store(scales + row, scale)
 
@@ -91,7 +106,7 @@ def _one_scale_kernel(
     offsets = program * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < elements
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(codes + offsets, to_codes(divide(values, scale), -HIGHEST - 1, HIGHEST), mask=inside)
+    tl.store(codes + offsets, to_codes(divide(values, scale), HIGHEST), mask=inside)
     if program == 0:
         tl.store(scale_out, scale)
 
@@ -116,7 +131,7 @@ def empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("smoothq::triton_quantize_per_token", mutates_args=())
 @on_its_device
-def _per_token(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+def _per_token(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_per_token")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
     if rows.shape[0]:
@@ -128,6 +143,7 @@ def _per_token(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
             rows.shape[1],
             clip,
             highest_code(bits),
+            full_range,
             block,
             num_warps=row_warps(block),
         )
@@ -150,7 +166,7 @@ def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[T
             clip,
             group_size,
             highest_code(bits),
-            largest_multiplier(bits),
+            largest_group_multiplier(bits),
             groups,
             columns,
             num_warps=row_warps(groups * columns),
@@ -226,7 +242,7 @@ def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
 
 
 @_per_token.register_fake
-def _(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Tensor, Tensor]:
     return empty_quantized(x)
 
 
@@ -252,9 +268,11 @@ def _(scale: Tensor, bits: int) -> Tensor:
     return torch.empty(scale.shape, dtype=torch.int8, device=scale.device)
 
 
-def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
+def quantize_per_token(
+    x: Tensor, bits: int, clip: float = 1.0, full_range: bool = False
+) -> QuantizedInput:
     """As `reference.quantize_per_token`."""
-    return QuantizedInput(*_per_token(x, bits, clip))
+    return QuantizedInput(*_per_token(x, bits, clip, full_range))
 
 
 def quantize_token_groups(

@@ -31,6 +31,7 @@ class InputSpec:
 
     width: in_features. group_size: channels a smoothing group (`groups`, `live`; 1 in `live` is
     one scale a channel). normalise: in `live`, every token is divided by its maximum first.
+    full_range: in `token`, the scale takes the sign that uses all codes.
     """
 
     width: int
@@ -39,15 +40,19 @@ class InputSpec:
     clip: float = 1.0
     group_size: int = 1
     normalise: bool = False
+    full_range: bool = False
     rotation: Hadamard | None = None
 
     def scale_bits(self, tokens: int) -> float:
         """Bits of scales and multipliers that one token's input costs, in a sequence of `tokens`.
 
-        A float32 scale a token; in `groups` a multiplier of ⌈log2 m_max⌉ bits a group; in `live` a
+        A float32 scale a token; in `groups` a multiplier and its sign a group; in `live` a
         float32 scale (or a multiplier) a group and sequence.
         """
-        multiplier: int = (kernels.largest_multiplier(self.bits) - 1).bit_length()
+        signed = unsigned = 0
+        if self.bits <= kernels.MULTIPLIED_BITS:
+            signed = (2 * kernels.largest_group_multiplier(self.bits) - 1).bit_length()
+            unsigned = (kernels.largest_multiplier(self.bits) - 1).bit_length()
         groups = self.width // self.group_size
         return {
             "float": 0.0,
@@ -55,8 +60,8 @@ class InputSpec:
             "tensor": 32.0 / tokens,
             "static": 0.0,
             "calibrated": 32.0,
-            "groups": 32.0 + multiplier * groups,
-            "live": 32.0 + (multiplier if self.group_size == 1 else 32) * groups / tokens,
+            "groups": 32.0 + signed * groups,
+            "live": 32.0 + (unsigned if self.group_size == 1 else 32) * groups / tokens,
         }[self.mode]
 
 
@@ -159,13 +164,13 @@ class InputQuantizer(nn.Module):
         if self._fused:
             assert self.rotation is not None
             group_size = spec.group_size if spec.mode == "groups" else None
-            return self.rotation.quantize(x, spec.bits, group_size, spec.clip)
+            return self.rotation.quantize(x, spec.bits, group_size, spec.clip, spec.full_range)
         x = self.rotate(x)
         match spec.mode:
             case "float":
                 return x
             case "token":
-                return kernels.quantize_per_token(x, spec.bits, spec.clip)
+                return kernels.quantize_per_token(x, spec.bits, spec.clip, spec.full_range)
             case "tensor":
                 return kernels.quantize_per_tensor(x, spec.bits, spec.clip)
             case "static":

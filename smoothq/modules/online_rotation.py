@@ -60,11 +60,13 @@ class OnlineRotation(nn.Module):
         rotated = kernels.hadamard(x, no_signs, self.left.t(), self.right.t())
         return rotated * self.signs
 
-    def quantize(self, x: Tensor, bits: int, group_size: int | None, clip: float) -> QuantizedInput:
+    def quantize(
+        self, x: Tensor, bits: int, group_size: int | None, clip: float, full_range: bool
+    ) -> QuantizedInput:
         """x R as codes, float (..., K): one scale a token, or a multiplier a group of a token."""
         assert not self.transposed
         factors = (self.signs, self.left, self.right)
-        return kernels.hadamard_quantize(x, *factors, bits, group_size, clip)
+        return kernels.hadamard_quantize(x, *factors, bits, group_size, clip, full_range)
 
 
 class RotatesOutput(nn.Module):

@@ -48,7 +48,7 @@ class WeightSpec:
             ),
         }
         if grid.multiplier:
-            multiplier = torch.empty(rows, self.groups, dtype=torch.uint8, device="meta")
+            multiplier = torch.empty(rows, self.groups, dtype=torch.int8, device="meta")
             stored["weight_multiplier"] = multiplier
         return stored
 

@@ -84,24 +84,25 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
     order, upper = factor.order, factor.upper
     step = scales.step_by_column(weight.shape[1], torch.float64)[:, order]
     weight = weight[:, order]
-    codes = torch.empty_like(weight)
+    codes, unrounded = torch.empty_like(weight), torch.empty_like(weight)
     for first in range(0, weight.shape[1], block_size):
         block = slice(first, min(first + block_size, weight.shape[1]))
-        codes[:, block], error = _round_block(
+        codes[:, block], unrounded[:, block], error = _round_block(
             weight[:, block], step[:, block], upper[block, block], grid
         )
         weight[:, block.stop :] -= error @ upper[block, block.stop :]
-    return QuantizedWeight(codes[:, order.argsort()].to(torch.int8), scales)
+    back = order.argsort()
+    return QuantizedWeight(codes[:, back].to(torch.int8), scales, unrounded[:, back].float())
 
 
 def _round_block(
     weight: Tensor, step: Tensor, factor: Tensor, grid: IntegerGrid
-) -> tuple[Tensor, Tensor]:
-    """Codes of a block of columns, and each column's error over its diagonal entry of U."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of a block of columns, what they were rounded from, and the errors over U_jj."""
     columns, steps = weight.t().contiguous(), step.t().contiguous()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
         codes[j] = grid.codes(columns[j], steps[j])
         errors[j] = (columns[j] - codes[j] * steps[j]) / factor[j, j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-    return codes.t(), errors.t()
+    return codes.t(), columns.t(), errors.t()

@@ -2,8 +2,8 @@
 
 A weight matrix (N, K) is rounded to integers: ŵ_nk = q_nk · s_ng · m_ng, where g is k's group (one
 group a row, unless the granularity is `group`), s a scale and m an optional integer multiplier.
-Symmetric b-bit codes are −2^(b−1) … 2^(b−1)−1; where a multiplier follows they stop at
-−(2^(b−1)−1), since −8 · 18 would leave int8.
+b-bit codes are −2^(b−1) … 2^(b−1)−1. In a full-range grid, as with multipliers always, the scale of
+a group takes the sign that brings its weight of largest magnitude to the lowest code.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ ROW_CHUNK = 512  # rows searched at a time, so that the candidates stay in cache
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """Symmetric integer codes of a weight matrix.
+    """Integer codes of a weight matrix, zero point zero.
 
     bits: code width. granularity: what shares a scale. group_size: input channels a group (the
     matrix's width unless granularity is `group`). multiplier: scales are integer multiples of
     their row's scale. clip: scales minimise the rounding error, not cover the maximum.
+    full_range: scales may be negative.
     """
 
     bits: int
@@ -35,11 +36,12 @@ class IntegerGrid:
     group_size: int
     multiplier: bool
     clip: bool
+    full_range: bool = False
 
     @property
     def lowest(self) -> int:
         """The lowest code."""
-        return -self.highest - (0 if self.multiplier else 1)
+        return -self.highest - 1
 
     @property
     def highest(self) -> int:
@@ -67,8 +69,8 @@ class IntegerGrid:
         if not self.multiplier:
             scale = torch.cat([self._search(chunk) for chunk in chunks])
             return Scales(scale.to(self.scale_dtype), None)
-        base = _positive(
-            groups.abs().amax((-2, -1)) / (self.highest * largest_multiplier(self.bits))
+        base = _nonzero(
+            groups.abs().amax((-2, -1)) / (-self.lowest * largest_multiplier(self.bits))
         )
         base = base.unsqueeze(-1)
         parts = zip(chunks, base.split(ROW_CHUNK), strict=True)
@@ -77,7 +79,7 @@ class IntegerGrid:
 
     def _search(self, groups: Tensor) -> Tensor:
         """(n, G, size) → (n, G): the scale of each group."""
-        full = _positive(groups.abs().amax(-1) / self.highest)
+        full = _nonzero(self._covering(groups))
         if not self.clip:
             return full
         # Candidates are compared as they will be stored: rounding the winner could make it a loser.
@@ -85,13 +87,21 @@ class IntegerGrid:
         return self._least_error(groups, candidates)
 
     def _search_multiplier(self, groups: Tensor, base: Tensor) -> Tensor:
-        """(n, G, size), (n, 1) → uint8 (n, G): the multiplier of each group."""
+        """(n, G, size), (n, 1) → int8 (n, G): the multiplier of each group."""
         largest = largest_multiplier(self.bits)
-        covering = groups.abs().amax(-1) / (self.highest * base)
+        covering = self._covering(groups) / base
+        sign = torch.where(covering < 0, -1.0, 1.0)
         if not self.clip:
-            return covering.ceil().clamp_(1, largest).to(torch.uint8)
-        steps = [base.expand_as(covering) * m for m in range(1, largest + 1)]
-        return (self._least_error(groups, steps) / base).round_().to(torch.uint8)
+            return (sign * covering.abs().ceil().clamp_(1, largest)).to(torch.int8)
+        steps = [base * sign * m for m in range(1, largest + 1)]
+        return (self._least_error(groups, steps) / base).round_().to(torch.int8)
+
+    def _covering(self, groups: Tensor) -> Tensor:
+        """(n, G, size) → (n, G): the smallest scale under which no weight is clipped by a code."""
+        if not (self.full_range or self.multiplier):
+            return groups.abs().amax(-1) / self.highest
+        highest, lowest = groups.amax(-1), groups.amin(-1)
+        return torch.where(highest > -lowest, highest, lowest) / self.lowest
 
     def _least_error(self, groups: Tensor, candidates: list[Tensor]) -> Tensor:
         best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
@@ -109,7 +119,7 @@ class Scales:
     """The scales of a weight matrix.
 
     scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own.
-    multiplier: uint8 (N, G), or None.
+    multiplier: int8 (N, G), or None.
     """
 
     scale: Tensor
@@ -128,16 +138,20 @@ class Scales:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A rounded matrix: codes int8 (N, K) and their scales."""
+    """A rounded matrix: codes int8 (N, K) and their scales.
+
+    unrounded: float32 (N, K), what the codes were rounded from, or None where that is not known.
+    """
 
     codes: Tensor
     scales: Scales
+    unrounded: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ŵ = code · scale · multiplier, (N, K) in `dtype`."""
         return self.codes.to(dtype) * self.scales.step_by_column(self.codes.shape[1], dtype)
 
 
-def _positive(scale: Tensor) -> Tensor:
+def _nonzero(scale: Tensor) -> Tensor:
     """A scale of 1 where all values are zero, whose codes are zero whatever the scale."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, 1.0, scale)

@@ -9,5 +9,6 @@ from .grid import IntegerGrid, QuantizedWeight
 def round_to_nearest(weight: Tensor, grid: IntegerGrid) -> QuantizedWeight:
     """Codes and scales of a matrix, float (N, K)."""
     scales = grid.find_scales(weight)
+    weight = weight.float()
     step = scales.step_by_column(weight.shape[1], torch.float32)
-    return QuantizedWeight(grid.codes(weight.float(), step).to(torch.int8), scales)
+    return QuantizedWeight(grid.codes(weight, step).to(torch.int8), scales, weight)

@@ -48,7 +48,9 @@ class Draw:
         return torch.randn(*shape, generator=self.generator)
 
     def multipliers(self, *shape: int) -> Tensor:
-        return torch.randint(1, 19, shape, generator=self.generator, dtype=torch.uint8)
+        magnitude = torch.randint(1, 16, shape, generator=self.generator)
+        sign = 1 - 2 * torch.randint(2, shape, generator=self.generator)
+        return (magnitude * sign).to(torch.int8)
 
     def orders(self, batch: int, width: int) -> Tensor:
         return torch.stack([torch.randperm(width, generator=self.generator) for _ in range(batch)])

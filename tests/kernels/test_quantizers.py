@@ -21,6 +21,7 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True)
 
 seeds = st.integers(0, 2**32 - 1)
 widths = st.sampled_from([4, 8])
+multiplied_widths = st.sampled_from([4, 5, 6])
 clips = st.sampled_from([1.0, 0.9, 0.5])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 token_counts = st.integers(1, 7)
@@ -28,10 +29,11 @@ finite = st.floats(width=32, min_value=-(2.0**99), max_value=2.0**99)
 tokens_of_8 = st.lists(st.lists(finite, min_size=8, max_size=8), min_size=1, max_size=5)
 
 # Every quantizer whose codes of a token depend on that token alone, for inputs of 24 channels.
-CHANNEL_MULTIPLIER = torch.tensor([18, 1, 2, 5, 7, 11] * 4, dtype=torch.int8)
+CHANNEL_MULTIPLIER = torch.tensor([15, 1, 2, 5, 7, 11] * 4, dtype=torch.int8)
 TOKEN_BY_TOKEN: dict[str, Callable[[Tensor, int], kernels.QuantizedInput]] = {
     "per token": kernels.quantize_per_token,
     "per token, clipped": lambda x, bits: kernels.quantize_per_token(x, bits, 0.5),
+    "per token, full range": lambda x, bits: kernels.quantize_per_token(x, bits, full_range=True),
     "token groups": lambda x, bits: kernels.quantize_token_groups(x, bits, 8),
     "token groups, clipped": lambda x, bits: kernels.quantize_token_groups(x, bits, 4, 0.5),
     "smoothed": lambda x, bits: kernels.quantize_smoothed(x, _channel_multiplier(x, bits), bits),
@@ -39,6 +41,10 @@ TOKEN_BY_TOKEN: dict[str, Callable[[Tensor, int], kernels.QuantizedInput]] = {
 }
 WITH_MULTIPLIER = {"token groups", "token groups, clipped", "smoothed"}
 each_quantizer = pytest.mark.parametrize("name", TOKEN_BY_TOKEN)
+at_each_width = pytest.mark.parametrize(
+    ("name", "bits"),
+    [(name, bits) for name in TOKEN_BY_TOKEN for bits in (4, 6 if name in WITH_MULTIPLIER else 8)],
+)
 
 
 def _channel_multiplier(x: Tensor, bits: int) -> Tensor:
@@ -63,10 +69,10 @@ def agree(codes: Tensor, quotient: Tensor, lowest: int, highest: int) -> bool:
 
 
 def multiples_agree(codes: Tensor, quotient: Tensor, multiplier: Tensor | int, bits: int) -> bool:
-    """The same for codes with a multiplier in them: whole multiples of it, −7 … 7 times."""
+    """The same for codes with a multiplier in them: whole multiples of it."""
     highest = 2 ** (bits - 1) - 1
     whole = bool((codes.long() % multiplier == 0).all())
-    return whole and agree(codes.double() / multiplier, quotient, -highest, highest)
+    return whole and agree(codes.double() / multiplier, quotient, -highest - 1, highest)
 
 
 class TestPerToken:
@@ -104,6 +110,26 @@ class TestPerToken:
         assert kernels.quantize_per_token(x, 4).codes.tolist() == [[-7, 3, 7]]
         assert kernels.quantize_per_token(x, 4, 0.5).codes.tolist() == [[-8, 6, 7]]
         assert kernels.quantize_per_token(x, 8, 0.5).codes.tolist() == [[-128, 102, 127]]
+
+    @FEW
+    @given(seeds, token_counts, st.integers(1, 33), widths, clips, dtypes)
+    def test_full_range(
+        self, seed: int, tokens: int, width: int, bits: int, clip: float, dtype: torch.dtype
+    ) -> None:
+        x = activations(tokens, width, seed=seed, dtype=dtype)
+        codes, scale, *_ = kernels.quantize_per_token(x, bits, clip, full_range=True)
+        lowest = -(2 ** (bits - 1))
+        for t in range(tokens):
+            row = x[t].double()
+            step = clip * max(row.tolist(), key=lambda value: (abs(value), -value)) / lowest
+            assert scale[t].item() == pytest.approx(step, rel=1e-6)
+            assert agree(codes[t], row / step, lowest, -lowest - 1)
+
+    def test_full_range_brings_the_largest_value_to_the_lowest_code(self) -> None:
+        x = torch.tensor([[8.0, -8.0, 4.0], [8.0, -7.0, 4.0]])
+        codes, scale, *_ = kernels.quantize_per_token(x, 4, full_range=True)
+        assert codes.tolist() == [[7, -8, 4], [-8, 7, -4]]
+        assert scale.flatten().tolist() == [1.0, -1.0]
 
     def test_one_huge_outlier_rounds_its_own_token_to_nothing_and_no_other(self) -> None:
         x = torch.ones(3, 24)
@@ -157,7 +183,7 @@ class TestStatic:
 
 class TestTokenGroups:
     @FEW
-    @given(seeds, token_counts, st.sampled_from([1, 2, 3, 8, 24]), widths, clips, dtypes)
+    @given(seeds, token_counts, st.sampled_from([1, 2, 3, 8, 24]), multiplied_widths, clips, dtypes)
     def test_definition(
         self, seed: int, tokens: int, size: int, bits: int, clip: float, dtype: torch.dtype
     ) -> None:
@@ -165,62 +191,65 @@ class TestTokenGroups:
         codes, scale, *_ = kernels.quantize_token_groups(x, bits, size, clip)
         assert codes.dtype == torch.int8
         assert scale.shape == (tokens, 1)
-        highest = 2 ** (bits - 1) - 1
-        largest = 127 // highest
+        largest = min(8, 127 // 2 ** (bits - 1))
         for t in range(tokens):
             groups = x[t].double().split(size)
-            maxima = [clip * max(abs(value) for value in group.tolist()) for group in groups]
-            base = max(maxima) / largest
-            step = base / highest
+            extremes = [
+                max(group.tolist(), key=lambda value: (abs(value), -value)) for group in groups
+            ]
+            base = clip * max(abs(extreme) for extreme in extremes) / largest
+            step = base / 2 ** (bits - 1)
             assert scale[t].item() == pytest.approx(step, rel=1e-6)
-            for group, maximum, found in zip(groups, maxima, codes[t].split(size), strict=True):
-                ratios = (maximum / base - NEAR_TIE, maximum / base, maximum / base + NEAR_TIE)
-                possible = {min(max(math.ceil(ratio), 1), largest) for ratio in ratios}
+            for group, extreme, found in zip(groups, extremes, codes[t].split(size), strict=True):
+                ratio = clip * abs(extreme) / base
+                ratios = (ratio - NEAR_TIE, ratio, ratio + NEAR_TIE)
+                sign = -1 if extreme > 0 else 1
+                possible = {sign * min(max(math.ceil(ratio), 1), largest) for ratio in ratios}
                 assert any(multiples_agree(found, group / (m * step), m, bits) for m in possible)
 
     @FEW
-    @given(seeds, st.sampled_from([1, 4, 12]), widths)
-    def test_without_clipping_every_group_covers_its_maximum(
+    @given(seeds, st.sampled_from([1, 4, 12]), multiplied_widths)
+    def test_without_clipping_the_largest_value_of_a_group_moves_by_half_a_step_at_most(
         self, seed: int, size: int, bits: int
     ) -> None:
         x = activations(5, 24, seed=seed)
         codes, scale, *_ = kernels.quantize_token_groups(x, bits, size)
-        highest, largest = kernels.highest_code(bits), kernels.largest_multiplier(bits)
+        lowest, largest = 2 ** (bits - 1), kernels.largest_group_multiplier(bits)
         groups = x.double().unflatten(-1, (-1, size))
-        maxima = groups.abs().amax(-1, keepdim=True)
+        maxima, where = groups.abs().max(-1, keepdim=True)
         base = maxima.amax(-2, keepdim=True) / largest
-        multiplier = (maxima / base - 1e-6).ceil().clamp(1, largest)
-        step = multiplier * base / highest
-        assert bool((maxima <= highest * step * (1 + 1e-5)).all())
-        values = (codes.double() * scale.double()).unflatten(-1, (-1, size))
-        assert bool(((groups - values).abs() <= step / 2 * (1 + 1e-5)).all())
+        step = (maxima / base - 1e-6).ceil().clamp(1, largest) * base / lowest
+        error = (groups - (codes.double() * scale.double()).unflatten(-1, (-1, size))).abs()
+        assert bool((error.gather(-1, where) <= step / 2 * (1 + 1e-5)).all())
+        # A value as large of the other sign lacks the code that the largest has.
+        assert bool((error <= step * (1 + 1e-5)).all())
 
-    def test_an_outlier_costs_the_other_groups_an_eighteenth_of_its_grid(self) -> None:
+    def test_the_largest_value_takes_the_lowest_code_whatever_its_sign(self) -> None:
+        x = torch.tensor([[4.0, -1.0, 1.0, 1.0], [-4.0, 1.0, -1.0, -1.0]])
+        codes, scale, *_ = kernels.quantize_token_groups(x, 4, 4)
+        assert codes.tolist() == [[64, -16, 16, 16], [-64, 16, -16, -16]]
+        assert scale.flatten().tolist() == pytest.approx([4 / 64, 4 / 64])
+
+    def test_an_outlier_costs_the_other_groups_an_eighth_of_its_grid(self) -> None:
         x = torch.ones(1, 16)
-        x[0, 3] = -100.0
+        x[0, 3] = -50.0
         plain = kernels.quantize_per_token(x, 4)
         groups = kernels.quantize_token_groups(x, 4, 4)
         assert not plain.codes[0, 4:].any()
-        assert groups.codes[0].tolist() == [0, 0, 0, -126] + [1] * 12
-        assert groups.scale.item() == pytest.approx(100 / 126)
-
-    def test_with_8_bits_it_is_per_token(self) -> None:
-        x = activations(5, 24)
-        groups, plain = kernels.quantize_token_groups(x, 8, 8), kernels.quantize_per_token(x, 8)
-        assert torch.equal(groups.codes, plain.codes)
-        assert torch.allclose(groups.scale, plain.scale, rtol=1e-6, atol=0)
+        assert groups.codes[0].tolist() == [0, 0, 0, -64] + [1] * 12
+        assert groups.scale.item() == pytest.approx(50 / 64)
 
 
 class TestChannelMultipliers:
     @FEW
-    @given(seeds, st.integers(1, 40), widths)
+    @given(seeds, st.integers(1, 40), multiplied_widths)
     def test_the_least_integer_that_covers_each_scale(
         self, seed: int, width: int, bits: int
     ) -> None:
         scale = activations(width, seed=seed).abs() + 1e-3
         multiplier = kernels.channel_multipliers(scale, bits)
         assert multiplier.dtype == torch.int8
-        largest = 127 // (2 ** (bits - 1) - 1)
+        largest = 127 // 2 ** (bits - 1)
         values = scale.double().tolist()
         base = max(values) / largest
         for value, m in zip(values, multiplier.tolist(), strict=True):
@@ -229,12 +258,12 @@ class TestChannelMultipliers:
             assert m == 1 or (m - 1) * base <= value * (1 + 1e-6)
 
     def test_dead_channels_get_one(self) -> None:
-        assert kernels.channel_multipliers(torch.tensor([0.0, 9.0]), 4).tolist() == [1, 18]
-        assert kernels.channel_multipliers(torch.tensor([0.0, 0.0]), 4).tolist() == [18, 18]
+        assert kernels.channel_multipliers(torch.tensor([0.0, 9.0]), 4).tolist() == [1, 15]
+        assert kernels.channel_multipliers(torch.tensor([0.0, 0.0]), 4).tolist() == [15, 15]
 
     def test_8_bits_leave_room_for_none(self) -> None:
-        assert kernels.largest_multiplier(8) == 1
-        assert kernels.channel_multipliers(torch.tensor([0.1, 9.0]), 8).tolist() == [1, 1]
+        with pytest.raises(ValueError, match="8-bit codes leave an int8 no room"):
+            kernels.channel_multipliers(torch.tensor([0.1, 9.0]), 8)
 
 
 class TestSmoothed:
@@ -259,8 +288,7 @@ class TestSmoothed:
 
 
 class TestEveryTokenAlone:
-    @each_quantizer
-    @pytest.mark.parametrize("bits", [4, 8])
+    @at_each_width
     def test_a_batch_is_its_tokens_to_the_last_bit(self, name: str, bits: int) -> None:
         quantize = TOKEN_BY_TOKEN[name]
         x = activations(3, 7, 24)
@@ -280,8 +308,7 @@ class TestEveryTokenAlone:
         assert torch.equal(half.codes, single.codes)
         assert torch.equal(half.scale, single.scale)
 
-    @each_quantizer
-    @pytest.mark.parametrize("bits", [4, 8])
+    @at_each_width
     def test_zero_tokens_get_zero_codes_and_a_usable_scale(self, name: str, bits: int) -> None:
         x = activations(3, 24)
         x[1] = 0
@@ -289,10 +316,9 @@ class TestEveryTokenAlone:
         assert not codes[1].any()
         assert codes[0].any()
         assert codes[2].any()
-        assert bool(((scale > 0) & scale.isfinite()).all())
+        assert bool(((scale != 0) & scale.isfinite()).all())
 
-    @each_quantizer
-    @pytest.mark.parametrize("bits", [4, 8])
+    @at_each_width
     @FEW
     @given(rows=tokens_of_8)
     def test_any_finite_input_gives_codes_in_range_of_the_right_sign(
@@ -300,12 +326,13 @@ class TestEveryTokenAlone:
     ) -> None:
         x = torch.tensor(rows)
         codes, scale, *_ = TOKEN_BY_TOKEN[name](x, bits)
-        assert bool(((scale > 0) & scale.isfinite()).all())
-        assert bool((codes.float() * x.sign() >= 0).all())
-        highest = 127 if bits == 8 else 126 if name in WITH_MULTIPLIER else 7
-        lowest = -highest if name in WITH_MULTIPLIER else -highest - 1
-        assert lowest <= codes.min().item()
-        assert codes.max().item() <= highest
+        assert bool(((scale != 0) & scale.isfinite()).all())
+        assert bool((codes.float() * scale.sign() * x.sign() >= 0).all())
+        if name in WITH_MULTIPLIER:
+            assert codes.abs().max().item() <= kernels.largest_multiplier(bits) * 2 ** (bits - 1)
+        else:
+            assert -(2 ** (bits - 1)) <= codes.min().item()
+            assert codes.max().item() < 2 ** (bits - 1)
 
     def test_a_token_with_only_denormal_values_keeps_a_positive_scale(self) -> None:
         for ulps in range(1, 130):

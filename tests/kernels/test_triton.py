@@ -52,6 +52,11 @@ each_grid = pytest.mark.parametrize(
         *[(torch.float16, 4, 1.0), (torch.float16, 8, 0.5)],
     ],
 )
+# Multipliers stand beside codes of 6 bits at most.
+each_multiplied_grid = pytest.mark.parametrize(
+    ("dtype", "bits", "clip"),
+    [(torch.float32, 4, 1.0), (torch.bfloat16, 6, 0.5), (torch.float16, 5, 0.9)],
+)
 # Of an integer product: the dtype, a bias or none, a scale a token or one for all.
 each_form = pytest.mark.parametrize(
     ("dtype", "biased", "per_token"),
@@ -187,10 +192,12 @@ class TestQuantizers:
 
     @shapes
     @each_grid
+    @pytest.mark.parametrize("full_range", [False, True])
     def test_per_token(
-        self, shape: tuple[int, ...], dtype: torch.dtype, bits: int, clip: float
+        self, shape: tuple[int, ...], dtype: torch.dtype, bits: int, clip: float, full_range: bool
     ) -> None:
-        assert_quantized_alike("quantize_per_token", activations(*shape, dtype=dtype), bits, clip)
+        x = activations(*shape, dtype=dtype)
+        assert_quantized_alike("quantize_per_token", x, bits, clip, full_range)
 
     @shapes
     @each_grid
@@ -228,7 +235,7 @@ class TestQuantizers:
         ],
         ids=str,
     )
-    @each_grid
+    @each_multiplied_grid
     def test_token_groups(
         self, shape: tuple[int, ...], size: int, dtype: torch.dtype, bits: int, clip: float
     ) -> None:
@@ -236,7 +243,7 @@ class TestQuantizers:
         assert_quantized_alike("quantize_token_groups", x, bits, size, clip)
 
     @shapes
-    @each_grid
+    @each_multiplied_grid
     def test_smoothed_by_a_multiplier_a_channel(
         self, shape: tuple[int, ...], dtype: torch.dtype, bits: int, clip: float
     ) -> None:
@@ -252,11 +259,11 @@ class TestQuantizers:
         self, batch: int, length: int, width: int, dtype: torch.dtype
     ) -> None:
         x = activations(batch, length, width, dtype=dtype)
-        multiplier = Draw().codes(batch, 1, width, lowest=1, highest=18)
+        multiplier = Draw().codes(batch, 1, width, lowest=1, highest=15)
         assert_quantized_alike("quantize_smoothed", x, multiplier, 4)
 
     @pytest.mark.parametrize("shape", [(1,), (33,), (3, 129), (2, 3, 200), (2, 1120)], ids=str)
-    @each_width
+    @pytest.mark.parametrize("bits", [4, 6])
     @each_dtype
     def test_channel_multipliers(
         self, shape: tuple[int, ...], bits: int, dtype: torch.dtype
@@ -287,7 +294,7 @@ OF_24_CHANNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "static, 8 bits": ("static_quantize", (torch.tensor(1e-3), 8)),
     "token groups": ("quantize_token_groups", (4, 8)),
     "token groups, clipped": ("quantize_token_groups", (4, 3, 0.25)),
-    "smoothed": ("quantize_smoothed", (Draw().codes(24, lowest=1, highest=18), 4)),
+    "smoothed": ("quantize_smoothed", (Draw().codes(24, lowest=1, highest=15), 4)),
 }
 
 
@@ -344,7 +351,7 @@ class TestRuntimeSmooth:
         assert_quantized_alike("runtime_smooth_quantize", x, 4, size, 1.0, mask, normalise)
 
     @pytest.mark.parametrize("size", [1, 12])
-    @each_grid
+    @each_multiplied_grid
     def test_bits_and_clipping(self, size: int, dtype: torch.dtype, bits: int, clip: float) -> None:
         x = activations(2, 3, 24, dtype=dtype)
         assert_quantized_alike("runtime_smooth_quantize", x, bits, size, clip, normalise=True)
@@ -400,11 +407,11 @@ class TestInt8Gemm:
 def multiplied_operands(
     draw: Draw, tokens: int, rows: int, width: int, groups: int
 ) -> tuple[Tensor, ...]:
-    """Codes, a scale a token, packed weight codes −7 … 7, their scales and multipliers."""
+    """Codes, a scale a token, packed weight codes, their scales and multipliers."""
     return (
         draw.codes(tokens, width),
         draw.scales(tokens, 1),
-        pack(draw.codes(rows, width, lowest=-7, highest=7), 4),
+        pack(draw.codes(rows, width, lowest=-8, highest=7), 4),
         draw.scales(rows),
         draw.multipliers(rows, groups),
     )
@@ -469,7 +476,7 @@ class TestInt4Gemm:
     @pytest.mark.parametrize("size", [32, 64, 96, 128, 160])
     def test_the_sum_times_multipliers_is_exact(self, tokens: int, size: int) -> None:
         draw = Draw(size)
-        a, w = draw.codes(tokens, 3 * size), draw.codes(33, 3 * size, lowest=-7, highest=7)
+        a, w = draw.codes(tokens, 3 * size), draw.codes(33, 3 * size, lowest=-8, highest=7)
         multiplier = draw.multipliers(33, 3)
         scales = torch.ones(1, 1), torch.ones(33)
         found = run(
@@ -778,10 +785,12 @@ def assert_rotated_and_quantized_alike(
     bits: int,
     size: int | None = None,
     clip: float = 1.0,
+    full_range: bool = False,
 ) -> None:
     """As the reference, but for single steps of codes whose quotient is a tie in float32."""
-    found = run("hadamard_quantize", x, *factors, bits, size, clip)
-    expected = reference.hadamard_quantize(x, *factors, bits, size, clip)
+    form = (bits, size, clip, full_range)
+    found = run("hadamard_quantize", x, *factors, *form)
+    expected = reference.hadamard_quantize(x, *factors, *form)
     assert found.codes.dtype == torch.int8
     assert found.codes.shape == expected.codes.shape
     assert found.scale.dtype == torch.float32
@@ -789,9 +798,10 @@ def assert_rotated_and_quantized_alike(
     assert torch.allclose(found.scale, expected.scale, rtol=1e-6, atol=0)
     step = torch.ones(1, dtype=torch.long)
     if size is not None:
-        groups = reference.hadamard(x.float(), *factors).unflatten(-1, (-1, size))
-        multiplier = reference.channel_multipliers(groups.abs().amax(-1), bits).long()
-        step = multiplier.repeat_interleave(size, -1)
+        maxima = reference.hadamard(x.float(), *factors).unflatten(-1, (-1, size)).abs().amax(-1)
+        largest = reference.largest_group_multiplier(bits)
+        multiplier = (maxima * largest / maxima.amax(-1, keepdim=True)).ceil().clamp(1, largest)
+        step = multiplier.long().repeat_interleave(size, -1)
     off = (found.codes.long() - expected.codes.long()).abs()
     assert bool(((off == 0) | (off == step)).all())
     assert (off > 0).float().mean() < 1e-3
@@ -806,7 +816,8 @@ class TestHadamardQuantize:
         self, shape: tuple[int, ...], width: int, left: int | None, size: int, dtype: torch.dtype
     ) -> None:
         x = activations(*shape, width, dtype=dtype)
-        assert_rotated_and_quantized_alike(x, factors_of(width, left), 4)
+        for full_range in (False, True):
+            assert_rotated_and_quantized_alike(x, factors_of(width, left), 4, None, 1.0, full_range)
 
     @each_rotation
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -842,7 +853,7 @@ class TestHadamardQuantize:
 
     @pytest.mark.parametrize("width", [12, 320])
     @pytest.mark.parametrize("size", [None, 4])
-    @each_grid
+    @each_multiplied_grid
     def test_bits_and_clipping(
         self, width: int, size: int | None, dtype: torch.dtype, bits: int, clip: float
     ) -> None:
@@ -1049,9 +1060,9 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     x, batch = activations(3, 96), activations(2, 3, 96)
     codes, scale = draw.codes(3, 96), draw.scales(3, 1)
     weight, row_scale, bias = draw.codes(7, 96), draw.scales(7), draw.floats(7)
-    packed = pack(draw.codes(7, 96, lowest=-7, highest=7), 4)
-    multiplier = draw.codes(96, lowest=1, highest=18)
-    of_sequence = draw.codes(2, 1, 96, lowest=1, highest=18)
+    packed = pack(draw.codes(7, 96, lowest=-8, highest=7), 4)
+    multiplier = draw.codes(96, lowest=1, highest=15)
+    of_sequence = draw.codes(2, 1, 96, lowest=1, highest=15)
     mask = torch.tensor([[True, False, True], [False, True, True]])
     in_groups = group_operands(draw, 2, 3, 7, 32, 3, "weight groups and blocks")
     ordered = group_operands(draw, 2, 3, 7, 32, 3, "blocks, ordered")
@@ -1229,10 +1240,10 @@ class TestRefusals:
 def _registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """What kernels/triton registers with PyTorch, and operands for it."""
     x, batch = activations(3, 24), activations(2, 3, 24)
-    multiplier = Draw().codes(24, lowest=1, highest=18)
+    multiplier = Draw().codes(24, lowest=1, highest=15)
     order = Draw().orders(2, 24)
     return {
-        "quantize_per_token": (quantize._per_token, (x, 4, 1.0)),
+        "quantize_per_token": (quantize._per_token, (x, 4, 1.0, True)),
         "quantize_token_groups": (quantize._token_groups, (x, 4, 8, 1.0)),
         "quantize_smoothed": (quantize._smoothed, (x, multiplier, 4, 1.0)),
         "quantize_one_scale": (quantize._one_scale, (x, torch.tensor(2.0), True, 4, 1.0)),
@@ -1253,11 +1264,11 @@ def _registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "hadamard": (rotations._hadamard, (x, *factors_of(24), torch.bfloat16)),
         "hadamard_quantize": (
             rotations._fused,
-            (activations(3, 320), *factors_of(320)[:2], 16, 4, 0, 1.0),
+            (activations(3, 320), *factors_of(320)[:2], 16, 4, 0, 1.0, True),
         ),
         "hadamard_quantize, groups": (
             rotations._fused,
-            (activations(3, 320), *factors_of(320)[:2], 16, 4, 32, 1.0),
+            (activations(3, 320), *factors_of(320)[:2], 16, 4, 32, 1.0, False),
         ),
     }
 

@@ -1,0 +1,81 @@
+"""How far a quantized model's predictions are from another's, and from its own token by token."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smoothq.errors import CalibrationError
+
+_CHUNK_TOKENS = 256  # tokens whose log-probabilities are held at a time, of both models
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two predictions of the same tokens compare, averaged over all of them.
+
+    divergence: KL(reference ‖ model) in nats a token, at least zero. top1: share of tokens at which
+    both find the same next token most likely. tokens: how many were compared.
+    """
+
+    divergence: float
+    top1: float
+    tokens: int
+
+
+@torch.no_grad()
+def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tensor) -> Agreement:
+    """Compare the predictions of two models that share a vocabulary, window by window.
+
+    windows: int64 (windows, length). Both models run in eval mode. Raises CalibrationError for
+    windows of another shape.
+    """
+    if windows.dim() != 2 or not windows.numel():
+        raise CalibrationError(f"windows must be (windows, length), not {tuple(windows.shape)}")
+    pairs = (
+        (logits_of(model, window.unsqueeze(0)), logits_of(reference, window.unsqueeze(0)))
+        for window in windows
+    )
+    return _compared(pairs, windows.numel())
+
+
+@torch.no_grad()
+def prefill_and_decode(model: PreTrainedModel, tokens: Tensor) -> Agreement:
+    """Compare a model's predictions token by token, through its cache, with those of one prefill.
+
+    tokens: int64 (1, length). The prefill is the reference. A causal recipe differs by float
+    rounding only.
+    """
+    whole = logits_of(model, tokens)
+    cache, steps = None, []
+    for token in tokens.split(1, dim=1):
+        output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits[0].float())
+    return _compared([(torch.cat(steps), whole)], tokens.numel())
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits of one window, int64 (1, length) → float32 (length, vocabulary)."""
+    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits[0]
+    return logits.float()
+
+
+def _compared(pairs: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Agreement:
+    divergence, same = 0.0, 0
+    for logits, reference in pairs:
+        chunks = zip(
+            logits.split(_CHUNK_TOKENS),
+            reference.to(logits.device).split(_CHUNK_TOKENS),
+            strict=True,
+        )
+        for ours, theirs in chunks:
+            log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            # Summed on the CPU: not every accelerator has float64.
+            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            divergence += kl.cpu().double().sum().item()
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    return Agreement(divergence / tokens, same / tokens, tokens)
