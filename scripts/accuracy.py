@@ -1,128 +1,294 @@
-"""Perplexity of every method on one model: a JSON row each, through saved and reloaded checkpoints.
+"""The ablation: every method on one model, and the README's table of it.
 
-    python scripts/accuracy.py --model DIR --text wiki.test.raw --calibration wiki.valid.tokens \\
-        --windows 12
+    python scripts/accuracy.py --model DIR --text wiki.test.raw --calibration wiki.valid.tokens
+    python scripts/accuracy.py --table
 
-Each row quantizes the model into a checkpoint, loads it in a fresh module tree and runs the
-integer path; nothing is simulated. `--only` takes row names, `--list` shows them.
+A row is a `smoothq quantize` command, run once a seed: quantized into a checkpoint, loaded afresh,
+measured through its integer path; nothing is simulated. Each run's figures go to RESULTS as soon as
+they are there, and a run whose figures are there already, of the same recipe, is not repeated.
+`--only` takes row names, `--list` shows them; `--table` writes the README's table from
+RESULTS.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
-from smoothq import Recipe, preset
 from smoothq.calibration import TextSource, evaluation_tokens
-from smoothq.checkpoint.stream import open_source
-from smoothq.checkpoint.writer import CheckpointWriter
+from smoothq.evaluation.agreement import agreement, prefill_and_decode
 from smoothq.evaluation.perplexity import perplexity
-from smoothq.pipeline import quantize_checkpoint
-from smoothq.report import as_dict
 
-SEEDS = (0, 1, 2)
-
-
-def rows() -> dict[str, list[Recipe]]:
-    """Row name → its recipes, one a seed where the rotation's draw matters."""
-
-    def rtn(method: str) -> list[Recipe]:
-        recipe = preset("w4a4", method).edit(weights__rounding="rtn")
-        return [recipe.edit(seed=seed) for seed in SEEDS]
-
-    return {
-        "w8a8 rtn": [preset("w8a8", "rtn")],
-        "w8a8 smoothquant": [preset("w8a8")],
-        "w8a8 smoothquant, norms only": [preset("w8a8").edit(smoothing__edges=["norms"])],
-        "w4a16 default": [preset("w4a16")],
-        "w4a8 default": [preset("w4a8")],
-        "w4a4 default": [preset("w4a4")],
-        "w4a4 quarot rtn": rtn("quarot"),
-        "w4a4 smoothrot rtn": rtn("smoothrot"),
-        "w4a4 quarot gptq": [preset("w4a4", "quarot")],
-        "w4a4 smoothrot gptq": [preset("w4a4", "smoothrot")],
-        "w4a4 rrs token gptq": [preset("w4a4", "rrs")],
-        "w4a4 rrs live gptq (the paper's)": [preset("w4a4", "rrs", "live")],
-        "w4a4 rrs calibrated gptq": [preset("w4a4", "rrs", "calibrated")],
-    }
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "accuracy.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+EXAMPLES = "examples"
+FLOAT = "float"
+SECOND_TEXT = "builtin"  # the evaluation half of Python's language reference
+KEPT = ("bits", "bytes_after", "linear_bytes", "causal", "seconds", "peak_memory_bytes")
+SECOND_WINDOWS, AGREEMENT_WINDOWS, DECODED_TOKENS = 4, 2, 128
 
 
-def measure(args: argparse.Namespace, name: str, recipes: list[Recipe]) -> dict[str, object]:
-    """One row: every recipe quantized, reloaded and evaluated."""
-    values, results = [], []
-    for recipe in recipes:
-        recipe = recipe.edit(
-            calibration__source=args.calibration,
-            calibration__samples=args.samples,
-            calibration__sequence_length=args.sequence_length,
+@dataclass(frozen=True)
+class Row:
+    """A method: the flags of `smoothq quantize` that make it, and how many seeds it is run with."""
+
+    name: str
+    flags: tuple[str, ...]
+    seeds: int = 1
+
+    @property
+    def command(self) -> str:
+        """The flags as they stand in a command."""
+        return " ".join(self.flags)
+
+
+def example(name: str) -> tuple[str, ...]:
+    """The flags of a recipe file."""
+    return ("--recipe", f"{EXAMPLES}/{name}.yaml")
+
+
+ROWS = [
+    Row("W8A8 RTN", ("--w8a8", "--method", "rtn")),
+    Row("W8A8 SmoothQuant", ("--w8a8",)),
+    Row("W4A16 QuaRot + GPTQ, groups", example("quarot_w4a16"), 3),
+    Row("W4A16", ("--w4a16",), 3),
+    Row("W4A16, best effort", ("--w4a16", "--effort", "best"), 3),
+    Row("W4A8 QuaRot + GPTQ, groups", example("quarot_w4a8"), 3),
+    Row("W4A8", ("--w4a8",), 3),
+    Row("W4A8, best effort", ("--w4a8", "--effort", "best"), 3),
+    Row("W4A4 QuaRot + GPTQ, groups", example("quarot_w4a4"), 3),
+    Row("W4A4, fast", ("--w4a4", "--effort", "fast")),
+    Row("W4A4", ("--w4a4",), 3),
+    Row("W4A4, best effort", ("--w4a4", "--effort", "best"), 3),
+    Row("W4A4 QuaRot + GPTQ, per channel and token", ("--w4a4", "--method", "quarot"), 3),
+    Row("W4A4 SmoothRot + GPTQ, per channel and token", ("--w4a4", "--method", "smoothrot"), 3),
+    Row("W4A4 per channel and token", example("w4a4_channel"), 3),
+    Row("W4A4 per channel and token, best effort", example("w4a4_channel_best"), 3),
+    Row(
+        "W4A4 RRS as published (not causal)",
+        ("--w4a4", "--method", "rrs", "--smooth-scope", "live"),
+    ),
+]
+
+
+class Bench:
+    """The float model, the texts, and what is measured on a checkpoint."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self._text = evaluation_tokens(tokenizer, TextSource(args.text))
+        self._second = evaluation_tokens(tokenizer, TextSource(SECOND_TEXT))
+
+    @cached_property
+    def _reference(self) -> PreTrainedModel:
+        return load(self.args.model)
+
+    def measure(self, directory: str) -> dict[str, float]:
+        """Perplexity on both texts, and agreement with the float model and with itself."""
+        model, length = load(directory), self.args.evaluation_length
+        first = perplexity(model, self._text, length, self.args.windows)
+        second = perplexity(model, self._second, length, SECOND_WINDOWS)
+        windows = self._text[0, : AGREEMENT_WINDOWS * length].view(AGREEMENT_WINDOWS, length)
+        to_float = agreement(model, self._reference, windows)
+        decoded = prefill_and_decode(model, self._text[:, :DECODED_TOKENS])
+        return {
+            "perplexity": round(first.perplexity, 4),
+            "second_perplexity": round(second.perplexity, 4),
+            "divergence": round(to_float.divergence, 5),
+            "top1": round(to_float.top1, 4),
+            "decode_divergence": decoded.divergence,
+            "decode_top1": decoded.top1,
+        }
+
+    def quantize(self, row: Row, seed: int, out: Path, *more: str) -> dict[str, Any]:
+        """Run the row's command; the figures that it prints."""
+        args = self.args
+        command = [
+            sys.executable,
+            "-m",
+            "smoothq",
+            "quantize",
+            args.model,
+            "-o",
+            str(out),
+            "--json",
+        ]
+        text = ("--calibration", args.calibration, "--seed", str(seed))
+        done = subprocess.run(
+            [*command, *row.flags, *text, *more],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
-        with tempfile.TemporaryDirectory() as directory:
-            writer = CheckpointWriter(Path(directory) / "model")
-            results.append(quantize_checkpoint(open_source(args.model), recipe, writer))
-            values.append(evaluate(args, str(writer.out)))
-    row = as_dict(results[0])
+        figures: dict[str, Any] = json.loads(done.stdout)
+        return figures
+
+
+def load(directory: str) -> PreTrainedModel:
+    """A model in float32 outside its integer layers."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model
+
+
+class Results:
+    """The figures of every run so far, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[dict[str, Any]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Take in what the file holds: another process may measure other rows meanwhile."""
+        self.runs = json.loads(self.path.read_text()) if self.path.is_file() else []
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """A row's runs, by seed."""
+        return sorted((run for run in self.runs if run["row"] == name), key=lambda r: r["seed"])
+
+    def put(self, run: dict[str, Any]) -> None:
+        """Take in a run in place of an older one of the same row and seed, and store the file."""
+        self.read()
+        same = (run["row"], run["seed"])
+        self.runs = [old for old in self.runs if (old["row"], old["seed"]) != same] + [run]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".partial")
+        scratch.write_text(json.dumps(self.runs, indent=1) + "\n")
+        scratch.replace(self.path)
+
+
+def setting(args: argparse.Namespace) -> dict[str, Any]:
+    """What figures that stand in one table must share."""
     return {
-        "row": name,
-        "perplexity": round(statistics.median(values), 4),
-        "seeds": [recipe.seed for recipe in recipes],
-        "by_seed": [round(value, 4) for value in values],
-        "bits": row["bits"],
-        "bytes": row["bytes_after"],
-        "linear_bytes": row["linear_bytes"],
-        "causal": row["causal"],
-        "seconds": [round(result.seconds, 1) for result in results],
-        "peak_memory_bytes": max(result.peak_memory for result in results),
+        "model": Path(args.model).name,
+        "text": Path(args.text).name,
+        "calibration": Path(args.calibration).name,
+        "windows": args.windows,
+        "evaluation_length": args.evaluation_length,
     }
 
 
-def evaluate(args: argparse.Namespace, model: str) -> float:
-    """Perplexity of a checkpoint in float32 outside its integer layers."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokens = evaluation_tokens(AutoTokenizer.from_pretrained(args.model), TextSource(args.text))
-    return perplexity(loaded, tokens, args.evaluation_length, args.windows).perplexity
+def machine() -> dict[str, Any]:
+    """Where a run was measured."""
+    return {
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
-def selected(args: argparse.Namespace) -> Iterator[tuple[str, list[Recipe]]]:
-    """The rows that were asked for."""
-    for name, recipes in rows().items():
-        if not args.only or any(part in name for part in args.only):
-            yield name, recipes
+def run_missing(args: argparse.Namespace, rows: list[Row], results: Results) -> None:
+    """Measure what the results lack, one seed of every row before the next seed."""
+    bench, shared = Bench(args), setting(args)
+    if not any(run["setting"] == shared for run in results.of(FLOAT)):
+        figures = bench.measure(args.model)
+        results.put({"row": FLOAT, "seed": 0, "setting": shared, "machine": machine(), **figures})
+    for seed in range(args.seeds):
+        for row in (row for row in rows if seed < row.seeds):
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / "model"
+                recipe = bench.quantize(row, seed, out, "--dry-run")["recipe"]
+                recipe["calibration"]["source"] = shared["calibration"]
+                known = {"row": row.name, "seed": seed, "setting": shared, "recipe": recipe}
+                if any(all(run.get(k) == v for k, v in known.items()) for run in results.runs):
+                    continue
+                quantized = bench.quantize(row, seed, out)
+                run = known | {"command": row.command, "machine": machine()}
+                run |= bench.measure(str(out)) | {name: quantized[name] for name in KEPT}
+            results.put(run)
+            print(row.name, seed, run["perplexity"], flush=True)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """The median, and the range where there are several."""
+    median = f"{statistics.median(values):.{digits}f}"
+    if len(values) == 1:
+        return median
+    return f"{median} ({min(values):.{digits}f} … {max(values):.{digits}f})"
+
+
+def table(results: Results) -> str:
+    """The README's table in Markdown, of the rows that have been run."""
+    lines = [
+        "| method | `smoothq quantize MODEL` … | bits per weight | bits per activation "
+        "| perplexity | second text | KL to float |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in results.of(FLOAT):
+        first, second = run["perplexity"], run["second_perplexity"]
+        lines.append(f"| float32 | | 32 | 32 | {first:.2f} | {second:.2f} | 0 |")
+    for row in ROWS:
+        runs = results.of(row.name)
+        if runs:
+            bits = runs[0]["bits"]
+            activation = "float" if bits["activation"] == 0 else f"{bits['activation']:.2f}"
+            if bits["activation_decode"] - bits["activation"] >= 0.005:
+                activation += f", decode {bits['activation_decode']:.2f}"
+            cells = [
+                row.name,
+                f"`{row.command}`",
+                f"{bits['weight']:.2f}",
+                activation,
+                spread([run["perplexity"] for run in runs]),
+                spread([run["second_perplexity"] for run in runs]),
+                spread([run["divergence"] for run in runs], 3),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table(results: Results, readme: Path) -> None:
+    """Put the table between the README's two marks."""
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
 
 
 def main() -> None:
-    """Print a JSON row a method."""
+    """Measure what is missing, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, help="evaluation text")
-    parser.add_argument("--calibration", required=True, help="calibration text")
+    parser.add_argument("--model", help="float model to quantize; without it nothing is measured")
+    parser.add_argument("--text", default="wikitext2", help="evaluation text")
+    parser.add_argument("--calibration", default="wikitext2", help="calibration text")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--evaluation-length", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
-    parser.add_argument("--list", action="store_true", help="print the row names and stop")
+    parser.add_argument("--only", nargs="*", help="names of rows; without it all")
+    parser.add_argument("--seeds", type=int, default=3, help="at most so many a row")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the README's table")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
     args = parser.parse_args()
+    logging.disable_progress_bar()
+    rows = [row for row in ROWS if not args.only or row.name in args.only]
     if args.list:
-        print("\n".join(rows()))
+        print("\n".join(f"{row.name}: {row.command}" for row in rows))
         return
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    print(json.dumps({"machine": machine, "threads": torch.get_num_threads()}), flush=True)
-    if not args.only or "float" in args.only:
-        start = time.perf_counter()
-        value = evaluate(args, args.model)
-        seconds = round(time.perf_counter() - start, 1)
-        print(json.dumps({"row": "float", "perplexity": round(value, 4), "seconds": seconds}))
-    for name, recipes in selected(args):
-        print(json.dumps(measure(args, name, recipes)), flush=True)
+    results = Results(args.results)
+    if args.model:
+        run_missing(args, rows, results)
+    if args.table:
+        write_table(results, args.readme)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from smoothq.pipeline import quantize_checkpoint
 
 RECIPES: dict[str, Recipe] = {
     "W8A8 SmoothQuant": preset("w8a8"),
-    "W4A8": preset("w4a8"),
+    "W4A8": preset("w4a8", effort="fast"),
     "W4A4 SmoothRot": preset("w4a4", "smoothrot"),
-    "W4A4 RRS": preset("w4a4"),
+    "W4A4 RRS": preset("w4a4", effort="fast"),
 }
 SAMPLES, LENGTH = 16, 512
 WINDOWS, WINDOW_LENGTH = 8, 1024

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .errors import CheckpointError, SmoothqError
-from .recipe import Method, Preset, Recipe, Scope, load_recipe, preset
+from .recipe import Effort, Method, Preset, Recipe, Scope, load_recipe, preset
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -77,6 +77,9 @@ def quantize(
     method: Annotated[
         Method | None, typer.Option(help="A paper's method at these bits; without it, our best.")
     ] = None,
+    effort: Annotated[
+        Effort, typer.Option(help="Time for accuracy: more text, more steps of tuning.")
+    ] = "default",
     rounding: Annotated[
         Literal["rtn", "gptq"] | None, typer.Option(help="Round to nearest, or GPTQ.")
     ] = None,
@@ -112,6 +115,9 @@ def quantize(
     device: Device = "cpu",
     gguf_file: Gguf = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would come to and take, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into a directory that transformers loads.
@@ -121,12 +127,13 @@ def quantize(
     from . import report
     from .checkpoint.stream import open_source
     from .checkpoint.writer import CheckpointWriter
-    from .pipeline import quantize_checkpoint
+    from .pipeline import plan_checkpoint, quantize_checkpoint
+    from .price import as_text, price
 
     _silence_transformers()
     presets: dict[Preset, bool] = {"w8a8": w8a8, "w4a8": w4a8, "w4a4": w4a4, "w4a16": w4a16}
     chosen = _base_recipe(
-        [name for name, wanted in presets.items() if wanted], method, smooth_scope, recipe
+        [name for name, wanted in presets.items() if wanted], method, smooth_scope, effort, recipe
     )
     fields = {
         "weights__rounding": rounding,
@@ -152,6 +159,15 @@ def quantize(
     writer = CheckpointWriter(output, overwrite=overwrite)
     writer.check(0)
     source = open_source(model, gguf_file=gguf_file)
+    plan = plan_checkpoint(source, final, device)
+    estimate = price(plan, torch.device(device))
+    if dry_run:
+        if as_json:
+            print(json.dumps(report.plan_as_dict(source, plan, estimate)))
+        else:
+            _table(f"{model}, as planned", report.plan_rows(source, plan, estimate))
+        return
+    log.info("about %s on this machine", as_text(estimate.seconds))
     with _progress() as progress:
         result = quantize_checkpoint(source, final, writer, device=device, progress=progress)
     if as_json:
@@ -232,15 +248,19 @@ def generate(
 
 
 def _base_recipe(
-    presets: list[Preset], method: Method | None, scope: Scope | None, recipe: Path | None
+    presets: list[Preset],
+    method: Method | None,
+    scope: Scope | None,
+    effort: Effort,
+    recipe: Path | None,
 ) -> Recipe:
     if recipe is not None:
-        if presets or method or scope:
-            raise typer.BadParameter("--recipe replaces --w…, --method and --smooth-scope")
+        if presets or method or scope or effort != "default":
+            raise typer.BadParameter("--recipe replaces --w…, --method, --smooth-scope, --effort")
         return load_recipe(recipe)
     if len(presets) != 1:
         raise typer.BadParameter("give one of --w8a8, --w4a8, --w4a4, --w4a16, or --recipe FILE")
-    return preset(presets[0], method, scope)
+    return preset(presets[0], method, scope, effort)
 
 
 def _int_or_auto(text: str) -> int | str:

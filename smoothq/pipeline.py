@@ -86,6 +86,15 @@ class _Block:
     plan: BlockPlan
 
 
+def plan_checkpoint(source: Source, recipe: Recipe, device: str = "cpu") -> Plan:
+    """What quantizing a source would come to, from its config alone.
+
+    Raises SmoothqError for what cannot be done, as `quantize_checkpoint` would.
+    """
+    check_device(device)
+    return make_plan(skeleton(source), recipe)
+
+
 def quantize_checkpoint(
     source: Source,
     recipe: Recipe,

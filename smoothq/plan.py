@@ -138,8 +138,15 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         bits=_count_bits(blocks),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
-        float_elements=sum(p.numel() for p in model.parameters()) - _quantized_elements(blocks),
+        float_elements=_stored_elements(model, family) - _quantized_elements(blocks),
     )
+
+
+def _stored_elements(model: PreTrainedModel, family: Family) -> int:
+    """Numbers that a checkpoint holds: a head that is tied to the embedding is not stored."""
+    tied = f"{family.head}." if text_config(model).tie_word_embeddings else None
+    named = model.named_parameters()
+    return sum(p.numel() for name, p in named if tied is None or not name.startswith(tied))
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

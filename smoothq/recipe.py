@@ -18,6 +18,7 @@ from .kernels import MULTIPLIED_BITS
 Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
 Scope = Literal["token", "calibrated", "live"]
+Effort = Literal["fast", "default", "best"]
 GroupSize = int | Literal["auto"]
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
@@ -257,20 +258,39 @@ _BITS: dict[Preset, tuple[int, int]] = {
 }
 
 
-def preset(name: Preset, method: Method | None = None, scope: Scope | None = None) -> Recipe:
+_EFFORTS: dict[Effort, dict[str, Any]] = {
+    "fast": {"calibration": {"samples": 8}},
+    "default": {"tuning": {"steps": 16}},
+    "best": {"calibration": {"samples": 64}, "tuning": {"steps": 128}},
+}
+
+
+def preset(
+    name: Preset,
+    method: Method | None = None,
+    scope: Scope | None = None,
+    effort: Effort = "default",
+) -> Recipe:
     """The recipe of a named preset: our best for these bits, or a paper's method at them.
 
-    Without a method: w8a8 is SmoothQuant; w4a8 and w4a4 rotate, smooth up→down and round by GPTQ
-    in groups with integer multipliers, w4a4 with runtime smoothing in the scope `token`; w4a16 is
-    GPTQ in groups. With one: the paper's settings, weights per channel, activations per token.
+    Without a method: w8a8 is SmoothQuant; 4-bit weights are rotated, smoothed up→down, rounded by
+    GPTQ in groups with integer multipliers and tuned, w4a4 with runtime smoothing in the scope
+    `token`. With one: the paper's settings, weights per channel, activations per token.
     scope: where runtime smoothing takes its scale from, for recipes that have it: by default
-    `token`; `live` is RRS as published. Raises RecipeError where they have no meaning together.
+    `token`; `live` is RRS as published. effort: how much calibration text and how many steps of
+    tuning, for 4-bit weights without a method. Raises RecipeError where they have no meaning
+    together.
     """
     w_bits, a_bits = _BITS[name]
     if method is not None or name == "w8a8":
+        if effort != "default":
+            raise RecipeError(
+                f"--effort {effort} is of --w4a4, --w4a8 and --w4a16 without --method, which "
+                "takes a paper's own settings; W8A8 has nothing to spend it on"
+            )
         values = _paper(name, method or "smoothquant", w_bits, a_bits)
     else:
-        values = _best(name, a_bits)
+        values = _best(name, a_bits) | _EFFORTS[effort]
     if scope is not None:
         if "runtime_smoothing" not in values:
             raise RecipeError(
@@ -282,11 +302,20 @@ def preset(name: Preset, method: Method | None = None, scope: Scope | None = Non
 
 
 def _best(name: Preset, a_bits: int) -> dict[str, Any]:
-    weights: dict[str, Any] = {"bits": 4, "granularity": "group", "clip": True, "rounding": "gptq"}
-    values: dict[str, Any] = {"name": name, "weights": weights, "activations": {"bits": a_bits}}
-    if name != "w4a16":
-        weights |= {"group_size": 64, "group_scale": "multiplier"}
-        values |= {"rotation": {}, "smoothing": {"alpha": 0.5, "edges": ["up_down"]}}
+    values: dict[str, Any] = {
+        "name": name,
+        "weights": {
+            "bits": 4,
+            "granularity": "group",
+            "group_size": 32,
+            "group_scale": "multiplier",
+            "clip": True,
+            "rounding": "gptq",
+        },
+        "activations": {"bits": a_bits},
+        "rotation": {},
+        "smoothing": {"alpha": 0.5, "edges": ["up_down"]},
+    }
     if name == "w4a4":
         values["activations"]["clip_ratio"] = 0.925
         values["runtime_smoothing"] = _SCOPES["token"]

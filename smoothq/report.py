@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .recipe import FLOAT_BITS
+from .checkpoint.stream import Source
+from .plan import Bits, Plan
+from .price import Price, as_text
+from .recipe import FLOAT_BITS, Recipe
 
 if TYPE_CHECKING:
     from .pipeline import Result
@@ -22,7 +25,7 @@ def as_dict(result: Result) -> dict[str, Any]:
     return {
         "model": result.name,
         "recipe": result.recipe.model_dump(mode="json"),
-        "bits": {name: round(value, 4) for name, value in asdict(result.bits).items()},
+        "bits": _rounded(result.bits),
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
         "linear_bytes": result.linear_bytes,
@@ -35,22 +38,51 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 def rows(result: Result) -> list[tuple[str, str]]:
     """The closing table: label and value."""
-    bits = result.bits
-    float_input = result.recipe.activations.bits == FLOAT_BITS
-    activation = "16 (float)" if float_input else f"{bits.activation:.2f}"
-    if not float_input and abs(bits.activation_decode - bits.activation) >= 0.005:
+    return [
+        *_rows(result.recipe, result.bits, result.bytes_before, result.bytes_after),
+        ("time", as_text(result.seconds)),
+        ("peak memory, libraries included", f"{result.peak_memory / 1e9:.2f} GB"),
+    ]
+
+
+def plan_as_dict(source: Source, plan: Plan, estimate: Price) -> dict[str, Any]:
+    """What a recipe would come to, as plain data."""
+    return {
+        "model": source.name,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "bits": _rounded(plan.bits),
+        "bytes_before": source.nbytes,
+        "bytes_after": plan.total_bytes,
+        "linear_bytes": plan.linear_bytes,
+        "estimated_seconds": round(estimate.seconds, 1),
+        "causal": plan.recipe.causal,
+        "notes": list(plan.notes),
+    }
+
+
+def plan_rows(source: Source, plan: Plan, estimate: Price) -> list[tuple[str, str]]:
+    """The table of what a recipe would come to: label and value."""
+    return [
+        *_rows(plan.recipe, plan.bits, source.nbytes, plan.total_bytes),
+        ("time, estimated for this machine", as_text(estimate.seconds)),
+    ]
+
+
+def _rounded(bits: Bits) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in asdict(bits).items()}
+
+
+def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str, str]]:
+    activation = f"{bits.activation:.2f}"
+    if recipe.activations.bits == FLOAT_BITS:
+        activation = "16 (float)"
+    elif abs(bits.activation_decode - bits.activation) >= 0.005:
         activation += f", one-token decode {bits.activation_decode:.2f}"
     return [
-        ("method", result.recipe.name),
+        ("method", recipe.name),
         ("bits per weight, scales counted", f"{bits.weight:.2f}"),
         ("bits per activation, scales counted", activation),
-        (
-            "size",
-            f"{result.bytes_before / 1e6:.1f} MB → {result.bytes_after / 1e6:.1f} MB "
-            f"({result.bytes_after / result.bytes_before:.2f} times)",
-        ),
-        ("time", f"{result.seconds:.0f} s"),
-        ("peak memory, libraries included", f"{result.peak_memory / 1e9:.2f} GB"),
+        ("size", f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.2f} times)"),
     ]
 
 

@@ -107,6 +107,37 @@ def test_w4a4_says_what_w4a8_would_cost(run, model, tmp_path) -> None:
     assert f"smoothq quantize {model} --w4a8 -o OUT" in text
 
 
+def test_effort_trades_steps_of_tuning_and_text(run, model, tmp_path) -> None:
+    steps, samples, seconds = [], [], []
+    for effort in ("fast", "default", "best"):
+        flags = ("--w4a8", "--group-size", 16, "--effort", effort, "--dry-run", "--json")
+        code, text, log = run("quantize", model, "-o", tmp_path / "out", *flags)
+        assert code == 0, log
+        figures = json.loads(text)
+        tuning = figures["recipe"]["tuning"]
+        steps.append(tuning["steps"] if tuning else 0)
+        samples.append(figures["recipe"]["calibration"]["samples"])
+        seconds.append(figures["estimated_seconds"])
+    assert steps[0] == 0
+    assert steps == sorted(set(steps))
+    assert samples == sorted(samples)
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+def test_a_dry_run_says_what_the_run_then_comes_to_and_writes_nothing(run, model, tmp_path) -> None:
+    command = ("quantize", model, "-o", tmp_path / "out", "--w8a8", *QUICK)
+    code, text, log = run(*command, "--dry-run", "--json")
+    assert code == 0, log
+    planned = json.loads(text)
+    assert list(tmp_path.iterdir()) == []
+    code, text, _ = run(*command, "--dry-run")
+    assert "time, estimated for this machine" in text
+    _, text, _ = run(*command, "--json")
+    made = json.loads(text)
+    for figure in ("recipe", "bits", "bytes_before", "bytes_after", "linear_bytes", "causal"):
+        assert planned[figure] == made[figure], figure
+
+
 def test_a_recipe_file_replaces_the_presets(run, model, tmp_path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPES["w4a4"].to_yaml())
@@ -129,6 +160,8 @@ def test_exactly_one_preset_is_wanted(run, model, tmp_path, presets) -> None:
     ("arguments", "message"),
     [
         (("--w8a8", "--method", "rrs"), "rrs"),
+        (("--w8a8", "--effort", "best"), "--effort best"),
+        (("--w4a4", "--method", "quarot", "--effort", "fast"), "--effort fast"),
         (("--w8a8", "--smooth-scope", "token"), "runtime smoothing"),
         (("--w4a16", "--group-size", "37"), "37 does not divide"),
         (("--w4a16", "--group-size", "many"), "group_size"),

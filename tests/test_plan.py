@@ -31,8 +31,8 @@ def test_multipliers_count_as_they_are_stored() -> None:
     recipe = preset("w4a4")
     bits = make_plan(on_meta(), recipe).bits
     per_channel = make_plan(on_meta(), recipe.edit(weights__group_scale="float")).bits
-    assert bits.weight == pytest.approx(4 + 8 / 64 + 32 * 5184 / 3_538_944, rel=1e-3)
-    assert per_channel.weight == pytest.approx(4 + 16 / 64)
+    assert bits.weight == pytest.approx(4 + 8 / 32 + 32 * 5184 / 3_538_944, rel=1e-3)
+    assert per_channel.weight == pytest.approx(4 + 16 / 32)
     # A multiplier and its sign take 4 bits a group of 16.
     assert bits.activation == pytest.approx(4 + 4 / 16 + 32 * 4 / 3264)
 
@@ -59,7 +59,7 @@ def test_live_scales_cost_more_in_decode_than_in_prefill() -> None:
 
 
 def test_auto_takes_the_largest_group_that_divides() -> None:
-    plan = make_plan(on_meta(), preset("w4a16"))
+    plan = make_plan(on_meta(), preset("w4a16").edit(weights__group_size="auto"))
     sizes = {
         name: spec.grid.group_size
         for site in plan.blocks[0].sites
@@ -71,7 +71,7 @@ def test_auto_takes_the_largest_group_that_divides() -> None:
 
 def test_auto_refuses_a_width_that_none_divides() -> None:
     with pytest.raises(RecipeError, match="none of the group sizes"):
-        make_plan(on_meta(hidden_size=540), preset("w4a16"))
+        make_plan(on_meta(hidden_size=540), preset("w4a16").edit(weights__group_size="auto"))
 
 
 def test_a_width_without_a_hadamard_matrix_is_said_by_name() -> None:

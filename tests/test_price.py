@@ -1,0 +1,51 @@
+"""The estimate of what a quantization takes: how it grows, not how long a test machine is."""
+
+import pytest
+
+from smoothq import Recipe, preset
+from smoothq.plan import Plan, make_plan
+from smoothq.price import as_text, block_operations
+from tests.architectures import tiny_model
+from tests.conftest import RECIPES
+
+
+def planned(recipe: Recipe) -> Plan:
+    return make_plan(tiny_model("llama"), recipe)
+
+
+def operations(recipe: Recipe) -> float:
+    plan = planned(recipe)
+    return sum(block_operations(block, plan) for block in plan.blocks)
+
+
+def test_a_step_of_tuning_is_three_forwards_of_a_micro_batch() -> None:
+    recipe = RECIPES["w4a8"]
+    one, two, five = (operations(recipe.edit(tuning={"steps": n})) for n in (1, 2, 5))
+    assert five - two == pytest.approx(3 * (two - one))
+    elements = 3 * sum(
+        spec.out_features * spec.in_features
+        for site in planned(recipe).blocks[0].sites
+        for spec in site.modules.values()
+    )
+    attention = 3 * 4 * recipe.calibration.sequence_length * 64  # as wide as the heads
+    assert two - one == pytest.approx(3 * 2048 * (2 * elements + attention))
+
+
+def test_all_but_gptqs_own_work_grows_with_the_text() -> None:
+    recipe = RECIPES["w4a8"].edit(tuning=None)
+    few, many = (operations(recipe.edit(calibration__samples=n)) for n in (10, 20))
+    assert few < many < 2 * few
+    nearest = recipe.edit(weights__rounding="rtn")
+    few, many = (operations(nearest.edit(calibration__samples=n)) for n in (10, 20))
+    assert many == pytest.approx(2 * few)
+
+
+def test_a_recipe_without_calibration_takes_none() -> None:
+    assert operations(preset("w8a8", "rtn")) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (80, "80 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
+    assert as_text(seconds) == text
