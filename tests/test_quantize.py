@@ -164,7 +164,7 @@ def test_gptq_beats_rounding_to_nearest_on_its_calibration_text(float_checkpoint
     tokens = TOKENS.repeat(4, 1)
     error = {}
     for rounding in ("rtn", "gptq"):
-        recipe = preset("w4a16").edit(weights__rounding=rounding, weights__granularity="channel")
+        recipe = RECIPES["w4a16"].edit(weights__rounding=rounding, tuning=None)
         got = logits(quantize(source, recipe, data=tokens), TOKENS)
         error[rounding] = (got - exact).norm()
     assert error["gptq"] < error["rtn"]
