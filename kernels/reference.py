@@ -62,10 +62,11 @@ def largest_group_multiplier(bits: int) -> int:
 
 
 def _scale_of(maximum: Tensor, bits: int, clip: float) -> Tensor:
-    return _nonzero(maximum * clip / highest_code(bits))
+    return nonzero(maximum * clip / highest_code(bits))
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
+    """A scale of 1 where all values are zero, whose codes are zero whatever the scale."""
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -79,8 +80,8 @@ def _largest(x: Tensor) -> Tensor:
     return largest
 
 
-def _extreme(x: Tensor) -> Tensor:
-    """The value of largest magnitude; of two the negative one."""
+def extreme(x: Tensor) -> Tensor:
+    """The value of largest magnitude, (..., K) → (..., 1); of two the negative one."""
     highest, lowest = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
     return torch.where(highest > -lowest, highest, lowest)
 
@@ -96,7 +97,7 @@ def quantize_per_token(
     """
     x = x.float()
     if full_range:
-        scale = _nonzero(_extreme(x) * clip / -(highest_code(bits) + 1))
+        scale = nonzero(extreme(x) * clip / -(highest_code(bits) + 1))
     else:
         scale = _scale_of(_largest(x), bits, clip)
     return QuantizedInput(_codes(x, scale, bits), scale)
@@ -131,13 +132,13 @@ def quantize_token_groups(
     x: float (..., K), G divides K. Returns codes q · m int8 (..., K), scale s float32 (..., 1).
     """
     groups, largest = x.float().unflatten(-1, (-1, group_size)), largest_group_multiplier(bits)
-    extreme = _extreme(groups)
-    maxima = extreme.abs() * clip
+    largest_values = extreme(groups)
+    maxima = largest_values.abs() * clip
     base = maxima.amax(-2, keepdim=True) / largest
-    scale = _nonzero(base / (highest_code(bits) + 1))
+    scale = nonzero(base / (highest_code(bits) + 1))
     base = scale * (highest_code(bits) + 1)
     multiplier = (maxima / base).ceil().clamp(1, largest)
-    multiplier = torch.where(extreme > 0, -multiplier, multiplier)
+    multiplier = torch.where(largest_values > 0, -multiplier, multiplier)
     codes = _codes(groups, multiplier * scale, bits)
     return QuantizedInput((codes * multiplier.to(torch.int8)).flatten(-2), scale.squeeze(-1))
 
@@ -294,10 +295,12 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
 
 def multiplied_weight(codes: Tensor, multiplier: Tensor | None) -> Tensor:
     """4-bit codes times the multipliers of their groups: int8 (N, K), int8 (N, K / G)."""
-    if multiplier is None:
-        return codes
-    groups = codes.unflatten(-1, (multiplier.shape[-1], -1))
-    product: Tensor = groups * multiplier.unsqueeze(-1)
+    return codes if multiplier is None else by_group(codes, multiplier)
+
+
+def by_group(matrix: Tensor, factor: Tensor) -> Tensor:
+    """(N, K) times one factor a group of columns, (N, G)."""
+    product: Tensor = matrix.unflatten(-1, (factor.shape[-1], -1)) * factor.unsqueeze(-1)
     return product.flatten(-2)
 
 
@@ -316,8 +319,7 @@ def weight_only_gemm(
     """
     weight = unpack_int4(packed, x.shape[-1]) if bits == 4 else packed
     step = weight_scale.double() if multiplier is None else weight_scale.double() * multiplier
-    dense = weight.double().unflatten(-1, (step.shape[-1], -1)) * step.unsqueeze(-1)
-    result: Tensor = x.double() @ dense.flatten(-2).t()
+    result: Tensor = x.double() @ by_group(weight.double(), step).t()
     return (result if bias is None else result + bias.double()).to(x.dtype)
 
 

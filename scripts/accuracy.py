@@ -32,6 +32,8 @@ from transformers.utils import logging
 from smoothq.calibration import TextSource, evaluation_tokens
 from smoothq.evaluation.agreement import agreement, prefill_and_decode
 from smoothq.evaluation.perplexity import perplexity
+from smoothq.plan import Bits
+from smoothq.report import activation_bits
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "accuracy.json"
@@ -239,15 +241,12 @@ def table(results: Results) -> str:
     for row in ROWS:
         runs = results.of(row.name)
         if runs:
-            bits = runs[0]["bits"]
-            activation = "float" if bits["activation"] == 0 else f"{bits['activation']:.2f}"
-            if bits["activation_decode"] - bits["activation"] >= 0.005:
-                activation += f", decode {bits['activation_decode']:.2f}"
+            bits = Bits(**runs[0]["bits"])
             cells = [
                 row.name,
                 f"`{row.command}`",
-                f"{bits['weight']:.2f}",
-                activation,
+                f"{bits.weight:.2f}",
+                activation_bits(bits, runs[0]["recipe"]["activations"]["bits"]),
                 spread([run["perplexity"] for run in runs]),
                 spread([run["second_perplexity"] for run in runs]),
                 spread([run["divergence"] for run in runs], 3),

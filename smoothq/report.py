@@ -22,17 +22,9 @@ W4A8_HINT = (
 
 def as_dict(result: Result) -> dict[str, Any]:
     """The closing figures as plain data, for `--json` and for scripts."""
-    return {
-        "model": result.name,
-        "recipe": result.recipe.model_dump(mode="json"),
-        "bits": _rounded(result.bits),
-        "bytes_before": result.bytes_before,
-        "bytes_after": result.bytes_after,
-        "linear_bytes": result.linear_bytes,
+    return _figures(result, result.name, result.bytes_before, result.bytes_after) | {
         "seconds": round(result.seconds, 1),
         "peak_memory_bytes": result.peak_memory,
-        "causal": result.recipe.causal,
-        "notes": list(result.notes),
     }
 
 
@@ -47,16 +39,8 @@ def rows(result: Result) -> list[tuple[str, str]]:
 
 def plan_as_dict(source: Source, plan: Plan, estimate: Price) -> dict[str, Any]:
     """What a recipe would come to, as plain data."""
-    return {
-        "model": source.name,
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "bits": _rounded(plan.bits),
-        "bytes_before": source.nbytes,
-        "bytes_after": plan.total_bytes,
-        "linear_bytes": plan.linear_bytes,
+    return _figures(plan, source.name, source.nbytes, plan.total_bytes) | {
         "estimated_seconds": round(estimate.seconds, 1),
-        "causal": plan.recipe.causal,
-        "notes": list(plan.notes),
     }
 
 
@@ -68,20 +52,34 @@ def plan_rows(source: Source, plan: Plan, estimate: Price) -> list[tuple[str, st
     ]
 
 
-def _rounded(bits: Bits) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in asdict(bits).items()}
+def activation_bits(bits: Bits, code_bits: int) -> str:
+    """Bits an activation in prefill, and in decode where they differ. code_bits: the recipe's."""
+    if code_bits == FLOAT_BITS:
+        return "16 (float)"
+    text = f"{bits.activation:.2f}"
+    if abs(bits.activation_decode - bits.activation) >= 0.005:
+        text += f", one-token decode {bits.activation_decode:.2f}"
+    return text
+
+
+def _figures(made: Result | Plan, model: str, before: int, after: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "recipe": made.recipe.model_dump(mode="json"),
+        "bits": {name: round(value, 4) for name, value in asdict(made.bits).items()},
+        "bytes_before": before,
+        "bytes_after": after,
+        "linear_bytes": made.linear_bytes,
+        "causal": made.recipe.causal,
+        "notes": list(made.notes),
+    }
 
 
 def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str, str]]:
-    activation = f"{bits.activation:.2f}"
-    if recipe.activations.bits == FLOAT_BITS:
-        activation = "16 (float)"
-    elif abs(bits.activation_decode - bits.activation) >= 0.005:
-        activation += f", one-token decode {bits.activation_decode:.2f}"
     return [
         ("method", recipe.name),
         ("bits per weight, scales counted", f"{bits.weight:.2f}"),
-        ("bits per activation, scales counted", activation),
+        ("bits per activation, scales counted", activation_bits(bits, recipe.activations.bits)),
         ("size", f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.2f} times)"),
     ]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import NumericsError
 from .hidden_states import HiddenStates
+from .kernels.reference import by_group
 from .modules import InputQuantizer, QuantizedLinear
 from .plan import BlockPlan
 from .recipe import Tuning
@@ -144,17 +145,18 @@ class _Round(torch.autograd.Function):
     def forward(
         ctx: Any, position: Tensor, gain: Tensor, step: Tensor, grid: IntegerGrid
     ) -> Tensor:
-        scaled = _by_group(position.round().clamp_(grid.lowest, grid.highest), step)
+        scaled = by_group(_codes(position, grid), step)
         ctx.save_for_backward(position, gain, step, scaled)
         ctx.grid = grid
-        return _by_group(scaled, gain)
+        weight: Tensor = by_group(scaled, gain)
+        return weight
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         position, gain, step, scaled = ctx.saved_tensors
         gradient, grid = gradients[0], ctx.grid
         free = (position > grid.lowest - 0.5) & (position < grid.highest + 0.5)
-        of_position = _by_group(gradient, step).mul_(free)
+        of_position = by_group(gradient, step).mul_(free)
         of_gain = (gradient * scaled).unflatten(-1, (gain.shape[1], -1)).sum(-1)
         return of_position, of_gain, None, None
 
@@ -164,10 +166,8 @@ def _round(position: Tensor, gain: Tensor, step: Tensor, grid: IntegerGrid) -> T
     return weight
 
 
-def _by_group(matrix: Tensor, factor: Tensor) -> Tensor:
-    """(N, K) times one factor a group, (N, G)."""
-    product: Tensor = matrix.unflatten(-1, (factor.shape[1], -1)) * factor.unsqueeze(-1)
-    return product.flatten(-2)
+def _codes(position: Tensor, grid: IntegerGrid) -> Tensor:
+    return position.round().clamp_(grid.lowest, grid.highest)
 
 
 class _Linear(nn.Module):
@@ -185,7 +185,7 @@ class _Linear(nn.Module):
         self._scales, self._grid = weight.scales, linear.spec.grid
         self._step = self._scales.step(torch.float32)
         codes = weight.codes.float()
-        position = _by_group(unrounded.float(), 1 / self._step)
+        position = by_group(unrounded.float(), 1 / self._step)
         self.position = nn.Parameter(position.clamp_(codes - EDGE, codes + EDGE))
         self.gain = nn.Parameter(torch.ones_like(self._scales.scale, dtype=torch.float32))
 
@@ -199,7 +199,7 @@ class _Linear(nn.Module):
     @torch.no_grad()
     def finish(self) -> QuantizedLinear:
         """The quantized linear again, with the codes and scales found."""
-        codes = self.position.round().clamp_(self._grid.lowest, self._grid.highest)
+        codes = _codes(self.position, self._grid)
         stored = self._scales.scale
         scales = Scales((stored.float() * self.gain).to(stored.dtype), self._scales.multiplier)
         self._quantized.set_weight(QuantizedWeight(codes.to(torch.int8), scales), None)

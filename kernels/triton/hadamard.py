@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference import QuantizedInput, highest_code, largest_group_multiplier
 from .codes import per_token, token_groups
 from .launch import check_float, on_its_device, operand, rows_of
-from .quantize import empty_quantized, quantize_per_token, quantize_token_groups
+from .quantize import empty_quantized, fake_quantized, quantize_per_token, quantize_token_groups
 
 SMALLEST_DOT = 16
 TILE = 64  # rows and columns of a plain rotation's tile
@@ -238,18 +238,7 @@ def _(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@_fused.register_fake
-def _(
-    x: Tensor,
-    signs: Tensor,
-    left: Tensor,
-    right: int,
-    bits: int,
-    group_size: int,
-    clip: float,
-    full_range: bool,
-) -> tuple[Tensor, Tensor]:
-    return empty_quantized(x)
+_fused.register_fake(fake_quantized)
 
 
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:

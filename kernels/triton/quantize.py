@@ -129,6 +129,11 @@ def empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
+def fake_quantized(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
+    """What `torch.compile` sees of a quantizer of whole tokens, whatever its settings."""
+    return empty_quantized(x)
+
+
 @torch.library.custom_op("smoothq::triton_quantize_per_token", mutates_args=())
 @on_its_device
 def _per_token(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Tensor, Tensor]:
@@ -241,19 +246,8 @@ def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
     return multiplier
 
 
-@_per_token.register_fake
-def _(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Tensor, Tensor]:
-    return empty_quantized(x)
-
-
-@_token_groups.register_fake
-def _(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
-    return empty_quantized(x)
-
-
-@_smoothed.register_fake
-def _(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
-    return empty_quantized(x)
+for _operator in (_per_token, _token_groups, _smoothed):
+    _operator.register_fake(fake_quantized)
 
 
 @_one_scale.register_fake

@@ -49,20 +49,21 @@ class InputSpec:
         A float32 scale a token; in `groups` a multiplier and its sign a group; in `live` a
         float32 scale (or a multiplier) a group and sequence.
         """
-        signed = unsigned = 0
-        if self.bits <= kernels.MULTIPLIED_BITS:
-            signed = (2 * kernels.largest_group_multiplier(self.bits) - 1).bit_length()
-            unsigned = (kernels.largest_multiplier(self.bits) - 1).bit_length()
         groups = self.width // self.group_size
-        return {
-            "float": 0.0,
-            "token": 32.0,
-            "tensor": 32.0 / tokens,
-            "static": 0.0,
-            "calibrated": 32.0,
-            "groups": 32.0 + signed * groups,
-            "live": 32.0 + (unsigned if self.group_size == 1 else 32) * groups / tokens,
-        }[self.mode]
+        match self.mode:
+            case "float" | "static":
+                return 0.0
+            case "token" | "calibrated":
+                return 32.0
+            case "tensor":
+                return 32.0 / tokens
+            case "groups":
+                largest: int = kernels.largest_group_multiplier(self.bits)
+                return 32.0 + (2 * largest - 1).bit_length() * groups
+        bits = 32
+        if self.group_size == 1:
+            bits = (kernels.largest_multiplier(self.bits) - 1).bit_length()
+        return 32.0 + bits * groups / tokens
 
 
 class SequenceContext:

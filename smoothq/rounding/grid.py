@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import highest_code, largest_multiplier
+from ..kernels.reference import extreme, nonzero
 
 CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
 CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
@@ -69,9 +70,7 @@ class IntegerGrid:
         if not self.multiplier:
             scale = torch.cat([self._search(chunk) for chunk in chunks])
             return Scales(scale.to(self.scale_dtype), None)
-        base = _nonzero(
-            groups.abs().amax((-2, -1)) / (-self.lowest * largest_multiplier(self.bits))
-        )
+        base = nonzero(groups.abs().amax((-2, -1)) / (-self.lowest * largest_multiplier(self.bits)))
         base = base.unsqueeze(-1)
         parts = zip(chunks, base.split(ROW_CHUNK), strict=True)
         multiplier = torch.cat([self._search_multiplier(*part) for part in parts])
@@ -79,7 +78,7 @@ class IntegerGrid:
 
     def _search(self, groups: Tensor) -> Tensor:
         """(n, G, size) → (n, G): the scale of each group."""
-        full = _nonzero(self._covering(groups))
+        full: Tensor = nonzero(self._covering(groups))
         if not self.clip:
             return full
         # Candidates are compared as they will be stored: rounding the winner could make it a loser.
@@ -100,8 +99,8 @@ class IntegerGrid:
         """(n, G, size) → (n, G): the smallest scale under which no weight is clipped by a code."""
         if not (self.full_range or self.multiplier):
             return groups.abs().amax(-1) / self.highest
-        highest, lowest = groups.amax(-1), groups.amin(-1)
-        return torch.where(highest > -lowest, highest, lowest) / self.lowest
+        covering: Tensor = extreme(groups).squeeze(-1) / self.lowest
+        return covering
 
     def _least_error(self, groups: Tensor, candidates: list[Tensor]) -> Tensor:
         best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
@@ -150,8 +149,3 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ŵ = code · scale · multiplier, (N, K) in `dtype`."""
         return self.codes.to(dtype) * self.scales.step_by_column(self.codes.shape[1], dtype)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    """A scale of 1 where all values are zero, whose codes are zero whatever the scale."""
-    return torch.where(scale == 0, 1.0, scale)
