@@ -1,12 +1,14 @@
 """The calibration tokens on their way through the blocks, and what is seen of them there.
 
 `HiddenStates` holds what enters the current block, one micro-batch at a time. A site is observed by
-running the block up to the site's first reader and no further.
+running the block up to the site's first reader and no further; experts, which see different tokens
+each, are observed together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +19,27 @@ from transformers import PreTrainedModel
 from .architectures import Site
 from .errors import NumericsError
 from .modules import InputQuantizer
-from .observers import AbsMax, Observer, SecondMoment
+from .observers import AbsMax, SecondMoment
 from .plan import Plan
 from .transforms.hadamard import Hadamard
 
 MICRO_BATCH_TOKENS = 2048  # tokens that one calibration forward takes
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a block's forward takes beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class HiddenStates:
     """What enters block `index`: float32 micro-batches (sequences, tokens, hidden_size)."""
 
-    def __init__(self, batches: list[Tensor], arguments: list[dict[int, dict[str, Any]]]) -> None:
-        """arguments: for each block, by micro-batch size, what else its forward takes."""
-        self._batches, self._arguments = batches, arguments
+    def __init__(self, batches: list[Tensor], calls: list[dict[int, _Call]]) -> None:
+        """calls: for each block, by micro-batch size, what else its forward takes."""
+        self._batches, self._calls = batches, calls
 
     @classmethod
     def enter(
@@ -40,75 +50,64 @@ class HiddenStates:
         rotation: Hadamard | None,
         device: torch.device,
     ) -> HiddenStates:
-        """Embed tokens, int64 (samples, length), and record what the base model hands its blocks.
+        """Embed tokens, int64 (samples, length), and record what the decoder hands its blocks.
 
-        The embedding must be loaded; the blocks may be on the meta device. rotation: of the
-        residual stream, where the embedding itself has not been rotated. device: where the blocks
-        will run; the embedding runs on the CPU.
+        What stands before the blocks must be loaded, unrotated; the blocks may be on the meta
+        device. rotation: of the residual stream. device: where the blocks will run; what stands
+        before them runs on the CPU.
         """
-        base, embedding = (
-            model.get_submodule(name) for name in (plan.family.base, plan.family.embedding)
+        parts = plan.parts
+        decoder, embedding = (
+            model.get_submodule(name) for name in (parts.decoder, parts.embedding)
         )
-        recorders = [_Recorder(last=i == len(plan.blocks) - 1) for i in range(len(plan.blocks))]
-        attribute = plan.family.layers.removeprefix(f"{plan.family.base}.")
-        blocks = base.get_submodule(attribute)
-        base.set_submodule(attribute, nn.ModuleList(recorders))
+        attribute = parts.layers.removeprefix(f"{parts.decoder}.")
+        blocks = decoder.get_submodule(attribute)
+        assert isinstance(blocks, nn.ModuleList)
+        returns_tuple = plan.family.returns_tuple
+        recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
+        decoder.set_submodule(attribute, nn.ModuleList(recorders))
         batches = []
         try:
             for batch in tokens.split(max(1, MICRO_BATCH_TOKENS // tokens.shape[1])):
                 embedded = embedding(batch).float()
-                if rotation is not None:
-                    embedded = rotation.apply(embedded)
-                batches.append(embedded)
-                _run_until_stopped(base, inputs_embeds=embedded, use_cache=False)
+                _run_until_stopped(decoder, inputs_embeds=embedded, use_cache=False)
+                entered = recorders[0].hidden
+                batches.append(entered if rotation is None else rotation.apply(entered))
         finally:
-            base.set_submodule(attribute, blocks)
-        arguments = [recorder.arguments for recorder in recorders]
-        return cls(*tree_map_only(Tensor, lambda tensor: tensor.to(device), (batches, arguments)))
+            decoder.set_submodule(attribute, blocks)
+        moved: list[Tensor] = tree_map_only(Tensor, lambda tensor: tensor.to(device), batches)
+        calls = [
+            {
+                size: _Call(*tree_map_only(Tensor, lambda t: t.to(device), (c.args, c.kwargs)))
+                for size, c in recorder.calls.items()
+            }
+            for recorder in recorders
+        ]
+        return cls(moved, calls)
 
     def copy(self) -> HiddenStates:
         """The same states, to be moved through other blocks."""
-        return HiddenStates(list(self._batches), self._arguments)
+        return HiddenStates(list(self._batches), self._calls)
 
-    def observe_together(
+    def maxima(
         self, block: nn.Module, name: str, index: int, sites: list[Site], advance: bool
     ) -> dict[str, Tensor]:
-        """max_t |x_tk| at several sites in one forward, by site name.
+        """max_t |x_tk| at several sites in one forward, by site name; 0 where no token came.
 
         For a block whose weights are still float. advance: move past the block as well. Raises
         NumericsError naming a site whose input is not finite.
         """
-        observers: dict[str, AbsMax] = {}
-        handles = []
-
-        def watch(site: Site) -> None:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen = observers.setdefault(site.name, AbsMax(args[0].shape[-1]))
-                seen.update(args[0].flatten(0, -2))
-
-            reader = block.get_submodule(site.modules[0])
-            handles.append(reader.register_forward_pre_hook(hook))
-
+        seen = {}
+        watched = {}
         for site in sites:
-            watch(site)
-        for i, batch in enumerate(self._batches):
-            output = self.forward(block, index, batch)
-            if advance:
-                self._batches[i] = output
-        for handle in handles:
-            handle.remove()
-        maxima = {site: seen.result() for site, seen in observers.items()}
+            width = block.get_submodule(site.modules[0]).get_parameter("weight").shape[1]
+            seen[site.name] = AbsMax(width)
+            watched |= {lane[0]: seen[site.name].update for lane in site.lanes}
+        self._watch(block, index, watched, advance)
+        maxima = {site: observer.result() for site, observer in seen.items()}
         for site_name, maximum in maxima.items():
             _check_finite(maximum, f"{name}, input of {site_name}")
         return maxima
-
-    def observe(
-        self, block: nn.Module, index: int, site: Site, observer: Observer, view: Any
-    ) -> Tensor:
-        """Update an observer with `view(input)` of one site over all tokens; its result."""
-        for x in self._inputs(block, index, site):
-            observer.update(view(x).flatten(0, -2))
-        return observer.result()
 
     def calibrate(
         self, block: nn.Module, index: int, site: Site, site_input: InputQuantizer, normalise: bool
@@ -116,23 +115,37 @@ class HiddenStates:
         """Set an InputQuantizer's calibrated scale, where its mode has one."""
         if site_input.spec.mode in ("static", "calibrated"):
             seen = AbsMax(site_input.spec.width, normalise)
-            maxima = self.observe(block, index, site, seen, site_input.rotate)
+
+            def update(x: Tensor) -> None:
+                seen.update(site_input.rotate(x))
+
+            self._watch(block, index, {lane[0]: update for lane in site.lanes})
+            maxima = seen.result()
             _check_finite(maxima, f"input of {site_input.name}")
             site_input.calibrate(maxima)
 
-    def hessian(
-        self, block: nn.Module, index: int, site: Site, site_input: InputQuantizer
-    ) -> Tensor:
-        """Σ x̂ x̂ᵀ of a site's input as its weights will see it, float64 (K, K)."""
-        seen = SecondMoment(site_input.spec.width)
-        result = self.observe(block, index, site, seen, site_input.dequantized)
-        _check_finite(result, f"input of {site_input.name}")
-        return result
+    def hessians(
+        self, block: nn.Module, index: int, inputs: dict[str, InputQuantizer]
+    ) -> dict[str, SecondMoment]:
+        """Σ x̂ x̂ᵀ of the inputs of modules as their weights will see them, by module.
+
+        inputs: module name → what quantizes its input. Raises NumericsError naming the input that
+        is not finite.
+        """
+        seen = {module: SecondMoment(inputs[module].spec.width) for module in inputs}
+
+        def update(module: str) -> Callable[[Tensor], None]:
+            quantizer, observer = inputs[module], seen[module]
+            return lambda x: observer.update(quantizer.dequantized(x))
+
+        self._watch(block, index, {module: update(module) for module in inputs})
+        for module, observer in seen.items():
+            _check_finite(observer.result(), f"input of {inputs[module].name}")
+        return seen
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move past a block: its output becomes what enters the next."""
-        for i, batch in enumerate(self._batches):
-            self._batches[i] = self.forward(block, index, batch)
+        self._watch(block, index, {}, advance=True)
 
     def __len__(self) -> int:
         """Micro-batches."""
@@ -144,25 +157,47 @@ class HiddenStates:
 
     def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
         """A block's output for one micro-batch."""
-        output = block(batch, **self._arguments[index][batch.shape[0]])
+        call = self._calls[index][batch.shape[0]]
+        output = block(batch, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _inputs(self, block: nn.Module, index: int, site: Site) -> Iterator[Tensor]:
-        reader = block.get_submodule(site.modules[0])
-        for batch in self._batches:
-            caught: list[Tensor] = []
+    def _watch(
+        self,
+        block: nn.Module,
+        index: int,
+        watched: dict[str, Callable[[Tensor], None]],
+        advance: bool = False,
+    ) -> None:
+        """Call `watched[module]` with every input of a module, float (..., K).
 
-            def stop(module: nn.Module, args: tuple[Tensor, ...], into: Any = caught) -> None:
-                into.append(args[0])
-                raise _Stopped
+        One module alone, without `advance`, ends each forward where it is reached.
+        """
+        stops = len(watched) == 1 and not advance
 
-            handle = reader.register_forward_pre_hook(stop)
-            try:
-                _run_until_stopped(block, batch, **self._arguments[index][batch.shape[0]])
-            finally:
+        def hook(into: Callable[[Tensor], None]) -> Callable[..., None]:
+            def caught(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                into(args[0])
+                if stops:
+                    raise _Stopped
+
+            return caught
+
+        handles = [
+            block.get_submodule(module).register_forward_pre_hook(hook(into))
+            for module, into in watched.items()
+        ]
+        try:
+            for i, batch in enumerate(self._batches):
+                try:
+                    output = self.forward(block, index, batch)
+                except _Stopped:
+                    continue
+                if advance:
+                    self._batches[i] = output
+        finally:
+            for handle in handles:
                 handle.remove()
-            yield caught[0]
 
 
 class _Stopped(Exception):
@@ -179,16 +214,24 @@ def _run_until_stopped(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 class _Recorder(nn.Module):
     """Stands in for a block and keeps what it is called with, by micro-batch size."""
 
-    def __init__(self, last: bool) -> None:
-        super().__init__()
-        self._last = last
-        self.arguments: dict[int, dict[str, Any]] = {}
+    hidden: Tensor
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.arguments[hidden.shape[0]] = kwargs
+    def __init__(self, block: nn.Module, last: bool, returns_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        self._last, self._returns_tuple = last, returns_tuple
+        self.calls: dict[int, _Call] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        # What a decoder asks of a block beside calling it, such as its kind of attention.
+        return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden = hidden
+        self.calls[hidden.shape[0]] = _Call(args, kwargs)
         if self._last:
             raise _Stopped
-        return hidden
+        return (hidden, None) if self._returns_tuple else hidden
 
 
 def _check_finite(statistic: Tensor, where: str) -> None:

@@ -15,7 +15,7 @@ from .kernels.reference import SMALLEST_SCALE
 
 
 class Observer(Protocol):
-    """What a calibration pass fills in. `update` takes float (tokens, K)."""
+    """What a calibration pass fills in. `update` takes float (..., K)."""
 
     def update(self, x: Tensor) -> None:
         """Take in a micro-batch."""
@@ -28,15 +28,20 @@ class Observer(Protocol):
 
 
 class AbsMax:
-    """max_t |x_tk| of every channel, float32 (K,); with `normalise` of x_t / max_k |x_tk|."""
+    """max_t |x_tk| of every channel, float32 (K,); with `normalise` of x_t / max_k |x_tk|.
+
+    Zero where no token came.
+    """
 
     def __init__(self, width: int, normalise: bool = False) -> None:
         self._maxima = torch.zeros(width)
         self._normalise = normalise
 
     def update(self, x: Tensor) -> None:
-        """Take in a micro-batch, float (tokens, K)."""
-        x = x.float()
+        """Take in a micro-batch, float (..., K)."""
+        x = x.float().flatten(0, -2)
+        if not len(x):
+            return
         if self._normalise:
             x = x / x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
         seen = torch.maximum(x.amax(0), -x.amin(0))
@@ -52,20 +57,26 @@ class AbsMax:
 
 
 class SecondMoment:
-    """Σ_t x_t x_tᵀ, float64 (K, K): the Hessian of a linear layer's squared output error."""
+    """Σ_t x_t x_tᵀ, float64 (K, K): the Hessian of a linear layer's squared output error.
+
+    tokens: how many it has seen.
+    """
 
     def __init__(self, width: int) -> None:
+        self.tokens = 0
         self._sum = torch.zeros(width, width, dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
-        """Take in a micro-batch, float (tokens, K)."""
-        x = x.float()
+        """Take in a micro-batch, float (..., K)."""
+        x = x.float().flatten(0, -2)
+        self.tokens += len(x)
         self._sum = self._sum.to(x.device)
         self._sum += x.t() @ x
 
     def merge(self, other: SecondMoment) -> None:
         """Take in what another observer saw."""
         self._sum += other._sum
+        self.tokens += other.tokens
 
     def result(self) -> Tensor:
         """float64 (K, K)."""

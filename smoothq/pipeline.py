@@ -8,10 +8,13 @@ and `_quantize_block`; the rest of this file is what they call.
 from __future__ import annotations
 
 import copy
+import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import Norm, WeightRef
+from .architectures.layout import open_block
 from .calibration import TextSource, calibration_tokens
 from .checkpoint.stream import Source, load_module, skeleton, unload_module
 from .checkpoint.writer import CheckpointWriter
@@ -26,6 +30,7 @@ from .errors import CalibrationError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .modules import InputQuantizer, SequenceContext
+from .observers import SecondMoment
 from .plan import (
     Bits,
     BlockPlan,
@@ -34,20 +39,25 @@ from .plan import (
     check_device,
     install_inputs,
     install_linear,
+    is_tied,
     make_plan,
-    text_config,
 )
 from .recipe import Recipe
 from .report import model_card
-from .rounding.gptq import factorise, gptq
+from .rounding.gptq import Factor, factorise, gptq
+from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
+from .transforms.hadamard import Hadamard
 from .transforms.norm_fusion import fuse_norm, fuse_norms
 from .transforms.rotation import rotate_input, rotate_residual, rotate_value_output
 from .transforms.smoothing import smooth
 from .tuning import tune
 from .version import __version__
 
+log = logging.getLogger("smoothq")
+
 WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
+HESSIAN_BYTES = 1 << 30  # of experts' Hessians that are held at once
 
 
 class Progress(Protocol):
@@ -151,10 +161,11 @@ def _run(
     stream = _quantize_ends(source, plan, model, tokens, writer, device)
     unquantized = stream.copy() if stream is not None and plan.recipe.tuning else None
     for index, block_plan in enumerate(plan.blocks):
-        name = f"{plan.family.layers}.{index}"
+        name = f"{plan.parts.layers}.{index}"
         block = _Block(model.get_submodule(name), name, index, block_plan)
         progress(index, len(plan.blocks), "load")
         load_module(block.module, name, source, WORKING_DTYPE)
+        open_block(block.module)
         block.module.to(device)
         _quantize_block(
             block,
@@ -187,9 +198,7 @@ def _quantize_block(
     if recipe.smoothing is not None and stream is not None:
         stage("smooth")
         edges = [site for site in graph.sites if site.edge in recipe.smoothing.edges]
-        maxima = stream.observe_together(
-            block.module, block.name, block.index, edges, advance=follows_float
-        )
+        maxima = stream.maxima(block.module, block.name, block.index, edges, advance=follows_float)
         for site in edges:
             alpha = recipe.smoothing.alpha
             smooth(block.module, site, maxima[site.name], alpha, plan.stored_dtype)
@@ -202,9 +211,9 @@ def _quantize_block(
     for site_input in inputs.values():
         site_input.to(next(block.module.parameters()).device)
     unrounded: dict[str, Tensor] = {}
-    for site_plan in block.plan.sites:
-        stage(f"quantize {site_plan.site.name}")
-        unrounded |= _quantize_site(block, site_plan, inputs[site_plan.site.name], recipe, stream)
+    for name, together in groupby(block.plan.sites, key=lambda site_plan: site_plan.site.stage):
+        stage(f"quantize {name}")
+        unrounded |= _quantize_sites(block, list(together), inputs, recipe, stream)
     if stream is not None and unquantized is not None and recipe.tuning is not None:
         stage("tune")
         tune(block.module, block.index, block.plan, unrounded, stream, unquantized, recipe.tuning)
@@ -213,40 +222,93 @@ def _quantize_block(
         stream.advance(block.module, block.index)
 
 
-def _quantize_site(
+def _quantize_sites(
     block: _Block,
-    plan: SitePlan,
-    site_input: InputQuantizer,
+    plans: list[SitePlan],
+    inputs: dict[str, InputQuantizer],
     recipe: Recipe,
     stream: HiddenStates | None,
 ) -> dict[str, Tensor]:
-    """Calibrate one site's input, round its weights, and put the quantized linears in place.
+    """Calibrate sites that run side by side, round their weights, and put quantized linears in.
 
     Returns, by module, what the codes of its weight were rounded from.
     """
-    site = plan.site
-    if plan.input.rotation is not None:
-        for reader in site.readers:
-            rotate_input(reader.view(block.module), plan.input.rotation)
-    factor, unrounded = None, {}
-    where = f"{block.name}, {site.name}"
-    if stream is not None:
-        normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
-        stream.calibrate(block.module, block.index, site, site_input, normalise)
-        if recipe.weights.rounding == "gptq":
-            hessian = stream.hessian(block.module, block.index, site, site_input)
-            factor = factorise(hessian, recipe.gptq, where)
-    for name, spec in plan.modules.items():
-        linear = block.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        if factor is None:
-            rounded = round_to_nearest(linear.weight, spec.grid)
-        else:
-            rounded = gptq(linear.weight, factor, spec.grid, recipe.gptq.block_size)
-        install_linear(block.module, name, spec, site_input).set_weight(rounded, linear.bias)
-        assert rounded.unrounded is not None
-        unrounded[name] = rounded.unrounded
+    unrounded: dict[str, Tensor] = {}
+    lanes: list[_Lane] = []
+    for plan in plans:
+        site, site_input = plan.site, inputs[plan.site.name]
+        if plan.input.rotation is not None:
+            for reader in site.readers:
+                rotate_input(reader.view(block.module), plan.input.rotation)
+        if stream is not None:
+            normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
+            stream.calibrate(block.module, block.index, site, site_input, normalise)
+        lanes += [_Lane(plan, modules, site_input) for modules in site.lanes]
+    for together in _in_memory(lanes):
+        factors: dict[str, Factor | None] = {}
+        if stream is not None and recipe.weights.rounding == "gptq":
+            watched = {lane.modules[0]: lane.input for lane in together}
+            seen = stream.hessians(block.module, block.index, watched)
+            factors = {module: _factor(block, module, seen.pop(module), recipe) for module in watched}
+        for lane in together:
+            for name in lane.modules:
+                rounded = _round(block, lane, name, factors.get(lane.modules[0]), recipe)
+                assert rounded.unrounded is not None
+                unrounded[name] = rounded.unrounded
     return unrounded
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Modules of a site that the same tokens reach."""
+
+    plan: SitePlan
+    modules: tuple[str, ...]
+    input: InputQuantizer
+
+
+def _in_memory(lanes: list[_Lane]) -> Iterator[list[_Lane]]:
+    """Lanes in runs whose Hessians are held at once."""
+    run: list[_Lane] = []
+    for lane in lanes:
+        if run and 8 * sum(each.input.spec.width**2 for each in [*run, lane]) > HESSIAN_BYTES:
+            yield run
+            run = []
+        run.append(lane)
+    yield run
+
+
+def _factor(block: _Block, module: str, seen: SecondMoment, recipe: Recipe) -> Factor | None:
+    """What GPTQ needs for a lane; None for an expert that too few tokens reached."""
+    where = f"{block.name}, {module}"
+    routed = any(ref.routed and ref.module == module for ref in _readers(block))
+    if routed and seen.tokens < recipe.gptq.least_tokens:
+        log.warning(
+            "%s: %d tokens of the calibration text reached this expert; rounded to nearest",
+            where,
+            seen.tokens,
+        )
+        return None
+    return factorise(seen.result(), recipe.gptq, where)
+
+
+def _readers(block: _Block) -> Iterator[WeightRef]:
+    return (reader for site in block.plan.graph.sites for reader in site.readers)
+
+
+def _round(
+    block: _Block, lane: _Lane, name: str, factor: Factor | None, recipe: Recipe
+) -> QuantizedWeight:
+    """Round one linear of a lane and put the quantized one in its place."""
+    linear = block.module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    grid = lane.plan.modules[name].grid
+    if factor is None:
+        rounded = round_to_nearest(linear.weight, grid)
+    else:
+        rounded = gptq(linear.weight, factor, grid, recipe.gptq.block_size)
+    install_linear(block.module, name, lane.plan, lane.input).set_weight(rounded, linear.bias)
+    return rounded
 
 
 def _quantize_ends(
@@ -257,27 +319,45 @@ def _quantize_ends(
     writer: CheckpointWriter,
     device: torch.device,
 ) -> HiddenStates | None:
-    """Store what stands before and after the blocks, rotated where R1 folds; embed the tokens."""
-    family, rotation = plan.family, plan.residual_rotation
-    tied = text_config(model).tie_word_embeddings
-    names = [family.embedding, family.final_norm, *([] if tied else [family.head])]
-    dtype = WORKING_DTYPE if plan.folds_ends else None
-    for name in names:
+    """Store all that is not a block, rotated where R1 folds; take the tokens to the first block."""
+    parts, rotation = plan.parts, plan.residual_rotation
+    large = [parts.embedding, *([] if is_tied(model) else [parts.head])]
+    small = [name for name in (parts.positions, parts.entry_norm, parts.final_norm) if name]
+    for name in large:
+        # A matrix that stays as it is stays in its dtype: it may be the largest of the model.
+        dtype = WORKING_DTYPE if plan.folds_ends else None
         load_module(model.get_submodule(name), name, source, dtype)
-    if rotation is not None and plan.folds_ends:
-        head = WeightRef(f"{family.head}.weight")
-        fuse_norm(model, Norm(f"{family.final_norm}.weight"), (head,))
-        rotate_input(head.view(model), rotation)
-        rotate_input(WeightRef(f"{family.embedding}.weight").view(model), rotation)
-    for name in names:
-        writer.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
+    for name in small:
+        load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
     stream = None
     if tokens is not None:
-        online = None if plan.folds_ends else rotation
-        stream = HiddenStates.enter(model, plan, tokens, online, device)
-    for name in names:
+        stream = HiddenStates.enter(model, plan, tokens, rotation, device)
+    if rotation is not None:
+        _rotate_ends_offline(model, plan, rotation)
+    for name in [*large, *small]:
+        writer.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
         unload_module(model.get_submodule(name))
+    held = (*large, *small, parts.layers, parts.head)
+    rest = [
+        name
+        for name, _ in model.named_parameters()
+        if not any(name.startswith(f"{module}.") for module in held)
+    ]
+    for name, tensor in source.tensors(rest):
+        writer.add({name: tensor.to(plan.stored_dtype)})
     return stream
+
+
+def _rotate_ends_offline(model: PreTrainedModel, plan: Plan, rotation: Hadamard) -> None:
+    """Fold R1 into what enters the stream and, where it folds there, into what reads its end."""
+    parts = plan.parts
+    if parts.positions is not None:
+        rotate_input(WeightRef(f"{parts.positions}.weight").view(model), rotation)
+    if plan.folds_ends:
+        head = WeightRef(f"{parts.head}.weight")
+        fuse_norm(model, Norm(f"{parts.final_norm}.weight"), (head,))
+        rotate_input(head.view(model), rotation)
+        rotate_input(WeightRef(f"{parts.embedding}.weight").view(model), rotation)
 
 
 def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:

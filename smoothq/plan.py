@@ -7,6 +7,7 @@ its config, so nothing of it needs to be stored.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import BlockGraph, Family, Heads, Rows, Site, family_of
-from .errors import DeviceError, RecipeError, UnsupportedModelError
+from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
+from .architectures.layout import open_block
+from .errors import DeviceError, RecipeError
 from .kernels import runs_on
 from .modules import (
     InputQuantizer,
@@ -38,18 +40,23 @@ PREFILL_TOKENS = 2048  # the sequence over which scales shared by a sequence are
 class SitePlan:
     """One site of one block: how its input is quantized, and the form of each linear's weight.
 
-    modules: module name within the block → the form of its weight.
+    modules: module name within the block → the form of its weight. adds_bias: the linears take in
+    the bias of the norm before them, and have one even where the float model's have none.
     """
 
     site: Site
     input: InputSpec
     modules: dict[str, WeightSpec]
+    adds_bias: bool
 
     @property
     def input_name(self) -> str:
         """The name of the site's InputQuantizer within the block: beside its first reader."""
         parent = next(iter(self.modules)).rpartition(".")[0]
-        return f"{parent}.{self.site.name}_input" if parent else f"{self.site.name}_input"
+        if self.site.readers[0].routed:
+            parent = parent.rpartition(".")[0]  # beside the list of experts, not in it
+        name = f"{self.site.name.replace('.', '_')}_input"
+        return f"{parent}.{name}" if parent else name
 
 
 @dataclass(frozen=True)
@@ -74,13 +81,15 @@ class Bits:
 class Plan:
     """A recipe resolved for one model.
 
-    residual_rotation: R1, or None. folds_ends: R1 is folded into embedding and head (they are
-    not tied), where otherwise it runs online at both ends. notes: what the user should know.
+    parts: where the model's parts are. residual_rotation: R1, or None, as in families whose
+    stream takes none. folds_ends: R1 is folded into embedding and head, where otherwise it runs
+    online at both ends. notes: what the user should know.
     stored_dtype: of everything that stays float; float_elements: how many numbers that is.
     """
 
     recipe: Recipe
     family: Family
+    parts: Parts
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
     folds_ends: bool
@@ -96,6 +105,11 @@ class Plan:
         if not self.folds_ends:
             found.append(self.residual_rotation)
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
+
+    @property
+    def entry(self) -> str:
+        """The module whose output the rotation turns where it runs online."""
+        return self.parts.entry_norm or self.parts.embedding
 
     @property
     def linear_bytes(self) -> int:
@@ -116,35 +130,73 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     """
     config = text_config(model)
     family = family_of(config)
-    if family.unquantizable:
-        raise UnsupportedModelError(f"{config.model_type}: {family.unquantizable}")
-    layers = model.get_submodule(family.layers)
+    parts = family.parts(model)
+    stored = _stored_elements(model, parts)
+    layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
+    graphs = [family.block(config, index) for index in range(len(layers))]
+    rotatable = all(graph.residual_writers for graph in graphs)
     blocks = tuple(
-        _plan_block(layer, family.block(config, index), recipe, index)
-        for index, layer in enumerate(layers)
+        _plan_block(_opened(layer), graph, recipe, index, rotatable)
+        for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True))
     )
     rotation = None
-    if recipe.rotation is not None and recipe.rotation.residual:
-        rotation = Hadamard.of(config.hidden_size, recipe.seed)
+    if rotatable and recipe.rotation is not None and recipe.rotation.residual:
+        rotation = Hadamard.of(config.hidden_size, recipe.seed, family.centred)
     fallbacks = [r.fallback for r in [rotation, *_site_rotations(blocks)] if r is not None]
     notes = [note for note in fallbacks if note] + _auto_group_notes(recipe, blocks)
+    notes += _wiring_notes(recipe, blocks, rotatable)
     return Plan(
         recipe=recipe,
         family=family,
+        parts=parts,
         blocks=blocks,
         residual_rotation=rotation,
-        folds_ends=rotation is not None and not config.tie_word_embeddings,
+        folds_ends=rotation is not None and _ends_fold(model, parts),
         bits=_count_bits(blocks),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
-        float_elements=_stored_elements(model, family) - _quantized_elements(blocks),
+        float_elements=stored + _added_biases(layers, blocks) - _quantized_elements(blocks),
     )
 
 
-def _stored_elements(model: PreTrainedModel, family: Family) -> int:
+def _opened(layer: nn.Module) -> nn.Module:
+    """A block's opened form, on the meta device: the block itself stays as it is."""
+    opened = copy.deepcopy(layer).to("meta")
+    open_block(opened)
+    return opened
+
+
+def _ends_fold(model: PreTrainedModel, parts: Parts) -> bool:
+    """Whether a rotation can be folded into the weights at both ends of the stack of blocks.
+
+    Not where one matrix is both ends, where a norm stands behind the embedding, or where the head
+    has no bias to take the final norm's.
+    """
+    bias = Norm(f"{parts.final_norm}.weight").bias_view(model)
+    return not is_tied(model) and parts.entry_norm is None and bias is None
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding."""
+    configs = (model.config, text_config(model))
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+
+def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
+    """Numbers of the biases that linears get which had none."""
+    return sum(
+        spec.out_features
+        for layer, block in zip(layers, blocks, strict=True)
+        for site in block.sites
+        for module, spec in site.modules.items()
+        if site.adds_bias and layer.get_submodule(module).bias is None
+    )
+
+
+def _stored_elements(model: PreTrainedModel, parts: Parts) -> int:
     """Numbers that a checkpoint holds: a head that is tied to the embedding is not stored."""
-    tied = f"{family.head}." if text_config(model).tie_word_embeddings else None
+    tied = f"{parts.head}." if is_tied(model) else None
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if tied is None or not name.startswith(tied))
 
@@ -180,18 +232,21 @@ def install_inputs(
     inputs = {}
     for site in plan.sites:
         full = f"{name}.{site.input_name}"
-        inputs[site.site.name] = InputQuantizer(full, site.input, len(site.modules), context)
+        readers = max(len(lane) for lane in site.site.lanes)
+        inputs[site.site.name] = InputQuantizer(full, site.input, readers, context)
         block.set_submodule(site.input_name, inputs[site.site.name])
     return inputs
 
 
 def install_linear(
-    block: nn.Module, module: str, spec: WeightSpec, site_input: InputQuantizer
+    block: nn.Module, module: str, plan: SitePlan, site_input: InputQuantizer
 ) -> QuantizedLinear:
-    """Replace one linear of a block by an empty QuantizedLinear, and return it."""
+    """Replace one linear of an opened block by an empty QuantizedLinear, and return it."""
     linear = block.get_submodule(module)
-    bias = linear.get_parameter("bias") if isinstance(linear.bias, nn.Parameter) else None
-    quantized = QuantizedLinear(spec, site_input, None if bias is None else bias.dtype)
+    assert isinstance(linear, nn.Linear)
+    has_bias = plan.adds_bias or linear.bias is not None
+    dtype = linear.weight.dtype if has_bias else None
+    quantized = QuantizedLinear(plan.modules[module], site_input, dtype)
     block.set_submodule(module, quantized)
     return quantized
 
@@ -199,19 +254,20 @@ def install_linear(
 def install(model: PreTrainedModel, plan: Plan) -> None:
     """Give a float model, on any device, the modules of a plan, empty, ready to be loaded."""
     context = SequenceContext()
-    layers = model.get_submodule(plan.family.layers)
+    layers = model.get_submodule(plan.parts.layers)
     for index, block in enumerate(plan.blocks):
-        name = f"{plan.family.layers}.{index}"
+        name = f"{plan.parts.layers}.{index}"
         layer = layers.get_submodule(str(index))
+        open_block(layer)
         inputs = install_inputs(layer, block, context, name)
         for site in block.sites:
-            for module, spec in site.modules.items():
-                install_linear(layer, module, spec, inputs[site.site.name])
+            for module in site.modules:
+                install_linear(layer, module, site, inputs[site.site.name])
     if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
-        context.attach(model.get_submodule(plan.family.base))
+        context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None and not plan.folds_ends:
-        embedding = model.get_submodule(plan.family.embedding)
-        rotate_ends(embedding, model.get_submodule(plan.family.final_norm), plan.residual_rotation)
+        ends = (model.get_submodule(name) for name in (plan.entry, plan.parts.final_norm))
+        rotate_ends(*ends, plan.residual_rotation)
 
 
 def _site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
@@ -233,8 +289,27 @@ def _auto_group_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...]) -> list[str
     ]
 
 
-def _plan_block(layer: nn.Module, graph: BlockGraph, recipe: Recipe, index: int) -> BlockPlan:
-    sites = tuple(_plan_site(layer, site, recipe, index) for site in graph.sites)
+def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool) -> list[str]:
+    notes = []
+    if recipe.rotation is not None and recipe.rotation.residual and not rotatable:
+        notes.append(
+            "norms stand between the blocks' outputs and the residual stream: it cannot be "
+            "rotated offline, so each of its readers' inputs is rotated while the model runs"
+        )
+    sites = [site.site for block in blocks for site in block.sites]
+    shared = any(len(site.lanes) > 1 for site in sites if site.edge == "norms")
+    if recipe.smoothing is not None and "norms" in recipe.smoothing.edges and shared:
+        notes.append(
+            "all experts of a layer share the smoothing divisor of the norm before them; inside, "
+            "each has its own, from the tokens that reach it"
+        )
+    return notes
+
+
+def _plan_block(
+    layer: nn.Module, graph: BlockGraph, recipe: Recipe, index: int, rotatable: bool
+) -> BlockPlan:
+    sites = tuple(_plan_site(layer, site, recipe, index, rotatable) for site in graph.sites)
     value_rotation = None
     if recipe.rotation is not None and recipe.rotation.value_output and graph.value_output:
         heads = _value_heads(graph.value_output)
@@ -250,19 +325,23 @@ def _value_heads(site: Site) -> Heads:
     return producer.heads
 
 
-def _plan_site(layer: nn.Module, site: Site, recipe: Recipe, index: int) -> SitePlan:
+def _plan_site(
+    layer: nn.Module, site: Site, recipe: Recipe, index: int, rotatable: bool
+) -> SitePlan:
     modules = {}
     for name in site.modules:
         linear = layer.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise UnsupportedModelError(
-                f"layer {index}, {name}: a {type(linear).__name__} cannot be quantized yet"
-            )
+        assert isinstance(linear, nn.Linear)
         where = f"layer {index}, {name}"
         grid = _weight_grid(recipe, linear.in_features, where)
         modules[name] = WeightSpec(linear.out_features, linear.in_features, grid)
     width = next(iter(modules.values())).in_features
-    return SitePlan(site, _input_spec(site, recipe, width, f"layer {index}, {site.name}"), modules)
+    fused = rotatable and recipe.rotation is not None and recipe.rotation.residual
+    producer = site.producer
+    adds_bias = fused and isinstance(producer, Norm) and producer.bias_view(layer) is not None
+    where = f"layer {index}, {site.name}"
+    spec = _input_spec(site, recipe, width, where, rotatable)
+    return SitePlan(site, spec, modules, adds_bias)
 
 
 def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
@@ -293,7 +372,23 @@ def _group_size(size: GroupSize, columns: int, where: str) -> int:
     return size
 
 
-def _input_spec(site: Site, recipe: Recipe, width: int, where: str) -> InputSpec:
+def _rotates_online(site: Site, recipe: Recipe, rotatable: bool) -> bool:
+    """Whether a site's input is rotated while the model runs: where nothing offline does it."""
+    rotation = recipe.rotation
+    if rotation is None:
+        return False
+    match site.reads:
+        case "stream":
+            return rotation.residual and not rotatable
+        case "values":
+            return rotation.value_output and site.edge != "value_output"
+        case "inner":
+            return rotation.down
+
+
+def _input_spec(
+    site: Site, recipe: Recipe, width: int, where: str, rotatable: bool
+) -> InputSpec:
     activations, smooth = recipe.activations, recipe.runtime_smoothing
     settings: dict[str, Any] = {}
     mode: Mode
@@ -302,6 +397,11 @@ def _input_spec(site: Site, recipe: Recipe, width: int, where: str) -> InputSpec
     elif smooth is not None:
         modes: dict[str, Mode] = {"token": "groups", "calibrated": "calibrated", "live": "live"}
         mode = modes[smooth.scope]
+        if mode == "live" and any(reader.routed for reader in site.readers):
+            raise RecipeError(
+                f"{where}: live runtime smoothing needs whole sequences, and a router scatters "
+                "their tokens over the experts; use --smooth-scope token"
+            )
         if mode != "calibrated":
             settings["group_size"] = _group_size(smooth.group_size, width, where)
         settings["normalise"] = smooth.normalise
@@ -310,7 +410,7 @@ def _input_spec(site: Site, recipe: Recipe, width: int, where: str) -> InputSpec
     else:
         mode = "token"
         settings["full_range"] = activations.full_range
-    if recipe.rotation is not None and recipe.rotation.down and site.edge == "up_down":
+    if _rotates_online(site, recipe, rotatable):
         settings["rotation"] = Hadamard.of(width, recipe.seed)
     return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -18,6 +19,7 @@ from .plan import BlockPlan, Plan
 DOUBLE = 2  # a float64 operation in float32 ones
 OVERHEAD = 1.4  # all that is no product, as a share: measured on SmolLM2-135M on two cores
 PROBE_SECONDS = 0.2
+ROUTED = 2.0  # experts that a token is taken to pass
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,29 @@ def price(plan: Plan, device: torch.device) -> Price:
 def block_operations(block: BlockPlan, plan: Plan) -> float:
     """Operations that one block takes.
 
-    A forward is counted by its linears and its attention. Each site is reached by a forward up to
-    it; smoothing and moving on take one more each, tuning a forward of the float block and three
-    forwards' work a step.
+    A forward is counted by its linears and its attention; of the experts it is taken to pass two.
+    Each site is reached by a forward up to it; smoothing and moving on take one more each, tuning a
+    forward of the float block and three forwards' work a step.
     """
     recipe = plan.recipe
     length = recipe.calibration.sequence_length
     tokens = recipe.calibration.samples * length if recipe.calibrates else 0
     forward, total = 0.0, 0.0  # operations a token of the block so far; operations
-    for site in block.sites:
-        width = site.input.width
-        if site.site is block.graph.value_output:
+    for _, together in groupby(block.sites, key=lambda site: site.site.stage):
+        sites = list(together)
+        width = sites[0].input.width
+        if sites[0].site is block.graph.value_output:
             forward += 4.0 * length * width
-        elements = sum(spec.out_features * spec.in_features for spec in site.modules.values())
+        specs = [spec for site in sites for spec in site.modules.values()]
+        elements = sum(spec.out_features * spec.in_features for spec in specs)
+        lanes = sum(len(site.site.lanes) for site in sites)
+        passed = min(1.0, ROUTED / lanes)
         if recipe.weights.rounding == "gptq":
-            total += tokens * (forward + 2 * width**2)
-            total += DOUBLE * (2 * width**3 + elements * width)
-        elif site.input.mode in ("static", "calibrated"):
+            total += tokens * (forward + passed * lanes * 2 * width**2)
+            total += DOUBLE * (lanes * 2 * width**3 + elements * width)
+        elif sites[0].input.mode in ("static", "calibrated"):
             total += tokens * forward
-        forward += 2.0 * elements
+        forward += passed * 2.0 * elements
     total += tokens * forward * (1 + (recipe.smoothing is not None))
     if recipe.tuning is not None:
         total += tokens * forward + 3 * forward * MICRO_BATCH_TOKENS * recipe.tuning.steps

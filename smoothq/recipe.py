@@ -92,11 +92,15 @@ class RuntimeSmoothing(_Frozen):
 
 
 class Gptq(_Frozen):
-    """GPTQ's settings: columns a block, damping as a share of the mean diagonal, column order."""
+    """GPTQ's settings: columns a block, damping as a share of the mean diagonal, column order.
+
+    least_tokens: an expert that fewer tokens reach is rounded to nearest.
+    """
 
     block_size: int = Field(128, ge=1)
     damping: float = Field(0.01, gt=0)
     activation_order: bool = True
+    least_tokens: int = Field(128, ge=1)
 
 
 class Tuning(_Frozen):

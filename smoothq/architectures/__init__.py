@@ -3,8 +3,24 @@
 from transformers import PretrainedConfig
 
 from ..errors import UnsupportedModelError
-from . import llama, mixtral, phi3
-from .graph import BlockGraph, Edge, Family, Heads, Norm, Rows, Site, WeightRef
+from . import (
+    bloom,
+    cohere,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen_moe,
+)
+from .graph import BlockGraph, Edge, Family, Heads, Norm, Parts, Rows, Site, WeightRef
+from .refused import REFUSED
 
 __all__ = [
     "BlockGraph",
@@ -12,6 +28,7 @@ __all__ = [
     "Family",
     "Heads",
     "Norm",
+    "Parts",
     "Rows",
     "Site",
     "WeightRef",
@@ -19,21 +36,40 @@ __all__ = [
     "supported_model_types",
 ]
 
-_FAMILIES = (llama.FAMILY, phi3.FAMILY, mixtral.FAMILY)
+_FAMILIES = (
+    llama.FAMILY,
+    phi3.FAMILY,
+    glm.FAMILY,
+    gemma.FAMILY,
+    olmo2.FAMILY,
+    cohere.FAMILY,
+    opt.FAMILY,
+    bloom.FAMILY,
+    gpt2.FAMILY,
+    gpt_neox.FAMILY,
+    falcon.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.FAMILY,
+    gpt_oss.FAMILY,
+)
 _BY_MODEL_TYPE = {name: family for family in _FAMILIES for name in family.model_types}
 
 
 def supported_model_types() -> list[str]:
     """The `model_type` values that can be quantized, sorted."""
-    return sorted(name for name, family in _BY_MODEL_TYPE.items() if not family.unquantizable)
+    return sorted(_BY_MODEL_TYPE)
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a model's config.
 
-    Raises UnsupportedModelError, with the list of what is supported, for any other.
+    Raises UnsupportedModelError for any other, with the reason or with the list of what is
+    supported.
     """
     family = _BY_MODEL_TYPE.get(config.model_type)
+    reason = REFUSED.get(config.model_type) if family is None else family.refuses(config)
+    if reason is not None:
+        raise UnsupportedModelError(f"{config.model_type} cannot be quantized: {reason}")
     if family is None:
         raise UnsupportedModelError(
             f"architecture '{config.model_type}' is not supported; "

@@ -2,8 +2,9 @@
 
 A `Site` is one activation tensor and every weight that reads it; a `BlockGraph` lists the sites of
 a block in the order of execution. Both name *weights*, not modules: a `WeightRef` says which rows
-of which parameter, of which expert, in which orientation, so that a fused qkv, a fused gate_up
-and experts in one 3-D parameter are as ordinary as separate linears.
+of which parameter, so that a fused qkv and a fused gate_up are as ordinary as separate linears.
+The names are those of an opened block (`layout.open_block`), in which every matrix is an
+`nn.Linear` of its own, experts included.
 """
 
 from __future__ import annotations
@@ -14,42 +15,37 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 Edge = Literal["norms", "up_down", "value_output"]
+Reads = Literal["stream", "values", "inner"]
+HOMOGENEOUS_ACTIVATIONS = frozenset({"relu"})  # f(x / s) = f(x) / s for s > 0
 
 
 @dataclass(frozen=True)
 class WeightRef:
     """A weight matrix (out_features, in_features) inside a block's parameters.
 
-    tensor: the parameter's name within the block. bias: its bias, or None. rows: the output
-    features meant, or None for all. expert: the index into a 3-D parameter, or None. transposed:
-    stored as (in_features, out_features).
+    tensor: the parameter's name within the block; a bias stands beside it where the module has
+    one. rows: the output features meant, as (start, stop) or (start, stop, step), or None for all.
+    routed: only the tokens that a router sends to this expert reach it.
     """
 
     tensor: str
-    bias: str | None = None
-    rows: tuple[int, int] | None = None
-    expert: int | None = None
-    transposed: bool = False
+    rows: tuple[int, int] | tuple[int, int, int] | None = None
+    routed: bool = False
 
     def view(self, block: nn.Module) -> Tensor:
         """The matrix (out_features, in_features), a view of the block's parameter."""
-        stored = block.get_parameter(self.tensor).data
-        if self.expert is not None:
-            stored = stored[self.expert]
-        matrix = stored.t() if self.transposed else stored
+        matrix = block.get_parameter(self.tensor).data
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
     def bias_view(self, block: nn.Module) -> Tensor | None:
         """The bias (out_features,), a view of the block's parameter, or None."""
-        if self.bias is None:
+        bias = getattr(block.get_submodule(self.module), "bias", None)
+        if not isinstance(bias, Tensor):
             return None
-        stored = block.get_parameter(self.bias).data
-        if self.expert is not None:
-            stored = stored[self.expert]
-        return stored if self.rows is None else stored[slice(*self.rows)]
+        return bias.data if self.rows is None else bias.data[slice(*self.rows)]
 
     @property
     def module(self) -> str:
@@ -59,10 +55,18 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation whose output is the site's input. weight, bias: parameter names."""
+    """A normalisation whose output is the site's input.
+
+    weight: the parameter's name; a bias stands beside it where the norm has one. offset: what the
+    norm adds to its weight before it multiplies (1 in Gemma).
+    """
 
     weight: str
-    bias: str | None = None
+    offset: float = 0.0
+
+    def bias_view(self, block: nn.Module) -> Tensor | None:
+        """The bias (width,), a view of the block's parameter, or None."""
+        return WeightRef(self.weight).bias_view(block)
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of another weight scale the site's input one to one: up→down, or value→output.
+    """Rows of other weights scale the site's input one to one: up→down, or value→output.
 
-    heads: for value→output, how value rows repeat over the query heads; else None.
+    refs: their rows, one after the other, are the input's channels. heads: for value→output, how
+    value rows repeat over the query heads; else None.
     """
 
-    ref: WeightRef
+    refs: tuple[WeightRef, ...]
     heads: Heads | None = None
 
 
@@ -89,11 +94,13 @@ class Rows:
 class Site:
     """One activation tensor and all that reads it: the unit of everything on the input side.
 
-    readers: weights to be quantized. float_readers: weights that read the same tensor and stay
-    in float (a router). producer: what can absorb a divisor of this input.
+    reads: what the tensor is: the residual stream (behind a norm, mostly), attention's values, or
+    what is inside the MLP. readers: weights to be quantized. producer: what can absorb a divisor
+    of this input. float_readers: weights that read the same tensor and stay in float (a router).
     """
 
     name: str
+    reads: Reads
     readers: tuple[WeightRef, ...]
     producer: Norm | Rows | None
     float_readers: tuple[WeightRef, ...] = ()
@@ -117,10 +124,26 @@ class Site:
         """The names of the modules to quantize, each once, in order."""
         return tuple(dict.fromkeys(reader.module for reader in self.readers))
 
+    @property
+    def lanes(self) -> tuple[tuple[str, ...], ...]:
+        """The modules again, those together that the same tokens reach: each expert is alone."""
+        routed = dict.fromkeys(reader.module for reader in self.readers if reader.routed)
+        shared = tuple(module for module in self.modules if module not in routed)
+        return (*([shared] if shared else []), *((module,) for module in routed))
+
+    @property
+    def stage(self) -> str:
+        """What sites that run side by side share: the `down` of `down.0`, `down.1`, …"""
+        return self.name.partition(".")[0]
+
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """The sites of one decoder block in the order of execution, and who writes its residual."""
+    """The sites of one decoder block in the order of execution, and who writes its residual.
+
+    residual_writers: empty where a norm stands between a writer and the stream, so that no
+    rotation of the stream can be folded into it.
+    """
 
     sites: tuple[Site, ...]
     residual_writers: tuple[WeightRef, ...]
@@ -132,22 +155,60 @@ class BlockGraph:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The full names, in one causal LM, of what a pass over its blocks must find.
+
+    decoder: the module whose forward takes embeddings through the blocks. positions: learned
+    position embeddings that are added to the stream, or None. entry_norm: a norm between
+    embedding and blocks, or None.
+    """
+
+    decoder: str
+    layers: str
+    embedding: str
+    final_norm: str
+    head: str
+    positions: str | None
+    entry_norm: str | None
+
+
+@dataclass(frozen=True)
 class Family:
     """Models that share a wiring.
 
     model_types: the config's `model_type` values. block: config and layer index → BlockGraph.
-    The other fields are module names in the causal LM. unquantizable: why blocks of this family
-    cannot be quantized yet, or None.
+    centred: its norms subtract the mean. returns_tuple: a block returns its output inside a tuple.
+    refuses: config → why such a model cannot be quantized, or None. The other fields are names
+    within the decoder, as in `Parts`.
     """
 
     model_types: tuple[str, ...]
     block: Callable[[PretrainedConfig, int], BlockGraph]
-    base: str = "model"
-    layers: str = "model.layers"
-    embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    unquantizable: str | None = None
+    layers: str = "layers"
+    final_norm: str = "norm"
+    positions: str | None = None
+    entry_norm: str | None = None
+    centred: bool = False
+    returns_tuple: bool = False
+    refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
+
+    def parts(self, model: PreTrainedModel) -> Parts:
+        """Where this family's parts are in a model."""
+        names = {id(module): name for name, module in model.named_modules()}
+        decoder = names[id(model.get_decoder())]
+
+        def within(name: str | None) -> str | None:
+            return None if name is None else f"{decoder}.{name}"
+
+        return Parts(
+            decoder=decoder,
+            layers=f"{decoder}.{self.layers}",
+            embedding=names[id(model.get_input_embeddings())],
+            final_norm=f"{decoder}.{self.final_norm}",
+            head=names[id(model.get_output_embeddings())],
+            positions=within(self.positions),
+            entry_norm=within(self.entry_norm),
+        )
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:

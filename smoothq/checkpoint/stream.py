@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
 )
 
 from ..architectures.graph import all_finite
@@ -59,8 +67,11 @@ class Source(Protocol):
     generation_config: GenerationConfig | None
     nbytes: int
 
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Learn how the stored tensors make the parameters of a model, which may be on meta."""
+
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as stored, one at a time. Raises CheckpointError where there is none."""
+        """Parameters, in their stored dtype, one at a time. Raises CheckpointError for a missing."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
@@ -80,18 +91,62 @@ class CheckpointSource:
         except OSError:
             self.generation_config = None
 
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Learn the names and conversions under which transformers loads this checkpoint."""
+        transforms = get_model_conversion_mapping(model)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+        wanted = model.state_dict()
+        prefix = model.base_model_prefix
+        self._converted: dict[str, _Converted] = {}
+        self._stored: dict[str, str] = {}
+        for stored in sorted(self._files, key=dot_natural_key):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
+            if name not in wanted and stored in wanted:
+                name, pattern = rename_source_key(stored, [], [], prefix, wanted)
+            if name not in wanted:
+                continue
+            if pattern is None:
+                self._stored[name] = stored
+            else:
+                made = _Converted(by_pattern[pattern], [])
+                self._converted.setdefault(name, made).parts.append((pattern, stored))
+
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as stored, mapped from the file; keep copies, not them."""
+        """Tensors mapped from the file, or made of several: keep copies of the mapped."""
         names = list(names)
         for name in names:
-            if name not in self._files:
+            if name in self._converted:
+                yield name, self._convert(name)
+            elif name not in self._stored:
                 raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
-        for path in sorted({self._files[name] for name in names}):
+        stored = {self._stored[name]: name for name in names if name in self._stored}
+        for key, tensor in self._read(stored):
+            yield stored[key], tensor
+
+    def _read(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors under the names that they have in the files."""
+        stored = list(stored)
+        for path in sorted({self._files[key] for key in stored}):
             # Opened for this call only: pages of a file that stays mapped count as our memory.
             file = _open_safetensors(path)
-            for name in names:
-                if self._files[name] == path:
-                    yield name, file.get_tensor(name)
+            for key in stored:
+                if self._files[key] == path:
+                    yield key, file.get_tensor(key)
+
+    def _convert(self, name: str) -> Tensor:
+        """A parameter that is stored in several tensors, such as one an expert."""
+        converted = self._converted[name]
+        converter = copy.deepcopy(converted.converter)
+        tensors = dict(self._read(stored for _, stored in converted.parts))
+        for pattern, stored in converted.parts:
+            converter.add_tensor(name, stored, pattern, lambda stored=stored: tensors[stored])
+        made = converter.convert(name, config=self.config)
+        if name not in made:
+            raise CheckpointError(f"{self.name}: '{name}' cannot be made of the stored tensors")
+        tensor = made[name]
+        return tensor[0] if isinstance(tensor, list) else tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
@@ -99,6 +154,14 @@ class CheckpointSource:
             return None
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory)
         return tokenizer
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What transformers makes one parameter of: a converter, and (its pattern, stored name)."""
+
+    converter: WeightConverter
+    parts: list[tuple[str, str]]
 
 
 class ModuleSource:
@@ -113,6 +176,9 @@ class ModuleSource:
         self._tensors = model.state_dict()
         storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self._tensors.values()}
         self.nbytes = sum(storages.values())
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Nothing to learn: the names are the model's own."""
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the model, shared with it."""
@@ -186,6 +252,7 @@ def skeleton(source: Source) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Building it named the working dtype there; the plan wants the checkpoint's own.
     model.config.dtype = source.config.dtype
+    source.adopt(model)
     model.eval()
     return model
 

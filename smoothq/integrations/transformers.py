@@ -19,6 +19,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..architectures import WeightRef
+from ..architectures.layout import close_block
 from ..checkpoint.stream import tensor_shapes
 from ..errors import CheckpointError
 from ..modules import InputQuantizer, QuantizedLinear, stop_rotating
@@ -26,7 +28,7 @@ from ..modules.online_rotation import RotatesInput, RotatesOutput
 from ..plan import Plan, install, make_plan
 from ..recipe import Recipe, recipe_from_dict
 from ..transforms.hadamard import Hadamard
-from ..transforms.rotation import rotate_residual
+from ..transforms.rotation import rotate_input, rotate_residual
 
 METHOD = "smoothq"
 FORMAT = 2  # of the tensors: 4-bit codes packed by blocks of 64 columns
@@ -84,8 +86,13 @@ class SmoothqHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """`torch.compile` and static caches work."""
-        return True
+        """`torch.compile` and static caches work, but for experts: which run depends on the data."""
+        return not any(
+            reader.routed
+            for block in self.plan.blocks
+            for site in block.graph.sites
+            for reader in site.readers
+        )
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes what was loaded."""
@@ -102,6 +109,10 @@ class SmoothqHfQuantizer(HfQuantizer):
             install(model, self.plan)
         if checkpoint_files:
             _check_tensors(model, checkpoint_files)
+
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """None: a checkpoint of ours has the names that the modules have."""
+        return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
@@ -148,7 +159,9 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
     Online rotations are folded back into the weights; what stays of the quantization is its
     rounding. Input quantization and runtime smoothing have no float counterpart and vanish.
     """
-    layers = model.get_submodule(plan.family.layers)
+    layers = model.get_submodule(plan.parts.layers)
+    with torch.device("meta"):
+        stock = type(model)(model.config).get_submodule(plan.parts.layers)
     for index, block_plan in enumerate(plan.blocks):
         block = layers.get_submodule(str(index))
         for site in block_plan.sites:
@@ -161,9 +174,14 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
             delattr(block.get_submodule(parent), attribute)
         if plan.residual_rotation is not None and not plan.folds_ends:
             rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
+        close_block(block, stock.get_submodule(str(index)))
         block.to(dtype)
-    for end in (plan.family.embedding, plan.family.final_norm):
+    for end in (plan.entry, plan.parts.final_norm):
         stop_rotating(model.get_submodule(end))
+    if plan.parts.positions is not None and plan.residual_rotation is not None:
+        if not plan.folds_ends:
+            positions = WeightRef(f"{plan.parts.positions}.weight").view(model)
+            rotate_input(positions, plan.residual_rotation, inverse=True)
 
 
 def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:

@@ -27,6 +27,7 @@ class OnlineRotation(nn.Module):
     signs: Tensor
     left: Tensor
     right: Tensor
+    spectrum: Tensor
 
     def __init__(self, rotation: Hadamard, transposed: bool = False) -> None:
         super().__init__()
@@ -39,6 +40,8 @@ class OnlineRotation(nn.Module):
         order = kernels.left_factor(device, rotation.base, rotation.left * rotation.right)
         left, right = rotation.factors(order)
         factors = {"signs": rotation.signs(), "left": left, "right": right}
+        if rotation.keeps_mean:
+            factors["spectrum"] = rotation.spectrum()
         for name, factor in factors.items():
             self.register_buffer(name, factor.to(device), persistent=False)
 
@@ -51,31 +54,36 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate float (..., K)."""
-        rotated: Tensor
-        if not self.transposed:
-            rotated = kernels.hadamard(x, self.signs, self.left, self.right)
-            return rotated
-        # Rᵀ = (H_leftᵀ ⊗ H_rightᵀ) · diag(signs): here the signs come last.
-        no_signs = torch.ones_like(self.signs)
-        rotated = kernels.hadamard(x, no_signs, self.left.t(), self.right.t())
+        if self.rotation.keeps_mean:
+            return self._back(self._forth(x), self.spectrum)
+        return self._back(x, torch.ones_like(self.signs)) if self.transposed else self._forth(x)
+
+    def _forth(self, x: Tensor) -> Tensor:
+        """x · diag(signs) · (H_left ⊗ H_right) / √(left · right)."""
+        rotated: Tensor = kernels.hadamard(x, self.signs, self.left, self.right)
+        return rotated
+
+    def _back(self, x: Tensor, spectrum: Tensor) -> Tensor:
+        """x · diag(spectrum) · (H_left ⊗ H_right)ᵀ · diag(signs) / √(left · right)."""
+        rotated: Tensor = kernels.hadamard(x, spectrum, self.left.t(), self.right.t())
         return rotated * self.signs
 
     def quantize(
         self, x: Tensor, bits: int, group_size: int | None, clip: float, full_range: bool
     ) -> QuantizedInput:
         """x R as codes, float (..., K): one scale a token, or a multiplier a group of a token."""
-        assert not self.transposed
+        assert not self.transposed and not self.rotation.keeps_mean
         factors = (self.signs, self.left, self.right)
         return kernels.hadamard_quantize(x, *factors, bits, group_size, clip, full_range)
 
 
 class RotatesOutput(nn.Module):
-    """Mixed into an embedding: its output is multiplied by R."""
+    """Mixed into what enters the residual stream: its output is multiplied by R."""
 
     online_rotation: OnlineRotation
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The embedding's own output, (..., K), times R."""
+        """The module's own output, (..., K), times R."""
         return self.online_rotation(super().forward(*args, **kwargs))  # type: ignore[no-any-return]
 
 
@@ -89,9 +97,12 @@ class RotatesInput(nn.Module):
         return super().forward(self.online_rotation(x), *args, **kwargs)  # type: ignore[no-any-return]
 
 
-def rotate_ends(embedding: nn.Module, final_norm: nn.Module, rotation: Hadamard) -> None:
-    """Make an embedding rotate and a norm rotate back, in place: tensors, names and types stay."""
-    for module, mixin in ((embedding, RotatesOutput), (final_norm, RotatesInput)):
+def rotate_ends(entry: nn.Module, final_norm: nn.Module, rotation: Hadamard) -> None:
+    """Make an embedding (or a norm behind it) rotate and the final norm rotate back, in place.
+
+    Tensors, names and types stay.
+    """
+    for module, mixin in ((entry, RotatesOutput), (final_norm, RotatesInput)):
         stock = type(module)
         module.__class__ = type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
         module.online_rotation = OnlineRotation(rotation, transposed=mixin is RotatesInput)

@@ -2,7 +2,8 @@
 
 Constructions: Sylvester (powers of two), Paley I and II over the finite fields GF(p^k), and their
 Kronecker products with powers of two. Paley, "On orthogonal matrices" (1933); the randomised
-rotation is QuaRot's (arXiv 2404.00456), with the signs on the input side of the Hadamard.
+rotation is QuaRot's (arXiv 2404.00456), with the signs on the input side of the Hadamard. The one
+that keeps the mean is ours: a random ±1 spectrum between two Hadamards.
 """
 
 import hashlib
@@ -46,11 +47,17 @@ class Hadamard:
     Signs come before the Hadamard: after it they would only flip the outputs, and a symmetric grid
     would see the same rotation whatever the seed.
 
+    With `keeps_mean` it is R = A · diag(spectrum) · Aᵀ instead, where A = diag(flips) · (I_blocks ⊗
+    H_left ⊗ H_right) / √(left · right) has a constant first column in every block, and the random
+    spectrum of ±1 is 1 there: then R 1 = 1, and a LayerNorm without weight and bias commutes with
+    it.
+
     order: width that is rotated, = blocks · left · right
     left: order of the left factor (carries the part that is no power of two)
     right: order of the right factor, a power of two
     blocks: how many equal diagonal blocks; 1 is a full Hadamard rotation
-    seed: of the signs; None leaves all of them +1
+    seed: of the signs, or of the spectrum; None leaves all of them +1
+    keeps_mean: R maps the all-ones vector to itself
 
     Raises: RecipeError if the orders do not multiply up, or a factor has no construction.
     """
@@ -60,6 +67,7 @@ class Hadamard:
     right: int
     blocks: int
     seed: int | None
+    keeps_mean: bool = False
 
     def __post_init__(self) -> None:
         if min(self.left, self.right, self.blocks) < 1 or self.order != (
@@ -77,7 +85,7 @@ class Hadamard:
             raise RecipeError(f"no Hadamard matrix of order {self.left} can be constructed")
 
     @classmethod
-    def of(cls, order: int, seed: int | None) -> "Hadamard":
+    def of(cls, order: int, seed: int | None, keeps_mean: bool = False) -> "Hadamard":
         """The rotation of a given width, split so that its two factors are small.
 
         A width without a Hadamard matrix gets equal blocks of the largest constructible order that
@@ -94,7 +102,7 @@ class Hadamard:
         )
         lefts = [base << i for i in range((block // base).bit_length())]
         left = min(lefts, key=lambda left: left + block // left)
-        return cls(order, left, block // left, order // block, seed)
+        return cls(order, left, block // left, order // block, seed, keeps_mean)
 
     @property
     def fallback(self) -> str | None:
@@ -107,6 +115,21 @@ class Hadamard:
         )
 
     def signs(self) -> torch.Tensor:
+        """int8 (order,), entries ±1: what the input is multiplied by before the Hadamard."""
+        return self._flips() if self.keeps_mean else self._random_signs()
+
+    def spectrum(self) -> torch.Tensor:
+        """int8 (order,), entries ±1 of a rotation that keeps the mean: 1 first in every block."""
+        spectrum = self._random_signs()
+        spectrum[:: self.left * self.right] = 1
+        return spectrum
+
+    def _flips(self) -> torch.Tensor:
+        """int8 (order,): the signs of the Hadamard's first column, which they make constant."""
+        left, right = self.factors()
+        return torch.kron(left[:, 0], right[:, 0]).repeat(self.blocks)
+
+    def _random_signs(self) -> torch.Tensor:
         """int8 (order,), entries ±1 from SHAKE-256: the same whatever the version of torch."""
         if self.seed is None:
             return torch.ones(self.order, dtype=torch.int8)
@@ -133,8 +156,7 @@ class Hadamard:
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """R itself, dense and orthogonal: (order, order) of the given floating dtype."""
-        hadamard = torch.kron(torch.eye(self.blocks, dtype=torch.int8), torch.kron(*self.factors()))
-        return (self.signs()[:, None] * hadamard).to(dtype) / math.sqrt(self.left * self.right)
+        return self.apply(torch.eye(self.order, dtype=dtype))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x R, without forming R.
@@ -151,7 +173,7 @@ class Hadamard:
 
     def to_dict(self) -> dict[str, int | str | None]:
         """JSON-able: how to construct the rotation, and the SHA-256 that the result must have."""
-        return {
+        stored: dict[str, int | str | None] = {
             "order": self.order,
             "left": self.left,
             "right": self.right,
@@ -159,6 +181,7 @@ class Hadamard:
             "seed": self.seed,
             "sha256": self._sha256(),
         }
+        return stored | ({"keeps_mean": True} if self.keeps_mean else {})
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "Hadamard":
@@ -173,7 +196,8 @@ class Hadamard:
             if type(d[name]) is not expected and not (name == "seed" and d[name] is None):
                 raise CheckpointError(f"the stored Hadamard rotation has {name} = {d[name]!r}")
         try:
-            rotation = cls(d["order"], d["left"], d["right"], d["blocks"], d["seed"])
+            values = (d[name] for name in ("order", "left", "right", "blocks", "seed"))
+            rotation = cls(*values, keeps_mean=d.get("keeps_mean") is True)
         except RecipeError as error:
             raise CheckpointError(f"the stored Hadamard rotation is impossible: {error}") from error
         rebuilt = rotation._sha256()
@@ -187,6 +211,8 @@ class Hadamard:
 
     def _sha256(self) -> str:
         parts = (self.signs(), *self.factors())
+        if self.keeps_mean:
+            parts = (self.spectrum(), *parts)
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
     def _rotate(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -198,21 +224,38 @@ class Hadamard:
         left, right = (factor.to(x.device, dtype) for factor in self.factors())
         # The factors stay at an exact ±1: the one rounded constant is folded into the signs.
         signs = self.signs().to(x.device, dtype) / math.sqrt(self.left * self.right)
+        spectrum = self.spectrum().to(x.device, dtype) if self.keeps_mean else None
 
         rows = x.reshape(-1, self.order)
         out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         step = max(1, _CHUNK_ELEMENTS // self.order)
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step].to(dtype)
-            # A row read as (left, right) blocks V: vec(V) (A ⊗ B) = vec(Aᵀ V B).
-            if transposed:
-                blocks = part.reshape(-1, self.left, self.right)
-                part = (left @ (blocks @ right.T)).reshape(part.shape) * signs
+            if spectrum is not None:
+                # R is symmetric: the transpose is the same.
+                part = _forth(part, signs, left, right) * spectrum
+                part = _back(part, signs, left, right)
             else:
-                blocks = (part * signs).reshape(-1, self.left, self.right)
-                part = (left.T @ (blocks @ right)).reshape(part.shape)
+                part = (_back if transposed else _forth)(part, signs, left, right)
             out[start : start + step] = part
         return out.reshape(x.shape)
+
+
+def _forth(
+    rows: torch.Tensor, signs: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """rows · diag(signs) · (I ⊗ left ⊗ right)."""
+    # A row read as (left, right) blocks V: vec(V) (A ⊗ B) = vec(Aᵀ V B).
+    blocks = (rows * signs).reshape(-1, len(left), len(right))
+    return (left.T @ (blocks @ right)).reshape(rows.shape)
+
+
+def _back(
+    rows: torch.Tensor, signs: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """rows · (I ⊗ left ⊗ right)ᵀ · diag(signs)."""
+    blocks = rows.reshape(-1, len(left), len(right))
+    return (left @ (blocks @ right.T)).reshape(rows.shape) * signs
 
 
 def _base_order(order: int) -> int | None:

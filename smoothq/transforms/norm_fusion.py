@@ -6,8 +6,7 @@ readers before the residual stream is rotated. Source: QuaRot (arXiv 2404.00456)
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures import BlockGraph, Norm, WeightRef
 
@@ -16,19 +15,19 @@ def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> N
     """Fold a norm into its readers: W ← W · γ, b ← b + W β; then γ = 1 and β = 0.
 
     Works in place, in float64, and keeps the function. block: any module that holds the tensors.
+    A linear without a bias gets one where β asks for it.
     """
-    weight = block.get_parameter(norm.weight).data
-    bias = None if norm.bias is None else block.get_parameter(norm.bias).data
+    weight, bias = block.get_parameter(norm.weight).data, norm.bias_view(block)
+    scale = weight.double() + norm.offset
     for reader in readers:
-        matrix, reader_bias = reader.view(block), reader.bias_view(block)
+        matrix = reader.view(block)
         if bias is not None:
-            if reader_bias is None:
-                raise ValueError(f"{reader.tensor} has no bias to take {norm.bias} into")
-            reader_bias.copy_(reader_bias.double() + matrix.double() @ bias.double())
-        matrix.copy_(matrix.double() * weight.double())
-    torch.nn.init.ones_(weight)
+            held = _bias(block, reader)
+            held.copy_(held.double() + matrix.double() @ bias.double())
+        matrix.copy_(matrix.double() * scale)
+    weight.fill_(1 - norm.offset)
     if bias is not None:
-        torch.nn.init.zeros_(bias)
+        bias.zero_()
 
 
 def fuse_norms(block: nn.Module, graph: BlockGraph) -> None:
@@ -36,3 +35,16 @@ def fuse_norms(block: nn.Module, graph: BlockGraph) -> None:
     for site in graph.sites:
         if isinstance(site.producer, Norm):
             fuse_norm(block, site.producer, site.all_readers)
+
+
+def _bias(block: nn.Module, reader: WeightRef) -> Tensor:
+    """The bias of a reader, made where there is none."""
+    linear = block.get_submodule(reader.module)
+    if linear.bias is None:
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{reader.tensor} has no bias to take that of a norm into")
+        zeros = linear.weight.data.new_zeros(linear.out_features)
+        linear.bias = nn.Parameter(zeros, requires_grad=False)
+    bias = reader.bias_view(block)
+    assert bias is not None
+    return bias

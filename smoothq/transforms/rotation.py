@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..architectures import BlockGraph, Norm, Rows, Site
+from ..architectures import BlockGraph, Rows, Site
 from .hadamard import Hadamard
 
 ROW_CHUNK = 8192  # rows folded at a time: an embedding in float64 would be four times its size
@@ -38,10 +38,10 @@ def rotate_residual(
     """Rotate the residual stream inside a block (R1): its readers and its writers.
 
     The norms must be fused before (`fuse_norms`), and what enters and leaves the stack of blocks
-    must be rotated as well.
+    must be rotated as well. Where the norms subtract the mean, the rotation must keep it.
     """
     for site in graph.sites:
-        if isinstance(site.producer, Norm):
+        if site.reads == "stream":
             for reader in site.all_readers:
                 rotate_input(reader.view(block), rotation, inverse)
     for writer in graph.residual_writers:
@@ -56,10 +56,11 @@ def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> Non
     producer = site.producer
     if not isinstance(producer, Rows) or producer.heads is None:
         raise ValueError(f"site '{site.name}' does not read attention values")
-    values, bias = producer.ref.view(block), producer.ref.bias_view(block)
-    for head in range(producer.heads.key_value):
-        rows = slice(head * producer.heads.dim, (head + 1) * producer.heads.dim)
-        rotate_output(values[rows], None if bias is None else bias[rows], rotation)
+    for ref in producer.refs:
+        values, bias = ref.view(block), ref.bias_view(block)
+        for first in range(0, len(values), producer.heads.dim):
+            rows = slice(first, first + producer.heads.dim)
+            rotate_output(values[rows], None if bias is None else bias[rows], rotation)
     for reader in site.readers:
         matrix = reader.view(block)
         per_head = matrix.double().unflatten(1, (producer.heads.query, producer.heads.dim))

@@ -66,10 +66,13 @@ def smooth(
     else:
         shared = divisor = smoothing_divisor(input_maxima, weight_maxima, alpha)
         if isinstance(producer, Norm):
-            norm = block.get_parameter(producer.weight).data.double()
+            norm = block.get_parameter(producer.weight).data.double() + producer.offset
             held = torch.finfo(norm_dtype)  # beyond it the norm would be stored as 0 or Inf
-            rounded = (norm / divisor).abs().clamp(held.tiny, held.max).to(norm_dtype).double()
-            shared = divisor = torch.where(norm != 0, norm.abs() / rounded, divisor)
+            size = (norm / divisor).abs().clamp(held.tiny, held.max)
+            signed = size * torch.where(norm < 0, -1.0, 1.0)
+            stored = (signed - producer.offset).to(norm_dtype).double() + producer.offset
+            kept = torch.where(norm * stored > 0, norm / stored, torch.ones_like(norm))
+            shared = divisor = torch.where(norm != 0, kept, divisor)
     for matrix in readers:
         matrix.copy_(matrix.double() * divisor)
     _divide_producer(block, producer, shared)
@@ -77,11 +80,15 @@ def smooth(
 
 def _divide_producer(block: nn.Module, producer: Norm | Rows, divisor: Tensor) -> None:
     if isinstance(producer, Norm):
-        names = [name for name in (producer.weight, producer.bias) if name is not None]
-        for vector in (block.get_parameter(name).data for name in names):
-            vector.copy_(vector.double() / divisor)
+        weight, bias = block.get_parameter(producer.weight).data, producer.bias_view(block)
+        weight.copy_((weight.double() + producer.offset) / divisor - producer.offset)
+        if bias is not None:
+            bias.copy_(bias.double() / divisor)
         return
-    rows, bias = producer.ref.view(block), producer.ref.bias_view(block)
-    rows.copy_(rows.double() / divisor.unsqueeze(-1))
-    if bias is not None:
-        bias.copy_(bias.double() / divisor)
+    matrices = [ref.view(block) for ref in producer.refs]
+    parts = divisor.split([len(matrix) for matrix in matrices])
+    for ref, rows, part in zip(producer.refs, matrices, parts, strict=True):
+        rows.copy_(rows.double() / part.unsqueeze(-1))
+        bias = ref.bias_view(block)
+        if bias is not None:
+            bias.copy_(bias.double() / part)

@@ -1,0 +1,115 @@
+"""A block's matrices as linears of their own: what transforms, rounding and modules work on.
+
+Some stock blocks hold a matrix transposed (`Conv1D`), some hold all experts in one 3-D parameter.
+Opened, each is an `nn.Linear`, and the block computes what it did; `close_block` goes back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+EXPERT_MATRICES = ("gate_up_proj", "down_proj")
+
+
+class SeparateExperts(nn.Module):
+    """Mixed into a stock experts module: `gate_up_proj` and `down_proj` hold one linear an expert.
+
+    forward: hidden states (tokens, K), the experts of each token int64 (tokens, k) and their
+    weights (tokens, k) → (tokens, K).
+    """
+
+    gate_up_proj: nn.ModuleList
+    down_proj: nn.ModuleList
+    _is_hf_initialized = True  # transformers would initialise the parameters that it had
+
+    def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts."""
+        result = torch.zeros_like(hidden_states)
+        for expert in experts.unique().tolist():
+            token, place = torch.where(experts == expert)
+            inner = self._apply_gate(self.gate_up_proj[expert](hidden_states[token]))  # type: ignore[operator]
+            output = self.down_proj[expert](inner) * weights[token, place, None]
+            result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a stock module holds its experts in 3-D parameters."""
+    return all(
+        isinstance(matrix := getattr(module, name, None), nn.Parameter) and matrix.dim() == 3
+        for name in EXPERT_MATRICES
+    )
+
+
+def open_block(block: nn.Module) -> None:
+    """Turn every `Conv1D` and every expert of a block into linears, in place, on any device."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, Conv1D):
+            block.set_submodule(name, _linear(module.weight.data.t(), module.bias))
+        elif is_experts(module):
+            for matrix in EXPERT_MATRICES:
+                _separate(module, matrix)
+            stock: Any = type(module)
+            mixed = type(f"Separate{stock.__name__}", (SeparateExperts, stock), {})
+            module.__class__ = mixed
+
+
+def close_block(block: nn.Module, stock: nn.Module) -> None:
+    """Undo `open_block`, in place. stock: a block as transformers builds it, on any device."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, SeparateExperts):
+            module.__class__ = type(module).__mro__[2]
+            for matrix in EXPERT_MATRICES:
+                _together(module, matrix)
+    for name, module in stock.named_modules():
+        if isinstance(module, Conv1D):
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            closed = Conv1D(linear.out_features, linear.in_features)
+            closed.weight = _parameter(linear.weight.data.t())
+            closed.bias = _parameter(linear.bias.data)
+            block.set_submodule(name, closed)
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.contiguous(), requires_grad=False)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    linear.weight = _parameter(weight)
+    if bias is not None:
+        linear.bias = _parameter(bias.data)
+    return linear
+
+
+def _separate(experts: Any, name: str) -> None:
+    stacked, biases = getattr(experts, name).data, getattr(experts, f"{name}_bias", None)
+    linears = [
+        _linear(
+            matrix.t() if experts.is_transposed else matrix,
+            None if biases is None else biases.data[expert],
+        )
+        for expert, matrix in enumerate(stacked)
+    ]
+    delattr(experts, name)
+    if biases is not None:
+        delattr(experts, f"{name}_bias")
+    setattr(experts, name, nn.ModuleList(linears))
+
+
+def _together(experts: Any, name: str) -> None:
+    linears = list(getattr(experts, name))
+    delattr(experts, name)
+    matrices = [linear.weight.data for linear in linears]
+    if experts.is_transposed:
+        matrices = [matrix.t() for matrix in matrices]
+    setattr(experts, name, _parameter(torch.stack(matrices)))
+    if experts.has_bias:
+        biases = torch.stack([linear.bias.data for linear in linears])
+        setattr(experts, f"{name}_bias", _parameter(biases))

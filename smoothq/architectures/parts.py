@@ -1,0 +1,103 @@
+"""Pieces that many families share, under Llama's names."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from transformers import PretrainedConfig
+
+from .graph import (
+    HOMOGENEOUS_ACTIVATIONS,
+    Heads,
+    Norm,
+    Rows,
+    Site,
+    WeightRef,
+    attention_heads,
+)
+
+
+def weights(*modules: str) -> tuple[WeightRef, ...]:
+    """The whole weights of modules."""
+    return tuple(WeightRef(f"{module}.weight") for module in modules)
+
+
+def separate_attention(
+    config: PretrainedConfig, norm: Norm | None, output: str = "o_proj"
+) -> tuple[Site, Site]:
+    """The sites of `self_attn` with q, k and v apart: what they read, and the output's input."""
+    q, k, v, o = weights(*(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", output)))
+    heads = attention_heads(config)
+    return (
+        Site("qkv", "stream", (q, k, v), norm),
+        Site("o", "values", (o,), Rows((v,), heads)),
+    )
+
+
+def gated_mlp(norm: Norm | None) -> tuple[Site, Site]:
+    """The sites of `mlp` with gate and up apart."""
+    gate, up, down = weights("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return (
+        Site("gate_up", "stream", (gate, up), norm),
+        Site("down", "inner", (down,), Rows((up,))),
+    )
+
+
+def fused_gated_mlp(config: PretrainedConfig, norm: Norm | None) -> tuple[Site, Site]:
+    """The sites of `mlp` with gate above up in one linear."""
+    gate_up, down = weights("mlp.gate_up_proj", "mlp.down_proj")
+    width = config.intermediate_size
+    up = WeightRef(gate_up.tensor, rows=(width, 2 * width))
+    return (
+        Site("gate_up", "stream", (gate_up,), norm),
+        Site("down", "inner", (down,), Rows((up,))),
+    )
+
+
+def plain_mlp(up: WeightRef, down: WeightRef, norm: Norm, activation: str) -> tuple[Site, Site]:
+    """The sites of an MLP without a gate: a divisor passes only some activations."""
+    passes = activation in HOMOGENEOUS_ACTIVATIONS
+    return (
+        Site("up", "stream", (up,), norm),
+        Site("down", "inner", (down,), Rows((up,)) if passes else None),
+    )
+
+
+def experts(
+    config: PretrainedConfig, count: int, width: int, foldable: bool = True
+) -> tuple[tuple[WeightRef, ...], tuple[Site, ...]]:
+    """What of opened experts in `mlp.experts` reads the stream, and the sites inside of them.
+
+    width: of one expert, gate above up. foldable: the gated product is linear in up.
+    """
+    names = [f"mlp.experts.gate_up_proj.{expert}.weight" for expert in range(count)]
+    readers = tuple(WeightRef(name, routed=True) for name in names)
+    sites = tuple(
+        Site(
+            f"down.{expert}",
+            "inner",
+            (WeightRef(f"mlp.experts.down_proj.{expert}.weight", routed=True),),
+            Rows((WeightRef(name, rows=(width, 2 * width)),)) if foldable else None,
+        )
+        for expert, name in enumerate(names)
+    )
+    return readers, sites
+
+
+def writers(*sites: Site) -> tuple[WeightRef, ...]:
+    """The readers of sites whose outputs are added to the stream."""
+    return tuple(reader for site in sites for reader in site.readers)
+
+
+def interleaved_values(tensor: str, groups: int, in_group: int, dim: int) -> tuple[WeightRef, ...]:
+    """The value rows of a fused qkv in groups of `in_group` heads, the last of each its value."""
+    last = (in_group - 1) * dim
+    starts = range(last, groups * in_group * dim, in_group * dim)
+    return tuple(WeightRef(tensor, rows=(start, start + dim)) for start in starts)
+
+
+def concatenated_values(tensor: str, heads: Heads) -> WeightRef:
+    """The value rows of a fused qkv: all of q, then all of k, then all of v."""
+    queries, values = heads.query * heads.dim, heads.key_value * heads.dim
+    *_, (first, last) = pairwise((0, queries, queries + values, queries + 2 * values))
+    return WeightRef(tensor, rows=(first, last))

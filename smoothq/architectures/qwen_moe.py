@@ -1,0 +1,26 @@
+"""Qwen2-MoE and Qwen3-MoE: Llama's attention, routed experts, in Qwen2 a shared one beside them."""
+
+from transformers import PretrainedConfig
+
+from .graph import BlockGraph, Family, Norm, Rows, Site
+from .parts import experts, gated_mlp, separate_attention, weights, writers
+
+
+def _block(config: PretrainedConfig, index: int) -> BlockGraph:
+    qkv, o = separate_attention(config, Norm("input_layernorm.weight"))
+    norm = Norm("post_attention_layernorm.weight")
+    every = config.decoder_sparse_step
+    if index in config.mlp_only_layers or config.num_experts == 0 or (index + 1) % every:
+        gate_up, down = gated_mlp(norm)
+        return BlockGraph((qkv, o, gate_up, down), writers(o, down))
+    routed, downs = experts(config, config.num_experts, config.moe_intermediate_size)
+    floats, shared = weights("mlp.gate"), ()
+    if config.model_type == "qwen2_moe":
+        gate, up, down = weights(*(f"mlp.shared_expert.{m}_proj" for m in ("gate", "up", "down")))
+        floats += weights("mlp.shared_expert_gate")
+        routed, shared = (gate, up, *routed), (Site("down", "inner", (down,), Rows((up,))),)
+    gate_up = Site("gate_up", "stream", routed, norm, floats)
+    return BlockGraph((qkv, o, gate_up, *shared, *downs), writers(o, *shared, *downs))
+
+
+FAMILY = Family(("qwen2_moe", "qwen3_moe"), _block)
