@@ -97,8 +97,8 @@ class HiddenStates:
         For a block whose weights are still float. advance: move past the block as well. Raises
         NumericsError naming a site whose input is not finite.
         """
-        seen = {}
-        watched = {}
+        seen: dict[str, AbsMax] = {}
+        watched: dict[str, Callable[[Tensor], None]] = {}
         for site in sites:
             width = block.get_submodule(site.modules[0]).get_parameter("weight").shape[1]
             seen[site.name] = AbsMax(width)

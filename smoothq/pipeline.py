@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures import Norm, WeightRef
+from .architectures.graph import is_tied
 from .architectures.layout import open_block
 from .calibration import TextSource, calibration_tokens
 from .checkpoint.stream import Source, load_module, skeleton, unload_module
@@ -39,7 +39,6 @@ from .plan import (
     check_device,
     install_inputs,
     install_linear,
-    is_tied,
     make_plan,
 )
 from .recipe import Recipe
@@ -47,9 +46,13 @@ from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
-from .transforms.hadamard import Hadamard
-from .transforms.norm_fusion import fuse_norm, fuse_norms
-from .transforms.rotation import rotate_input, rotate_residual, rotate_value_output
+from .transforms.norm_fusion import fuse_norms
+from .transforms.rotation import (
+    rotate_ends_offline,
+    rotate_input,
+    rotate_residual,
+    rotate_value_output,
+)
 from .transforms.smoothing import smooth
 from .tuning import tune
 from .version import __version__
@@ -249,7 +252,9 @@ def _quantize_sites(
         if stream is not None and recipe.weights.rounding == "gptq":
             watched = {lane.modules[0]: lane.input for lane in together}
             seen = stream.hessians(block.module, block.index, watched)
-            factors = {module: _factor(block, module, seen.pop(module), recipe) for module in watched}
+            for lane in together:
+                module = lane.modules[0]
+                factors[module] = _factor(block, lane, seen.pop(module), recipe)
         for lane in together:
             for name in lane.modules:
                 rounded = _round(block, lane, name, factors.get(lane.modules[0]), recipe)
@@ -266,6 +271,12 @@ class _Lane:
     modules: tuple[str, ...]
     input: InputQuantizer
 
+    @property
+    def routed(self) -> bool:
+        """Whether a router decides which tokens these are."""
+        readers = self.plan.site.readers
+        return any(reader.routed for reader in readers if reader.module in self.modules)
+
 
 def _in_memory(lanes: list[_Lane]) -> Iterator[list[_Lane]]:
     """Lanes in runs whose Hessians are held at once."""
@@ -278,11 +289,10 @@ def _in_memory(lanes: list[_Lane]) -> Iterator[list[_Lane]]:
     yield run
 
 
-def _factor(block: _Block, module: str, seen: SecondMoment, recipe: Recipe) -> Factor | None:
+def _factor(block: _Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> Factor | None:
     """What GPTQ needs for a lane; None for an expert that too few tokens reached."""
-    where = f"{block.name}, {module}"
-    routed = any(ref.routed and ref.module == module for ref in _readers(block))
-    if routed and seen.tokens < recipe.gptq.least_tokens:
+    where = f"{block.name}, {lane.plan.site.name if not lane.routed else lane.modules[0]}"
+    if lane.routed and seen.tokens < recipe.gptq.least_tokens:
         log.warning(
             "%s: %d tokens of the calibration text reached this expert; rounded to nearest",
             where,
@@ -290,10 +300,6 @@ def _factor(block: _Block, module: str, seen: SecondMoment, recipe: Recipe) -> F
         )
         return None
     return factorise(seen.result(), recipe.gptq, where)
-
-
-def _readers(block: _Block) -> Iterator[WeightRef]:
-    return (reader for site in block.plan.graph.sites for reader in site.readers)
 
 
 def _round(
@@ -333,7 +339,7 @@ def _quantize_ends(
     if tokens is not None:
         stream = HiddenStates.enter(model, plan, tokens, rotation, device)
     if rotation is not None:
-        _rotate_ends_offline(model, plan, rotation)
+        rotate_ends_offline(model, parts, rotation, plan.folds_ends)
     for name in [*large, *small]:
         writer.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
         unload_module(model.get_submodule(name))
@@ -346,18 +352,6 @@ def _quantize_ends(
     for name, tensor in source.tensors(rest):
         writer.add({name: tensor.to(plan.stored_dtype)})
     return stream
-
-
-def _rotate_ends_offline(model: PreTrainedModel, plan: Plan, rotation: Hadamard) -> None:
-    """Fold R1 into what enters the stream and, where it folds there, into what reads its end."""
-    parts = plan.parts
-    if parts.positions is not None:
-        rotate_input(WeightRef(f"{parts.positions}.weight").view(model), rotation)
-    if plan.folds_ends:
-        head = WeightRef(f"{parts.head}.weight")
-        fuse_norm(model, Norm(f"{parts.final_norm}.weight"), (head,))
-        rotate_input(head.view(model), rotation)
-        rotate_input(WeightRef(f"{parts.embedding}.weight").view(model), rotation)
 
 
 def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:

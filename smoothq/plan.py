@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
+from .architectures.graph import is_tied, takes_rotation, text_config
 from .architectures.layout import open_block
 from .errors import DeviceError, RecipeError
 from .kernels import runs_on
@@ -107,11 +108,6 @@ class Plan:
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
 
     @property
-    def entry(self) -> str:
-        """The module whose output the rotation turns where it runs online."""
-        return self.parts.entry_norm or self.parts.embedding
-
-    @property
     def linear_bytes(self) -> int:
         """Bytes of all quantized weights with their scales."""
         return sum(spec.stored_bits for spec in _weight_specs(self.blocks)) // 8
@@ -135,7 +131,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     graphs = [family.block(config, index) for index in range(len(layers))]
-    rotatable = all(graph.residual_writers for graph in graphs)
+    rotatable = takes_rotation(graphs)
     blocks = tuple(
         _plan_block(_opened(layer), graph, recipe, index, rotatable)
         for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True))
@@ -152,7 +148,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         parts=parts,
         blocks=blocks,
         residual_rotation=rotation,
-        folds_ends=rotation is not None and _ends_fold(model, parts),
+        folds_ends=rotation is not None and parts.fold(model),
         bits=_count_bits(blocks),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
@@ -165,22 +161,6 @@ def _opened(layer: nn.Module) -> nn.Module:
     opened = copy.deepcopy(layer).to("meta")
     open_block(opened)
     return opened
-
-
-def _ends_fold(model: PreTrainedModel, parts: Parts) -> bool:
-    """Whether a rotation can be folded into the weights at both ends of the stack of blocks.
-
-    Not where one matrix is both ends, where a norm stands behind the embedding, or where the head
-    has no bias to take the final norm's.
-    """
-    bias = Norm(f"{parts.final_norm}.weight").bias_view(model)
-    return not is_tied(model) and parts.entry_norm is None and bias is None
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head is the embedding."""
-    configs = (model.config, text_config(model))
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
 
 def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
@@ -199,11 +179,6 @@ def _stored_elements(model: PreTrainedModel, parts: Parts) -> int:
     tied = f"{parts.head}." if is_tied(model) else None
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if tied is None or not name.startswith(tied))
-
-
-def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The config of the model's decoder."""
-    return model.config.get_text_config(decoder=True)
 
 
 def _stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
@@ -266,8 +241,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None and not plan.folds_ends:
-        ends = (model.get_submodule(name) for name in (plan.entry, plan.parts.final_norm))
-        rotate_ends(*ends, plan.residual_rotation)
+        rotate_ends(model, plan.parts, plan.residual_rotation)
 
 
 def _site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
@@ -386,9 +360,7 @@ def _rotates_online(site: Site, recipe: Recipe, rotatable: bool) -> bool:
             return rotation.down
 
 
-def _input_spec(
-    site: Site, recipe: Recipe, width: int, where: str, rotatable: bool
-) -> InputSpec:
+def _input_spec(site: Site, recipe: Recipe, width: int, where: str, rotatable: bool) -> InputSpec:
     activations, smooth = recipe.activations, recipe.runtime_smoothing
     settings: dict[str, Any] = {}
     mode: Mode
@@ -397,7 +369,7 @@ def _input_spec(
     elif smooth is not None:
         modes: dict[str, Mode] = {"token": "groups", "calibrated": "calibrated", "live": "live"}
         mode = modes[smooth.scope]
-        if mode == "live" and any(reader.routed for reader in site.readers):
+        if mode == "live" and site.routed:
             raise RecipeError(
                 f"{where}: live runtime smoothing needs whole sequences, and a router scatters "
                 "their tokens over the experts; use --smooth-scope token"

@@ -146,9 +146,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **_COMMON, **_HEADS_OF_16, **_EXPERTS, shared_expert_intermediate_size=80
     ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_COMMON, **_WIDE_HEADS, **_EXPERTS, mlp_only_layers=[1]
-    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_WIDE_HEADS, **_EXPERTS, mlp_only_layers=[1]),
     "gpt_oss": lambda: GptOssConfig(
         **_COMMON,
         **_WIDE_HEADS,

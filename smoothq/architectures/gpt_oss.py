@@ -11,8 +11,7 @@ from .parts import experts, separate_attention, weights, writers
 
 def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     qkv, o = separate_attention(config, Norm("input_layernorm.weight"))
-    count, width = config.num_local_experts, config.intermediate_size
-    readers, downs = experts(config, count, width, foldable=False)
+    readers, downs = experts("mlp.experts", config.num_local_experts, None)
     norm = Norm("post_attention_layernorm.weight")
     gate_up = Site("gate_up", "stream", readers, norm, weights("mlp.router"))
     return BlockGraph((qkv, o, gate_up, *downs), writers(o, *downs))

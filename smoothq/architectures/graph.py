@@ -9,7 +9,7 @@ The names are those of an opened block (`layout.open_block`), in which every mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,25 +27,25 @@ class WeightRef:
     """A weight matrix (out_features, in_features) inside a block's parameters.
 
     tensor: the parameter's name within the block; a bias stands beside it where the module has
-    one. rows: the output features meant, as (start, stop) or (start, stop, step), or None for all.
-    routed: only the tokens that a router sends to this expert reach it.
+    one. rows: the output features meant, or None for all. routed: only the tokens that a router
+    sends to this expert reach it.
     """
 
     tensor: str
-    rows: tuple[int, int] | tuple[int, int, int] | None = None
+    rows: slice | None = None
     routed: bool = False
 
     def view(self, block: nn.Module) -> Tensor:
         """The matrix (out_features, in_features), a view of the block's parameter."""
         matrix = block.get_parameter(self.tensor).data
-        return matrix if self.rows is None else matrix[slice(*self.rows)]
+        return matrix if self.rows is None else matrix[self.rows]
 
     def bias_view(self, block: nn.Module) -> Tensor | None:
         """The bias (out_features,), a view of the block's parameter, or None."""
         bias = getattr(block.get_submodule(self.module), "bias", None)
         if not isinstance(bias, Tensor):
             return None
-        return bias.data if self.rows is None else bias.data[slice(*self.rows)]
+        return bias.data if self.rows is None else bias.data[self.rows]
 
     @property
     def module(self) -> str:
@@ -132,6 +132,11 @@ class Site:
         return (*([shared] if shared else []), *((module,) for module in routed))
 
     @property
+    def routed(self) -> bool:
+        """Whether a router decides which tokens reach some of the readers."""
+        return any(reader.routed for reader in self.readers)
+
+    @property
     def stage(self) -> str:
         """What sites that run side by side share: the `down` of `down.0`, `down.1`, …"""
         return self.name.partition(".")[0]
@@ -154,6 +159,11 @@ class BlockGraph:
         return next((site for site in self.sites if site.edge == "value_output"), None)
 
 
+def takes_rotation(graphs: Iterable[BlockGraph]) -> bool:
+    """Whether a rotation of the residual stream can be folded into all blocks of a model."""
+    return all(graph.residual_writers for graph in graphs)
+
+
 @dataclass(frozen=True)
 class Parts:
     """The full names, in one causal LM, of what a pass over its blocks must find.
@@ -170,6 +180,20 @@ class Parts:
     head: str
     positions: str | None
     entry_norm: str | None
+
+    @property
+    def entry(self) -> str:
+        """The module whose output enters the stack of blocks, but for learned positions."""
+        return self.entry_norm or self.embedding
+
+    def fold(self, model: PreTrainedModel) -> bool:
+        """Whether a rotation of the residual stream folds into the weights at both of its ends.
+
+        Not where one matrix is both ends, where a norm stands behind the embedding, or where the
+        head has no bias to take the final norm's.
+        """
+        bias = Norm(f"{self.final_norm}.weight").bias_view(model)
+        return not is_tied(model) and self.entry_norm is None and bias is None
 
 
 @dataclass(frozen=True)
@@ -209,6 +233,17 @@ class Family:
             positions=within(self.positions),
             entry_norm=within(self.entry_norm),
         )
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The config of the model's decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding."""
+    configs = (model.config, text_config(model))
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:

@@ -60,7 +60,7 @@ def open_block(block: nn.Module) -> None:
 
 def close_block(block: nn.Module, stock: nn.Module) -> None:
     """Undo `open_block`, in place. stock: a block as transformers builds it, on any device."""
-    for name, module in list(block.named_modules()):
+    for module in list(block.modules()):
         if isinstance(module, SeparateExperts):
             module.__class__ = type(module).__mro__[2]
             for matrix in EXPERT_MATRICES:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from transformers import PretrainedConfig
 
 from .graph import (
@@ -47,7 +45,7 @@ def fused_gated_mlp(config: PretrainedConfig, norm: Norm | None) -> tuple[Site, 
     """The sites of `mlp` with gate above up in one linear."""
     gate_up, down = weights("mlp.gate_up_proj", "mlp.down_proj")
     width = config.intermediate_size
-    up = WeightRef(gate_up.tensor, rows=(width, 2 * width))
+    up = WeightRef(gate_up.tensor, rows=slice(width, None))
     return (
         Site("gate_up", "stream", (gate_up,), norm),
         Site("down", "inner", (down,), Rows((up,))),
@@ -64,20 +62,20 @@ def plain_mlp(up: WeightRef, down: WeightRef, norm: Norm, activation: str) -> tu
 
 
 def experts(
-    config: PretrainedConfig, count: int, width: int, foldable: bool = True
+    module: str, count: int, up: slice | None
 ) -> tuple[tuple[WeightRef, ...], tuple[Site, ...]]:
-    """What of opened experts in `mlp.experts` reads the stream, and the sites inside of them.
+    """What of opened experts reads the stream, and the sites inside of them.
 
-    width: of one expert, gate above up. foldable: the gated product is linear in up.
+    up: which rows of an expert's fused matrix its gated product is linear in, or None.
     """
-    names = [f"mlp.experts.gate_up_proj.{expert}.weight" for expert in range(count)]
+    names = [f"{module}.gate_up_proj.{expert}.weight" for expert in range(count)]
     readers = tuple(WeightRef(name, routed=True) for name in names)
     sites = tuple(
         Site(
             f"down.{expert}",
             "inner",
-            (WeightRef(f"mlp.experts.down_proj.{expert}.weight", routed=True),),
-            Rows((WeightRef(name, rows=(width, 2 * width)),)) if foldable else None,
+            (WeightRef(f"{module}.down_proj.{expert}.weight", routed=True),),
+            None if up is None else Rows((WeightRef(name, rows=up),)),
         )
         for expert, name in enumerate(names)
     )
@@ -93,11 +91,10 @@ def interleaved_values(tensor: str, groups: int, in_group: int, dim: int) -> tup
     """The value rows of a fused qkv in groups of `in_group` heads, the last of each its value."""
     last = (in_group - 1) * dim
     starts = range(last, groups * in_group * dim, in_group * dim)
-    return tuple(WeightRef(tensor, rows=(start, start + dim)) for start in starts)
+    return tuple(WeightRef(tensor, rows=slice(start, start + dim)) for start in starts)
 
 
 def concatenated_values(tensor: str, heads: Heads) -> WeightRef:
     """The value rows of a fused qkv: all of q, then all of k, then all of v."""
-    queries, values = heads.query * heads.dim, heads.key_value * heads.dim
-    *_, (first, last) = pairwise((0, queries, queries + values, queries + 2 * values))
-    return WeightRef(tensor, rows=(first, last))
+    first = (heads.query + heads.key_value) * heads.dim
+    return WeightRef(tensor, rows=slice(first, None))

@@ -13,14 +13,18 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     if index in config.mlp_only_layers or config.num_experts == 0 or (index + 1) % every:
         gate_up, down = gated_mlp(norm)
         return BlockGraph((qkv, o, gate_up, down), writers(o, down))
-    routed, downs = experts(config, config.num_experts, config.moe_intermediate_size)
-    floats, shared = weights("mlp.gate"), ()
-    if config.model_type == "qwen2_moe":
-        gate, up, down = weights(*(f"mlp.shared_expert.{m}_proj" for m in ("gate", "up", "down")))
-        floats += weights("mlp.shared_expert_gate")
-        routed, shared = (gate, up, *routed), (Site("down", "inner", (down,), Rows((up,))),)
-    gate_up = Site("gate_up", "stream", routed, norm, floats)
-    return BlockGraph((qkv, o, gate_up, *shared, *downs), writers(o, *shared, *downs))
+    routed, downs = experts(
+        "mlp.experts", config.num_experts, slice(config.moe_intermediate_size, None)
+    )
+    router = weights("mlp.gate")
+    if config.model_type == "qwen3_moe":
+        routers_input = Site("gate_up", "stream", routed, norm, router)
+        return BlockGraph((qkv, o, routers_input, *downs), writers(o, *downs))
+    gate, up, shared = weights(*(f"mlp.shared_expert.{m}_proj" for m in ("gate", "up", "down")))
+    floats = router + weights("mlp.shared_expert_gate")
+    both = Site("gate_up", "stream", (gate, up, *routed), norm, floats)
+    downs = (Site("down", "inner", (shared,), Rows((up,))), *downs)
+    return BlockGraph((qkv, o, both, *downs), writers(o, *downs))
 
 
 FAMILY = Family(("qwen2_moe", "qwen3_moe"), _block)

@@ -71,7 +71,7 @@ class Source(Protocol):
         """Learn how the stored tensors make the parameters of a model, which may be on meta."""
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, in their stored dtype, one at a time. Raises CheckpointError for a missing."""
+        """Parameters, in their stored dtype, one by one. Raises CheckpointError if missing."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
@@ -138,15 +138,15 @@ class CheckpointSource:
     def _convert(self, name: str) -> Tensor:
         """A parameter that is stored in several tensors, such as one an expert."""
         converted = self._converted[name]
-        converter = copy.deepcopy(converted.converter)
+        converter: Any = copy.deepcopy(converted.converter)
         tensors = dict(self._read(stored for _, stored in converted.parts))
         for pattern, stored in converted.parts:
             converter.add_tensor(name, stored, pattern, lambda stored=stored: tensors[stored])
         made = converter.convert(name, config=self.config)
         if name not in made:
             raise CheckpointError(f"{self.name}: '{name}' cannot be made of the stored tensors")
-        tensor = made[name]
-        return tensor[0] if isinstance(tensor, list) else tensor
+        tensor: Tensor = made[name][0] if isinstance(made[name], list) else made[name]
+        return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
@@ -158,7 +158,7 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class _Converted:
-    """What transformers makes one parameter of: a converter, and (its pattern, stored name)."""
+    """What transformers makes one parameter of: a converter, and (pattern, stored name) pairs."""
 
     converter: WeightConverter
     parts: list[tuple[str, str]]

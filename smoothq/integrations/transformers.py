@@ -86,13 +86,8 @@ class SmoothqHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """`torch.compile` and static caches work, but for experts: which run depends on the data."""
-        return not any(
-            reader.routed
-            for block in self.plan.blocks
-            for site in block.graph.sites
-            for reader in site.readers
-        )
+        """`torch.compile` and static caches work; not with experts, which run as tokens ask."""
+        return not any(site.routed for block in self.plan.blocks for site in block.graph.sites)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes what was loaded."""
@@ -176,12 +171,11 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
             rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
         close_block(block, stock.get_submodule(str(index)))
         block.to(dtype)
-    for end in (plan.entry, plan.parts.final_norm):
+    for end in (plan.parts.entry, plan.parts.final_norm):
         stop_rotating(model.get_submodule(end))
-    if plan.parts.positions is not None and plan.residual_rotation is not None:
-        if not plan.folds_ends:
-            positions = WeightRef(f"{plan.parts.positions}.weight").view(model)
-            rotate_input(positions, plan.residual_rotation, inverse=True)
+    rotation, positions = plan.residual_rotation, plan.parts.positions
+    if rotation is not None and positions is not None and not plan.folds_ends:
+        rotate_input(WeightRef(f"{positions}.weight").view(model), rotation, inverse=True)
 
 
 def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:

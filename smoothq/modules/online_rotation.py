@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..architectures import Parts
 from ..kernels import QuantizedInput
 from ..transforms.hadamard import Hadamard
 
@@ -72,7 +73,8 @@ class OnlineRotation(nn.Module):
         self, x: Tensor, bits: int, group_size: int | None, clip: float, full_range: bool
     ) -> QuantizedInput:
         """x R as codes, float (..., K): one scale a token, or a multiplier a group of a token."""
-        assert not self.transposed and not self.rotation.keeps_mean
+        assert not self.transposed
+        assert not self.rotation.keeps_mean
         factors = (self.signs, self.left, self.right)
         return kernels.hadamard_quantize(x, *factors, bits, group_size, clip, full_range)
 
@@ -97,12 +99,13 @@ class RotatesInput(nn.Module):
         return super().forward(self.online_rotation(x), *args, **kwargs)  # type: ignore[no-any-return]
 
 
-def rotate_ends(entry: nn.Module, final_norm: nn.Module, rotation: Hadamard) -> None:
-    """Make an embedding (or a norm behind it) rotate and the final norm rotate back, in place.
+def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
+    """Make what enters the stack of blocks rotate and the final norm rotate back, in place.
 
     Tensors, names and types stay.
     """
-    for module, mixin in ((entry, RotatesOutput), (final_norm, RotatesInput)):
+    for name, mixin in ((parts.entry, RotatesOutput), (parts.final_norm, RotatesInput)):
+        module = model.get_submodule(name)
         stock = type(module)
         module.__class__ = type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
         module.online_rotation = OnlineRotation(rotation, transposed=mixin is RotatesInput)

@@ -196,8 +196,8 @@ class Hadamard:
             if type(d[name]) is not expected and not (name == "seed" and d[name] is None):
                 raise CheckpointError(f"the stored Hadamard rotation has {name} = {d[name]!r}")
         try:
-            values = (d[name] for name in ("order", "left", "right", "blocks", "seed"))
-            rotation = cls(*values, keeps_mean=d.get("keeps_mean") is True)
+            values = {name: d[name] for name in ("order", "left", "right", "blocks", "seed")}
+            rotation = cls(**values, keeps_mean=d.get("keeps_mean") is True)
         except RecipeError as error:
             raise CheckpointError(f"the stored Hadamard rotation is impossible: {error}") from error
         rebuilt = rotation._sha256()
@@ -210,9 +210,9 @@ class Hadamard:
         return rotation
 
     def _sha256(self) -> str:
-        parts = (self.signs(), *self.factors())
+        parts = [self.signs(), *self.factors()]
         if self.keeps_mean:
-            parts = (self.spectrum(), *parts)
+            parts.append(self.spectrum())
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
     def _rotate(self, x: torch.Tensor, transposed: bool) -> torch.Tensor:

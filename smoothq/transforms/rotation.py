@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..architectures import BlockGraph, Rows, Site
+from ..architectures import BlockGraph, Norm, Parts, Rows, Site, WeightRef
 from .hadamard import Hadamard
+from .norm_fusion import fuse_norm
 
 ROW_CHUNK = 8192  # rows folded at a time: an embedding in float64 would be four times its size
 
@@ -46,6 +47,21 @@ def rotate_residual(
                 rotate_input(reader.view(block), rotation, inverse)
     for writer in graph.residual_writers:
         rotate_output(writer.view(block), writer.bias_view(block), rotation, inverse)
+
+
+def rotate_ends_offline(model: nn.Module, parts: Parts, rotation: Hadamard, folds: bool) -> None:
+    """Fold R1 into what enters the stack of blocks and, if it folds there, what reads its end.
+
+    Learned positions are rotated always, embedding and head with `folds` only: else they stay, and
+    the rotation must run at both ends.
+    """
+    if parts.positions is not None:
+        rotate_input(WeightRef(f"{parts.positions}.weight").view(model), rotation)
+    if folds:
+        head = WeightRef(f"{parts.head}.weight")
+        fuse_norm(model, Norm(f"{parts.final_norm}.weight"), (head,))
+        rotate_input(head.view(model), rotation)
+        rotate_input(WeightRef(f"{parts.embedding}.weight").view(model), rotation)
 
 
 def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> None:
