@@ -9,7 +9,7 @@ from .parts import interleaved_values, plain_mlp, weights, writers
 def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     heads = attention_heads(config)
     qkv, o = weights("self_attention.query_key_value", "self_attention.dense")
-    values = interleaved_values(qkv.tensor, heads.query, 3, heads.dim)
+    values = interleaved_values(qkv.tensor, heads)
     o_site = Site("o", "values", (o,), Rows(values, heads))
     fc1, fc2 = weights("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     up, down = plain_mlp(fc1, fc2, Norm("post_attention_layernorm.weight"), "gelu")

@@ -1,27 +1,25 @@
 """Falcon: LayerNorms, attention and MLP side by side or not, three layouts of q, k and v."""
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
-from .graph import BlockGraph, Family, Heads, Norm, Rows, Site, WeightRef
+from .graph import BlockGraph, Family, Heads, Norm, Rows, Site, attention_heads
 from .parts import interleaved_values, plain_mlp, weights, writers
 
 
-def _values(config: PretrainedConfig, tensor: str) -> Rows:
-    query = config.num_attention_heads
-    dim = config.hidden_size // query
-    groups = query
+def _heads(config: PretrainedConfig) -> Heads:
+    heads = attention_heads(config)
     if config.new_decoder_architecture:
-        groups = config.num_kv_heads
-    elif config.multi_query:
-        groups = 1
-    refs: tuple[WeightRef, ...] = interleaved_values(tensor, groups, query // groups + 2, dim)
-    return Rows(refs, Heads(query, groups, dim))
+        return replace(heads, key_value=config.num_kv_heads)
+    return replace(heads, key_value=1 if config.multi_query else heads.query)
 
 
 def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     qkv, o = weights("self_attention.query_key_value", "self_attention.dense")
     fc1, fc2 = weights("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    o_site = Site("o", "values", (o,), _values(config, qkv.tensor))
+    heads = _heads(config)
+    o_site = Site("o", "values", (o,), Rows(interleaved_values(qkv.tensor, heads), heads))
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
     norm_count = getattr(config, "num_ln_in_parallel_attn", None)
     two_in_parallel = norm_count == 2 or (norm_count is None and config.new_decoder_architecture)

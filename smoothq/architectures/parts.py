@@ -87,11 +87,11 @@ def writers(*sites: Site) -> tuple[WeightRef, ...]:
     return tuple(reader for site in sites for reader in site.readers)
 
 
-def interleaved_values(tensor: str, groups: int, in_group: int, dim: int) -> tuple[WeightRef, ...]:
-    """The value rows of a fused qkv in groups of `in_group` heads, the last of each its value."""
-    last = (in_group - 1) * dim
-    starts = range(last, groups * in_group * dim, in_group * dim)
-    return tuple(WeightRef(tensor, rows=slice(start, start + dim)) for start in starts)
+def interleaved_values(tensor: str, heads: Heads) -> tuple[WeightRef, ...]:
+    """The value rows of a fused qkv by key/value head: its queries, its key, its value."""
+    group = (heads.query // heads.key_value + 2) * heads.dim
+    starts = range(group - heads.dim, heads.key_value * group, group)
+    return tuple(WeightRef(tensor, rows=slice(start, start + heads.dim)) for start in starts)
 
 
 def concatenated_values(tensor: str, heads: Heads) -> WeightRef:
