@@ -27,9 +27,12 @@ from .architectures.layout import EXPERT_MATRICES, SeparateExperts, open_block
 from .errors import UnsupportedModelError
 from .transforms.smoothing import repeat_over_queries
 
-TOKENS = torch.tensor([[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 9, 7], [2, 7, 18, 28, 1, 8, 2, 8, 4, 5, 9, 0]])
+TOKENS = torch.tensor(
+    [[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 9, 7], [2, 7, 18, 28, 1, 8, 2, 8, 4, 5, 9, 0]]
+)
 EXACT = 1e-9  # relative; what an experiment may deviate in float64
 _HEADS, _HEAD_DIM, _HIDDEN, _EXPERTS, _VOCABULARY = 4, 16, 64, 4, 64
+_LARGEST = 20_000_000  # parameters of a tiny model
 _WIDTHS = {
     "intermediate_size": 80,
     "ffn_dim": 80,
@@ -99,6 +102,18 @@ def infer_family(config: PretrainedConfig) -> tuple[Family, str]:
 
 def _infer(config: PretrainedConfig) -> tuple[Family, str]:
     name = config.get_text_config(decoder=True).model_type
+    try:
+        return _experiment(config, name)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # the model's own code may raise anything
+        raise UnsupportedModelError(
+            f"architecture '{name}' has no file, and the experiments that look for its wiring "
+            f"failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
     kinds = _kinds_of_blocks(config)
     last = max(kinds.index(kind) for kind in set(kinds))
     with torch.no_grad():
@@ -113,7 +128,7 @@ def _infer(config: PretrainedConfig) -> tuple[Family, str]:
 def _load(text: str) -> Family:
     """The FAMILY of a file's text."""
     namespace: dict[str, Any] = {"__package__": "smoothq.architectures", "__name__": "inferred"}
-    exec(compile(text, "inferred family", "exec"), namespace)  # noqa: S102 (written above)
+    exec(compile(text, "inferred family", "exec"), namespace)
     family: Family = namespace["FAMILY"]
     return family
 
@@ -137,12 +152,24 @@ def _prove(model: PreTrainedModel, family: Family, name: str) -> None:
 
 def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
     """For each block of the real model a number; the same for blocks with the same parameters."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    try:
+        model = _skeleton(config)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"'{config.model_type}' is no causal LM that transformers knows: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     seen: dict[tuple[str, ...], int] = {}
     blocks = _layers(model)[1]
     signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
     return [seen.setdefault(signature, len(seen)) for signature in signatures]
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """A model without its weights."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return model
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -169,6 +196,8 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
     """A float64 model of the same wiring with small widths and random weights."""
     tiny = copy.deepcopy(config)
     tiny.dtype = torch.float64
+    if hasattr(tiny, "quantization_config"):
+        del tiny.quantization_config
     text = tiny.get_text_config(decoder=True)
     real_heads = text.num_attention_heads
     changes: dict[str, Any] = {
@@ -178,7 +207,7 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
         "head_dim": _HEAD_DIM,
         "word_embed_proj_dim": _HIDDEN,
         "vocab_size": _VOCABULARY,
-        "pad_token_id": None,
+        "rotary_dim": _HEAD_DIM,
         **dict.fromkeys(_EXPERT_COUNTS, _EXPERTS),
         **_WIDTHS,
     }
@@ -188,21 +217,23 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
             changes[counted] = shared.get(getattr(text, counted), _HEADS // 2)
     for key, value in changes.items():
         settable = not isinstance(getattr(type(text), key, None), property)
-        if settable and (getattr(text, key, None) is not None or key == "pad_token_id"):
+        if settable and getattr(text, key, None) is not None:
             setattr(text, key, value)
+    if (getattr(text, "pad_token_id", None) or 0) >= _VOCABULARY:
+        text.pad_token_id = 0
     if getattr(text, "num_experts_per_tok", None):
         text.num_experts_per_tok = min(text.num_experts_per_tok, 2)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny)
-        model = model.to(torch.float64).eval()
-        model.set_experts_implementation("eager")
-    except Exception as error:
+    numbers = sum(parameter.numel() for parameter in _skeleton(tiny).parameters())
+    if numbers > _LARGEST:
         raise UnsupportedModelError(
-            f"architecture '{text.model_type}' has no file, and no tiny model of it can be built "
-            f"to find its wiring: {type(error).__name__}: {error}"
-        ) from error
+            f"architecture '{text.model_type}' has no file, and no small model of its wiring can "
+            f"be made: with the widths that are known it still has {numbers:,} parameters"
+        )
+    model: Any = AutoModelForCausalLM.from_config(tiny)
+    model.to(torch.float64).eval()
+    model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -211,7 +242,8 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
             parameter.copy_(0.8 + 0.2 * noise)
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    return model
+    tiny_model: PreTrainedModel = model
+    return tiny_model
 
 
 class _Writer:
@@ -283,7 +315,9 @@ class _Writer:
         return "".join(lines) + "    return _kind_0(config)"
 
     def _final_norm(self) -> _Call:
-        after = [call for call in self.ends[self.before_blocks :] if _weight(call.module).dim() == 1]
+        after = [
+            call for call in self.ends[self.before_blocks :] if _weight(call.module).dim() == 1
+        ]
         if len(after) != 1:
             raise self.unexplained(f"{len(after)} norms behind its blocks")
         return after[0]
@@ -353,14 +387,13 @@ class _NormFacts:
     @classmethod
     def of(cls, call: _Call) -> _NormFacts:
         """Try a norm on the input that it had."""
-        weight, bias = call.module.weight, getattr(call.module, "bias", None)
-        held = weight.clone()
-        shift = 0.0 if not isinstance(bias, Tensor) else bias
-        weight.zero_()
-        silent = call.module(call.input) - shift
-        weight.copy_(held)
-        moved = call.module(call.input + 3)
-        return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, call.module(call.input)))
+        norm: Any = call.module
+        bias, held = getattr(norm, "bias", None), norm.weight.clone()
+        norm.weight.zero_()
+        silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
+        norm.weight.copy_(held)
+        moved = norm(call.input + 3)
+        return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, norm(call.input)))
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -519,7 +552,11 @@ class _Block:
                 yield f"Rows({_weights([module])}, {text})", [slice(None)], heads
             if rows == fused * heads.dim:
                 last = slice(rows - values, None)
-                yield f"Rows((concatenated_values({_text(tensor)}, {text}),), {text})", [last], heads
+                yield (
+                    f"Rows((concatenated_values({_text(tensor)}, {text}),), {text})",
+                    [last],
+                    heads,
+                )
                 size = fused // heads.key_value
                 starts = range((size - 1) * heads.dim, rows, size * heads.dim)
                 call = f"interleaved_values({_text(tensor)}, {text})"
@@ -614,7 +651,7 @@ class _Block:
                 readers.append("routed")
             fields = [_text(name), _text(site.reads), " + ".join(readers), site.producer]
             fields += [_weights(site.floats)] if site.floats else []
-            variable = f"{name}_site"
+            variable = f"{name}_site" if name.isidentifier() else f"site_{name}"
             arguments = "".join(f"        {each},\n" for each in fields)
             lines.append(f"{variable} = Site(\n{arguments}    )")
             made = [variable] + (["*downs"] if site.experts is not None else [])

@@ -8,6 +8,7 @@ its config, so nothing of it needs to be stored.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, f
 from .architectures.graph import is_tied, takes_rotation, text_config
 from .architectures.layout import open_block
 from .errors import DeviceError, RecipeError
+from .inference import infer_family
 from .kernels import runs_on
 from .modules import (
     InputQuantizer,
@@ -32,6 +34,8 @@ from .modules.input_quantizer import Mode
 from .recipe import FLOAT_BITS, GroupSize, Recipe
 from .rounding.grid import IntegerGrid
 from .transforms.hadamard import Hadamard
+
+log = logging.getLogger("smoothq")
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 PREFILL_TOKENS = 2048  # the sequence over which scales shared by a sequence are spread
@@ -125,7 +129,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     that does not fit it.
     """
     config = text_config(model)
-    family = family_of(config)
+    family = family_of(config) or _inferred(model)
     parts = family.parts(model)
     stored = _stored_elements(model, parts)
     layers = model.get_submodule(parts.layers)
@@ -154,6 +158,17 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         stored_dtype=_stored_dtype(recipe, config),
         float_elements=stored + _added_biases(layers, blocks) - _quantized_elements(blocks),
     )
+
+
+def _inferred(model: PreTrainedModel) -> Family:
+    """The family of a model that has no file, with a notice."""
+    family, _ = infer_family(model.config)
+    log.warning(
+        "architecture '%s' has no file: its wiring was found by experiments on a tiny model and "
+        "proven there; smoothq families --infer shows it",
+        text_config(model).model_type,
+    )
+    return family
 
 
 def _opened(layer: nn.Module) -> nn.Module:

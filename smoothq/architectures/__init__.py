@@ -56,23 +56,17 @@ _BY_MODEL_TYPE = {name: family for family in _FAMILIES for name in family.model_
 
 
 def supported_model_types() -> list[str]:
-    """The `model_type` values that can be quantized, sorted."""
+    """The `model_type` values that have a file, sorted."""
     return sorted(_BY_MODEL_TYPE)
 
 
-def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model's config.
+def family_of(config: PretrainedConfig) -> Family | None:
+    """The family of a decoder's config; None where it has no file.
 
-    Raises UnsupportedModelError for any other, with the reason or with the list of what is
-    supported.
+    Raises UnsupportedModelError, with the reason, for what is known and cannot be taken.
     """
     family = _BY_MODEL_TYPE.get(config.model_type)
     reason = REFUSED.get(config.model_type) if family is None else family.refuses(config)
     if reason is not None:
         raise UnsupportedModelError(f"{config.model_type} cannot be quantized: {reason}")
-    if family is None:
-        raise UnsupportedModelError(
-            f"architecture '{config.model_type}' is not supported; "
-            f"supported: {', '.join(supported_model_types())}"
-        )
     return family

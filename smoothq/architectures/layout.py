@@ -66,6 +66,8 @@ def close_block(block: nn.Module, stock: nn.Module) -> None:
             for matrix in EXPERT_MATRICES:
                 _together(module, matrix)
     for name, module in stock.named_modules():
+        if isinstance(module, nn.Linear):
+            block.get_submodule(name).__class__ = type(module)
         if isinstance(module, Conv1D):
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)

@@ -1,0 +1,512 @@
+"""Every family: its graphs name the real weights, its transforms keep the function, it runs."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    DeepseekV3Config,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+)
+from transformers.pytorch_utils import Conv1D
+
+from smoothq import Recipe, architectures, preset, proof, quantize
+from smoothq.architectures import (
+    BlockGraph,
+    Family,
+    Heads,
+    Norm,
+    Rows,
+    Site,
+    WeightRef,
+    family_of,
+    supported_model_types,
+)
+from smoothq.architectures.graph import is_tied, takes_rotation, text_config
+from smoothq.architectures.layout import close_block, open_block
+from smoothq.errors import RecipeError, UnsupportedModelError
+from smoothq.inference import infer_family
+from smoothq.modules import QuantizedLinear
+from smoothq.plan import make_plan
+from tests.architectures import TINY, tiny_model
+from tests.conftest import RECIPES
+
+TOKENS = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(1))
+VISIBLE = 1e-3  # a change of the logits that no rounding explains
+
+HEADS = {
+    "wide": Heads(4, 2, 16),
+    "grouped": Heads(6, 2, 16),
+    "each": Heads(6, 6, 16),
+    "one": Heads(6, 1, 16),
+}
+HEADS_OF = dict.fromkeys(TINY, HEADS["wide"])
+HEADS_OF |= dict.fromkeys(
+    ("mistral", "qwen2", "phi3", "olmo2", "cohere", "falcon-groups", "mixtral", "qwen2_moe"),
+    HEADS["grouped"],
+)
+HEADS_OF |= dict.fromkeys(
+    ("opt", "bloom", "bloom-untied", "gpt2", "gpt_neox", "gpt_neox-serial", "falcon-alibi"),
+    HEADS["each"],
+)
+HEADS_OF["falcon"] = HEADS["one"]
+POST_NORMS = ["glm4", "gemma2", "gemma3_text", "gemma3", "olmo2"]
+WITHOUT_GATE = ["bloom", "bloom-untied", "gpt2", "gpt_neox", "gpt_neox-serial"]
+WITHOUT_GATE += ["falcon", "falcon-alibi", "falcon-groups", "gpt_oss"]
+WITH_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
+
+
+def family_named(name: str) -> Family:
+    family = family_of(TINY[name]().get_text_config(decoder=True))
+    assert family is not None
+    return family
+
+
+def opened(name: str, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, Family]:
+    model, family = tiny_model(name, dtype), family_named(name)
+    proof.open_blocks(model, family)
+    return model, family
+
+
+def first_block(name: str) -> tuple[PreTrainedModel, nn.Module, BlockGraph]:
+    model, family = opened(name)
+    return model, *next(proof.graphs(model, family))
+
+
+def all_refs(graph: BlockGraph) -> list[WeightRef]:
+    """Every weight that reads a site, each once: together these are all the matrices of a block."""
+    return [reader for site in graph.sites for reader in site.all_readers]
+
+
+@pytest.mark.parametrize("name", TINY)
+class TestEveryGraph:
+    def test_readers_share_the_width_of_their_site(self, name: str) -> None:
+        model, block, graph = first_block(name)
+        heads = HEADS_OF[name]
+        for site in graph.sites:
+            widths = {reader.view(block).shape[1] for reader in site.all_readers}
+            assert len(widths) == 1
+            if site.reads == "stream":
+                assert widths == {text_config(model).hidden_size}
+            if site.reads == "values":
+                assert widths == {heads.query * heads.dim}
+
+    def test_producers_fit_the_width_of_their_site(self, name: str) -> None:
+        _, block, graph = first_block(name)
+        for site in graph.sites:
+            width = site.readers[0].view(block).shape[1]
+            if isinstance(site.producer, Norm):
+                assert block.get_parameter(site.producer.weight).shape == (width,)
+            elif isinstance(site.producer, Rows):
+                heads = site.producer.heads
+                rows = sum(len(ref.view(block)) for ref in site.producer.refs)
+                assert rows == (width if heads is None else heads.key_value * heads.dim)
+
+    def test_residual_writers_write_the_hidden_size(self, name: str) -> None:
+        model, block, graph = first_block(name)
+        assert (graph.residual_writers == ()) == (name in POST_NORMS)
+        for writer in graph.residual_writers:
+            assert writer.view(block).shape[0] == text_config(model).hidden_size
+            assert writer in all_refs(graph)
+
+    def test_readers_cover_every_weight_and_bias_exactly_once(self, name: str) -> None:
+        _, block, graph = first_block(name)
+        norms = [n for n, m in block.named_modules() if "Norm" in type(m).__name__]
+        linear = {
+            n: parameter.zero_()
+            for n, parameter in block.named_parameters()
+            if n.rpartition(".")[0] not in norms and not n.endswith("sinks")
+        }
+        for ref in all_refs(graph):
+            ref.view(block).add_(1)
+            if (bias := ref.bias_view(block)) is not None:
+                bias.add_(1)
+        for parameter in linear.values():
+            assert torch.equal(parameter, torch.ones_like(parameter))
+
+    def test_heads_come_from_the_config(self, name: str) -> None:
+        *_, graph = first_block(name)
+        assert graph.value_output.producer.heads == HEADS_OF[name]
+
+    def test_edges_follow_from_the_wiring(self, name: str) -> None:
+        *_, graph = first_block(name)
+        edges = {site.edge for site in graph.sites}
+        assert ("up_down" in edges) == (name not in WITHOUT_GATE)
+        assert ("norms" in edges) == (name != "olmo2")
+
+    def test_parts_are_where_the_model_has_them(self, name: str) -> None:
+        model, _, _ = first_block(name)
+        parts = family_named(name).parts(model)
+        assert model.get_submodule(parts.embedding) is model.get_input_embeddings()
+        assert model.get_submodule(parts.head) is model.get_output_embeddings()
+        assert len(model.get_submodule(parts.layers)) == text_config(model).num_hidden_layers
+        final_norm = model.get_submodule(parts.final_norm)
+        assert final_norm.weight.shape == (text_config(model).hidden_size,)
+        assert parts.fold(model) == (
+            not is_tied(model) and not name.startswith(("bloom", "gpt_neox", "falcon"))
+        )
+
+    def test_sites_come_in_the_order_of_execution_and_their_readers_read_one_tensor(
+        self, name: str
+    ) -> None:
+        model, block, graph = first_block(name)
+        calls: list[tuple[str, Tensor]] = []
+        for module in {reader.module for reader in all_refs(graph) if not reader.routed}:
+            block.get_submodule(module).register_forward_pre_hook(
+                lambda _, inputs, module=module: calls.append((module, inputs[0]))
+            )
+        model(TOKENS)
+        inputs = dict(calls)
+        order = [module for module, _ in calls]
+        sites = [site for site in graph.sites if not site.readers[0].routed]
+        assert order.index(sites[0].modules[0]) == 0
+        firsts = [order.index(site.modules[0]) for site in sites]
+        assert firsts == sorted(firsts)
+        for site in sites:
+            shared = [module for module in site.modules if module in inputs]
+            assert len({inputs[module].data_ptr() for module in shared}) == 1
+
+
+class TestOpening:
+    @pytest.mark.parametrize("name", TINY)
+    def test_an_opened_model_computes_what_it_did_and_closes_again(self, name: str) -> None:
+        model, family = tiny_model(name), family_named(name)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        logits = proof.logits(model, TOKENS)
+        proof.open_blocks(model, family)
+        assert proof.deviation(proof.logits(model, TOKENS), logits) < 1e-14
+        stock = tiny_model(name, seed=1).get_submodule(family.parts(model).layers)
+        for block, fresh in zip(
+            model.get_submodule(family.parts(model).layers), stock, strict=True
+        ):
+            close_block(block, fresh)
+            assert type(block) is type(fresh)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[key], before[key]) for key in before)
+
+    def test_a_conv1d_becomes_a_linear_with_its_bias(self) -> None:
+        block = nn.ModuleDict({"fused": Conv1D(6, 4)}).requires_grad_(False)
+        weight, x = block["fused"].weight.clone(), torch.randn(3, 4)
+        expected = block["fused"](x)
+        open_block(block)
+        assert isinstance(block["fused"], nn.Linear)
+        assert torch.equal(block["fused"].weight, weight.t())
+        torch.testing.assert_close(block["fused"](x), expected)
+
+
+CLAIMS = [
+    pytest.param(name, claim, id=f"{name}-{claim}".replace(" ", "-"))
+    for name in TINY
+    for claim in (*proof.claims(*opened(name)), "all together")
+]
+
+
+def rewritten(name: str, claim: str, dtype: torch.dtype) -> PreTrainedModel:
+    model, family = opened(name, dtype)
+    rewrite = proof.everything if claim == "all together" else proof.claims(model, family)[claim]
+    rewrite(model, family)
+    return model
+
+
+@cache
+def original_logits(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    return proof.logits(tiny_model(name, dtype), TOKENS)
+
+
+def changed_names(model: PreTrainedModel, name: str) -> set[str]:
+    """The names of the parameters that differ from the original model's."""
+    before = dict(opened(name)[0].named_parameters())
+    return {
+        n
+        for n, now in model.named_parameters()
+        if n not in before or not torch.equal(now, before[n])
+    }
+
+
+class TestTheFunctionIsKept:
+    @pytest.mark.parametrize("dtype", proof.TOLERANCE, ids=["float64", "float32"])
+    @pytest.mark.parametrize(("name", "claim"), CLAIMS)
+    def test_logits_stay(self, name: str, claim: str, dtype: torch.dtype) -> None:
+        model = rewritten(name, claim, dtype)
+        now = proof.logits(model, TOKENS)
+        assert proof.deviation(now, original_logits(name, dtype)) < proof.TOLERANCE[dtype]
+
+    @pytest.mark.parametrize(("name", "claim"), CLAIMS)
+    def test_weights_change(self, name: str, claim: str) -> None:
+        assert changed_names(rewritten(name, claim, torch.float64), name)
+
+    @pytest.mark.parametrize("name", TINY)
+    def test_each_changed_weight_is_needed(self, name: str) -> None:
+        original = dict(opened(name)[0].named_parameters())
+        model = rewritten(name, "all together", torch.float64)
+        changed = changed_names(model, name)
+        tried = [n for n in changed if ".1." in n and n in original and "k_proj.bias" not in n]
+        assert len(tried) >= 4
+        for parameter in tried:
+            now = model.get_parameter(parameter)
+            kept = now.clone()
+            now.copy_(original[parameter])
+            assert (
+                proof.deviation(proof.logits(model, TOKENS), original_logits(name)) > VISIBLE / 10
+            )
+            now.copy_(kept)
+
+    @pytest.mark.parametrize("name", [name for name in TINY if name not in POST_NORMS])
+    def test_rotating_the_blocks_without_the_ends_is_seen(self, name: str) -> None:
+        model, family = opened(name)
+        proof.fuse(model, family)
+        rotation = proof.Hadamard.of(text_config(model).hidden_size, 5, family.centred)
+        for block, graph in proof.graphs(model, family):
+            proof.rotate_residual(block, graph, rotation)
+        assert proof.deviation(proof.logits(model, TOKENS), original_logits(name)) > VISIBLE
+
+    @pytest.mark.parametrize("name", ["opt", "gpt2", "cohere"])
+    def test_a_layer_norm_needs_a_rotation_that_keeps_the_mean(self, name: str) -> None:
+        model, family = opened(name)
+        loses = Family(**{**vars(family), "centred": False})
+        proof.rotate_stream(model, loses)
+        assert proof.deviation(proof.logits(model, TOKENS), original_logits(name)) > VISIBLE
+
+
+def small(recipe: Recipe) -> Recipe:
+    """A recipe whose experts need no more tokens than there are."""
+    return recipe.edit(gptq__least_tokens=8)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a4-rrs"])
+@pytest.mark.parametrize("name", TINY)
+def test_quantizes_saves_loads_and_generates(
+    name: str, recipe: str, float_checkpoint: Callable[[str], Path], data: Tensor, tmp_path: Path
+) -> None:
+    data = data.clamp(max=90)
+    made = quantize(float_checkpoint(name), small(RECIPES[recipe]), data=data, output=tmp_path)
+    exact = proof.logits(tiny_model(name, torch.float32), TOKENS)
+    logits = proof.logits(made, TOKENS)
+    bound = {"w8a8": 0.15, "w4a4": 0.9, "w4a4-rrs": 0.9}[recipe]
+    assert (logits - exact).norm() < bound * exact.norm()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(proof.logits(loaded, TOKENS), logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(proof.logits(again, TOKENS), logits)
+    quantized = [m for m in again.modules() if isinstance(m, QuantizedLinear)]
+    assert quantized
+    prompt = TOKENS[:1, :5]
+    text = again.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert text.shape[1] > prompt.shape[1]
+    stock = again.dequantize()
+    assert not [m for m in stock.modules() if isinstance(m, QuantizedLinear)]
+    assert [type(m) for m in stock.modules()] == [
+        type(m) for m in tiny_model(name, torch.float32).modules()
+    ]
+    assert (proof.logits(stock, TOKENS) - exact).norm() < bound * exact.norm()
+
+
+class TestExperts:
+    @pytest.mark.parametrize("name", WITH_EXPERTS)
+    def test_each_expert_is_a_lane_of_its_own_and_the_router_stays_float(self, name: str) -> None:
+        *_, graph = first_block(name)
+        site = next(site for site in graph.sites if site.routed)
+        assert len([lane for lane in site.lanes if "experts" in lane[0]]) == 4
+        assert {lane for lane in site.lanes if len(lane) > 1} <= {
+            ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+        }
+        assert site.float_readers
+        assert len([s for s in graph.sites if s.stage == "down" and s.readers[0].routed]) == 4
+
+    def test_an_expert_that_few_tokens_reach_is_rounded_to_nearest_and_reported(
+        self, float_checkpoint, data, caplog
+    ) -> None:
+        recipe = RECIPES["w4a8"].edit(gptq__least_tokens=10_000, tuning=None)
+        quantize(float_checkpoint("mixtral"), recipe, data=data)
+        messages = [record.getMessage() for record in caplog.records]
+        assert len([m for m in messages if "reached this expert" in m]) == 3 * 8
+        caplog.clear()
+        quantize(float_checkpoint("mixtral"), small(recipe), data=data)
+        assert not [r for r in caplog.records if "reached this expert" in r.getMessage()]
+
+    def test_live_smoothing_is_refused_by_name(self) -> None:
+        with pytest.raises(RecipeError, match=r"gate_up: live runtime smoothing.*router"):
+            make_plan(tiny_model("mixtral"), RECIPES["w4a4-rrs-live"])
+
+    def test_the_plan_says_that_experts_share_a_divisor(self) -> None:
+        notes = make_plan(tiny_model("mixtral"), RECIPES["w8a8"]).notes
+        assert any("share the smoothing divisor" in note for note in notes)
+
+
+class TestOnlineRotation:
+    @pytest.mark.parametrize("name", TINY)
+    def test_every_family_has_a_rotated_mode(self, name: str) -> None:
+        plan = make_plan(tiny_model(name), RECIPES["w4a8"])
+        assert (plan.residual_rotation is None) == (name in POST_NORMS)
+        for block in plan.blocks:
+            for site in block.sites:
+                online = site.input.rotation is not None
+                assert online == (
+                    site.site.reads == "inner"
+                    or (name in POST_NORMS and site.site.reads == "stream")
+                )
+
+    def test_the_plan_says_why_inputs_are_rotated_online(self) -> None:
+        notes = make_plan(tiny_model("gemma2"), RECIPES["w4a8"]).notes
+        assert any("rotated while the model runs" in note for note in notes)
+
+
+REQUIRED = ["llama", "phi3", "gpt2", "bloom", "falcon", "mixtral"]
+
+
+def shape_of(graph: BlockGraph, block: nn.Module) -> list[object]:
+    """A graph without its site names: what reads what, who produces it, who writes the stream."""
+
+    def matrices(refs: tuple[WeightRef, ...]) -> list[list[float]]:
+        return [[*ref.view(block).flatten()[:3].tolist(), len(ref.view(block))] for ref in refs]
+
+    sites = [
+        (
+            site.reads,
+            sorted(matrices(site.readers)),
+            sorted(matrices(site.float_readers)),
+            (matrices(site.producer.refs), site.producer.heads)
+            if isinstance(site.producer, Rows)
+            else site.producer,
+        )
+        for site in graph.sites
+    ]
+    return [*sorted(sites, key=str), sorted(matrices(graph.residual_writers))]
+
+
+class TestInference:
+    @pytest.mark.parametrize("name", TINY)
+    def test_it_finds_what_the_file_says(self, name: str) -> None:
+        model, written = opened(name)
+        found, _ = infer_family(TINY[name]())
+        assert found.parts(model) == written.parts(model)
+        assert (found.centred, found.returns_tuple) == (written.centred, written.returns_tuple)
+        for (block, theirs), (_, ours) in zip(
+            proof.graphs(model, found), proof.graphs(model, written), strict=True
+        ):
+            assert shape_of(theirs, block) == shape_of(ours, block)
+
+    @pytest.mark.parametrize("name", REQUIRED)
+    def test_what_it_finds_passes_the_same_transforms(self, name: str) -> None:
+        found, _ = infer_family(TINY[name]())
+        model, written = opened(name)
+        assert proof.claims(model, found).keys() == proof.claims(model, written).keys()
+        for rewrite in (*proof.claims(model, found).values(), proof.everything):
+            model, _ = opened(name)
+            rewrite(model, found)
+            now = proof.logits(model, TOKENS)
+            assert proof.deviation(now, original_logits(name)) < proof.TOLERANCE[torch.float64]
+
+    @pytest.mark.parametrize("name", REQUIRED)
+    def test_a_family_without_its_file_is_quantized_with_a_notice(
+        self, name, float_checkpoint, data, tmp_path, monkeypatch, caplog
+    ) -> None:
+        data = data.clamp(max=90)
+        expected = quantize(float_checkpoint(name), small(RECIPES["w4a8"]), data=data)
+        model_type = TINY[name]().model_type
+        monkeypatch.delitem(architectures._BY_MODEL_TYPE, model_type)
+        made = quantize(
+            float_checkpoint(name), small(RECIPES["w4a8"]), data=data, output=tmp_path / "out"
+        )
+        notices = [r.getMessage() for r in caplog.records if "has no file" in r.getMessage()]
+        assert notices
+        assert f"'{model_type}'" in notices[0]
+        assert torch.equal(proof.logits(made, TOKENS), proof.logits(expected, TOKENS))
+
+    def test_it_refuses_what_it_cannot_explain(self) -> None:
+        config = Qwen3NextConfig(
+            vocab_size=97, hidden_size=64, num_hidden_layers=4, intermediate_size=80, num_experts=4
+        )
+        with pytest.raises(UnsupportedModelError, match=r"qwen3_next.*cannot be found"):
+            infer_family(config)
+
+
+class TestRefusals:
+    def test_an_unknown_type_that_inference_cannot_take_is_one_error(self) -> None:
+        with pytest.raises(UnsupportedModelError, match="'clip' is no causal LM"):
+            infer_family(CLIPConfig())
+
+    @pytest.mark.parametrize(
+        ("config", "reason"),
+        [
+            (OPTConfig(word_embed_proj_dim=512, do_layer_norm_before=False), "OPT-350m"),
+            (DeepseekV3Config(), "latent attention"),
+            (Qwen3NextConfig(), "linear-attention"),
+        ],
+        ids=["opt-350m", "latent", "hybrid"],
+    )
+    def test_what_a_family_cannot_do_is_refused_with_the_reason(self, config, reason) -> None:
+        with pytest.raises(UnsupportedModelError, match=f"{config.model_type}.*{reason}"):
+            family_of(config)
+
+    @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+    def test_natively_quantized_checkpoints_are_refused(
+        self, method, float_checkpoint, tmp_path
+    ) -> None:
+        source = tmp_path / "native"
+        AutoModelForCausalLM.from_pretrained(float_checkpoint("llama")).save_pretrained(source)
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method}
+        (source / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UnsupportedModelError, match=f"already quantized.*{method}"):
+            quantize(source, preset("w8a8", "rtn"), output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestWeightRef:
+    def test_rows_are_a_view(self) -> None:
+        block = nn.ModuleDict({"fused": nn.Linear(2, 4)}).requires_grad_(False)
+        ref = WeightRef("fused.weight", rows=slice(1, None, 2))
+        ref.view(block).fill_(7)
+        ref.bias_view(block).fill_(8)
+        assert (block["fused"].weight == 7).all(1).tolist() == [False, True, False, True]
+        assert (block["fused"].bias == 8).tolist() == [False, True, False, True]
+
+    def test_a_module_without_a_bias_has_none(self) -> None:
+        block = nn.ModuleDict({"plain": nn.Linear(2, 4, bias=False)})
+        assert WeightRef("plain.weight").bias_view(block) is None
+
+
+class TestSite:
+    reader, up = WeightRef("down.weight"), WeightRef("up.weight")
+
+    @pytest.mark.parametrize(
+        ("producer", "edge"),
+        [
+            (None, None),
+            (Norm("norm.weight"), "norms"),
+            (Rows((up,)), "up_down"),
+            (Rows((up,), Heads(4, 2, 16)), "value_output"),
+        ],
+    )
+    def test_the_edge_is_the_kind_of_the_producer(
+        self, producer: Norm | Rows | None, edge: str | None
+    ) -> None:
+        assert Site("site", "inner", (self.reader,), producer).edge == edge
+
+    def test_modules_that_the_same_tokens_reach_share_a_lane(self) -> None:
+        routed = tuple(WeightRef(f"experts.{i}.weight", routed=True) for i in range(2))
+        shared = WeightRef("gate.weight"), WeightRef("up.weight")
+        site = Site("both", "stream", (*shared, *routed), None)
+        assert site.lanes == (("gate", "up"), ("experts.0",), ("experts.1",))
+
+    def test_a_stream_takes_a_rotation_where_every_block_has_writers(self) -> None:
+        site = Site("down", "inner", (self.reader,), None)
+        writes, norms = BlockGraph((site,), (self.reader,)), BlockGraph((site,), ())
+        assert takes_rotation([writes])
+        assert not takes_rotation([writes, norms])
+        assert writes.value_output is None
+
+
+def test_supported_types_are_listed_for_an_unknown_one() -> None:
+    assert {"llama", "gpt_oss", "bloom"} <= set(supported_model_types())
