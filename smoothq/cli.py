@@ -247,6 +247,32 @@ def generate(
     )
 
 
+@app.command()
+def families(
+    infer: Annotated[
+        str | None,
+        typer.Option(help="Find the wiring of this model by itself, and print it as a file."),
+    ] = None,
+) -> None:
+    """Print which method each model family can take.
+
+    Example: smoothq families --infer stabilityai/stablelm-2-1_6b
+    """
+    from .families import HEADER, rows
+
+    _silence_transformers()
+    if infer is not None:
+        from .checkpoint.stream import read_config
+        from .inference import infer_family
+
+        print(infer_family(read_config(infer))[1], end="")
+        return
+    table = Table(*HEADER)
+    for row in rows():
+        table.add_row(*row)
+    out.print(table)
+
+
 def _base_recipe(
     presets: list[Preset],
     method: Method | None,

@@ -42,7 +42,9 @@ _WIDTHS = {
     "shared_expert_intermediate_size": 96,
 }
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_UP_ROWS = {  # layouts of up in a matrix of N rows, as they stand in a file
+_UP_ROWS: dict[
+    str, Callable[[int], slice]
+] = {  # layouts of up in a matrix of N rows, as they stand in a file
     "": lambda rows: slice(None),
     "slice({width}, None)": lambda rows: slice(rows // 2, None),
     "slice(0, {width})": lambda rows: slice(0, rows // 2),
@@ -339,6 +341,8 @@ class _Writer:
             yield "centred=True"
         if self.blocks[0].returns_tuple:
             yield "returns_tuple=True"
+        if any(block.flattens for block in self.blocks):
+            yield "flattens=True"
 
 
 _FILE = '''"""{model_type}: wiring found by experiments on a tiny model."""
@@ -420,7 +424,7 @@ class _Block:
         self.sites: list[_Site] = []
         self.stream_norms: list[_NormFacts] = []
         self.writes_stream = True
-        self.returns_tuple = False
+        self.returns_tuple = self.flattens = False
 
     def run(self) -> tuple[Tensor, list[_Call]]:
         """The block's output, and the calls of all modules that hold a weight."""
@@ -441,6 +445,7 @@ class _Block:
         _, calls = self.run()
         by_key: dict[tuple[int, int], _Site] = {}
         readers = [call for call in calls if self._is_reader(call)]
+        self.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
         for call in readers:
             site = by_key.setdefault(call.key, _Site([]))
             if isinstance(call.module, SeparateExperts):

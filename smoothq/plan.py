@@ -131,6 +131,12 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     config = text_config(model)
     family = family_of(config) or _inferred(model)
     parts = family.parts(model)
+    smooth = recipe.runtime_smoothing
+    if family.flattens and smooth is not None and smooth.scope == "live":
+        raise RecipeError(
+            f"{config.model_type}: live runtime smoothing needs whole sequences, and its blocks "
+            "join the tokens of all sequences before some linears; use --smooth-scope token"
+        )
     stored = _stored_elements(model, parts)
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
@@ -286,6 +292,12 @@ def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool
             "rotated offline, so each of its readers' inputs is rotated while the model runs"
         )
     sites = [site.site for block in blocks for site in block.sites]
+    edges = {site.edge for site in sites}
+    notes += [
+        f"no divisor passes the {edge} edge of this family: it is not smoothed there"
+        for edge in (recipe.smoothing.edges if recipe.smoothing is not None else ())
+        if edge not in edges
+    ]
     shared = any(len(site.lanes) > 1 for site in sites if site.edge == "norms")
     if recipe.smoothing is not None and "norms" in recipe.smoothing.edges and shared:
         notes.append(
@@ -384,11 +396,6 @@ def _input_spec(site: Site, recipe: Recipe, width: int, where: str, rotatable: b
     elif smooth is not None:
         modes: dict[str, Mode] = {"token": "groups", "calibrated": "calibrated", "live": "live"}
         mode = modes[smooth.scope]
-        if mode == "live" and site.routed:
-            raise RecipeError(
-                f"{where}: live runtime smoothing needs whole sequences, and a router scatters "
-                "their tokens over the experts; use --smooth-scope token"
-            )
         if mode != "calibrated":
             settings["group_size"] = _group_size(smooth.group_size, width, where)
         settings["normalise"] = smooth.normalise

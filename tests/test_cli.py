@@ -244,3 +244,15 @@ def test_the_card_and_the_tokenizer_travel_with_the_checkpoint(run, model, tmp_p
     assert "import smoothq" in card
     assert (out / "tokenizer.json").is_file()
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+
+
+def test_families_prints_the_table_and_finds_a_wiring(run, model) -> None:
+    code, text, _ = run("families")
+    assert code == 0
+    assert "qwen2_moe" in text
+    code, text, _ = run("families", "--infer", model)
+    assert code == 0
+    assert 'FAMILY = Family(("llama",), _block' in text
+    code, text, log = run("families", "--infer", "/no/such/model")
+    assert (code, text) == (1, "")
+    assert "/no/such/model" in log

@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from smoothq import Recipe, architectures, preset, proof, quantize
+from scripts import families_table
+from smoothq import Recipe, architectures, families, preset, proof, quantize
 from smoothq.architectures import (
     BlockGraph,
     Family,
@@ -58,6 +59,7 @@ HEADS_OF |= dict.fromkeys(
     HEADS["each"],
 )
 HEADS_OF["falcon"] = HEADS["one"]
+RS_ALL = "token, calibrated, live"
 POST_NORMS = ["glm4", "gemma2", "gemma3_text", "gemma3", "olmo2"]
 WITHOUT_GATE = ["bloom", "bloom-untied", "gpt2", "gpt_neox", "gpt_neox-serial"]
 WITHOUT_GATE += ["falcon", "falcon-alibi", "falcon-groups", "gpt_oss"]
@@ -334,9 +336,10 @@ class TestExperts:
         quantize(float_checkpoint("mixtral"), small(recipe), data=data)
         assert not [r for r in caplog.records if "reached this expert" in r.getMessage()]
 
-    def test_live_smoothing_is_refused_by_name(self) -> None:
-        with pytest.raises(RecipeError, match=r"gate_up: live runtime smoothing.*router"):
-            make_plan(tiny_model("mixtral"), RECIPES["w4a4-rrs-live"])
+    @pytest.mark.parametrize("name", [*WITH_EXPERTS, "opt"])
+    def test_live_smoothing_is_refused_where_sequences_are_joined(self, name: str) -> None:
+        with pytest.raises(RecipeError, match="live runtime smoothing needs whole sequences"):
+            make_plan(tiny_model(name), RECIPES["w4a4-rrs-live"])
 
     def test_the_plan_says_that_experts_share_a_divisor(self) -> None:
         notes = make_plan(tiny_model("mixtral"), RECIPES["w8a8"]).notes
@@ -355,6 +358,10 @@ class TestOnlineRotation:
                     site.site.reads == "inner"
                     or (name in POST_NORMS and site.site.reads == "stream")
                 )
+
+    def test_the_plan_says_where_no_divisor_passes(self) -> None:
+        notes = make_plan(tiny_model("gpt2"), RECIPES["w4a8"]).notes
+        assert any("no divisor passes the up_down edge" in note for note in notes)
 
     def test_the_plan_says_why_inputs_are_rotated_online(self) -> None:
         notes = make_plan(tiny_model("gemma2"), RECIPES["w4a8"]).notes
@@ -390,7 +397,8 @@ class TestInference:
         model, written = opened(name)
         found, _ = infer_family(TINY[name]())
         assert found.parts(model) == written.parts(model)
-        assert (found.centred, found.returns_tuple) == (written.centred, written.returns_tuple)
+        for fact in ("centred", "returns_tuple", "flattens"):
+            assert getattr(found, fact) == getattr(written, fact)
         for (block, theirs), (_, ours) in zip(
             proof.graphs(model, found), proof.graphs(model, written), strict=True
         ):
@@ -510,3 +518,17 @@ class TestSite:
 
 def test_supported_types_are_listed_for_an_unknown_one() -> None:
     assert {"llama", "gpt_oss", "bloom"} <= set(supported_model_types())
+
+
+class TestTable:
+    def test_the_readme_has_the_table_of_the_graphs(self) -> None:
+        text = families_table.README.read_text()
+        assert families_table.written(text) == text
+
+    def test_each_supported_type_has_a_row(self) -> None:
+        rows = {row[0]: row[1:] for row in families.rows()}
+        assert sorted(rows) == supported_model_types()
+        assert rows["llama"] == ("norms, up→down, v→o", "offline", "up→down", RS_ALL, "none")
+        assert rows["opt"][1:3] == ("offline, mean kept", "up→down")
+        assert rows["gemma2"][1] == "online, by site"
+        assert rows["gpt_oss"][2:] == ("none", "token, calibrated", "each layer")

@@ -17,4 +17,4 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     return BlockGraph((qkv, o, gate_up, *downs), writers(o, *downs))
 
 
-FAMILY = Family(("gpt_oss",), _block)
+FAMILY = Family(("gpt_oss",), _block, flattens=True)

@@ -202,8 +202,9 @@ class Family:
 
     model_types: the config's `model_type` values. block: config and layer index → BlockGraph.
     centred: its norms subtract the mean. returns_tuple: a block returns its output inside a tuple.
-    refuses: config → why such a model cannot be quantized, or None. The other fields are names
-    within the decoder, as in `Parts`.
+    flattens: a block joins the tokens of all sequences in front of some of its linears. refuses:
+    config → why such a model cannot be quantized, or None. The other fields are names within the
+    decoder, as in `Parts`.
     """
 
     model_types: tuple[str, ...]
@@ -214,6 +215,7 @@ class Family:
     entry_norm: str | None = None
     centred: bool = False
     returns_tuple: bool = False
+    flattens: bool = False
     refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
 
     def parts(self, model: PreTrainedModel) -> Parts:

@@ -16,4 +16,4 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     return BlockGraph((qkv, o, gate_up, *downs), writers(o, *downs))
 
 
-FAMILY = Family(("mixtral",), _block)
+FAMILY = Family(("mixtral",), _block, flattens=True)

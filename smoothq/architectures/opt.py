@@ -31,5 +31,6 @@ FAMILY = Family(
     final_norm="final_layer_norm",
     positions="embed_positions",
     centred=True,
+    flattens=True,
     refuses=_refuses,
 )

@@ -27,4 +27,4 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     return BlockGraph((qkv, o, both, *downs), writers(o, *downs))
 
 
-FAMILY = Family(("qwen2_moe", "qwen3_moe"), _block)
+FAMILY = Family(("qwen2_moe", "qwen3_moe"), _block, flattens=True)

@@ -213,6 +213,11 @@ def open_source(
     return source
 
 
+def read_config(model: str) -> PretrainedConfig:
+    """The config of a hub id or a local directory. Raises SmoothqError where there is none."""
+    return _read_config(resolve_directory(model), model)
+
+
 def refuse_quantized(config: PretrainedConfig, name: str) -> None:
     """Raise UnsupportedModelError if a model's config says that it is quantized."""
     quantization = getattr(config, "quantization_config", None)

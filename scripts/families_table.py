@@ -1,0 +1,24 @@
+"""Write the README's table of families and methods from the graphs.
+
+python scripts/families_table.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from smoothq.families import markdown
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+
+
+def written(text: str) -> str:
+    """The README's text with the table of today between its two marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
