@@ -86,7 +86,12 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML recipe in place of the flags above.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Migration strength of smoothing.")] = None,
+    alpha: Annotated[
+        str | None, typer.Option(help="Migration strength of smoothing, or auto to search it.")
+    ] = None,
+    smooth_quantile: Annotated[
+        float | None, typer.Option(help="Smooth by this quantile in place of the maximum.")
+    ] = None,
     edges: Annotated[
         str | None, typer.Option(help="Smoothed edges: norms,up_down,value_output.")
     ] = None,
@@ -145,7 +150,8 @@ def quantize(
         "activations__granularity": {"token": "token", "tensor": "tensor", "static": "tensor"}.get(
             str(activation_scales)
         ),
-        "smoothing__alpha": alpha,
+        "smoothing__alpha": None if alpha is None else _float_or_auto(alpha),
+        "smoothing__quantile": smooth_quantile,
         "smoothing__edges": None if edges is None else edges.split(","),
         "calibration__source": calibration,
         "calibration__split": split,
@@ -287,6 +293,13 @@ def _base_recipe(
     if len(presets) != 1:
         raise typer.BadParameter("give one of --w8a8, --w4a8, --w4a4, --w4a16, or --recipe FILE")
     return preset(presets[0], method, scope, effort)
+
+
+def _float_or_auto(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _int_or_auto(text: str) -> int | str:

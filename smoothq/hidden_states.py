@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .architectures import Site
 from .errors import NumericsError
 from .modules import InputQuantizer
-from .observers import AbsMax, SecondMoment
+from .observers import AbsMax, AbsQuantile, SecondMoment
 from .plan import Plan
 from .transforms.hadamard import Hadamard
 
@@ -90,18 +90,26 @@ class HiddenStates:
         return HiddenStates(list(self._batches), self._calls)
 
     def maxima(
-        self, block: nn.Module, name: str, index: int, sites: list[Site], advance: bool
+        self,
+        block: nn.Module,
+        name: str,
+        index: int,
+        sites: list[Site],
+        share: float,
+        advance: bool,
     ) -> dict[str, Tensor]:
         """max_t |x_tk| at several sites in one forward, by site name; 0 where no token came.
 
-        For a block whose weights are still float. advance: move past the block as well. Raises
-        NumericsError naming a site whose input is not finite.
+        For a block whose weights are still float. share: below 1 the quantile instead of the
+        maximum. advance: move past the block as well. Raises NumericsError naming a site whose
+        input is not finite.
         """
-        seen: dict[str, AbsMax] = {}
+        tokens = sum(batch.shape[0] * batch.shape[1] for batch in self._batches)
+        seen: dict[str, AbsMax | AbsQuantile] = {}
         watched: dict[str, Callable[[Tensor], None]] = {}
         for site in sites:
             width = block.get_submodule(site.modules[0]).get_parameter("weight").shape[1]
-            seen[site.name] = AbsMax(width)
+            seen[site.name] = AbsMax(width) if share == 1 else AbsQuantile(width, share, tokens)
             watched |= {lane[0]: seen[site.name].update for lane in site.lanes}
         self._watch(block, index, watched, advance)
         maxima = {site: observer.result() for site, observer in seen.items()}

@@ -56,6 +56,41 @@ class AbsMax:
         return self._maxima
 
 
+class AbsQuantile:
+    """A high quantile over tokens of |x_tk|, float32 (K,): exact, from the largest values kept.
+
+    share: 1 is the maximum; 0.999 leaves a thousandth of the tokens above. tokens: at most so many
+    will come. Merging is exact.
+    """
+
+    def __init__(self, width: int, share: float, tokens: int) -> None:
+        self._share, self._seen = share, 0
+        self._kept = int((1 - share) * tokens) + 1
+        self._largest = torch.zeros(0, width)
+
+    def update(self, x: Tensor) -> None:
+        """Take in a micro-batch, float (..., K)."""
+        x = x.float().flatten(0, -2).abs()
+        self._seen += len(x)
+        self._keep(x)
+
+    def merge(self, other: AbsQuantile) -> None:
+        """Take in what another observer saw."""
+        self._seen += other._seen
+        self._keep(other._largest)
+
+    def result(self) -> Tensor:
+        """float32 (K,); zero where no token came."""
+        if not self._seen:
+            return torch.zeros(self._largest.shape[1])
+        above = int((1 - self._share) * self._seen)
+        return self._largest.sort(0, descending=True).values[above]
+
+    def _keep(self, values: Tensor) -> None:
+        both = torch.cat([self._largest.to(values.device), values])
+        self._largest = both.topk(min(self._kept, len(both)), dim=0).values
+
+
 class SecondMoment:
     """Σ_t x_t x_tᵀ, float64 (K, K): the Hessian of a linear layer's squared output error.
 

@@ -29,6 +29,7 @@ from .checkpoint.writer import CheckpointWriter
 from .errors import CalibrationError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
+from .migration import search_alpha
 from .modules import InputQuantizer, SequenceContext
 from .observers import SecondMoment
 from .plan import (
@@ -200,11 +201,7 @@ def _quantize_block(
     follows_float = recipe.smoothing is not None and not recipe.sees_quantized
     if recipe.smoothing is not None and stream is not None:
         stage("smooth")
-        edges = [site for site in graph.sites if site.edge in recipe.smoothing.edges]
-        maxima = stream.maxima(block.module, block.name, block.index, edges, advance=follows_float)
-        for site in edges:
-            alpha = recipe.smoothing.alpha
-            smooth(block.module, site, maxima[site.name], alpha, plan.stored_dtype)
+        _smooth(block, plan, stream, advance=follows_float)
     if graph.value_output is not None and block.plan.value_rotation is not None:
         rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)
     if unquantized is not None:
@@ -223,6 +220,28 @@ def _quantize_block(
     if stream is not None and not follows_float:
         stage("forward")
         stream.advance(block.module, block.index)
+
+
+def _smooth(block: _Block, plan: Plan, stream: HiddenStates, advance: bool) -> None:
+    """Smooth the edges that the recipe names. advance: the hidden states follow the float model."""
+    smoothing = plan.recipe.smoothing
+    assert smoothing is not None
+    plans = [each for each in block.plan.sites if each.site.edge in smoothing.edges]
+    entering = stream.copy()
+    maxima = stream.maxima(
+        block.module,
+        block.name,
+        block.index,
+        [each.site for each in plans],
+        smoothing.quantile,
+        advance,
+    )
+    for each in plans:
+        seen, alpha = maxima[each.site.name], smoothing.alpha_of(each.site.edge)
+        if alpha == "auto":
+            alpha = search_alpha(block.module, block.index, each, seen, entering)
+            log.debug("%s, %s: alpha %g", block.name, each.site.name, alpha)
+        smooth(block.module, each.site, seen, alpha, plan.stored_dtype)
 
 
 def _quantize_sites(

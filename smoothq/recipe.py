@@ -7,7 +7,7 @@ into the output's `config.json`. Nothing downstream reads flags.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,8 @@ Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
 Scope = Literal["token", "calibrated", "live"]
 Effort = Literal["fast", "default", "best"]
+Edge = Literal["norms", "up_down", "value_output"]
+Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
 GroupSize = int | Literal["auto"]
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
@@ -63,10 +65,29 @@ class Activations(_Frozen):
 
 
 class Smoothing(_Frozen):
-    """SmoothQuant's migration: alpha, and the edges at which a divisor can be folded away."""
+    """SmoothQuant's migration: alpha, and the edges at which a divisor can be folded away.
 
-    alpha: float = Field(0.5, ge=0, le=1)
-    edges: tuple[Literal["norms", "up_down", "value_output"], ...] = ("norms", "up_down")
+    alpha: one for all edges or one for each, `auto` to search it layer by layer. quantile: which
+    share of a channel's magnitudes the input's maximum covers; 1 is the maximum itself.
+    """
+
+    alpha: Alpha | dict[Edge, Alpha] = 0.5
+    edges: tuple[Edge, ...] = ("norms", "up_down")
+    quantile: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _an_alpha_for_each_edge(self) -> Smoothing:
+        if isinstance(self.alpha, dict) and set(self.edges) - set(self.alpha):
+            missing = ", ".join(sorted(set(self.edges) - set(self.alpha)))
+            raise ValueError(f"alpha has no value for the edge {missing}")
+        return self
+
+    def alpha_of(self, edge: Edge | None) -> float | Literal["auto"]:
+        """The migration strength at an edge, or `auto`."""
+        if isinstance(self.alpha, dict):
+            assert edge is not None
+            return self.alpha[edge]
+        return self.alpha
 
 
 class Rotation(_Frozen):

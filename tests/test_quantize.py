@@ -180,18 +180,12 @@ def refused(
     assert not out.with_name("refused.partial").exists()
 
 
-def test_refuses_an_architecture_it_does_not_know(tmp_path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_refuses_an_architecture_whose_wiring_cannot_be_found(tmp_path) -> None:
+    from transformers import CTRLConfig, CTRLLMHeadModel
 
-    config = GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2)
-    match = "gpt2.*supported: llama, mistral, phi3, qwen2, qwen3"
-    refused(UnsupportedModelError, match, tmp_path, GPT2LMHeadModel(config), preset("w8a8", "rtn"))
-
-
-def test_refuses_experts_by_name(tmp_path) -> None:
-    refused(
-        UnsupportedModelError, "experts", tmp_path, tiny_model("mixtral"), preset("w8a8", "rtn")
-    )
+    config = CTRLConfig(vocab_size=97, n_embd=16, dff=32, n_layer=1, n_head=2)
+    match = "'ctrl' has no file, and the wiring found for it is wrong"
+    refused(UnsupportedModelError, match, tmp_path, CTRLLMHeadModel(config), preset("w8a8", "rtn"))
 
 
 def test_refuses_a_model_that_is_already_quantized(float_checkpoint, data, tmp_path) -> None:
