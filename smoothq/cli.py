@@ -107,6 +107,13 @@ def quantize(
     smooth_scope: Annotated[
         Scope | None, typer.Option(help="Where runtime smoothing takes its scale from.")
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave these linears in float: a pattern of full names; repeatable."),
+    ] = None,
+    embeddings: Annotated[
+        int | None, typer.Option(help="Bits of embedding and head: 8, or 16 for float.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="wikitext2, c4, ptb, a data set id, a text file, or builtin."),
@@ -153,6 +160,8 @@ def quantize(
         "smoothing__alpha": None if alpha is None else _float_or_auto(alpha),
         "smoothing__quantile": smooth_quantile,
         "smoothing__edges": None if edges is None else edges.split(","),
+        "keep": keep or None,
+        "embeddings": embeddings,
         "calibration__source": calibration,
         "calibration__split": split,
         "calibration__text_column": text_column,

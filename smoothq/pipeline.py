@@ -30,7 +30,8 @@ from .errors import CalibrationError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .migration import search_alpha
-from .modules import InputQuantizer, SequenceContext
+from .modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, SequenceContext
+from .modules.quantized_embedding import row_grid
 from .observers import SecondMoment
 from .plan import (
     Bits,
@@ -38,6 +39,7 @@ from .plan import (
     Plan,
     SitePlan,
     check_device,
+    install_ends,
     install_inputs,
     install_linear,
     make_plan,
@@ -359,6 +361,8 @@ def _quantize_ends(
         stream = HiddenStates.enter(model, plan, tokens, rotation, device)
     if rotation is not None:
         rotate_ends_offline(model, parts, rotation, plan.folds_ends)
+    if plan.tables:
+        _quantize_tables(model, plan, large)
     for name in [*large, *small]:
         writer.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
         unload_module(model.get_submodule(name))
@@ -371,6 +375,21 @@ def _quantize_ends(
     for name, tensor in source.tensors(rest):
         writer.add({name: tensor.to(plan.stored_dtype)})
     return stream
+
+
+def _quantize_tables(model: PreTrainedModel, plan: Plan, names: list[str]) -> None:
+    """Round embedding and untied head by rows and put the modules that hold them in place."""
+    floats = {name: model.get_submodule(name) for name in names}
+    install_ends(model, plan)
+    for name, module in floats.items():
+        weight = module.get_parameter("weight")
+        rounded = round_to_nearest(weight, row_grid(weight.shape[1]))
+        quantized = model.get_submodule(name)
+        if isinstance(quantized, QuantizedLinear):
+            quantized.set_weight(rounded, getattr(module, "bias", None))
+        else:
+            assert isinstance(quantized, QuantizedEmbedding)
+            quantized.set_weight(rounded)
 
 
 def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ its config, so nothing of it needs to be stored.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from .kernels import runs_on
 from .modules import (
     InputQuantizer,
     InputSpec,
+    QuantizedEmbedding,
     QuantizedLinear,
     SequenceContext,
+    TiedHead,
     WeightSpec,
     rotate_ends,
 )
 from .modules.input_quantizer import Mode
+from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
 from .recipe import FLOAT_BITS, GroupSize, Recipe
 from .rounding.grid import IntegerGrid
 from .transforms.hadamard import Hadamard
@@ -66,11 +70,18 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One decoder block: its wiring, its sites, and the rotation of its values (or None)."""
+    """One decoder block: its wiring, its sites, and the rotation of its values (or None).
+
+    kept_elements: of the linears that the recipe keeps in float; kept_width: of the tensors that
+    only such linears read. new_biases: those of them that take in a norm's bias and had none.
+    """
 
     graph: BlockGraph
     sites: tuple[SitePlan, ...]
     value_rotation: Hadamard | None
+    kept_elements: int
+    kept_width: int
+    new_biases: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Plan:
     stream takes none. folds_ends: R1 is folded into embedding and head, where otherwise it runs
     online at both ends. notes: what the user should know.
     stored_dtype: of everything that stays float; float_elements: how many numbers that is.
+    tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied head.
     """
 
     recipe: Recipe
@@ -102,6 +114,7 @@ class Plan:
     notes: tuple[str, ...]
     stored_dtype: torch.dtype
     float_elements: int
+    tables: tuple[tuple[int, int], ...]
 
     @property
     def online_rotations(self) -> list[Hadamard]:
@@ -119,7 +132,8 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
-        return self.linear_bytes + self.float_elements * self.stored_dtype.itemsize
+        tables = sum(rows * (columns + 4) for rows, columns in self.tables)
+        return self.linear_bytes + tables + self.float_elements * self.stored_dtype.itemsize
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
@@ -143,9 +157,13 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     graphs = [family.block(config, index) for index in range(len(layers))]
     rotatable = takes_rotation(graphs)
     blocks = tuple(
-        _plan_block(_opened(layer), graph, recipe, index, rotatable)
+        _plan_block(_opened(layer), graph, recipe, f"{parts.layers}.{index}", index, rotatable)
         for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True))
     )
+    if not _weight_specs(blocks):
+        raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
+    _check_patterns(recipe, graphs, parts)
+    tables = _tables(model, parts, recipe)
     rotation = None
     if rotatable and recipe.rotation is not None and recipe.rotation.residual:
         rotation = Hadamard.of(config.hidden_size, recipe.seed, family.centred)
@@ -159,11 +177,47 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=blocks,
         residual_rotation=rotation,
         folds_ends=rotation is not None and parts.fold(model),
-        bits=_count_bits(blocks),
+        bits=_count_bits(blocks, _stored_dtype(recipe, config)),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
-        float_elements=stored + _added_biases(layers, blocks) - _quantized_elements(blocks),
+        float_elements=stored
+        + _added_biases(layers, blocks)
+        - _quantized_elements(blocks)
+        - sum(rows * columns for rows, columns in tables),
+        tables=tables,
     )
+
+
+def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> None:
+    """Refuse patterns that match nothing: a typing error would quantize what was to be kept."""
+    names = [
+        f"{parts.layers}.{index}.{module}"
+        for index, graph in enumerate(graphs)
+        for site in graph.sites
+        for module in site.modules
+    ]
+    names += [parts.head, parts.embedding]
+    for pattern in (*recipe.keep, *(override.match for override in recipe.overrides)):
+        if not fnmatch.filter(names, pattern):
+            raise RecipeError(
+                f"the pattern '{pattern}' matches no linear of the model; they are called like "
+                f"'{names[0]}'"
+            )
+
+
+def _tables(model: PreTrainedModel, parts: Parts, recipe: Recipe) -> tuple[tuple[int, int], ...]:
+    """Shapes of embedding and untied head where the recipe stores them in 8 bits."""
+    names = [parts.embedding, *([] if is_tied(model) else [parts.head])]
+    if recipe.embeddings == FLOAT_BITS or any(map(recipe.keeps, (parts.embedding, parts.head))):
+        return ()
+    embedding = model.get_submodule(parts.embedding)
+    if type(embedding) is not nn.Embedding:
+        raise RecipeError(
+            f"{parts.embedding} is a {type(embedding).__name__}, which does more than look rows "
+            "up: it cannot be stored in 8 bits; leave embeddings at 16"
+        )
+    weights = (model.get_submodule(name).get_parameter("weight") for name in names)
+    return tuple((weight.shape[0], weight.shape[1]) for weight in weights)
 
 
 def _inferred(model: PreTrainedModel) -> Family:
@@ -192,6 +246,10 @@ def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
         for site in block.sites
         for module, spec in site.modules.items()
         if site.adds_bias and layer.get_submodule(module).bias is None
+    ) + sum(
+        layer.get_submodule(module).get_parameter("weight").shape[0]
+        for layer, block in zip(layers, blocks, strict=True)
+        for module in block.new_biases
     )
 
 
@@ -259,10 +317,42 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         for site in block.sites:
             for module in site.modules:
                 install_linear(layer, module, site, inputs[site.site.name])
+        for module in block.new_biases:
+            kept = layer.get_submodule(module)
+            assert isinstance(kept, nn.Linear)
+            kept.bias = nn.Parameter(kept.weight.data.new_empty(kept.out_features))
+    install_ends(model, plan)
     if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None and not plan.folds_ends:
         rotate_ends(model, plan.parts, plan.residual_rotation)
+
+
+def install_ends(model: PreTrainedModel, plan: Plan) -> None:
+    """Put what is stored in 8 bits in the place of embedding and head, empty, where the plan asks.
+
+    The head's input is quantized per token in 8 bits, or stays float where the recipe's is.
+    """
+    if not plan.tables:
+        return
+    parts = plan.parts
+    (rows, columns), *untied = plan.tables
+    dtype = model.get_submodule(parts.embedding).get_parameter("weight").dtype
+    embedding = QuantizedEmbedding(rows, columns, dtype)
+    floats = plan.recipe.activations.bits == FLOAT_BITS
+    spec = InputSpec(
+        columns, FLOAT_BITS if floats else EMBEDDING_BITS, "float" if floats else "token"
+    )
+    site_input = InputQuantizer(f"{parts.head}.input", spec, 1, SequenceContext())
+    if untied:
+        head = model.get_submodule(parts.head)
+        bias = dtype if isinstance(head.bias, nn.Parameter) else None
+        linear = QuantizedLinear(WeightSpec(*untied[0], row_grid(columns)), site_input, bias)
+        linear.add_module("input", site_input)
+        model.set_submodule(parts.head, linear)
+    else:
+        model.set_submodule(parts.head, TiedHead(embedding, site_input))
+    model.set_submodule(parts.embedding, embedding)
 
 
 def _site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
@@ -307,16 +397,52 @@ def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool
     return notes
 
 
+def _without_kept(graph: BlockGraph, recipe: Recipe, name: str) -> BlockGraph:
+    """A graph in which what the recipe keeps in float is read as a router's weights are."""
+
+    def without(site: Site) -> Site:
+        kept = tuple(r for r in site.readers if recipe.keeps(f"{name}.{r.module}"))
+        readers = tuple(reader for reader in site.readers if reader not in kept)
+        return replace(site, readers=readers, float_readers=site.float_readers + kept)
+
+    return replace(graph, sites=tuple(without(site) for site in graph.sites))
+
+
 def _plan_block(
-    layer: nn.Module, graph: BlockGraph, recipe: Recipe, index: int, rotatable: bool
+    layer: nn.Module,
+    stock: BlockGraph,
+    recipe: Recipe,
+    name: str,
+    index: int,
+    rotatable: bool,
 ) -> BlockPlan:
-    sites = tuple(_plan_site(layer, site, recipe, index, rotatable) for site in graph.sites)
+    graph = _without_kept(stock, recipe, name)
+    planned = [site for site in graph.sites if site.readers]
+    sites = tuple(_plan_site(layer, site, recipe, name, rotatable) for site in planned)
+    pairs = zip(stock.sites, graph.sites, strict=True)
+    kept = {
+        module: site for old, site in pairs for module in old.modules if module not in site.modules
+    }
+    weights = {module: layer.get_submodule(module).get_parameter("weight") for module in kept}
+    widths = {site.name: weights[m].shape[1] for m, site in kept.items() if not site.readers}
+    new_biases = tuple(
+        module
+        for module, site in kept.items()
+        if _takes_bias(layer, site, recipe, rotatable) and layer.get_submodule(module).bias is None
+    )
     value_rotation = None
     if recipe.rotation is not None and recipe.rotation.value_output and graph.value_output:
         heads = _value_heads(graph.value_output)
         # Each layer draws its own signs: one unlucky draw is then not repeated in all.
         value_rotation = Hadamard.of(heads.dim, recipe.seed * 1000 + index)
-    return BlockPlan(graph, sites, value_rotation)
+    return BlockPlan(
+        graph,
+        sites,
+        value_rotation,
+        kept_elements=sum(weight.numel() for weight in weights.values()),
+        kept_width=sum(widths.values()),
+        new_biases=new_biases,
+    )
 
 
 def _value_heads(site: Site) -> Heads:
@@ -326,23 +452,34 @@ def _value_heads(site: Site) -> Heads:
     return producer.heads
 
 
+def _takes_bias(layer: nn.Module, site: Site, recipe: Recipe, rotatable: bool) -> bool:
+    """Whether a site's linears take in the bias of the norm before them."""
+    fused = rotatable and recipe.rotation is not None and recipe.rotation.residual
+    producer = site.producer
+    return fused and isinstance(producer, Norm) and producer.bias_view(layer) is not None
+
+
 def _plan_site(
-    layer: nn.Module, site: Site, recipe: Recipe, index: int, rotatable: bool
+    layer: nn.Module, site: Site, recipe: Recipe, block: str, rotatable: bool
 ) -> SitePlan:
-    modules = {}
+    modules, inputs = {}, {}
     for name in site.modules:
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        where = f"layer {index}, {name}"
-        grid = _weight_grid(recipe, linear.in_features, where)
-        modules[name] = WeightSpec(linear.out_features, linear.in_features, grid)
-    width = next(iter(modules.values())).in_features
-    fused = rotatable and recipe.rotation is not None and recipe.rotation.residual
-    producer = site.producer
-    adds_bias = fused and isinstance(producer, Norm) and producer.bias_view(layer) is not None
-    where = f"layer {index}, {site.name}"
-    spec = _input_spec(site, recipe, width, where, rotatable)
-    return SitePlan(site, spec, modules, adds_bias)
+        where = f"{block}.{name}"
+        width, own = linear.in_features, recipe.of(where)
+        grid = _weight_grid(own, width, where)
+        modules[name] = WeightSpec(linear.out_features, width, grid)
+        inputs[name] = _input_spec(site, own, width, where, rotatable)
+    first, *others = inputs
+    for other in others:
+        if inputs[other] != inputs[first]:
+            raise RecipeError(
+                f"{block}: {first} and {other} read the same tensor, so an override must give "
+                "both the same activations"
+            )
+    adds_bias = _takes_bias(layer, site, recipe, rotatable)
+    return SitePlan(site, inputs[first], modules, adds_bias)
 
 
 def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
@@ -417,13 +554,17 @@ def _quantized_elements(blocks: tuple[BlockPlan, ...]) -> int:
     return sum(spec.out_features * spec.in_features for spec in _weight_specs(blocks))
 
 
-def _count_bits(blocks: tuple[BlockPlan, ...]) -> Bits:
+def _count_bits(blocks: tuple[BlockPlan, ...], dtype: torch.dtype) -> Bits:
     sites = [site for block in blocks for site in block.sites]
-    stored = sum(spec.stored_bits for spec in _weight_specs(blocks))
+    kept = sum(block.kept_elements for block in blocks)
+    kept_width = sum(block.kept_width for block in blocks)
+    stored = sum(spec.stored_bits for spec in _weight_specs(blocks)) + 8 * dtype.itemsize * kept
+    elements = _quantized_elements(blocks) + kept
     inputs = [site.input for site in sites]
-    width = sum(spec.width for spec in inputs)
+    width = sum(spec.width for spec in inputs) + kept_width
 
     def activation(tokens: int) -> float:
-        return sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs) / width
+        bits = sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs)
+        return (bits + FLOAT_BITS * kept_width) / width
 
-    return Bits(stored / _quantized_elements(blocks), activation(PREFILL_TOKENS), activation(1))
+    return Bits(stored / elements, activation(PREFILL_TOKENS), activation(1))

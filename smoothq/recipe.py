@@ -6,6 +6,7 @@ into the output's `config.json`. Nothing downstream reads flags.
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,9 +147,25 @@ class Calibration(_Frozen):
     sequence_length: int = Field(1024, ge=2)
 
 
+class Override(_Frozen):
+    """Other number formats for some linears. match: a pattern of full module names, as in a shell.
+
+    weights, activations: sections in place of the recipe's, whole. Activations of an override are
+    not smoothed at run time unless it says so. All linears that read one tensor need the same
+    activations.
+    """
+
+    match: str
+    weights: Weights | None = None
+    activations: Activations | None = None
+    runtime_smoothing: RuntimeSmoothing | None = None
+
+
 class Recipe(_Frozen):
     """A whole quantization: number formats, transforms, rounding, calibration, seed.
 
+    keep: patterns of full module names that stay in float. overrides: other formats for some, the
+    first that matches counts. embeddings: bits of embedding and head; 8 is one scale a row.
     dtype: of everything that stays float in the checkpoint; `auto` is the dtype that the model's
     config names.
     """
@@ -162,6 +179,9 @@ class Recipe(_Frozen):
     gptq: Gptq = Gptq()
     tuning: Tuning | None = None
     calibration: Calibration = Calibration()
+    keep: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    embeddings: Literal[8, 16] = 16
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -220,6 +240,27 @@ class Recipe(_Frozen):
         per_tensor = self.activations.granularity == "tensor" and not self.activations.static
         live = self.runtime_smoothing is not None and self.runtime_smoothing.scope == "live"
         return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
+
+    def of(self, module: str) -> Recipe:
+        """The recipe of one linear, by its full name: this one, or the first override that matches.
+
+        Raises RecipeError where an override's sections do not go together.
+        """
+        for override in self.overrides:
+            if fnmatchcase(module, override.match):
+                values: dict[str, Any] = {"overrides": ()}
+                if override.weights is not None:
+                    values["weights"] = override.weights.model_dump()
+                if override.activations is not None:
+                    smooth = override.runtime_smoothing
+                    values["activations"] = override.activations.model_dump()
+                    values["runtime_smoothing"] = smooth and smooth.model_dump()
+                return self.edit(**values)
+        return self
+
+    def keeps(self, module: str) -> bool:
+        """Whether a linear, by its full name, stays in float."""
+        return any(fnmatchcase(module, pattern) for pattern in self.keep)
 
     def edit(self, **fields: Any) -> Recipe:
         """A copy with fields replaced; `section__field=value` reaches into a section.

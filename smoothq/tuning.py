@@ -52,6 +52,8 @@ def tune(
             assert isinstance(linear, QuantizedLinear)
             shared = inputs.setdefault(site.input_name, _Input(linear.site_input))
             linears[module] = _Linear(linear, shared, unrounded[module])
+    if not linears:
+        return
     block.requires_grad_(False)
     for module, linear in linears.items():
         block.set_submodule(module, linear)

@@ -23,7 +23,7 @@ from ..architectures import WeightRef
 from ..architectures.layout import close_block
 from ..checkpoint.stream import tensor_shapes
 from ..errors import CheckpointError
-from ..modules import InputQuantizer, QuantizedLinear, stop_rotating
+from ..modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, stop_rotating
 from ..modules.online_rotation import RotatesInput, RotatesOutput
 from ..plan import Plan, install, make_plan
 from ..recipe import Recipe, recipe_from_dict
@@ -102,6 +102,9 @@ class SmoothqHfQuantizer(HfQuantizer):
             self.plan = make_plan(model, self.quantization_config.parsed_recipe())
             self._check_rotations(self.plan)
             install(model, self.plan)
+        if self.plan.tables:
+            # The head looks its codes up in the embedding: there is no parameter to tie.
+            model.all_tied_weights_keys = {}
         if checkpoint_files:
             _check_tensors(model, checkpoint_files)
 
@@ -145,7 +148,9 @@ def prepare(model: PreTrainedModel) -> None:
                 module.site_input.rotation.prepare(module.weight.device)
             module.prepare()
         elif isinstance(module, RotatesInput | RotatesOutput):
-            module.online_rotation.prepare(module.get_parameter("weight").device)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            module.online_rotation.prepare(weight.device)
 
 
 def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
@@ -173,9 +178,28 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
         block.to(dtype)
     for end in (plan.parts.entry, plan.parts.final_norm):
         stop_rotating(model.get_submodule(end))
+    if plan.tables:
+        _dequantize_tables(model, plan, dtype)
     rotation, positions = plan.residual_rotation, plan.parts.positions
     if rotation is not None and positions is not None and not plan.folds_ends:
         rotate_input(WeightRef(f"{positions}.weight").view(model), rotation, inverse=True)
+
+
+def _dequantize_tables(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
+    """Stock embedding and head in the place of those in 8 bits."""
+    quantized = model.get_submodule(plan.parts.embedding)
+    assert isinstance(quantized, QuantizedEmbedding)
+    weight = quantized.quantized_weight().dequantize(dtype)
+    embedding = nn.Embedding.from_pretrained(weight)
+    head = model.get_submodule(plan.parts.head)
+    if isinstance(head, QuantizedLinear):
+        stock = _dense(head, dtype)
+    else:
+        with torch.device("meta"):
+            stock = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        stock.weight = embedding.weight
+    model.set_submodule(plan.parts.embedding, embedding)
+    model.set_submodule(plan.parts.head, stock)
 
 
 def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
@@ -222,7 +246,7 @@ def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
 def _check_filled(model: nn.Module) -> None:
     """Raise CheckpointError for a quantized tensor that loading left uninitialised."""
     for name, module in model.named_modules():
-        if not isinstance(module, QuantizedLinear | InputQuantizer):
+        if not isinstance(module, QuantizedLinear | InputQuantizer | QuantizedEmbedding):
             continue
         persistent = [key for key in module.state_dict() if "." not in key]
         for key in persistent:

@@ -77,7 +77,7 @@ def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> Non
         for first in range(0, len(values), producer.heads.dim):
             rows = slice(first, first + producer.heads.dim)
             rotate_output(values[rows], None if bias is None else bias[rows], rotation)
-    for reader in site.readers:
+    for reader in site.all_readers:
         matrix = reader.view(block)
         per_head = matrix.double().unflatten(1, (producer.heads.query, producer.heads.dim))
         matrix.copy_(rotation.apply(per_head).flatten(1))

@@ -1,0 +1,95 @@
+"""An embedding held as 8-bit codes with a scale a row, and the head that is tied to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..checkpoint.packing import pack, packed_like, unpack
+from ..kernels import QuantizedInput
+from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from .input_quantizer import InputQuantizer
+
+EMBEDDING_BITS = 8
+
+
+def row_grid(columns: int) -> IntegerGrid:
+    """The number format of an embedding's rows: 8 bits, one scale a row by its maximum."""
+    return IntegerGrid(EMBEDDING_BITS, "channel", columns, multiplier=False, clip=False)
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a table of codes: token ids int64 (...) → float (..., K).
+
+    Persistent: `weight`, the codes in the stored form, and `weight_scale`, float32 (V, 1).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    like: Tensor
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        """dtype: of the output, until the module is cast. All tensors start on the meta device."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = rows, columns
+        self.register_buffer("weight", packed_like(rows, columns, EMBEDDING_BITS))
+        scale = torch.empty(rows, 1, dtype=torch.float32, device="meta")
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def set_weight(self, quantized: QuantizedWeight) -> None:
+        """Take over codes and scales."""
+        self.weight = pack(quantized.codes, EMBEDDING_BITS)
+        self.weight_scale = quantized.scales.scale.contiguous()
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The stored codes, int8 (V, K), and their scales."""
+        codes = unpack(self.weight, self.embedding_dim, EMBEDDING_BITS)
+        return QuantizedWeight(codes, Scales(self.weight_scale, None))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of token ids, dequantized."""
+        codes = self.weight[ids].squeeze(-1)
+        return (codes.float() * self.weight_scale[ids]).to(self.like.dtype)
+
+
+class TiedHead(nn.Module):
+    """The head that multiplies by the codes of the embedding: float (..., K) → (..., V)."""
+
+    embedding: QuantizedEmbedding
+
+    def __init__(self, embedding: QuantizedEmbedding, site_input: InputQuantizer) -> None:
+        super().__init__()
+        # The embedding owns the codes: the head stores nothing.
+        object.__setattr__(self, "embedding", embedding)
+        self.site_input = site_input
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's codes, in the stored form."""
+        return self.embedding.weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Tying hands the embedding's tensor over; it is looked up each time anyway."""
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that a forward runs, in order."""
+        product = "weight_only_gemm" if self.site_input.spec.mode == "float" else "int8_gemm"
+        return (*self.site_input.operators(), product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float (..., K) → logits (..., V) in x's dtype."""
+        codes, scale = self.weight.squeeze(-1), self.embedding.weight_scale.float()
+        quantized = self.site_input(x)
+        logits: Tensor
+        if isinstance(quantized, QuantizedInput):
+            rows = quantized.codes.reshape(-1, self.in_features)
+            steps = quantized.scale.reshape(-1, 1)
+            logits = kernels.int8_gemm(rows, steps, codes, scale.squeeze(1), None, x.dtype)
+        else:
+            rows = quantized.reshape(-1, self.in_features)
+            logits = kernels.weight_only_gemm(rows, codes, scale, None, None, EMBEDDING_BITS)
+        return logits.reshape(*x.shape[:-1], self.out_features)

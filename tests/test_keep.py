@@ -1,0 +1,160 @@
+"""What a recipe leaves in float, gives other bits, or stores in 8 bits outside the blocks."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from smoothq import preset, proof, quantize
+from smoothq.errors import RecipeError
+from smoothq.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
+from smoothq.plan import make_plan
+from smoothq.recipe import Activations, Override, Weights, recipe_from_dict
+from tests.architectures import tiny_model
+from tests.conftest import RECIPES
+
+TOKENS = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def quantized_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w8a8-static"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-groups", "mixtral", "gemma2"])
+def test_a_kept_block_stays_float_and_computes_what_it_did(
+    name, recipe, float_checkpoint, data, tmp_path
+) -> None:
+    data, layers = data.clamp(max=90), {"llama": "model.layers", "mixtral": "model.layers"}
+    prefix = f"{layers.get(name, 'model.layers' if name == 'gemma2' else 'transformer.h')}.1."
+    kept = RECIPES[recipe].edit(keep=(f"{prefix}*",), gptq__least_tokens=8, tuning=None)
+    model = quantize(float_checkpoint(name), kept, data=data, output=tmp_path / "out")
+    names = quantized_names(model)
+    assert names
+    assert not [n for n in names if n.startswith(prefix)]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(proof.logits(loaded, TOKENS), proof.logits(model, TOKENS))
+    everything = RECIPES[recipe].edit(
+        keep=(f"{prefix.replace('.1.', '.*')}",), gptq__least_tokens=8, tuning=None
+    )
+    with pytest.raises(RecipeError, match="no linear to quantize"):
+        make_plan(tiny_model(name), everything)
+
+
+def test_all_but_one_linear_kept_leaves_the_function_but_for_its_rounding(
+    float_checkpoint, data
+) -> None:
+    keep = ("*.self_attn.*", "*.mlp.gate_proj", "*.mlp.up_proj", "*.layers.[12].*")
+    recipe = preset("w4a8").edit(
+        keep=keep, weights__group_size=16, weights__bits=8, weights__group_scale="float"
+    )
+    model = quantize(float_checkpoint("llama-untied"), recipe, data=data)
+    assert quantized_names(model) == {"model.layers.0.mlp.down_proj"}
+    exact = proof.logits(tiny_model("llama-untied", torch.float32), TOKENS)
+    assert (proof.logits(model, TOKENS) - exact).norm() < 0.01 * exact.norm()
+
+
+def test_kept_linears_count_at_their_float_bits() -> None:
+    model = tiny_model("llama", torch.float32)
+    whole = make_plan(model, RECIPES["w4a8"]).bits
+    kept = make_plan(model, RECIPES["w4a8"].edit(keep=("*.layers.0.*",))).bits
+    assert kept.weight == pytest.approx((2 * whole.weight + 32) / 3)
+    assert kept.activation == pytest.approx((2 * whole.activation + 16) / 3)
+
+
+@pytest.mark.parametrize("field", ["keep", "overrides"])
+def test_a_pattern_that_matches_nothing_is_refused_with_an_example(field) -> None:
+    values = {"keep": ("*.dwon_proj",), "overrides": ({"match": "*.dwon_proj"},)}
+    recipe = RECIPES["w8a8"].edit(**{field: values[field]})
+    with pytest.raises(RecipeError, match=r"dwon_proj.*called like 'model\.layers\.0\.self_attn"):
+        make_plan(tiny_model("llama"), recipe)
+
+
+class TestOverrides:
+    down = Override(
+        match="*.down_proj", weights=Weights(bits=8), activations=Activations(bits=8)
+    ).model_dump()
+
+    def test_the_first_that_matches_gives_a_linear_its_formats(
+        self, float_checkpoint, data, tmp_path
+    ) -> None:
+        recipe = RECIPES["w4a4"].edit(overrides=(self.down,))
+        model = quantize(float_checkpoint("llama"), recipe, data=data, output=tmp_path / "out")
+        mlp = model.model.layers[0].mlp
+        assert mlp.down_proj.spec.grid.bits == 8
+        assert mlp.down_proj.site_input.spec.bits == 8
+        assert mlp.up_proj.spec.grid.bits == 4
+        assert mlp.up_proj.site_input.spec.mode == "groups"
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(proof.logits(loaded, TOKENS), proof.logits(model, TOKENS))
+        stored = json.loads((tmp_path / "out" / "config.json").read_text())
+        again = recipe_from_dict(stored["quantization_config"]["recipe"])
+        assert again == recipe
+
+    def test_bits_are_averaged_over_what_each_linear_has(self) -> None:
+        model = tiny_model("llama", torch.float32)
+        mixed = make_plan(model, RECIPES["w4a4"].edit(overrides=(self.down,))).bits
+        four = make_plan(model, RECIPES["w4a4"]).bits
+        assert four.weight < mixed.weight < 8
+        assert four.activation < mixed.activation < 8
+
+    def test_readers_of_one_tensor_need_the_same_activations(self) -> None:
+        override = Override(match="*.q_proj", activations=Activations(bits=8)).model_dump()
+        with pytest.raises(RecipeError, match=r"self_attn\.q_proj and .*k_proj read the same"):
+            make_plan(tiny_model("llama"), RECIPES["w4a4"].edit(overrides=(override,)))
+
+
+class TestEmbeddings:
+    @pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a16"])
+    @pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2", "bloom", "gpt_neox"])
+    def test_embedding_and_head_in_8_bits_load_save_and_dequantize(
+        self, name, recipe, float_checkpoint, data, tmp_path
+    ) -> None:
+        data, out = data.clamp(max=90), tmp_path / "out"
+        plain = quantize(float_checkpoint(name), RECIPES[recipe], data=data)
+        eight = RECIPES[recipe].edit(embeddings=8)
+        model = quantize(float_checkpoint(name), eight, data=data, output=out)
+        assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+        tied = isinstance(model.get_output_embeddings(), TiedHead)
+        assert tied == bool(plain.config.tie_word_embeddings)
+        logits, expected = proof.logits(model, TOKENS), proof.logits(plain, TOKENS)
+        assert not torch.equal(logits, expected)
+        exact = proof.logits(tiny_model(name, torch.float32), TOKENS)
+        error = (logits - exact).norm() / exact.norm()
+        assert error < 0.05 + 1.5 * (expected - exact).norm() / exact.norm()
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        assert torch.equal(proof.logits(loaded, TOKENS), logits)
+        loaded.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(proof.logits(again, TOKENS), logits)
+        assert again.generate(TOKENS[:1, :4], max_new_tokens=2, pad_token_id=0).shape[1] > 4
+        stock = again.dequantize()
+        assert type(stock.get_input_embeddings()) is torch.nn.Embedding
+        same = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
+        assert same == tied
+        error = (proof.logits(stock, TOKENS) - exact).norm() / exact.norm()
+        assert error < 0.05 + 1.5 * (expected - exact).norm() / exact.norm()
+
+    def test_the_bytes_are_those_of_the_codes_and_a_scale_a_row(
+        self, float_checkpoint, tmp_path
+    ) -> None:
+        sizes = {}
+        for bits in (16, 8):
+            recipe = preset("w8a8", "rtn").edit(embeddings=bits)
+            out = tmp_path / str(bits)
+            quantize(float_checkpoint("llama"), recipe, output=out)
+            plan = make_plan(tiny_model("llama", torch.float32), recipe)
+            sizes[bits] = plan.total_bytes
+            file = (out / "model.safetensors").stat().st_size
+            assert abs(file - plan.total_bytes) < 20_000
+        assert sizes[16] - sizes[8] == 97 * (48 * 4 - 48 - 4)
+
+    @pytest.mark.parametrize("pattern", ["lm_head", "model.embed_tokens"])
+    def test_keep_leaves_them_in_float(self, pattern) -> None:
+        recipe = RECIPES["w8a8"].edit(embeddings=8, keep=(pattern,))
+        assert make_plan(tiny_model("llama"), recipe).tables == ()
+
+    def test_an_embedding_that_scales_is_refused_by_name(self) -> None:
+        with pytest.raises(RecipeError, match="does more than look rows up"):
+            make_plan(tiny_model("gemma2"), RECIPES["w8a8"].edit(embeddings=8))
