@@ -65,7 +65,7 @@ class AbsQuantile:
 
     def __init__(self, width: int, share: float, tokens: int) -> None:
         self._share, self._seen = share, 0
-        self._kept = int((1 - share) * tokens) + 1
+        self._kept = self._above(tokens) + 1
         self._largest = torch.zeros(0, width)
 
     def update(self, x: Tensor) -> None:
@@ -83,8 +83,11 @@ class AbsQuantile:
         """float32 (K,); zero where no token came."""
         if not self._seen:
             return torch.zeros(self._largest.shape[1])
-        above = int((1 - self._share) * self._seen)
-        return self._largest.sort(0, descending=True).values[above]
+        return self._largest.sort(0, descending=True).values[self._above(self._seen)]
+
+    def _above(self, tokens: int) -> int:
+        """How many of so many tokens lie above the quantile."""
+        return int(round((1 - self._share) * tokens, 6))
 
     def _keep(self, values: Tensor) -> None:
         both = torch.cat([self._largest.to(values.device), values])

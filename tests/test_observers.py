@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoothq import kernels
-from smoothq.observers import AbsMax, SecondMoment
+from smoothq.observers import AbsMax, AbsQuantile, SecondMoment
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 WIDTH = 12
@@ -119,3 +119,39 @@ class TestSecondMoment:
         half.update(tokens().to(dtype))
         single.update(tokens().to(dtype).float())
         assert torch.equal(half.result(), single.result())
+
+
+class TestAbsQuantile:
+    @pytest.mark.parametrize(("share", "above"), [(1.0, 0), (0.975, 1), (0.9, 4), (0.5, 20)])
+    @FEW
+    @given(seed=seeds, cuts=cut_points)
+    def test_it_leaves_that_share_of_tokens_above(self, share, above, seed, cuts) -> None:
+        x = tokens(seed=seed)
+        seen = AbsQuantile(WIDTH, share, tokens=40)
+        for piece in pieces(x, cuts):
+            seen.update(piece)
+        expected = x.abs().sort(0, descending=True).values[above]
+        assert torch.equal(seen.result(), expected)
+
+    def test_merging_is_exact(self) -> None:
+        x = tokens()
+        parts = [AbsQuantile(WIDTH, 0.9, tokens=40) for _ in range(2)]
+        for part, piece in zip(parts, x.split(17), strict=False):
+            part.update(piece)
+        parts[1].update(x[34:])
+        parts[0].merge(parts[1])
+        whole = AbsQuantile(WIDTH, 0.9, tokens=40)
+        whole.update(x)
+        assert torch.equal(parts[0].result(), whole.result())
+
+    def test_fewer_tokens_than_expected_and_none_at_all(self) -> None:
+        seen = AbsQuantile(2, 0.9, tokens=1000)
+        assert seen.result().tolist() == [0.0, 0.0]
+        seen.update(torch.tensor([[1.0, -5.0], [3.0, 2.0]]))
+        assert seen.result().tolist() == [3.0, 5.0]
+
+
+def test_no_token_leaves_maxima_and_moments_at_zero() -> None:
+    for seen in (AbsMax(3), SecondMoment(3)):
+        seen.update(torch.empty(0, 3))
+        assert not seen.result().any()
