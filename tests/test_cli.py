@@ -246,6 +246,27 @@ def test_the_card_and_the_tokenizer_travel_with_the_checkpoint(run, model, tmp_p
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
 
 
+def test_layers_kept_embeddings_in_8_bits_and_alpha_searched(run, model, tmp_path) -> None:
+    flags = ("--w8a8", "--keep", "*.layers.0.*", "--keep", "*.o_proj", "--embeddings", 8)
+    more = ("--alpha", "auto", "--smooth-quantile", 0.99, "--json")
+    code, text, log = run("quantize", model, "-o", tmp_path / "out", *flags, *more, *QUICK)
+    assert code == 0, log
+    recipe = json.loads(text)["recipe"]
+    assert recipe["keep"] == ["*.layers.0.*", "*.o_proj"]
+    assert recipe["embeddings"] == 8
+    assert recipe["smoothing"]["alpha"] == "auto"
+    assert recipe["smoothing"]["quantile"] == 0.99
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.int8
+    assert stored["model.layers.0.mlp.up_proj.weight"].is_floating_point()
+    assert stored["model.layers.1.self_attn.o_proj.weight"].is_floating_point()
+    assert stored["model.layers.1.mlp.up_proj.weight"].dtype == torch.int8
+    code, _, log = run("quantize", model, "-o", tmp_path / "no", "--w8a8", "--keep", "lm_haed")
+    assert code == 1
+    assert "matches no linear" in log
+    assert not (tmp_path / "no").exists()
+
+
 def test_families_prints_the_table_and_finds_a_wiring(run, model) -> None:
     code, text, _ = run("families")
     assert code == 0
