@@ -71,7 +71,7 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
 def _speed(plan: Plan, device: torch.device) -> float:
     """Float32 operations a second of products of the model's size, with all threads."""
     spec = max(
-        (spec for site in plan.blocks[0].sites for spec in site.modules.values()),
+        (spec for b in plan.blocks for site in b.sites for spec in site.modules.values()),
         key=lambda spec: spec.out_features * spec.in_features,
     )
     x = torch.rand(MICRO_BATCH_TOKENS, spec.in_features, device=device)
