@@ -15,14 +15,19 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import BlockGraph, Family, Heads, Rows, Site, family_of
+from .architectures.attention import unquantizable_attention
+from .architectures.graph import attention_heads
 from .errors import DeviceError, RecipeError, UnsupportedModelError
 from .kernels import runs_on
 from .modules import (
+    AttentionSpec,
+    CacheFormat,
     InputQuantizer,
     InputSpec,
     QuantizedLinear,
     SequenceContext,
     WeightSpec,
+    quantize_attention,
     rotate_ends,
 )
 from .modules.input_quantizer import Mode
@@ -60,6 +65,12 @@ class BlockPlan:
     sites: tuple[SitePlan, ...]
     value_rotation: Hadamard | None
 
+    @property
+    def attention(self) -> str:
+        """The name of the attention module: the one that holds the reader of its values."""
+        assert self.graph.value_output is not None
+        return self.graph.value_output.modules[0].rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -75,7 +86,8 @@ class Plan:
     """A recipe resolved for one model.
 
     residual_rotation: R1, or None. folds_ends: R1 is folded into embedding and head (they are
-    not tied), where otherwise it runs online at both ends. notes: what the user should know.
+    not tied), where otherwise it runs online at both ends. attention: of every block, or None where
+    it stays float. notes: what the user should know.
     stored_dtype: of everything that stays float; float_elements: how many numbers that is.
     """
 
@@ -84,6 +96,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
     folds_ends: bool
+    attention: AttentionSpec | None
     bits: Bits
     notes: tuple[str, ...]
     stored_dtype: torch.dtype
@@ -95,6 +108,8 @@ class Plan:
         found = _site_rotations(self.blocks)
         if not self.folds_ends:
             found.append(self.residual_rotation)
+        if self.attention is not None:
+            found.append(self.attention.rotation)
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
 
     @property
@@ -127,7 +142,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     rotation = None
     if recipe.rotation is not None and recipe.rotation.residual:
         rotation = Hadamard.of(config.hidden_size, recipe.seed)
-    fallbacks = [r.fallback for r in [rotation, *_site_rotations(blocks)] if r is not None]
+    attention = _plan_attention(model, blocks, recipe)
+    keys = None if attention is None else attention.rotation
+    fallbacks = [r.fallback for r in [rotation, keys, *_site_rotations(blocks)] if r is not None]
     notes = [note for note in fallbacks if note] + _auto_group_notes(recipe, blocks)
     return Plan(
         recipe=recipe,
@@ -135,11 +152,42 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=blocks,
         residual_rotation=rotation,
         folds_ends=rotation is not None and not config.tie_word_embeddings,
+        attention=attention,
         bits=_count_bits(blocks),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
         float_elements=_stored_elements(model, family) - _quantized_elements(blocks),
     )
+
+
+def _plan_attention(
+    model: PreTrainedModel, blocks: tuple[BlockPlan, ...], recipe: Recipe
+) -> AttentionSpec | None:
+    """The settings of a model's attention, or None where the recipe leaves it float."""
+    if not recipe.quantizes_attention:
+        return None
+    config = text_config(model)
+    reason = unquantizable_attention(model)
+    if reason is None and any(block.graph.value_output is None for block in blocks):
+        reason = "its values do not reach the output projection unchanged"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{config.model_type}: attention cannot be quantized: {reason}; leave kv_cache and "
+            "attention out of the recipe"
+        )
+    width, cache = attention_heads(config).dim, None
+    if recipe.kv_cache is not None:
+        size = recipe.kv_cache.group_size
+        group_size = None if size == "head" else size
+        if (group_size or width) % 4 or width % (group_size or width):
+            raise RecipeError(
+                f"kv_cache: a group must be a multiple of 4 that divides the {width} numbers of a "
+                f"head, not {group_size or width}"
+            )
+        cache = CacheFormat(recipe.kv_cache.bits, group_size, recipe.kv_cache.float_tokens)
+    rotated = recipe.rotation is not None and recipe.rotation.keys
+    rotation = Hadamard.of(width, recipe.seed) if rotated else None
+    return AttentionSpec(cache, recipe.attention, rotation)
 
 
 def _stored_elements(model: PreTrainedModel, family: Family) -> int:
@@ -212,6 +260,10 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     if plan.residual_rotation is not None and not plan.folds_ends:
         embedding = model.get_submodule(plan.family.embedding)
         rotate_ends(embedding, model.get_submodule(plan.family.final_norm), plan.residual_rotation)
+    if plan.attention is not None:
+        named = zip(layers.children(), plan.blocks, strict=True)
+        attentions = [layer.get_submodule(block.attention) for layer, block in named]
+        quantize_attention(attentions, plan.attention, text_config(model))
 
 
 def _site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:

@@ -19,6 +19,7 @@ Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
 Scope = Literal["token", "calibrated", "live"]
 Effort = Literal["fast", "default", "best"]
+Attention = Literal["float", "int8", "int8-centred"]
 GroupSize = int | Literal["auto"]
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
@@ -70,11 +71,28 @@ class Smoothing(_Frozen):
 
 
 class Rotation(_Frozen):
-    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4)."""
+    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4).
+
+    keys: queries and keys after their position embedding (R3), online: of use to what quantizes
+    keys, a KV cache or int8 attention.
+    """
 
     residual: bool = True
     value_output: bool = True
     down: bool = True
+    keys: bool = False
+
+
+class KvCache(_Frozen):
+    """How keys and values are held: asymmetric codes, a scale and an offset a group.
+
+    group_size: numbers of a head that share them; `head` is all. float_tokens: the first tokens of
+    a sequence, so many, stay in float beside their codes.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: int | Literal["head"] = "head"
+    float_tokens: int = Field(0, ge=0)
 
 
 class RuntimeSmoothing(_Frozen):
@@ -124,7 +142,9 @@ class Calibration(_Frozen):
 class Recipe(_Frozen):
     """A whole quantization: number formats, transforms, rounding, calibration, seed.
 
-    dtype: of everything that stays float in the checkpoint; `auto` is the dtype that the model's
+    attention: the product of queries and keys in float, or in int8 with a scale a head and token;
+    `int8-centred` takes the keys' mean over the tokens away first. kv_cache and attention act on
+    the finished model; calibration runs with float attention. dtype: of everything that stays float in the checkpoint; `auto` is the dtype that the model's
     config names.
     """
 
@@ -134,6 +154,8 @@ class Recipe(_Frozen):
     smoothing: Smoothing | None = None
     rotation: Rotation | None = None
     runtime_smoothing: RuntimeSmoothing | None = None
+    kv_cache: KvCache | None = None
+    attention: Attention = "float"
     gptq: Gptq = Gptq()
     tuning: Tuning | None = None
     calibration: Calibration = Calibration()
@@ -170,6 +192,27 @@ class Recipe(_Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _consistent_attention(self) -> Recipe:
+        cache, attention = self.kv_cache, self.attention
+        if self.rotation is not None and self.rotation.keys and not self.quantizes_attention:
+            raise ValueError("rotating the keys is of no use without kv_cache or int8 attention")
+        if cache is None or attention == "float":
+            return self
+        if attention == "int8-centred":
+            raise ValueError("the keys of a kv_cache are codes already; use attention 'int8'")
+        if cache.group_size != "head" or cache.float_tokens:
+            raise ValueError(
+                f"attention '{attention}' needs all tokens of a kv_cache in one group a head:"
+                " group_size 'head', float_tokens 0"
+            )
+        return self
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether keys, values or their products are quantized."""
+        return self.kv_cache is not None or self.attention != "float"
+
     @property
     def calibrates(self) -> bool:
         """Whether the recipe looks at calibration text at all."""
@@ -194,6 +237,8 @@ class Recipe(_Frozen):
         """Whether a token's result never depends on later tokens, padding or the batch."""
         per_tensor = self.activations.granularity == "tensor" and not self.activations.static
         live = self.runtime_smoothing is not None and self.runtime_smoothing.scope == "live"
+        if self.attention == "int8-centred":
+            return False
         return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
 
     def edit(self, **fields: Any) -> Recipe:

@@ -21,9 +21,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.stream import tensor_shapes
 from ..errors import CheckpointError
-from ..modules import InputQuantizer, QuantizedLinear, stop_rotating
+from ..modules import (
+    InputQuantizer,
+    QuantizedLinear,
+    QuantizesAttention,
+    stop_quantizing_attention,
+    stop_rotating,
+)
 from ..modules.online_rotation import RotatesInput, RotatesOutput
-from ..plan import Plan, install, make_plan
+from ..plan import Plan, install, make_plan, text_config
 from ..recipe import Recipe, recipe_from_dict
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_residual
@@ -140,13 +146,18 @@ def prepare(model: PreTrainedModel) -> None:
             module.prepare()
         elif isinstance(module, RotatesInput | RotatesOutput):
             module.online_rotation.prepare(module.get_parameter("weight").device)
+        elif isinstance(module, QuantizesAttention):
+            rotation = module.attention_quantizer.rotation
+            if rotation is not None:
+                rotation.prepare(module.device)
 
 
 def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
     """Turn a quantized model into a float one of stock modules, in place.
 
     Online rotations are folded back into the weights; what stays of the quantization is its
-    rounding. Input quantization and runtime smoothing have no float counterpart and vanish.
+    rounding. Input quantization, runtime smoothing and quantized attention have no float counterpart
+    and vanish.
     """
     layers = model.get_submodule(plan.family.layers)
     for index, block_plan in enumerate(plan.blocks):
@@ -161,6 +172,9 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
             delattr(block.get_submodule(parent), attribute)
         if plan.residual_rotation is not None and not plan.folds_ends:
             rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
+        if plan.attention is not None:
+            attention = block.get_submodule(block_plan.attention)
+            stop_quantizing_attention(attention, text_config(model))
         block.to(dtype)
     for end in (plan.family.embedding, plan.family.final_norm):
         stop_rotating(model.get_submodule(end))
