@@ -14,10 +14,10 @@ multiplied by to get its value back. b-bit codes are `-2^(b-1)` … `2^(b-1) - 1
 **Full range.** A scale may be negative. Where it takes the sign that brings the value of largest
 magnitude to the lowest code, `-2^(b-1)`, no code is wasted and the steps are finer.
 
-**Rows of a cache.** A head's key or value, D numbers x̂ = c · s + o, is one row of bytes: the codes c,
-then the float16 scales s of its groups, then their float16 offsets o. 4-bit codes stand two a byte:
-byte j of a group holds number j of the group's first half in its low nibble, and of its second half
-in its high one.
+**Rows of a cache.** A head's key or value, D numbers x̂ = c · s + o, is one row of bytes: the codes
+c, then the float16 scales s of its groups, then their float16 offsets o. 4-bit codes stand two a
+byte: byte j of a group holds number j of the group's first half in its low nibble, and of its
+second half in its high one.
 """
 
 from __future__ import annotations

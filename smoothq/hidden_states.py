@@ -1,7 +1,8 @@
 """The calibration tokens on their way through the blocks, and what is seen of them there.
 
 `HiddenStates` holds what enters the current block, one micro-batch at a time. A site is observed by
-running the block up to the site's first reader and no further.
+running the block up to the site's first reader and no further. Attention is float here, whatever
+the recipe makes of it in the finished model.
 """
 
 from __future__ import annotations

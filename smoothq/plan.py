@@ -31,11 +31,12 @@ from .modules import (
     rotate_ends,
 )
 from .modules.input_quantizer import Mode
-from .recipe import FLOAT_BITS, GroupSize, Recipe
+from .recipe import FLOAT_BITS, GroupSize, KvCache, Recipe
 from .rounding.grid import IntegerGrid
 from .transforms.hadamard import Hadamard
 
 AUTO_GROUP_SIZES = (128, 64, 32)
+AUTO_HEAD_GROUPS = (32, 16, 8)  # of a 4-bit KV cache
 PREFILL_TOKENS = 2048  # the sequence over which scales shared by a sequence are spread
 
 
@@ -175,19 +176,29 @@ def _plan_attention(
             f"{config.model_type}: attention cannot be quantized: {reason}; leave kv_cache and "
             "attention out of the recipe"
         )
-    width, cache = attention_heads(config).dim, None
-    if recipe.kv_cache is not None:
-        size = recipe.kv_cache.group_size
-        group_size = None if size == "head" else size
-        if (group_size or width) % 4 or width % (group_size or width):
-            raise RecipeError(
-                f"kv_cache: a group must be a multiple of 4 that divides the {width} numbers of a "
-                f"head, not {group_size or width}"
-            )
-        cache = CacheFormat(recipe.kv_cache.bits, group_size, recipe.kv_cache.float_tokens)
-    rotated = recipe.rotation is not None and recipe.rotation.keys
+    if recipe.kv_cache is None:
+        return AttentionSpec(product=recipe.attention)
+    width, wanted = attention_heads(config).dim, recipe.kv_cache
+    rotated = wanted.bits == 4 if wanted.rotate_keys == "auto" else wanted.rotate_keys
+    cache = CacheFormat(wanted.bits, _head_group(recipe, wanted, width), wanted.float_tokens)
     rotation = Hadamard.of(width, recipe.seed) if rotated else None
     return AttentionSpec(cache, recipe.attention, rotation)
+
+
+def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:
+    """Numbers of a head that share a scale in its cache, or None for all of them."""
+    size = wanted.group_size
+    if size == "auto" and wanted.bits == 4 and recipe.attention == "float":
+        size = next((auto for auto in AUTO_HEAD_GROUPS if width % auto == 0), "head")
+    if size in ("auto", "head"):
+        size = width
+    assert isinstance(size, int)
+    if size < 1 or size % 4 or width % size:
+        raise RecipeError(
+            f"kv_cache: a group must be a multiple of 4 that divides the {width} numbers of a head,"
+            f" not {size}"
+        )
+    return None if size == width else size
 
 
 def _stored_elements(model: PreTrainedModel, family: Family) -> int:

@@ -71,27 +71,25 @@ class Smoothing(_Frozen):
 
 
 class Rotation(_Frozen):
-    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4).
-
-    keys: queries and keys after their position embedding (R3), online: of use to what quantizes
-    keys, a KV cache or int8 attention.
-    """
+    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4)."""
 
     residual: bool = True
     value_output: bool = True
     down: bool = True
-    keys: bool = False
 
 
 class KvCache(_Frozen):
-    """How keys and values are held: asymmetric codes, a scale and an offset a group.
+    """How keys and values are held: asymmetric codes, a scale and an offset a group of one head.
 
-    group_size: numbers of a head that share them; `head` is all. float_tokens: the first tokens of
-    a sequence, so many, stay in float beside their codes.
+    group_size: numbers that share them; `head` is all; `auto` all at 8 bits, and 32, or what else
+    divides a head, at 4. rotate_keys: rotate queries and keys after their position embedding (R3),
+    online; `auto` does so at 4 bits. float_tokens: the first tokens of a sequence, so many, stay in
+    float beside their codes.
     """
 
     bits: Literal[4, 8] = 8
-    group_size: int | Literal["head"] = "head"
+    group_size: int | Literal["head", "auto"] = "auto"
+    rotate_keys: bool | Literal["auto"] = "auto"
     float_tokens: int = Field(0, ge=0)
 
 
@@ -143,9 +141,9 @@ class Recipe(_Frozen):
     """A whole quantization: number formats, transforms, rounding, calibration, seed.
 
     attention: the product of queries and keys in float, or in int8 with a scale a head and token;
-    `int8-centred` takes the keys' mean over the tokens away first. kv_cache and attention act on
-    the finished model; calibration runs with float attention. dtype: of everything that stays float in the checkpoint; `auto` is the dtype that the model's
-    config names.
+    `int8-centred` takes the keys' mean over the tokens away first. It and kv_cache act on the
+    finished model; calibration runs with float attention. dtype: of everything that stays float in
+    the checkpoint; `auto` is the dtype that the model's config names.
     """
 
     name: str = "custom"
@@ -195,16 +193,14 @@ class Recipe(_Frozen):
     @model_validator(mode="after")
     def _consistent_attention(self) -> Recipe:
         cache, attention = self.kv_cache, self.attention
-        if self.rotation is not None and self.rotation.keys and not self.quantizes_attention:
-            raise ValueError("rotating the keys is of no use without kv_cache or int8 attention")
         if cache is None or attention == "float":
             return self
         if attention == "int8-centred":
             raise ValueError("the keys of a kv_cache are codes already; use attention 'int8'")
-        if cache.group_size != "head" or cache.float_tokens:
+        if cache.group_size not in ("head", "auto") or cache.float_tokens:
             raise ValueError(
-                f"attention '{attention}' needs all tokens of a kv_cache in one group a head:"
-                " group_size 'head', float_tokens 0"
+                f"attention '{attention}' needs a kv_cache of one group a head, first tokens"
+                " included: group_size 'head', float_tokens 0"
             )
         return self
 

@@ -227,12 +227,12 @@ def cached_attention(
     group_size: int | None,
 ) -> Tensor:
     """As `reference.cached_attention`, in float32: rows unpacked, then PyTorch's own product."""
-    held = [
+    k, v = (
         with_first_tokens(dequantize_heads(rows, bits, group_size, torch.float32), first, start)
         for rows, first in ((keys, first_keys), (values, first_values))
-    ]
+    )
     result = F.scaled_dot_product_attention(
-        query.float(), *held, attn_mask=mask, scale=scaling, enable_gqa=True
+        query.float(), k, v, attn_mask=mask, scale=scaling, enable_gqa=True
     )
     return result.to(query.dtype)
 

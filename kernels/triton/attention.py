@@ -1,10 +1,11 @@
 """Attention over rows of quantized keys and values, and the rows themselves.
 
-One kernel serves prefill and decoding, float and int8 first products. A program takes the queries of
-one key/value head, as many as fit its tile (the query heads that share it side by side), and walks
-through the tokens once, with the softmax kept up as it goes (FlashAttention, arXiv 2205.14135); codes
-are unpacked in registers, so that the cache is read at the bytes that it takes. Few queries make too
-few programs: then the tokens are split over several, and a second small kernel adds their parts.
+One kernel serves prefill and decoding, float and int8 first products. A program takes the queries
+of one key/value head, as many as fit its tile (the query heads that share it side by side), and
+walks through the tokens once, with the softmax kept up as it goes (FlashAttention, arXiv
+2205.14135); codes are unpacked in registers, so that the cache is read at the bytes that it takes.
+Few queries make too few programs: then the tokens are split over several, and a second small kernel
+adds their parts.
 
 A head is read in two halves of its numbers, as 4-bit codes stand in its bytes: each byte of a group
 holds a number of the group's first half and one of its second.
@@ -46,13 +47,23 @@ def _tile(queries: int, tokens: int, warps: int, stages: int) -> triton.Config:
 
 PREFILL_TILES = {
     "small": _tile(32, 32, 4, 2),
-    "square": _tile(64, 32, 4, 2),
-    "tall": _tile(128, 32, 8, 2),
+    "tall": _tile(64, 16, 4, 2),
+    "float32": _tile(16, 16, 4, 1),
 }
 DECODE_TILES = {
     "short": _tile(16, 32, 4, 3),
-    "long": _tile(16, 64, 4, 2),
+    "long": _tile(16, 64, 8, 2),
+    "float32": _tile(16, 16, 4, 1),
 }
+
+
+def _tiles_that_fit(
+    configs: list[triton.Config], named: dict[str, Any], **settings: Any
+) -> list[triton.Config]:
+    """float32 products have no tensor cores: they take the smallest tile, the others the rest."""
+    ordinary = settings["OPERAND"] == tl.float32
+    smallest = {"BLOCK_M": 16, "BLOCK_T": 16}
+    return [config for config in configs if (config.kwargs == smallest) == ordinary]
 
 
 @triton.jit
@@ -99,19 +110,27 @@ def _heads_kernel(
 
 
 @triton.jit
-def _columns(i, GROUP: tl.constexpr):
+def _columns(i, WIDTH: tl.constexpr, GROUP: tl.constexpr):
     """Where number i of all groups' first halves stands in a head; its partner is GROUP/2 on."""
-    return i + i // (GROUP // 2) * (GROUP // 2)
+    if WIDTH > GROUP:
+        i += i // (GROUP // 2) * (GROUP // 2)
+    return i
 
 
 @triton.jit
-def _load_codes(codes, token, i, GROUP: tl.constexpr, BITS: tl.constexpr):
+def _within(i, HALF: tl.constexpr, SIZE: tl.constexpr):
+    """i, of 0 … SIZE - 1, with what is past the end repeating the last."""
+    return tl.minimum(i, HALF - 1) if SIZE > HALF else i
+
+
+@triton.jit
+def _load_codes(codes, token, i, WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
     """int8 codes of both halves. token: where each row begins; i: the numbers; they broadcast."""
     if BITS == 4:
         packed = tl.load(codes + token + i).to(tl.int32)
         first, second = ((packed << 28) >> 28).to(tl.int8), (packed >> 4).to(tl.int8)
     else:
-        at = codes + token + _columns(i, GROUP)
+        at = codes + token + _columns(i, WIDTH, GROUP)
         first, second = tl.load(at), tl.load(at + GROUP // 2)
     return first, second
 
@@ -126,28 +145,23 @@ def _load_scales(floats, token, i, WIDTH: tl.constexpr, GROUP: tl.constexpr, BIT
 
 
 @triton.jit
-def _load_heads(
+def _numbers(
     codes,
-    floats,
+    scale,
+    offset,
     first_tokens,
-    token,
-    i,
+    column,
     index,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
     FLOAT_TOKENS: tl.constexpr,
 ):
-    """Both halves of keys or values, float32, the first tokens as they are kept in float."""
-    first, second = _load_codes(codes, token, i, GROUP, BITS)
-    scale, offset = _load_scales(floats, token, i, WIDTH, GROUP, BITS)
-    first, second = first.to(tl.float32) * scale + offset, second.to(tl.float32) * scale + offset
+    """Half of the keys' or values' numbers, float32, the first tokens as they are kept in float."""
+    numbers = codes.to(tl.float32) * scale + offset
     if FLOAT_TOKENS > 0:
         kept = (index >= 0) & (index < FLOAT_TOKENS)
-        at = tl.minimum(tl.maximum(index, 0), FLOAT_TOKENS - 1) * WIDTH + _columns(i, GROUP)
-        first = tl.where(kept, tl.load(first_tokens + at).to(tl.float32), first)
-        second = tl.where(kept, tl.load(first_tokens + at + GROUP // 2).to(tl.float32), second)
-    return first, second
+        at = tl.minimum(tl.maximum(index, 0), FLOAT_TOKENS - 1) * WIDTH + column
+        numbers = tl.where(kept, tl.load(first_tokens + at).to(tl.float32), numbers)
+    return numbers
 
 
 @triton.jit
@@ -188,6 +202,8 @@ def _attention_kernel(
     FLOAT_TOKENS: tl.constexpr,
     OPERAND: tl.constexpr,
     SPLITS: tl.constexpr,
+    KEY_UNIT: tl.constexpr,
+    VALUE_UNIT: tl.constexpr,
     HALF: tl.constexpr,
     VALUE_HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -195,15 +211,18 @@ def _attention_kernel(
 ):
     """Of one head's queries (rows): their attention, or with SPLITS the sums of a part of it.
 
-    The first product is one of integers where the queries come with a scale. strides are in
-    elements; those of rows in bytes. maxima, sums: of a part's softmax.
+    The first product is one of integers where the queries come with a scale. Strides of keys and
+    values count UNIT bytes (or float values), which tells the compiler how rows are aligned.
+    maxima, sums: of a part's softmax.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     split = tl.program_id(2)
-    keys += batch * key_batch + head * key_head
-    key_floats += (batch * key_batch + head * key_head) // 2
-    values += batch * value_batch + head * value_head
+    at_key = (batch * key_batch + head * key_head) * KEY_UNIT
+    at_value = (batch * value_batch + head * value_head) * VALUE_UNIT
+    keys, key_floats, values = keys + at_key, key_floats + at_key // 2, values + at_value
+    if value_floats is not None:
+        value_floats += at_value // 2
     if FLOAT_TOKENS > 0:
         begin = tl.load(start + batch)
         first_keys += pair * FLOAT_TOKENS * WIDTH
@@ -213,7 +232,7 @@ def _attention_kernel(
     safe_row = tl.minimum(row, rows - 1)
     line = pair * rows + safe_row
     i = tl.arange(0, HALF)
-    at = query + line[:, None] * WIDTH + _columns(i, GROUP)[None, :]
+    at = query + line[:, None] * WIDTH + _columns(i, WIDTH, GROUP)[None, :]
     q_first = tl.load(at, mask=(i < WIDTH // 2)[None, :], other=0)
     q_second = tl.load(at + GROUP // 2, mask=(i < WIDTH // 2)[None, :], other=0)
     if query_scale is not None:
@@ -221,9 +240,9 @@ def _attention_kernel(
         q_scale = tl.load(query_scale + line) * scaling
     else:
         q_first, q_second = q_first.to(OPERAND), q_second.to(OPERAND)
-    i = tl.minimum(i, WIDTH // 2 - 1)[:, None]
+    i = _within(i, WIDTH // 2, HALF)[:, None]
     n = tl.arange(0, VALUE_HALF)
-    safe_n = tl.minimum(n, VALUE_WIDTH // 2 - 1)[None, :]
+    safe_n = _within(n, VALUE_WIDTH // 2, VALUE_HALF)[None, :]
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     sum_first = tl.zeros([BLOCK_M, VALUE_HALF], tl.float32)
@@ -231,28 +250,33 @@ def _attention_kernel(
     for t0 in range(split * BLOCK_T, tokens, BLOCK_T * SPLITS):
         t = t0 + tl.arange(0, BLOCK_T)
         seen = (t < tokens)[None, :]
-        t = tl.minimum(t, tokens - 1).to(tl.int64)
+        t = tl.minimum(t, tokens - 1)
         if mask is not None:
-            at = mask + batch * mask_batch + (safe_row % length)[:, None] * mask_query
-            seen = seen & (tl.load(at + (t * mask_token)[None, :]) != 0)
+            query_line = (safe_row % length).to(tl.int64)[:, None]
+            line_mask = mask + batch * mask_batch + query_line * mask_query
+            seen = seen & (tl.load(line_mask + (t * mask_token)[None, :]) != 0)
         index = t
         if FLOAT_TOKENS > 0:
             index = t - begin
-        token = (t * key_token)[None, :]
+        token = (t * key_token)[None, :] * KEY_UNIT
+        first, second = _load_codes(keys, token, i, WIDTH, GROUP, BITS)
+        scale, offset = _load_scales(key_floats, token, i, WIDTH, GROUP, BITS)
         if query_scale is not None:
-            first, second = _load_codes(keys, token, i, GROUP, BITS)
-            scale, offset = _load_scales(key_floats, token, i, WIDTH, GROUP, BITS)
             total = tl.dot(q_first, first, out_dtype=tl.int32)
             total = tl.dot(q_second, second, total, out_dtype=tl.int32)
             scores = total.to(tl.float32) * scale + q_sum.to(tl.float32)[:, None] * offset
             scores *= q_scale[:, None]
         else:
-            first, second = _load_heads(
-                keys, key_floats, first_keys, token, i, index[None, :],
-                WIDTH, GROUP, BITS, FLOAT_TOKENS,
-            )  # fmt: skip
-            scores = tl.dot(q_first, first.to(OPERAND), input_precision="ieee")
-            scores = tl.dot(q_second, second.to(OPERAND), scores, input_precision="ieee")
+            column = _columns(i, WIDTH, GROUP)
+            k = _numbers(
+                first, scale, offset, first_keys, column, index[None, :], WIDTH, FLOAT_TOKENS
+            )
+            scores = tl.dot(q_first, k.to(OPERAND), input_precision="ieee")
+            column += GROUP // 2
+            k = _numbers(
+                second, scale, offset, first_keys, column, index[None, :], WIDTH, FLOAT_TOKENS
+            )
+            scores = tl.dot(q_second, k.to(OPERAND), scores, input_precision="ieee")
             scores *= scaling
         scores = tl.where(seen, scores, float("-inf"))
         highest_now = tl.maximum(highest, tl.max(scores, axis=1))
@@ -260,21 +284,31 @@ def _attention_kernel(
         p = tl.exp(scores - base[:, None])
         kept = tl.exp(highest - base)
         highest, weight = highest_now, weight * kept + tl.sum(p, axis=1)
-        token = (t * value_token)[:, None]
-        if value_floats is None:
-            at = values + token + safe_n
-            first, second = tl.load(at), tl.load(at + VALUE_WIDTH // 2)
-        else:
-            first, second = _load_heads(
-                values, value_floats + (batch * value_batch + head * value_head) // 2,
-                first_values, token, safe_n, index[:, None],
-                VALUE_WIDTH, VALUE_GROUP, BITS, FLOAT_TOKENS,
-            )  # fmt: skip
+        token = (t * value_token)[:, None] * VALUE_UNIT
+        column = _columns(safe_n, VALUE_WIDTH, VALUE_GROUP)
         p = p.to(OPERAND)
-        sum_first = tl.dot(p, first.to(OPERAND), sum_first * kept[:, None], input_precision="ieee")
-        sum_second = tl.dot(
-            p, second.to(OPERAND), sum_second * kept[:, None], input_precision="ieee"
-        )
+        sum_first, sum_second = sum_first * kept[:, None], sum_second * kept[:, None]
+        if value_floats is None:
+            v = tl.load(values + token + column).to(OPERAND)
+            sum_first = tl.dot(p, v, sum_first, input_precision="ieee")
+            v = tl.load(values + token + column + VALUE_GROUP // 2).to(OPERAND)
+            sum_second = tl.dot(p, v, sum_second, input_precision="ieee")
+        else:
+            first, second = _load_codes(values, token, safe_n, VALUE_WIDTH, VALUE_GROUP, BITS)
+            scale, offset = _load_scales(
+                value_floats, token, safe_n, VALUE_WIDTH, VALUE_GROUP, BITS
+            )
+            v = _numbers(
+                first, scale, offset, first_values, column, index[:, None],
+                VALUE_WIDTH, FLOAT_TOKENS,
+            )  # fmt: skip
+            sum_first = tl.dot(p, v.to(OPERAND), sum_first, input_precision="ieee")
+            column += VALUE_GROUP // 2
+            v = _numbers(
+                second, scale, offset, first_values, column, index[:, None],
+                VALUE_WIDTH, FLOAT_TOKENS,
+            )  # fmt: skip
+            sum_second = tl.dot(p, v.to(OPERAND), sum_second, input_precision="ieee")
     if SPLITS == 1:
         weight = nonzero(weight)[:, None]
         sum_first, sum_second = sum_first / weight, sum_second / weight
@@ -283,7 +317,7 @@ def _attention_kernel(
         tl.store(maxima + line, highest, mask=row < rows)
         tl.store(sums + line, weight, mask=row < rows)
     inside = (row < rows)[:, None] & (n < VALUE_WIDTH // 2)[None, :]
-    at = out + line[:, None] * VALUE_WIDTH + _columns(safe_n, VALUE_GROUP)
+    at = out + line[:, None] * VALUE_WIDTH + _columns(safe_n, VALUE_WIDTH, VALUE_GROUP)
     tl.store(at, sum_first.to(out.dtype.element_ty), mask=inside)
     tl.store(at + VALUE_GROUP // 2, sum_second.to(out.dtype.element_ty), mask=inside)
 
@@ -306,9 +340,9 @@ def _join_kernel(
     tl.store(out + line * WIDTH + n, (total / weight).to(out.dtype.element_ty), mask=n < WIDTH)
 
 
-_KEY = ["WIDTH", "GROUP", "VALUE_WIDTH", "BITS", "OPERAND", "SPLITS", "bucket"]
-_prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY)(_attention_kernel)
-_decode_kernel: Kernel = tuned(DECODE_TILES, _KEY)(_attention_kernel)
+_KEY = ["WIDTH", "GROUP", "VALUE_WIDTH", "BITS", "SPLITS", "bucket"]
+_prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY, _tiles_that_fit)(_attention_kernel)
+_decode_kernel: Kernel = tuned(DECODE_TILES, _KEY, _tiles_that_fit)(_attention_kernel)
 
 
 @torch.library.custom_op("smoothq::triton_quantize_heads", mutates_args=())
@@ -352,10 +386,12 @@ def splits(device: torch.device, programs: int, queries: int, tokens: int) -> in
     return min(int(wanted), 1 << (longest.bit_length() - 1), MOST_SPLITS)
 
 
-def _strided(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """x with its numbers side by side, and its other strides (batch, head, token)."""
+def _strided(x: Tensor) -> tuple[Tensor, list[int], int]:
+    """x with its numbers side by side, its other strides (batch, head, token), and their unit."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, x.stride()[:3]
+    strides = x.stride()[:3]
+    unit = 4 if all(stride % 4 == 0 for stride in strides) else 2
+    return x, [stride // unit for stride in strides], unit
 
 
 def _attention(
@@ -372,8 +408,8 @@ def _attention(
 ) -> Tensor:
     (batch, queries, length, width), (heads, tokens) = query.shape, keys.shape[1:3]
     rows = queries // heads * length
-    keys, key_strides = _strided(keys)
-    values, value_strides = _strided(values)
+    keys, key_strides, key_unit = _strided(keys)
+    values, value_strides, value_unit = _strided(values)
     packed = values.dtype == torch.uint8
     value_width = row_width(values.shape[-1], bits, group_size) if packed else values.shape[-1]
     out = torch.empty(batch, queries, length, value_width, dtype=dtype, device=query.device)
@@ -385,7 +421,7 @@ def _attention(
     if parts > 1:
         options: Any = {"dtype": torch.float32, "device": query.device}
         sums = [torch.empty(parts, lines, n, **options) for n in (value_width, 1, 1)]
-    mask_strides = (0, 0, 0)
+    mask_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         over_batch, _, *others = mask.stride()
         mask_strides = (0 if mask.shape[0] == 1 else over_batch, *others)
@@ -425,6 +461,8 @@ def _attention(
         FLOAT_TOKENS=0 if first_keys is None else first_keys.shape[2],
         OPERAND=operand(dtype),
         SPLITS=parts,
+        KEY_UNIT=key_unit,
+        VALUE_UNIT=value_unit,
         HALF=max(triton.next_power_of_2(width // 2), smallest),
         VALUE_HALF=max(triton.next_power_of_2(value_width // 2), 16),
     )
@@ -450,10 +488,8 @@ def cached_attention(
     """As `reference.cached_attention`: products of the query's dtype, sums in float32."""
     check_float(query, "cached_attention")
     firsts = (first_keys, first_values, start)
-    dtype = query.dtype
-    return _attention(
-        query, None, keys, values, firsts, mask, scaling, bits, group_size, dtype
-    )
+    settings = (mask, scaling, bits, group_size, query.dtype)
+    return _attention(query, None, keys, values, firsts, *settings)
 
 
 @on_its_device

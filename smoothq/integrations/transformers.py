@@ -156,8 +156,8 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
     """Turn a quantized model into a float one of stock modules, in place.
 
     Online rotations are folded back into the weights; what stays of the quantization is its
-    rounding. Input quantization, runtime smoothing and quantized attention have no float counterpart
-    and vanish.
+    rounding. Input quantization, runtime smoothing and quantized attention have no float
+    counterpart and vanish.
     """
     layers = model.get_submodule(plan.family.layers)
     for index, block_plan in enumerate(plan.blocks):

@@ -54,10 +54,9 @@ class AttentionSpec:
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
         rotation = () if self.rotation is None else ("hadamard",)
-        product = ("cached_attention",)
-        if self.product != "float":
-            product = ("quantize_per_token", "int8_attention")
-        return (*rotation, "quantize_heads", *product)
+        if self.product == "float":
+            return (*rotation, "quantize_heads", "cached_attention")
+        return (*rotation, "quantize_heads", "quantize_per_token", "int8_attention")
 
 
 class AttentionQuantizer(nn.Module):
@@ -105,9 +104,11 @@ class AttentionQuantizer(nn.Module):
             rows = kernels.quantize_heads(key, QUERY_BITS, None)
             return self._int8(query, rows, value, mask, scaling, QUERY_BITS)
         if isinstance(key, Tensor):
-            layer = as_quantized(QuantizedDynamicLayer(), self.spec.cache, self.rotation)
+            stock: Any = QuantizedDynamicLayer  # without a cache, one for this call alone
+            layer = as_quantized(stock(), self.spec.cache, self.rotation)
             layer.begin(key.shape[0], key.device, mask)
             key, value = layer.update(key, value)
+        assert isinstance(key, HeldTokens)
         assert isinstance(value, HeldTokens)
         bits, group_size = self.spec.cache.bits, self.spec.cache.group_size
         if self.spec.product != "float":

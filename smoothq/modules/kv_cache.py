@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import (
-    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -46,7 +45,8 @@ class CacheFormat:
 
     def stored_bits(self, width: int) -> float:
         """Bits an element with scales and offsets, of heads of that width."""
-        return 8 * kernels.row_bytes(width, self.bits, self.group_size) / width
+        nbytes: int = kernels.row_bytes(width, self.bits, self.group_size)
+        return 8 * nbytes / width
 
 
 class HeldTokens(NamedTuple):
@@ -61,7 +61,10 @@ class HeldTokens(NamedTuple):
     start: Tensor | None = None
 
 
-class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+_Stock: Any = object  # the stock layer that follows in the method resolution order
+
+
+class QuantizedLayer(_Stock):  # type: ignore[misc]
     """Mixed into a stock cache layer: it takes floats and holds rows.
 
     rotation: of the keys before they are quantized, or None.
@@ -98,8 +101,11 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[HeldTokens, HeldTokens]:
-        """Quantize and add float (B, H, L, D); returns all tokens that an attention may see."""
+    ) -> tuple[Any, Any]:
+        """Quantize and add float (B, H, L, D).
+
+        Returns the keys and the values that an attention may see, each as HeldTokens.
+        """
         if self.rotation is not None:
             key_states = self.rotation(key_states)
         if not self.is_initialized:
@@ -169,7 +175,7 @@ class QuantizedStaticSlidingLayer(QuantizedLayer, StaticSlidingWindowLayer):
     """Preallocated, of the sliding window."""
 
 
-_QUANTIZED: dict[type[CacheLayerMixin], type[QuantizedLayer]] = {
+_QUANTIZED: dict[type, type[QuantizedLayer]] = {
     DynamicLayer: QuantizedDynamicLayer,
     DynamicSlidingWindowLayer: QuantizedSlidingLayer,
     StaticLayer: QuantizedStaticLayer,
@@ -186,7 +192,7 @@ def quantized_layer(
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if isinstance(layer, QuantizedLayer):
         return layer
     quantized = _QUANTIZED.get(type(layer))
