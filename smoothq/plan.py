@@ -75,11 +75,15 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits an element with every scale, zero and multiplier counted, averaged over all linears."""
+    """Bits an element with every scale, zero and multiplier counted, averaged over all linears.
+
+    cached: of a key or value in the KV cache, without the tokens that stay in float.
+    """
 
     weight: float
     activation: float
     activation_decode: float
+    cached: float = FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         residual_rotation=rotation,
         folds_ends=rotation is not None and not config.tie_word_embeddings,
         attention=attention,
-        bits=_count_bits(blocks),
+        bits=_count_bits(blocks, _cached_bits(attention, attention_heads(config).dim)),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
         float_elements=_stored_elements(model, family) - _quantized_elements(blocks),
@@ -183,6 +187,12 @@ def _plan_attention(
     cache = CacheFormat(wanted.bits, _head_group(recipe, wanted, width), wanted.float_tokens)
     rotation = Hadamard.of(width, recipe.seed) if rotated else None
     return AttentionSpec(cache, recipe.attention, rotation)
+
+
+def _cached_bits(attention: AttentionSpec | None, width: int) -> float:
+    if attention is None or attention.cache is None:
+        return FLOAT_BITS
+    return attention.cache.stored_bits(width)
 
 
 def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:
@@ -386,7 +396,7 @@ def _quantized_elements(blocks: tuple[BlockPlan, ...]) -> int:
     return sum(spec.out_features * spec.in_features for spec in _weight_specs(blocks))
 
 
-def _count_bits(blocks: tuple[BlockPlan, ...]) -> Bits:
+def _count_bits(blocks: tuple[BlockPlan, ...], cached: float) -> Bits:
     sites = [site for block in blocks for site in block.sites]
     stored = sum(spec.stored_bits for spec in _weight_specs(blocks))
     inputs = [site.input for site in sites]
@@ -395,4 +405,6 @@ def _count_bits(blocks: tuple[BlockPlan, ...]) -> Bits:
     def activation(tokens: int) -> float:
         return sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs) / width
 
-    return Bits(stored / _quantized_elements(blocks), activation(PREFILL_TOKENS), activation(1))
+    return Bits(
+        stored / _quantized_elements(blocks), activation(PREFILL_TOKENS), activation(1), cached
+    )

@@ -104,6 +104,7 @@ class AttentionQuantizer(nn.Module):
             rows = kernels.quantize_heads(key, QUERY_BITS, None)
             return self._int8(query, rows, value, mask, scaling, QUERY_BITS)
         if isinstance(key, Tensor):
+            assert isinstance(value, Tensor)
             stock: Any = QuantizedDynamicLayer  # without a cache, one for this call alone
             layer = as_quantized(stock(), self.spec.cache, self.rotation)
             layer.begin(key.shape[0], key.device, mask)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -61,7 +62,7 @@ class HeldTokens(NamedTuple):
     start: Tensor | None = None
 
 
-_Stock: Any = object  # the stock layer that follows in the method resolution order
+_Stock: Any = CacheLayerMixin  # in front of a stock layer, whose own types do not know rows
 
 
 class QuantizedLayer(_Stock):  # type: ignore[misc]
