@@ -158,7 +158,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         residual_rotation=rotation,
         folds_ends=rotation is not None and not config.tie_word_embeddings,
         attention=attention,
-        bits=_count_bits(blocks, _cached_bits(attention, attention_heads(config).dim)),
+        bits=_count_bits(blocks, _cached_bits(attention, config)),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
         float_elements=_stored_elements(model, family) - _quantized_elements(blocks),
@@ -189,10 +189,10 @@ def _plan_attention(
     return AttentionSpec(cache, recipe.attention, rotation)
 
 
-def _cached_bits(attention: AttentionSpec | None, width: int) -> float:
+def _cached_bits(attention: AttentionSpec | None, config: PretrainedConfig) -> float:
     if attention is None or attention.cache is None:
         return FLOAT_BITS
-    return attention.cache.stored_bits(width)
+    return attention.cache.stored_bits(attention_heads(config).dim)
 
 
 def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:

@@ -131,9 +131,9 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
         token = token - self.get_seq_length()
         inside = ((token >= 0) & (token < length))[:, None, :, None]
         index = token.clamp(0, length - 1)[:, None, :, None]
-        for i, x in enumerate(states):
-            found = x.gather(2, index.expand(*x.shape[:2], count, x.shape[3]))
-            self.first[i] = torch.where(inside, found, self.first[i])
+        for kept, x in zip(self.first, states, strict=True):
+            found = x.detach().gather(2, index.expand(*x.shape[:2], count, x.shape[3]))
+            kept.copy_(torch.where(inside, found, kept))  # in place, as static layers want it
 
     def reset(self) -> None:
         """Forget all tokens."""
