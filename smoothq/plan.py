@@ -281,7 +281,13 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     if plan.residual_rotation is not None and not plan.folds_ends:
         embedding = model.get_submodule(plan.family.embedding)
         rotate_ends(embedding, model.get_submodule(plan.family.final_norm), plan.residual_rotation)
+    install_attention(model, plan)
+
+
+def install_attention(model: PreTrainedModel, plan: Plan) -> None:
+    """Make a model's attention, and with it its KV cache, what the plan says; weights stay."""
     if plan.attention is not None:
+        layers = model.get_submodule(plan.family.layers)
         named = zip(layers.children(), plan.blocks, strict=True)
         attentions = [layer.get_submodule(block.attention) for layer, block in named]
         quantize_attention(attentions, plan.attention, text_config(model))

@@ -138,12 +138,18 @@ class TestAnyWay:
         assert close(logits(model, cache=cache), logits(model, use_cache=False))
         assert all(isinstance(layer, QuantizedLayer) for layer in cache.layers)
 
-    def test_compiled_whole(self) -> None:
-        model = attending("llama", SPECS["kv4"])
-        compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    @pytest.mark.parametrize("name", ["kv4, groups, first tokens", "int8 over kv8"])
+    def test_decoding_over_a_preallocated_cache_is_one_graph(self, name) -> None:
+        model = attending("llama", SPECS[name])
+        torch.compiler.reset()
+        counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model.forward, fullgraph=True, backend=counted)
+        cache = StaticCache(config=model.config, max_cache_len=17)
+        steps = [logits(model, TOKENS[:, :9], cache=cache)]
         with torch.no_grad():
-            got = compiled(input_ids=TOKENS, use_cache=False).logits
-        assert close(got, logits(model))
+            steps += [compiled(TOKENS[:, i : i + 1], cache=cache).logits for i in range(9, 14)]
+        assert close(torch.cat(steps, 1), logits(model, use_cache=False))
+        assert counted.frame_count == 1
 
 
 class TestBytes:
