@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -142,7 +143,7 @@ class TestAnyWay:
     def test_decoding_over_a_preallocated_cache_is_one_graph(self, name) -> None:
         model = attending("llama", SPECS[name])
         torch.compiler.reset()
-        counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counted = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model.forward, fullgraph=True, backend=counted)
         cache = StaticCache(config=model.config, max_cache_len=17)
         steps = [logits(model, TOKENS[:, :9], cache=cache)]

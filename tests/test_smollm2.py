@@ -36,7 +36,8 @@ def float_model(tmp_path_factory) -> Path:
 
 def measured(directory: Path, **attention: object) -> float:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    install_attention(model, make_plan(model, Recipe(**attention)))
+    if attention:
+        install_attention(model, make_plan(model, Recipe(**attention)))
     tokens = evaluation_tokens(AutoTokenizer.from_pretrained(directory), TextSource("builtin"))
     return perplexity(model, tokens, 1024, 2).perplexity
 
