@@ -103,7 +103,7 @@ class TestRows:
 
     @each_format
     @each_dtype
-    @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 17, 80), (1, 0, 3, 40)], ids=str)
+    @pytest.mark.parametrize("shape", [(40,), (2, 3, 7, 40), (1, 0, 3, 40)], ids=str)
     def test_every_backend_gives_the_same_bytes(self, run, shape, dtype, bits, group_size) -> None:
         x = heads(*shape, dtype=dtype)
         if x.numel() > 40:

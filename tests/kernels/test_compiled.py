@@ -74,7 +74,8 @@ class TestCompiled:
         rows = [
             row
             for row in compiled(target)
-            if row["kernel"] in INTEGER_KERNELS or row["case"].startswith("int8_attention")
+            if row["kernel"] in INTEGER_KERNELS
+            or (row["kernel"] == "_attention_kernel" and row["case"].startswith("int8"))
         ]
         assert rows
         assert not [row for row in rows if row["int8_tensor_cores"] == 0]
