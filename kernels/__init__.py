@@ -25,26 +25,32 @@ from .reference import (
     highest_code,
     largest_group_multiplier,
     largest_multiplier,
+    row_bytes,
+    row_width,
 )
 
 __all__ = [
     "MULTIPLIED_BITS",
     "QuantizedInput",
+    "cached_attention",
     "channel_multipliers",
     "group_gemm",
     "hadamard",
     "hadamard_quantize",
     "highest_code",
     "int4_gemm",
+    "int8_attention",
     "int8_gemm",
     "largest_group_multiplier",
     "largest_multiplier",
     "left_factor",
+    "quantize_heads",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
     "quantize_token_groups",
     "report",
+    "row_bytes",
     "runs_on",
     "runs_packed",
     "runtime_smooth_quantize",
@@ -121,6 +127,7 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
 channel_multipliers = _by_device(reference.channel_multipliers)
 hadamard = _by_device(reference.hadamard)
 hadamard_quantize = _by_device(reference.hadamard_quantize)
+quantize_heads = _by_device(reference.quantize_heads)
 quantize_per_tensor = _by_device(reference.quantize_per_tensor)
 quantize_per_token = _by_device(reference.quantize_per_token)
 quantize_smoothed = _by_device(reference.quantize_smoothed)
@@ -139,6 +146,12 @@ group_gemm = torch.library.custom_op(
 )
 weight_only_gemm = torch.library.custom_op(
     "smoothq::weight_only_gemm", _by_device(reference.weight_only_gemm), mutates_args=()
+)
+cached_attention = torch.library.custom_op(
+    "smoothq::cached_attention", _by_device(reference.cached_attention), mutates_args=()
+)
+int8_attention = torch.library.custom_op(
+    "smoothq::int8_attention", _by_device(reference.int8_attention), mutates_args=()
 )
 
 
@@ -194,11 +207,46 @@ def _(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
+@cached_attention.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first_keys: Tensor | None,
+    first_values: Tensor | None,
+    start: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    bits: int,
+    group_size: int | None,
+) -> Tensor:
+    width = row_width(values.shape[-1], bits, group_size)
+    return query.new_empty(*query.shape[:-1], width)
+
+
+@int8_attention.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    packed, width = values.dtype == torch.uint8, values.shape[-1]
+    width = row_width(width, bits, None) if packed else width
+    return codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+
+
 @runtime_checkable
 class RunsOperators(Protocol):
     """A layer that can name the operators of its forward, in the order in which they run."""
 
-    weight: Tensor
+    @property
+    def device(self) -> torch.device:
+        """Where they run."""
 
     def operators(self) -> tuple[str, ...]:
         """The operators' names."""
@@ -215,7 +263,7 @@ def report(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, RunsOperators):
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            device = module.weight.device
+            device = module.device
             backend = _backend(device, "report").__name__.rpartition(".")[2]
             lines[kind, ", ".join(module.operators()), f"{backend} on {device}"] += 1
     rows = [(kind, f"x{count}", run, where) for (kind, run, where), count in lines.items()]

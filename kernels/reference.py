@@ -13,6 +13,11 @@ multiplied by to get its value back. b-bit codes are `-2^(b-1)` … `2^(b-1) - 1
 
 **Full range.** A scale may be negative. Where it takes the sign that brings the value of largest
 magnitude to the lowest code, `-2^(b-1)`, no code is wasted and the steps are finer.
+
+**Rows of a cache.** A head's key or value, D numbers x̂ = c · s + o, is one row of bytes: the codes
+c, then the float16 scales s of its groups, then their float16 offsets o. 4-bit codes stand two a
+byte: byte j of a group holds number j of the group's first half in its low nibble, and of its
+second half in its high one.
 """
 
 from __future__ import annotations
@@ -363,3 +368,140 @@ def quantize_rotated(
     if group_size is None:
         return quantize_per_token(rotated, bits, clip, full_range)
     return quantize_token_groups(rotated, bits, group_size, clip)
+
+
+def row_bytes(width: int, bits: int, group_size: int | None) -> int:
+    """Bytes of a row of a cache: codes, and a scale and an offset of 2 bytes each a group.
+
+    group_size: numbers a group, a multiple of 4 that divides `width`; None for one group.
+    """
+    return width * bits // 8 + 4 * (width // (group_size or width))
+
+
+def row_width(nbytes: int, bits: int, group_size: int | None) -> int:
+    """The numbers that a row of so many bytes holds: undoes `row_bytes`."""
+    if group_size is None:
+        return (nbytes - 4) * 8 // bits
+    return nbytes * 8 * group_size // (bits * group_size + 32)
+
+
+def quantize_heads(x: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Keys or values as rows of a cache: asymmetric codes, groups of one head and token.
+
+    s = (max - min) / (2^b - 1), o = min + 2^(b-1) · s, both rounded to float16, and
+    c = round((x - o) / s). x: float (..., D); bits: 8 or 4; group_size: as `row_bytes`.
+    Returns uint8 (..., row_bytes). Source: QuaRot (arXiv 2404.00456), section 4, stage 2c.
+    """
+    groups, half = x.float().unflatten(-1, (-1, group_size or x.shape[-1])), 2 ** (bits - 1)
+    lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((highest - lowest) / (2**bits - 1)).half()
+    offset = (lowest + scale.float() * half).half()
+    quotient = (groups - offset.float()) / nonzero(scale.float())
+    codes = quotient.round_().clamp_(-half, half - 1).to(torch.int8)
+    if bits == 4:
+        first, second = codes.chunk(2, -1)
+        codes = (first & 15) | (second << 4)
+    parts = [part.flatten(-2).contiguous().view(torch.uint8) for part in (codes, scale, offset)]
+    return torch.cat(parts, -1)
+
+
+def row_parts(rows: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 (..., groups, group size), scales and offsets float16 (..., groups, 1) of rows."""
+    width = row_width(rows.shape[-1], bits, group_size)
+    code_bytes, size = width * bits // 8, group_size or width
+    codes = rows[..., :code_bytes].view(torch.int8).unflatten(-1, (width // size, -1))
+    if bits == 4:
+        codes = torch.cat([(codes << 4) >> 4, codes >> 4], -1)
+    scale, offset = rows[..., code_bytes:].view(torch.float16).unsqueeze(-1).chunk(2, -2)
+    return codes, scale, offset
+
+
+def dequantize_heads(rows: Tensor, bits: int, group_size: int | None, dtype: torch.dtype) -> Tensor:
+    """x̂ = c · s + o of rows, uint8 (..., row_bytes) → (..., D) in `dtype`."""
+    codes, scale, offset = row_parts(rows, bits, group_size)
+    return (codes.to(dtype) * scale + offset).flatten(-2)
+
+
+def with_first_tokens(x: Tensor, first: Tensor | None, start: Tensor | None) -> Tensor:
+    """Keys or values with the tokens that are kept in float in their place.
+
+    x: float (B, H, T, D); first: float (B, H, N, D) or None; start: int64 (B,), the index among the
+    T tokens of each sequence's first one, negative where it has left a sliding window.
+    """
+    if first is None or start is None:
+        return x
+    index = torch.arange(x.shape[2], device=x.device) - start.unsqueeze(1)
+    inside = (index >= 0) & (index < first.shape[2])
+    index = index.clamp(0, first.shape[2] - 1)[:, None, :, None].expand_as(x)
+    return torch.where(inside[:, None, :, None], first.to(x.dtype).gather(2, index), x)
+
+
+def cached_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first_keys: Tensor | None,
+    first_values: Tensor | None,
+    start: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    bits: int,
+    group_size: int | None,
+) -> Tensor:
+    """softmax(q · k̂ · scaling) v̂ over the rows of a cache.
+
+    query: float (B, Q, L, D); keys, values: uint8 (B, H, T, row_bytes), H divides Q;
+    first_keys, first_values, start: as `with_first_tokens`; mask: bool (B or 1, 1, L, T), True
+    where a query sees a token, or None where it sees all; a query that sees none gives zeros.
+    Returns (B, Q, L, width of a value) in the query's dtype.
+    """
+    held = [
+        with_first_tokens(dequantize_heads(rows, bits, group_size, torch.float64), first, start)
+        for rows, first in ((keys, first_keys), (values, first_values))
+    ]
+    heads = query.shape[1] // keys.shape[1]
+    k, v = (x.repeat_interleave(heads, 1) for x in held)
+    return attend(query.double() @ k.mT * scaling, v, mask).to(query.dtype)
+
+
+def attend(scores: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(scores) · values, where `mask` is True; zeros for a query that sees nothing.
+
+    scores: float (..., L, T); values: (..., T, D) of the same dtype; mask: as `cached_attention`.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return weights @ values
+
+
+def int8_attention(
+    codes: Tensor,
+    scale: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """softmax(q̂ · k̂ · scaling) v̂, the sums of the first product in integers.
+
+    q̂ · k̂ = s_q · (s_k · Σ_d a_d c_d + o_k · Σ_d a_d), a and c the codes of a query and a key.
+    codes: int8 (B, Q, L, D) and scale: float32 (B, Q, L, 1), of `quantize_per_token`; keys: uint8
+    (B, H, T, row_bytes), a group a head; values: rows of the same bits, or float (B, H, T, D);
+    mask: as `cached_attention`. Returns (B, Q, L, width of a value) in `dtype`.
+    Source: SmoothQuant (arXiv 2211.10438), section 4; SageAttention (arXiv 2410.02367).
+    """
+    heads = codes.shape[1] // keys.shape[1]
+    key_codes, key_scale, key_offset = (
+        part.squeeze(-2).repeat_interleave(heads, 1) for part in row_parts(keys, bits, None)
+    )
+    if values.dtype == torch.uint8:
+        values = dequantize_heads(values, bits, None, torch.float64)
+    total = (codes.long() @ key_codes.long().mT) * key_scale.double().mT
+    total += codes.long().sum(-1, keepdim=True) * key_offset.double().mT
+    values = values.double().repeat_interleave(heads, 1)
+    return attend(total * scale.double() * scaling, values, mask).to(dtype)

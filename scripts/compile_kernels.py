@@ -111,8 +111,8 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         kind = str(dtype).removeprefix("torch.")
         forms = [*weight_only_cases(dtype), *quantizer_cases(dtype)]
-        if dtype != torch.float16:  # of a product of integers only the last conversion differs
-            forms += integer_cases(dtype)
+        if dtype != torch.float16:  # it differs from bfloat16 in conversions only
+            forms += [*integer_cases(dtype), *attention_cases(dtype)]
         for name, run in forms:
             yield f"{name}, {kind}", run
 
@@ -196,6 +196,34 @@ def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield "hadamard", partial(operators.hadamard, x[..., :11008], *wide_factors)
     yield "hadamard_quantize", partial(operators.hadamard_quantize, x, *factors, 4)
     yield "hadamard_quantize, groups", partial(operators.hadamard_quantize, x, *factors, 4, GROUP)
+
+
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The rows of a cache, and attention over them, in prefill and in decoding."""
+    heads, dim, tokens = 2, 128, 1024
+    x = torch.ones(1, heads, tokens, dim, dtype=dtype)
+    start = torch.zeros(1, dtype=torch.int64)
+    for bits in (8, 4):
+        yield f"quantize_heads, {bits} bits", partial(operators.quantize_heads, x, bits, None)
+        rows = torch.zeros(1, heads, tokens, dim * bits // 8 + 4, dtype=torch.uint8)
+        groups = torch.zeros(1, heads, tokens, dim * bits // 8 + 16, dtype=torch.uint8)
+        for length in (1, 64):
+            form = f"{bits} bits, {length} queries"
+            query = torch.ones(1, 4 * heads, length, dim, dtype=dtype)
+            codes, scale = query.to(torch.int8), torch.ones(1, 4 * heads, length, 1)
+            mask = torch.ones(1, 1, length, tokens, dtype=torch.bool)
+            attend = partial(operators.cached_attention, query)
+            plain = (rows, rows, None, None, None, mask, 0.1, bits, None)
+            first = (groups, groups, x[:, :, :4], x[:, :, :4], start, mask, 0.1, bits, 32)
+            integer = partial(operators.int8_attention, codes, scale, rows)
+            yield f"cached_attention, {form}", partial(attend, *plain)
+            yield f"cached_attention, groups, first tokens, {form}", partial(attend, *first)
+            yield f"int8_attention, {form}", partial(integer, rows, mask, 0.1, bits, dtype)
+            if bits == 8:
+                yield (
+                    f"int8_attention, float values, {form}",
+                    partial(integer, x, mask, 0.1, bits, dtype),
+                )
 
 
 def compile_all(chip: Chip, only: str = "") -> list[Compiled]:

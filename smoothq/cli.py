@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .errors import CheckpointError, SmoothqError
-from .recipe import Effort, Method, Preset, Recipe, Scope, load_recipe, preset
+from .recipe import Attention, Effort, Method, Preset, Recipe, Scope, load_recipe, preset
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -114,6 +114,13 @@ def quantize(
     embeddings: Annotated[
         int | None, typer.Option(help="Bits of embedding and head: 8, or 16 for float.")
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Bits of a cached key or value, 8 or 4; without it, float.")
+    ] = None,
+    attention: Annotated[
+        Attention | None,
+        typer.Option(help="Queries times keys in float or int8, the keys' mean removed or not."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="wikitext2, c4, ptb, a data set id, a text file, or builtin."),
@@ -162,6 +169,8 @@ def quantize(
         "smoothing__edges": None if edges is None else edges.split(","),
         "keep": keep or None,
         "embeddings": embeddings,
+        "kv_cache": None if kv_bits is None else {"bits": kv_bits},
+        "attention": attention,
         "calibration__source": calibration,
         "calibration__split": split,
         "calibration__text_column": text_column,

@@ -2,7 +2,8 @@
 
 `HiddenStates` holds what enters the current block, one micro-batch at a time. A site is observed by
 running the block up to the site's first reader and no further; experts, which see different tokens
-each, are observed together.
+each, are observed together. Attention is float here, whatever the recipe makes of it in the
+finished model.
 """
 
 from __future__ import annotations

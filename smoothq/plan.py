@@ -20,10 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
 from .architectures.graph import is_tied, takes_rotation, text_config
 from .architectures.layout import open_block
+from .attention_plan import cached_bits, plan_attention
 from .errors import DeviceError, RecipeError
 from .inference import infer_family
 from .kernels import runs_on
 from .modules import (
+    AttentionSpec,
     InputQuantizer,
     InputSpec,
     QuantizedEmbedding,
@@ -31,6 +33,7 @@ from .modules import (
     SequenceContext,
     TiedHead,
     WeightSpec,
+    quantize_attention,
     rotate_ends,
 )
 from .modules.input_quantizer import Mode
@@ -83,14 +86,24 @@ class BlockPlan:
     kept_width: int
     new_biases: tuple[str, ...]
 
+    @property
+    def attention(self) -> str:
+        """The name of the attention module: the one that holds the reader of its values."""
+        assert self.graph.value_output is not None
+        return self.graph.value_output.all_readers[0].module.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits an element with every scale, zero and multiplier counted, averaged over all linears."""
+    """Bits an element with every scale, zero and multiplier counted, averaged over all linears.
+
+    cached: of a key or value in the KV cache, without the tokens that stay in float.
+    """
 
     weight: float
     activation: float
     activation_decode: float
+    cached: float = FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,8 @@ class Plan:
 
     parts: where the model's parts are. residual_rotation: R1, or None, as in families whose
     stream takes none. folds_ends: R1 is folded into embedding and head, where otherwise it runs
-    online at both ends. notes: what the user should know.
+    online at both ends. attention: of every block, or None where it stays float. notes: what the
+    user should know.
     stored_dtype: of everything that stays float; float_elements: how many numbers that is.
     tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied head.
     """
@@ -110,6 +124,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
     folds_ends: bool
+    attention: AttentionSpec | None
     bits: Bits
     notes: tuple[str, ...]
     stored_dtype: torch.dtype
@@ -122,6 +137,8 @@ class Plan:
         found = _site_rotations(self.blocks)
         if not self.folds_ends:
             found.append(self.residual_rotation)
+        if self.attention is not None:
+            found.append(self.attention.rotation)
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
 
     @property
@@ -167,7 +184,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     rotation = None
     if rotatable and recipe.rotation is not None and recipe.rotation.residual:
         rotation = Hadamard.of(config.hidden_size, recipe.seed, family.centred)
-    fallbacks = [r.fallback for r in [rotation, *_site_rotations(blocks)] if r is not None]
+    attention = plan_attention(model, graphs, recipe)
+    keys = None if attention is None else attention.rotation
+    fallbacks = [r.fallback for r in [rotation, keys, *_site_rotations(blocks)] if r is not None]
     notes = [note for note in fallbacks if note] + _auto_group_notes(recipe, blocks)
     notes += _wiring_notes(recipe, blocks, rotatable)
     return Plan(
@@ -177,7 +196,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=blocks,
         residual_rotation=rotation,
         folds_ends=rotation is not None and parts.fold(model),
-        bits=_count_bits(blocks, _stored_dtype(recipe, config)),
+        attention=attention,
+        bits=_count_bits(blocks, _stored_dtype(recipe, config), cached_bits(attention, config)),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
         float_elements=stored
@@ -326,6 +346,16 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None and not plan.folds_ends:
         rotate_ends(model, plan.parts, plan.residual_rotation)
+    install_attention(model, plan)
+
+
+def install_attention(model: PreTrainedModel, plan: Plan) -> None:
+    """Make a model's attention, and with it its KV cache, what the plan says; weights stay."""
+    if plan.attention is not None:
+        layers = model.get_submodule(plan.parts.layers)
+        named = zip(layers.children(), plan.blocks, strict=True)
+        attentions = [layer.get_submodule(block.attention) for layer, block in named]
+        quantize_attention(attentions, plan.attention, text_config(model))
 
 
 def install_ends(model: PreTrainedModel, plan: Plan) -> None:
@@ -554,7 +584,7 @@ def _quantized_elements(blocks: tuple[BlockPlan, ...]) -> int:
     return sum(spec.out_features * spec.in_features for spec in _weight_specs(blocks))
 
 
-def _count_bits(blocks: tuple[BlockPlan, ...], dtype: torch.dtype) -> Bits:
+def _count_bits(blocks: tuple[BlockPlan, ...], dtype: torch.dtype, cached: float) -> Bits:
     sites = [site for block in blocks for site in block.sites]
     kept = sum(block.kept_elements for block in blocks)
     kept_width = sum(block.kept_width for block in blocks)
@@ -567,4 +597,4 @@ def _count_bits(blocks: tuple[BlockPlan, ...], dtype: torch.dtype) -> Bits:
         bits = sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs)
         return (bits + FLOAT_BITS * kept_width) / width
 
-    return Bits(stored / elements, activation(PREFILL_TOKENS), activation(1))
+    return Bits(stored / elements, activation(PREFILL_TOKENS), activation(1), cached)

@@ -22,6 +22,7 @@ Scope = Literal["token", "calibrated", "live"]
 Effort = Literal["fast", "default", "best"]
 Edge = Literal["norms", "up_down", "value_output"]
 Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
+Attention = Literal["float", "int8", "int8-centred"]
 GroupSize = int | Literal["auto"]
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
@@ -99,6 +100,21 @@ class Rotation(_Frozen):
     down: bool = True
 
 
+class KvCache(_Frozen):
+    """How keys and values are held: asymmetric codes, a scale and an offset a group of one head.
+
+    group_size: numbers that share them; `head` is all; `auto` all at 8 bits, and 32, or what else
+    divides a head, at 4. rotate_keys: rotate queries and keys after their position embedding (R3),
+    online; `auto` does so at 4 bits. float_tokens: the first tokens of a sequence, so many, stay in
+    float beside their codes.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: int | Literal["head", "auto"] = "auto"
+    rotate_keys: bool | Literal["auto"] = "auto"
+    float_tokens: int = Field(0, ge=0)
+
+
 class RuntimeSmoothing(_Frozen):
     """Runtime smoothing: where its scale comes from.
 
@@ -166,8 +182,10 @@ class Recipe(_Frozen):
 
     keep: patterns of full module names that stay in float. overrides: other formats for some, the
     first that matches counts. embeddings: bits of embedding and head; 8 is one scale a row.
-    dtype: of everything that stays float in the checkpoint; `auto` is the dtype that the model's
-    config names.
+    attention: the product of queries and keys in float, or in int8 with a scale a head and token;
+    `int8-centred` takes the keys' mean over the tokens away first. It and kv_cache act on the
+    finished model; calibration runs with float attention. dtype: of everything that stays float in
+    the checkpoint; `auto` is the dtype that the model's config names.
     """
 
     name: str = "custom"
@@ -176,6 +194,8 @@ class Recipe(_Frozen):
     smoothing: Smoothing | None = None
     rotation: Rotation | None = None
     runtime_smoothing: RuntimeSmoothing | None = None
+    kv_cache: KvCache | None = None
+    attention: Attention = "float"
     gptq: Gptq = Gptq()
     tuning: Tuning | None = None
     calibration: Calibration = Calibration()
@@ -215,6 +235,25 @@ class Recipe(_Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _consistent_attention(self) -> Recipe:
+        cache, attention = self.kv_cache, self.attention
+        if cache is None or attention == "float":
+            return self
+        if attention == "int8-centred":
+            raise ValueError("the keys of a kv_cache are codes already; use attention 'int8'")
+        if cache.group_size not in ("head", "auto") or cache.float_tokens:
+            raise ValueError(
+                f"attention '{attention}' needs a kv_cache of one group a head, first tokens"
+                " included: group_size 'head', float_tokens 0"
+            )
+        return self
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether keys, values or their products are quantized."""
+        return self.kv_cache is not None or self.attention != "float"
+
     @property
     def calibrates(self) -> bool:
         """Whether the recipe looks at calibration text at all."""
@@ -239,6 +278,8 @@ class Recipe(_Frozen):
         """Whether a token's result never depends on later tokens, padding or the batch."""
         per_tensor = self.activations.granularity == "tensor" and not self.activations.static
         live = self.runtime_smoothing is not None and self.runtime_smoothing.scope == "live"
+        if self.attention == "int8-centred":
+            return False
         return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
 
     def of(self, module: str) -> Recipe:

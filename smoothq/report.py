@@ -76,10 +76,12 @@ def _figures(made: Result | Plan, model: str, before: int, after: int) -> dict[s
 
 
 def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str, str]]:
+    cached = [("bits per cached key and value, scales counted", f"{bits.cached:.2f}")]
     return [
         ("method", recipe.name),
         ("bits per weight, scales counted", f"{bits.weight:.2f}"),
         ("bits per activation, scales counted", activation_bits(bits, recipe.activations.bits)),
+        *(cached if recipe.kv_cache is not None else []),
         ("size", f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.2f} times)"),
     ]
 

@@ -28,6 +28,8 @@ def recipes() -> dict[str, Recipe]:
         "w8a8-tensor": preset("w8a8").edit(
             activations__granularity="tensor", weights__granularity="tensor"
         ),
+        "w8a8-kv4": preset("w8a8", "rtn").edit(kv_cache={"bits": 4, "float_tokens": 2}),
+        "w8a8-kv8-int8": preset("w8a8", "rtn").edit(kv_cache={"bits": 8}, attention="int8"),
         "w4a8": preset("w4a8"),
         "w4a4": preset("w4a4"),
         "w4a16": preset("w4a16"),

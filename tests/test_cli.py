@@ -64,6 +64,19 @@ def test_quantize_eval_generate(run, model, tmp_path) -> None:
     assert "H" in text
 
 
+def test_a_quantized_cache_is_in_the_table_and_generates(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    flags = ("--w8a8", "--method", "rtn", "--kv-bits", 4, "--attention", "int8")
+    code, text, log = run("quantize", model, "-o", out, *flags)
+    assert code == 0, log
+    assert "bits per cached key and value" in text
+    recipe = json.loads((out / "config.json").read_text())["quantization_config"]["recipe"]
+    assert recipe["kv_cache"]["bits"] == 4
+    assert recipe["attention"] == "int8"
+    code, _, log = run("generate", out, "Hello", "--no-chat", "--max-new-tokens", 4)
+    assert code == 0, log
+
+
 def test_json_carries_recipe_bits_and_sizes(run, model, tmp_path) -> None:
     code, text, log = run("quantize", model, "-o", tmp_path / "out", "--w8a8", *QUICK, "--json")
     assert code == 0, log

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoothq import perplexity
+from smoothq import Recipe, perplexity
 from smoothq.calibration import TextSource, evaluation_tokens
+from smoothq.plan import install_attention, make_plan
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,8 +34,10 @@ def float_model(tmp_path_factory) -> Path:
     return directory
 
 
-def measured(directory: Path) -> float:
+def measured(directory: Path, **attention: object) -> float:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if attention:
+        install_attention(model, make_plan(model, Recipe(**attention)))
     tokens = evaluation_tokens(AutoTokenizer.from_pretrained(directory), TextSource("builtin"))
     return perplexity(model, tokens, 1024, 2).perplexity
 
@@ -48,6 +51,13 @@ def test_w8a8_smoothquant_keeps_the_perplexity_within_its_memory(float_model, tm
     figures = json.loads(run(*arguments, *calibration))
     assert figures["peak_memory_bytes"] - libraries < 0.6e9
     assert measured(out) < 1.03 * measured(float_model)
+
+
+def test_a_quantized_cache_keeps_the_perplexity(float_model) -> None:
+    exact = measured(float_model)
+    assert measured(float_model, kv_cache={"bits": 8}) < 1.005 * exact
+    assert measured(float_model, kv_cache={"bits": 4}) < 1.05 * exact
+    assert measured(float_model, attention="int8") < 1.005 * exact
 
 
 def test_w4a4_directory_is_small_and_a_gguf_file_is_read(float_model, tmp_path) -> None:

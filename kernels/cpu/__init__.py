@@ -10,33 +10,43 @@ decides which one runs.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import (
     QuantizedInput,
+    attend,
     channel_multipliers,
+    dequantize_heads,
     multiplied_weight,
+    quantize_heads,
     quantize_per_tensor,
     quantize_per_token,
     quantize_rotated,
     quantize_smoothed,
     quantize_token_groups,
+    row_parts,
     runtime_smooth_quantize,
     static_quantize,
     unpack_int4,
+    with_first_tokens,
 )
 
 __all__ = [
+    "cached_attention",
     "channel_multipliers",
     "group_gemm",
     "hadamard",
     "hadamard_quantize",
     "int4_gemm",
+    "int8_attention",
     "int8_gemm",
     "int8_matmul",
     "left_factor",
+    "quantize_heads",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
@@ -48,6 +58,7 @@ __all__ = [
 ]
 
 EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
+QUERY_ROWS = 512  # int8_attention's working set: the scores of this many queries
 UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matrix in float32
 
 
@@ -201,3 +212,57 @@ def hadamard_quantize(
     """As `reference.hadamard_quantize`, rotated in float32."""
     rotated = hadamard(x.float(), signs, left, right)
     return quantize_rotated(rotated, bits, group_size, clip, full_range)
+
+
+def cached_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first_keys: Tensor | None,
+    first_values: Tensor | None,
+    start: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    bits: int,
+    group_size: int | None,
+) -> Tensor:
+    """As `reference.cached_attention`, in float32: rows unpacked, then PyTorch's own product."""
+    k, v = (
+        with_first_tokens(dequantize_heads(rows, bits, group_size, torch.float32), first, start)
+        for rows, first in ((keys, first_keys), (values, first_values))
+    )
+    result = F.scaled_dot_product_attention(
+        query.float(), k, v, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+    return result.to(query.dtype)
+
+
+def int8_attention(
+    codes: Tensor,
+    scale: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.int8_attention`: a head's sums by `int8_matmul`, the rest in float32."""
+    batch, queries, length, _ = codes.shape
+    key_codes, key_scale, key_offset = (part.squeeze(-2) for part in row_parts(keys, bits, None))
+    if values.dtype == torch.uint8:
+        values = dequantize_heads(values, bits, None, torch.float32)
+    result = torch.empty(batch, queries, length, values.shape[-1], dtype=dtype)
+    for b, head in itertools.product(range(batch), range(queries)):
+        h = head * keys.shape[1] // queries
+        k, k_scale, k_offset = key_codes[b, h].contiguous(), key_scale[b, h], key_offset[b, h]
+        v = values[b, h].float()
+        seen = None if mask is None else mask[b if mask.shape[0] > 1 else 0, 0]
+        for row in range(0, length, QUERY_ROWS):
+            rows = slice(row, row + QUERY_ROWS)
+            a = codes[b, head, rows].contiguous()
+            scores = int8_matmul(a, k).mul_(k_scale.float().t())
+            scores.addmm_(a.sum(-1, keepdim=True).float(), k_offset.float().t())
+            scores *= scale[b, head, rows] * scaling
+            result[b, head, rows] = attend(scores, v, None if seen is None else seen[rows])
+    return result

@@ -4,6 +4,7 @@ Each file holds one kind of operator, its kernels beside their launchers; `READM
 above derives them. Everything here is called through `smoothq.kernels` alone.
 """
 
+from .attention import cached_attention, int8_attention, quantize_heads
 from .group_gemm import group_gemm
 from .hadamard import hadamard, hadamard_quantize, left_factor
 from .integer_gemm import int4_gemm, int8_gemm
@@ -20,13 +21,16 @@ from .runtime_smooth import runtime_smooth_quantize
 from .weight_only_gemm import weight_only_gemm
 
 __all__ = [
+    "cached_attention",
     "channel_multipliers",
     "group_gemm",
     "hadamard",
     "hadamard_quantize",
     "int4_gemm",
+    "int8_attention",
     "int8_gemm",
     "left_factor",
+    "quantize_heads",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",

@@ -20,10 +20,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..architectures import WeightRef
+from ..architectures.graph import text_config
 from ..architectures.layout import close_block
 from ..checkpoint.stream import tensor_shapes
 from ..errors import CheckpointError
-from ..modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, stop_rotating
+from ..modules import (
+    InputQuantizer,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizesAttention,
+    stop_quantizing_attention,
+    stop_rotating,
+)
 from ..modules.online_rotation import RotatesInput, RotatesOutput
 from ..plan import Plan, install, make_plan
 from ..recipe import Recipe, recipe_from_dict
@@ -151,13 +159,18 @@ def prepare(model: PreTrainedModel) -> None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             module.online_rotation.prepare(weight.device)
+        elif isinstance(module, QuantizesAttention):
+            rotation = module.attention_quantizer.rotation
+            if rotation is not None:
+                rotation.prepare(module.device)
 
 
 def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
     """Turn a quantized model into a float one of stock modules, in place.
 
     Online rotations are folded back into the weights; what stays of the quantization is its
-    rounding. Input quantization and runtime smoothing have no float counterpart and vanish.
+    rounding. Input quantization, runtime smoothing and quantized attention have no float
+    counterpart and vanish.
     """
     layers = model.get_submodule(plan.parts.layers)
     with torch.device("meta"):
@@ -174,6 +187,9 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
             delattr(block.get_submodule(parent), attribute)
         if plan.residual_rotation is not None and not plan.folds_ends:
             rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
+        if plan.attention is not None:
+            attention = block.get_submodule(block_plan.attention)
+            stop_quantizing_attention(attention, text_config(model))
         close_block(block, stock.get_submodule(str(index)))
         block.to(dtype)
     for end in (plan.parts.entry, plan.parts.final_norm):

@@ -1,19 +1,31 @@
 """The modules that a quantized model is made of."""
 
+from .attention import (
+    AttentionSpec,
+    QuantizesAttention,
+    quantize_attention,
+    stop_quantizing_attention,
+)
 from .input_quantizer import InputQuantizer, InputSpec, SequenceContext
+from .kv_cache import CacheFormat
 from .online_rotation import OnlineRotation, rotate_ends, stop_rotating
 from .quantized_embedding import QuantizedEmbedding, TiedHead
 from .quantized_linear import QuantizedLinear, WeightSpec
 
 __all__ = [
+    "AttentionSpec",
+    "CacheFormat",
     "InputQuantizer",
     "InputSpec",
     "OnlineRotation",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantizesAttention",
     "SequenceContext",
     "TiedHead",
     "WeightSpec",
+    "quantize_attention",
     "rotate_ends",
+    "stop_quantizing_attention",
     "stop_rotating",
 ]

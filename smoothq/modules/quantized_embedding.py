@@ -75,6 +75,11 @@ class TiedHead(nn.Module):
     def weight(self, value: Tensor) -> None:
         """Tying hands the embedding's tensor over; it is looked up each time anyway."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie."""
+        return self.weight.device
+
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
         product = "weight_only_gemm" if self.site_input.spec.mode == "float" else "int8_gemm"

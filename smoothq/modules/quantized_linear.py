@@ -106,6 +106,11 @@ class QuantizedLinear(nn.Module):
         codes = unpack(self.weight, self.in_features, self.spec.grid.bits)
         return QuantizedWeight(codes, Scales(self.weight_scale, self.weight_multiplier))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.weight.device
+
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
         return (*self.site_input.operators(), self._product)

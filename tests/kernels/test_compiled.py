@@ -29,6 +29,9 @@ EVERY_KERNEL = {
     "_ordered_kernel",
     "_hadamard_kernel",
     "_hadamard_quantize_kernel",
+    "_heads_kernel",
+    "_attention_kernel",
+    "_join_kernel",
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -68,7 +71,12 @@ class TestCompiled:
     def test_products_of_integers_run_on_the_int8_tensor_cores(
         self, target: str, compiled: Callable[[str], Rows]
     ) -> None:
-        rows = [row for row in compiled(target) if row["kernel"] in INTEGER_KERNELS]
+        rows = [
+            row
+            for row in compiled(target)
+            if row["kernel"] in INTEGER_KERNELS
+            or (row["kernel"] == "_attention_kernel" and row["case"].startswith("int8"))
+        ]
         assert rows
         assert not [row for row in rows if row["int8_tensor_cores"] == 0]
 
@@ -79,7 +87,10 @@ class TestCompiled:
             row
             for row in compiled(target)
             if row["kernel"].startswith("_hadamard")
-            or (row["kernel"] == "_weight_only_kernel" and "float32" not in row["case"])
+            or (
+                row["kernel"] in ("_weight_only_kernel", "_attention_kernel")
+                and "float32" not in row["case"]
+            )
         ]
         assert rows
         assert not [row for row in rows if row["float_tensor_cores"] == 0]

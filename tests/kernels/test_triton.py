@@ -29,9 +29,9 @@ from smoothq.kernels import triton as operators  # noqa: E402
 from smoothq.kernels.triton import launch, quantize, runtime_smooth  # noqa: E402
 
 # The package binds the operators to the names of these modules.
-integer, grouped, weight_only, rotations = (
+integer, grouped, weight_only, rotations, attention = (
     importlib.import_module(f"smoothq.kernels.triton.{name}")
-    for name in ("integer_gemm", "group_gemm", "weight_only_gemm", "hadamard")
+    for name in ("integer_gemm", "group_gemm", "weight_only_gemm", "hadamard", "attention")
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,6 +131,8 @@ def only_the_first_tile_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped, "_kernel", "_group_kernel", grouped.TILES),
         (weight_only, "_prefill_kernel", "_weight_only_kernel", weight_only.PREFILL_TILES),
         (weight_only, "_decode_kernel", "_weight_only_kernel", weight_only.DECODE_TILES),
+        (attention, "_prefill_kernel", "_attention_kernel", attention.PREFILL_TILES),
+        (attention, "_decode_kernel", "_attention_kernel", attention.DECODE_TILES),
     ):
         take_only(monkeypatch, module, launcher, kernel, next(iter(tiles.values())))
 
@@ -1069,7 +1071,20 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     floats = weight_only_operands(draw, 3, 7, 96, 4, 3, multiplied=False)
     multiplied = weight_only_operands(draw, 3, 7, 96, 4, 3, multiplied=True)
     single = torch.float32
+    query, kept = draw.floats(2, 4, 3, 24), draw.floats(2, 2, 1, 24)
+    keys, values = (reference.quantize_heads(draw.floats(2, 2, 5, 24), 4, None) for _ in range(2))
+    seen, first = draw.floats(2, 1, 3, 5) > -1, (kept, kept + 1, torch.tensor([1, -1]))
+    query_codes, query_scale, *_ = reference.quantize_per_token(query, 8)
     return {
+        "quantize_heads": ("quantize_heads", (batch, 4, 32)),
+        "cached_attention": (
+            "cached_attention",
+            (query, keys, values, *first, seen, 0.2, 4, None),
+        ),
+        "int8_attention": (
+            "int8_attention",
+            (query_codes, query_scale, keys, values, seen, 0.2, 4, single),
+        ),
         "quantize_per_token": ("quantize_per_token", (x, 4)),
         "quantize_per_tensor": ("quantize_per_tensor", (x, 4)),
         "static_quantize": ("static_quantize", (x, torch.tensor(0.1), 4)),
@@ -1096,7 +1111,9 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 
 OPERATORS = _operator_calls()
-QUANTIZERS = [call for call in OPERATORS if "gemm" not in call]  # and the rotation alone
+QUANTIZERS = [  # and the rotation alone
+    call for call in OPERATORS if "gemm" not in call and "int8" not in call
+]
 each_operator = pytest.mark.parametrize("call", OPERATORS)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every other": lambda t: torch.stack([t, torch.full_like(t, 1)], -1)[..., 0],
@@ -1261,6 +1278,7 @@ def _registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             runtime_smooth._ordered,
             (batch, order, torch.ones(2, 3), 4, 8, 1.0),
         ),
+        "quantize_heads": (attention.quantize_heads, (batch, 8, 12)),
         "hadamard": (rotations._hadamard, (x, *factors_of(24), torch.bfloat16)),
         "hadamard_quantize": (
             rotations._fused,

@@ -1,0 +1,231 @@
+"""Attention over quantized keys and values, or with an int8 first product.
+
+transformers lets a model's attention be replaced by name: `IMPLEMENTATION` is registered with a
+function and with a mask (without the mask, padded batches would be silently wrong). The function
+finds its settings at the attention module, whose class also sees to the cache: every cache that
+reaches it, its own or the caller's, holds rows of codes from the first token on. Without a cache
+keys and values are quantized all the same, so that every query sees the same quantized tokens in
+prefill, in decoding and in a perplexity, its own included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+from .. import kernels
+from ..errors import SmoothqError
+from ..transforms.hadamard import Hadamard
+from .kv_cache import (
+    CacheFormat,
+    HeldTokens,
+    QuantizedDynamicLayer,
+    as_quantized,
+    quantized_layer,
+)
+from .online_rotation import OnlineRotation
+
+IMPLEMENTATION = "smoothq"
+QUERY_BITS = 8
+Product = Literal["float", "int8", "int8-centred"]
+_ELSEWHERE = ("softcap", "s_aux", "position_bias")  # arguments of attentions that are others
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The settings of a model's attention, resolved.
+
+    cache: how keys and values are held, or None for float. product: of queries and keys; `int8`
+    has a scale a head and token for both, `int8-centred` takes the keys' mean away first, which
+    changes no weight of the softmax (SageAttention, arXiv 2410.02367). rotation: of queries and
+    keys after their position embedding (R3), order head_dim, or None.
+    """
+
+    cache: CacheFormat | None = None
+    product: Product = "float"
+    rotation: Hadamard | None = None
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that a forward runs, in order."""
+        rotation = () if self.rotation is None else ("hadamard",)
+        if self.product == "float":
+            return (*rotation, "quantize_heads", "cached_attention")
+        return (*rotation, "quantize_heads", "quantize_per_token", "int8_attention")
+
+
+class AttentionQuantizer(nn.Module):
+    """Rotates and quantizes an attention's operands and multiplies them."""
+
+    def __init__(self, spec: AttentionSpec, replaced: str | None) -> None:
+        """replaced: the attention implementation that the model had before."""
+        super().__init__()
+        self.spec, self.replaced = spec, replaced
+        self.rotation = None if spec.rotation is None else OnlineRotation(spec.rotation)
+
+    def begin(self, cache: Cache, index: int, hidden: Tensor, mask: Tensor | None) -> None:
+        """See to it that layer `index` of a cache holds what the recipe says.
+
+        hidden: what enters the attention, (B, L, hidden size); mask: as `forward`.
+        """
+        if self.spec.cache is not None:
+            layer = quantized_layer(cache, index, self.spec.cache, self.rotation)
+            layer.begin(hidden.shape[0], hidden.device, mask)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | HeldTokens,
+        value: Tensor | HeldTokens,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """Attend: query, float (B, Q, L, D) → (B, Q, L, width of a value) in its dtype.
+
+        key, value: float (B, H, T, D), or what a cache holds; mask: bool (B or 1, 1, L, T), None
+        for a causal one.
+        """
+        if mask is None and query.shape[2] > 1:
+            length, tokens = query.shape[2], (key[0] if isinstance(key, tuple) else key).shape[-2]
+            seen = torch.ones(length, tokens, dtype=torch.bool, device=query.device)
+            mask = seen.tril(tokens - length)[None, None]
+        query = self._rotated(query)
+        if self.spec.cache is None:
+            assert isinstance(key, Tensor)
+            assert isinstance(value, Tensor)
+            key = self._rotated(key)
+            if self.spec.product == "int8-centred":
+                key = key - _mean_seen(key, mask)
+            rows = kernels.quantize_heads(key, QUERY_BITS, None)
+            return self._int8(query, rows, value, mask, scaling, QUERY_BITS)
+        if isinstance(key, Tensor):
+            assert isinstance(value, Tensor)
+            stock: Any = QuantizedDynamicLayer  # without a cache, one for this call alone
+            layer = as_quantized(stock(), self.spec.cache, self.rotation)
+            layer.begin(key.shape[0], key.device, mask)
+            key, value = layer.update(key, value)
+        assert isinstance(key, HeldTokens)
+        assert isinstance(value, HeldTokens)
+        bits, group_size = self.spec.cache.bits, self.spec.cache.group_size
+        if self.spec.product != "float":
+            return self._int8(query, key.rows, value.rows, mask, scaling, bits)
+        firsts = (key.first, value.first, key.start)
+        attended: Tensor = kernels.cached_attention(
+            query, key.rows, value.rows, *firsts, mask, scaling, bits, group_size
+        )
+        return attended
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else self.rotation(x)
+
+    def _int8(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        bits: int,
+    ) -> Tensor:
+        codes, scale, *_ = kernels.quantize_per_token(query, QUERY_BITS)
+        attended: Tensor = kernels.int8_attention(
+            codes, scale, keys, values, mask, scaling, bits, query.dtype
+        )
+        return attended
+
+
+def _mean_seen(key: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean key over the tokens that any query sees: float (B, H, T, D) → (B, H, 1, D).
+
+    Padding and the unused part of a preallocated cache count for nothing.
+    """
+    if mask is None:
+        return key.mean(2, keepdim=True)
+    seen = mask.any(2).unsqueeze(-1).to(key.dtype)
+    return (key * seen).sum(2, keepdim=True) / seen.sum(2, keepdim=True).clamp(min=1)
+
+
+class QuantizesAttention(nn.Module):
+    """Mixed into a stock attention module: its cache holds rows, and its settings are here."""
+
+    attention_quantizer: AttentionQuantizer
+    layer_idx: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where its projections lie."""
+        return next(self.buffers()).device
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that a forward runs, in order."""
+        return self.attention_quantizer.spec.operators()
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, its cache seen to first."""
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, Cache):
+                mask = kwargs.get("attention_mask")
+                self.attention_quantizer.begin(argument, self.layer_idx, hidden_states, mask)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def quantize_attention(
+    modules: Iterable[nn.Module], spec: AttentionSpec, config: PretrainedConfig
+) -> None:
+    """Make attention modules follow a spec, in place: their tensors and names stay.
+
+    config: the modules', which names the attention implementation of all of them.
+    """
+    replaced, config._attn_implementation = config._attn_implementation, IMPLEMENTATION
+    for module in modules:
+        stock = type(module)
+        module.__class__ = type(f"Quantized{stock.__name__}", (QuantizesAttention, stock), {})
+        module.attention_quantizer = AttentionQuantizer(spec, replaced)
+
+
+def stop_quantizing_attention(module: nn.Module, config: PretrainedConfig) -> None:
+    """Undo `quantize_attention` for one module."""
+    if isinstance(module, QuantizesAttention):
+        config._attn_implementation = module.attention_quantizer.replaced
+        del module.attention_quantizer
+        module.__class__ = type(module).__mro__[2]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | HeldTokens,
+    value: Tensor | HeldTokens,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of `IMPLEMENTATION`, as transformers calls it."""
+    foreign = [name for name in _ELSEWHERE if kwargs.get(name) is not None]
+    if foreign or not isinstance(module, QuantizesAttention):
+        what = f"'{foreign[0]}'" if foreign else "an attention that the recipe does not name"
+        raise SmoothqError(f"{type(module).__name__}: quantized attention does not do {what}")
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise SmoothqError(
+            "quantized attention takes a mask of booleans, or the padding mask (batch, tokens), "
+            f"not one of {attention_mask.dtype}"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attended = module.attention_quantizer(query, key, value, attention_mask, scaling)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' boolean mask, always written out: the operators know no causal flag."""
+    mask: Tensor | None = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
+    return mask
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
