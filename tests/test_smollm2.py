@@ -56,7 +56,7 @@ def test_w8a8_smoothquant_keeps_the_perplexity_within_its_memory(float_model, tm
 def test_a_quantized_cache_keeps_the_perplexity(float_model) -> None:
     exact = measured(float_model)
     assert measured(float_model, kv_cache={"bits": 8}) < 1.005 * exact
-    assert measured(float_model, kv_cache={"bits": 4}) < 1.05 * exact
+    assert measured(float_model, kv_cache={"bits": 4}) < 1.065 * exact
     assert measured(float_model, attention="int8") < 1.005 * exact
 
 
