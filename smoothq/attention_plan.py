@@ -28,7 +28,7 @@ def plan_attention(
     if not recipe.quantizes_attention:
         return None
     config = text_config(model)
-    reason = unquantizable_attention(model)
+    reason = unquantizable_attention(config, type(model))
     if reason is None and any(graph.value_output is None for graph in graphs):
         reason = "its values do not reach the output projection unchanged"
     if reason is not None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .architectures import BlockGraph, family_of, supported_model_types
+from .architectures.attention import unquantizable_attention
 from .architectures.graph import takes_rotation
 
-HEADER = ("model type", "SmoothQuant", "QuaRot", "SmoothRot", "RS, RRS", "experts")
+HEADER = (
+    "model type",
+    "SmoothQuant",
+    "QuaRot",
+    "SmoothRot",
+    "RS, RRS",
+    "KV cache, int8 attention",
+    "experts",
+)
 NONE = "none"
 _EDGES = {"norms": "norms", "up_down": "up→down", "value_output": "v→o"}
 
@@ -43,8 +55,15 @@ def _row(model_type: str) -> tuple[str, ...]:
         stream,
         _EDGES["up_down"] if "up_down" in edges else NONE,
         "token, calibrated" if family.flattens else "token, calibrated, live",
+        _attention(config),
         _experts(graphs) if experts else NONE,
     )
+
+
+def _attention(config: PretrainedConfig) -> str:
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    reason = unquantizable_attention(config, model_class)
+    return "yes" if reason is None else f"no: {reason}"
 
 
 def _experts(graphs: list[BlockGraph]) -> str:

@@ -42,6 +42,7 @@ from smoothq.errors import RecipeError, UnsupportedModelError
 from smoothq.evaluation.agreement import agreement
 from smoothq.inference import infer_family
 from smoothq.modules import QuantizedLinear
+from smoothq.modules.kv_cache import QuantizedLayer
 from smoothq.plan import make_plan
 from tests.architectures import TINY, tiny_model
 from tests.conftest import RECIPES
@@ -319,6 +320,46 @@ def test_quantizes_saves_loads_and_generates(
     assert (proof.logits(stock, TOKENS) - exact).norm() < bound * exact.norm()
 
 
+OWN_ATTENTION = {
+    "gemma2": "caps its scores",
+    "gpt_oss": "sinks",
+    "bloom": "ALiBi",
+    "bloom-untied": "ALiBi",
+    "falcon-alibi": "ALiBi",
+    "falcon": "does not let it be replaced",
+    "falcon-groups": "does not let it be replaced",
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_keys_and_values_are_quantized_or_refused_by_name(
+    name: str, float_checkpoint: Callable[[str], Path], data: Tensor, tmp_path: Path
+) -> None:
+    recipe = preset("w8a8", "rtn").edit(kv_cache={"bits": 8})
+    if name in OWN_ATTENTION:
+        with pytest.raises(UnsupportedModelError, match=f"attention.*{OWN_ATTENTION[name]}"):
+            make_plan(tiny_model(name), recipe)
+        return
+    plain = quantize(float_checkpoint(name), preset("w8a8", "rtn"))
+    made = quantize(float_checkpoint(name), recipe, output=tmp_path)
+    logits, expected = proof.logits(made, TOKENS), proof.logits(plain, TOKENS)
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).norm() < 0.15 * expected.norm()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(proof.logits(loaded, TOKENS), logits)
+    output = loaded.generate(
+        TOKENS[:, :9],
+        max_new_tokens=3,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    layers = output.past_key_values.layers
+    assert all(isinstance(layer, QuantizedLayer) for layer in layers)
+    assert output.sequences.shape == (2, 12)
+
+
 class TestExperts:
     @pytest.mark.parametrize("name", WITH_EXPERTS)
     def test_each_expert_is_a_lane_of_its_own_and_the_router_stays_float(self, name: str) -> None:
@@ -534,10 +575,18 @@ class TestTable:
     def test_each_supported_type_has_a_row(self) -> None:
         rows = {row[0]: row[1:] for row in families.rows()}
         assert sorted(rows) == supported_model_types()
-        assert rows["llama"] == ("norms, up→down, v→o", "offline", "up→down", RS_ALL, "none")
+        assert rows["llama"] == (
+            "norms, up→down, v→o",
+            "offline",
+            "up→down",
+            RS_ALL,
+            "yes",
+            "none",
+        )
         assert rows["opt"][1:3] == ("offline, mean kept", "up→down")
         assert rows["gemma2"][1] == "online, by site"
-        assert rows["gpt_oss"][2:] == ("none", "token, calibrated", "each layer")
+        assert rows["gpt_oss"][2:4] == ("none", "token, calibrated")
+        assert rows["gpt_oss"][4].startswith("no: its softmax has sinks")
 
 
 def with_outliers(model: PreTrainedModel) -> None:

@@ -1,20 +1,21 @@
 """Whose attention the quantized one can stand in for."""
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
-def unquantizable_attention(model: PreTrainedModel) -> str | None:
-    """Why a model's attention cannot be replaced by the quantized one, or None.
+def unquantizable_attention(
+    config: PretrainedConfig, model_class: type[PreTrainedModel]
+) -> str | None:
+    """Why a decoder's attention cannot be replaced by the quantized one, or None.
 
     Quantized attention is the plain one: scaled scores, a boolean mask, a softmax.
     """
-    config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it caps its scores (attn_logit_softcapping)"
     if config.model_type == "gpt_oss":
         return "its softmax has sinks"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "it adds a bias to its scores (ALiBi)"
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model_class, "_supports_attention_backend", False):
         return "transformers does not let it be replaced"
     return None
