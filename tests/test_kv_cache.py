@@ -133,6 +133,18 @@ class TestAnyWay:
         cache.reset()
         assert close(logits(model, cache=cache), whole)
 
+    @each_spec
+    def test_a_block_alone_is_causal(self, name) -> None:
+        model = attending("llama", SPECS[name])
+        hidden = model.get_input_embeddings()(TOKENS)
+        positions = model.model.rotary_emb(hidden, torch.arange(14)[None])
+        causal = torch.ones(14, 14, dtype=torch.bool).tril()[None, None]
+        alone, masked = (
+            model.model.layers[0](hidden, attention_mask=mask, position_embeddings=positions)
+            for mask in (None, causal)
+        )
+        assert torch.equal(alone, masked)
+
     def test_a_cache_that_makes_its_layers_as_it_goes(self) -> None:
         model = attending("llama", SPECS["kv8"])
         cache = DynamicCache()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -159,7 +160,7 @@ class QuantizesAttention(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its projections lie."""
-        return next(self.buffers()).device
+        return next(chain(self.parameters(), self.buffers())).device
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
