@@ -291,10 +291,12 @@ def families(
 
         print(infer_family(read_config(infer))[1], end="")
         return
-    table = Table(*HEADER)
+    table = Table()
+    for number, title in enumerate(HEADER):
+        table.add_column(title, no_wrap=number == 0)
     for row in rows():
         table.add_row(*row)
-    out.print(table)
+    out.print(table, soft_wrap=False)
 
 
 def _base_recipe(
