@@ -30,9 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from smoothq.calibration import TextSource, evaluation_tokens
+from smoothq.errors import RecipeError
 from smoothq.evaluation.agreement import agreement, prefill_and_decode
 from smoothq.evaluation.perplexity import perplexity
 from smoothq.plan import Bits
+from smoothq.recipe import recipe_from_dict
 from smoothq.report import activation_bits
 
 ROOT = Path(__file__).parent.parent
@@ -70,18 +72,18 @@ ROWS = [
     Row("W8A8 SmoothQuant", ("--w8a8",)),
     Row("W4A16 QuaRot + GPTQ, groups", example("quarot_w4a16"), 3),
     Row("W4A16", ("--w4a16",), 3),
-    Row("W4A16, best effort", ("--w4a16", "--effort", "best"), 3),
+    Row("W4A16, best effort", ("--w4a16", "--effort", "best")),
     Row("W4A8 QuaRot + GPTQ, groups", example("quarot_w4a8"), 3),
     Row("W4A8", ("--w4a8",), 3),
-    Row("W4A8, best effort", ("--w4a8", "--effort", "best"), 3),
+    Row("W4A8, best effort", ("--w4a8", "--effort", "best")),
     Row("W4A4 QuaRot + GPTQ, groups", example("quarot_w4a4"), 3),
     Row("W4A4, fast", ("--w4a4", "--effort", "fast")),
     Row("W4A4", ("--w4a4",), 3),
-    Row("W4A4, best effort", ("--w4a4", "--effort", "best"), 3),
+    Row("W4A4, best effort", ("--w4a4", "--effort", "best")),
     Row("W4A4 QuaRot + GPTQ, per channel and token", ("--w4a4", "--method", "quarot"), 3),
-    Row("W4A4 SmoothRot + GPTQ, per channel and token", ("--w4a4", "--method", "smoothrot"), 3),
+    Row("W4A4 SmoothRot + GPTQ, per channel and token", ("--w4a4", "--method", "smoothrot")),
     Row("W4A4 per channel and token", example("w4a4_channel"), 3),
-    Row("W4A4 per channel and token, best effort", example("w4a4_channel_best"), 3),
+    Row("W4A4 per channel and token, best effort", example("w4a4_channel_best")),
     Row(
         "W4A4 RRS as published (not causal)",
         ("--w4a4", "--method", "rrs", "--smooth-scope", "live"),
@@ -211,13 +213,26 @@ def run_missing(args: argparse.Namespace, rows: list[Row], results: Results) -> 
                 recipe = bench.quantize(row, seed, out, "--dry-run")["recipe"]
                 recipe["calibration"]["source"] = shared["calibration"]
                 known = {"row": row.name, "seed": seed, "setting": shared, "recipe": recipe}
-                if any(all(run.get(k) == v for k, v in known.items()) for run in results.runs):
+                if any(is_of(run, known) for run in results.runs):
                     continue
                 quantized = bench.quantize(row, seed, out)
                 run = known | {"command": row.command, "machine": machine()}
                 run |= bench.measure(str(out)) | {name: quantized[name] for name in KEPT}
             results.put(run)
             print(row.name, seed, run["perplexity"], flush=True)
+
+
+def is_of(run: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether a stored run is of this row, seed, setting and recipe.
+
+    Recipes are compared as they are read: a field that came later stands at its default.
+    """
+    if any(run.get(key) != known[key] for key in ("row", "seed", "setting")):
+        return False
+    try:
+        return recipe_from_dict(run["recipe"]) == recipe_from_dict(known["recipe"])
+    except RecipeError:
+        return False
 
 
 def spread(values: list[float], digits: int = 2) -> str:

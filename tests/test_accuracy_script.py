@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from smoothq import preset
+
 ROOT = Path(__file__).parent.parent
 QUICK = ("--samples", "4", "--sequence-length", "32")
 
@@ -60,6 +62,16 @@ def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, mo
     script.main()
     assert not measured
     assert json.loads(results.read_text()) == runs
+
+
+def test_a_run_counts_although_its_recipe_lacks_fields_that_came_later() -> None:
+    script, recipe = accuracy(), preset("w4a8").model_dump(mode="json")
+    known = {"row": "a", "seed": 0, "setting": {}, "recipe": recipe}
+    older = {name: value for name, value in recipe.items() if name != "kv_cache"}
+    assert script.is_of(known | {"recipe": older, "perplexity": 1.0}, known)
+    assert not script.is_of(known | {"recipe": older | {"seed": 1}}, known)
+    assert not script.is_of(known | {"recipe": older | {"gone": 1}}, known)
+    assert not script.is_of(known | {"seed": 1}, known)
 
 
 def test_the_readme_holds_the_table_of_the_stored_results() -> None:
