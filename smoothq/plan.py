@@ -149,7 +149,7 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
-        tables = sum(rows * (columns + 4) for rows, columns in self.tables)
+        tables = sum(rows * (columns + 2) for rows, columns in self.tables)
         return self.linear_bytes + tables + self.float_elements * self.stored_dtype.itemsize
 
 

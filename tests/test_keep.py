@@ -148,7 +148,7 @@ class TestEmbeddings:
             sizes[bits] = plan.total_bytes
             file = (out / "model.safetensors").stat().st_size
             assert abs(file - plan.total_bytes) < 20_000
-        assert sizes[16] - sizes[8] == 97 * (48 * 4 - 48 - 4)
+        assert sizes[16] - sizes[8] == 97 * (48 * 4 - 48 - 2)
 
     @pytest.mark.parametrize("pattern", ["lm_head", "model.embed_tokens"])
     def test_keep_leaves_them_in_float(self, pattern) -> None:

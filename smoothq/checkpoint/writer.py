@@ -28,6 +28,14 @@ SHARD_BYTES = 512 << 20  # held in memory until it is full
 RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tensors
 
 
+def _without_spaces(path: Path) -> None:
+    """Write a JSON file again without the whitespace, which is half of a tokenizer's."""
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+        path.write_text(compact, encoding="utf-8")
+
+
 class CheckpointWriter:
     """Writes tensors and metadata to a directory that appears only when complete.
 
@@ -102,6 +110,7 @@ class CheckpointWriter:
                 generation_config.save_pretrained(self.partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.partial)
+                _without_spaces(self.partial / "tokenizer.json")
             (self.partial / "README.md").write_text(card)
             if self.out.exists():
                 shutil.rmtree(self.out)

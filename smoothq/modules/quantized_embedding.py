@@ -15,14 +15,14 @@ EMBEDDING_BITS = 8
 
 
 def row_grid(columns: int) -> IntegerGrid:
-    """The number format of an embedding's rows: 8 bits, one scale a row by its maximum."""
-    return IntegerGrid(EMBEDDING_BITS, "channel", columns, multiplier=False, clip=False)
+    """The number format of an embedding's rows: 8 bits, one 16-bit scale a row by its maximum."""
+    return IntegerGrid(EMBEDDING_BITS, "group", columns, multiplier=False, clip=False)
 
 
 class QuantizedEmbedding(nn.Module):
     """Rows of a table of codes: token ids int64 (...) → float (..., K).
 
-    Persistent: `weight`, the codes in the stored form, and `weight_scale`, float32 (V, 1).
+    Persistent: `weight`, the codes in the stored form, and `weight_scale`, bfloat16 (V, 1).
     """
 
     weight: Tensor
@@ -34,7 +34,7 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = rows, columns
         self.register_buffer("weight", packed_like(rows, columns, EMBEDDING_BITS))
-        scale = torch.empty(rows, 1, dtype=torch.float32, device="meta")
+        scale = torch.empty(rows, 1, dtype=torch.bfloat16, device="meta")
         self.register_buffer("weight_scale", scale)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -51,7 +51,7 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of token ids, dequantized."""
         codes = self.weight[ids].squeeze(-1)
-        return (codes.float() * self.weight_scale[ids]).to(self.like.dtype)
+        return (codes.float() * self.weight_scale[ids].float()).to(self.like.dtype)
 
 
 class TiedHead(nn.Module):
