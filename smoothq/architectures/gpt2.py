@@ -2,19 +2,17 @@
 
 from transformers import PretrainedConfig
 
-from .graph import BlockGraph, Family, Norm, Rows, Site, attention_heads
-from .parts import concatenated_values, plain_mlp, weights, writers
+from .graph import BlockGraph, Family, Norm, attention_heads
+from .parts import concatenated_values, fused_attention, plain_mlp, weights, writers
 
 
 def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     heads = attention_heads(config)
-    qkv, o, fc1, fc2 = weights("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    o_site = Site("o", "values", (o,), Rows((concatenated_values(qkv.tensor, heads),), heads))
+    fused, proj, fc1, fc2 = weights("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    values = (concatenated_values(fused.tensor, heads),)
+    qkv, o = fused_attention(fused, proj, values, heads, Norm("ln_1.weight"))
     up, down = plain_mlp(fc1, fc2, Norm("ln_2.weight"), config.activation_function)
-    return BlockGraph(
-        (Site("qkv", "stream", (qkv,), Norm("ln_1.weight")), o_site, up, down),
-        writers(o_site, down),
-    )
+    return BlockGraph((qkv, o, up, down), writers(o, down))
 
 
 def _refuses(config: PretrainedConfig) -> str | None:

@@ -32,6 +32,16 @@ def separate_attention(
     )
 
 
+def fused_attention(
+    qkv: WeightRef, output: WeightRef, values: tuple[WeightRef, ...], heads: Heads, norm: Norm
+) -> tuple[Site, Site]:
+    """The sites of an attention with q, k and v in one linear. values: its rows that are v."""
+    return (
+        Site("qkv", "stream", (qkv,), norm),
+        Site("o", "values", (output,), Rows(values, heads)),
+    )
+
+
 def gated_mlp(norm: Norm | None) -> tuple[Site, Site]:
     """The sites of `mlp` with gate and up apart."""
     gate, up, down = weights("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
