@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marked import replaced
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -272,10 +273,7 @@ def table(results: Results) -> str:
 
 def write_table(results: Results, readme: Path) -> None:
     """Put the table between the README's two marks."""
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
+    readme.write_text(replaced(readme.read_text(), BEGIN, END, table(results)))
 
 
 def main() -> None:

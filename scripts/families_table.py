@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from marked import replaced
+
 from smoothq.families import markdown
 
 README = Path(__file__).parent.parent / "README.md"
@@ -15,9 +17,7 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 def written(text: str) -> str:
     """The README's text with the table of today between its two marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
+    return replaced(text, BEGIN, END, markdown())
 
 
 if __name__ == "__main__":
