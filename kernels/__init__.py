@@ -13,7 +13,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
-from typing import ParamSpec, Protocol, TypeVar, cast, runtime_checkable
+from typing import Generic, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from .reference import (
     row_bytes,
     row_width,
 )
+from .tracing import is_traced
 
 __all__ = [
     "MULTIPLIED_BITS",
@@ -44,6 +45,7 @@ __all__ = [
     "largest_group_multiplier",
     "largest_multiplier",
     "left_factor",
+    "packed_tokens",
     "quantize_heads",
     "quantize_per_tensor",
     "quantize_per_token",
@@ -52,7 +54,6 @@ __all__ = [
     "report",
     "row_bytes",
     "runs_on",
-    "runs_packed",
     "runtime_smooth_quantize",
     "static_quantize",
     "weight_only_gemm",
@@ -70,13 +71,13 @@ def runs_on(device_type: str) -> bool:
     return device_type in _BACKENDS
 
 
-def runs_packed(operator: str, device: torch.device, group_size: int | None) -> bool:
-    """Whether a product takes 4-bit weights packed, as they are stored, on that device.
+def packed_tokens(operator: str, device: torch.device, group_size: int | None) -> int:
+    """Up to how many tokens a product runs fastest on 4-bit weights packed, as they are stored.
 
     operator: "int4_gemm" or "weight_only_gemm". group_size: of the weight's scales, None for one a
-    row. Where it does not, `QuantizedLinear.prepare` unpacks them to int8 once.
+    row. Beyond that number `QuantizedLinear` has them unpacked to int8.
     """
-    return bool(_backend(device, operator).runs_packed(operator, group_size))
+    return int(_backend(device, operator).packed_tokens(operator, group_size))
 
 
 def left_factor(device: torch.device, base: int, order: int) -> int | None:
@@ -135,27 +136,42 @@ quantize_token_groups = _by_device(reference.quantize_token_groups)
 runtime_smooth_quantize = _by_device(reference.runtime_smooth_quantize)
 static_quantize = _by_device(reference.static_quantize)
 
-int8_gemm = torch.library.custom_op(
-    "smoothq::int8_gemm", _by_device(reference.int8_gemm), mutates_args=()
-)
-int4_gemm = torch.library.custom_op(
-    "smoothq::int4_gemm", _by_device(reference.int4_gemm), mutates_args=()
-)
-group_gemm = torch.library.custom_op(
-    "smoothq::group_gemm", _by_device(reference.group_gemm), mutates_args=()
-)
-weight_only_gemm = torch.library.custom_op(
-    "smoothq::weight_only_gemm", _by_device(reference.weight_only_gemm), mutates_args=()
-)
-cached_attention = torch.library.custom_op(
-    "smoothq::cached_attention", _by_device(reference.cached_attention), mutates_args=()
-)
-int8_attention = torch.library.custom_op(
-    "smoothq::int8_attention", _by_device(reference.int8_attention), mutates_args=()
-)
+
+def _needs_gradient(operands: tuple[object, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
 
 
-@int8_gemm.register_fake
+class Product(Generic[Arguments]):
+    """A product, registered with PyTorch as an operator.
+
+    Called where nothing traces it, it runs at once: on one token, a registered Python operator
+    takes as long to call as the product to compute.
+    """
+
+    def __init__(self, definition: Callable[Arguments, Tensor]) -> None:
+        """definition: of `reference.py`; its namesake in each backend runs."""
+        self.direct = _by_device(definition)
+        name = f"smoothq::{definition.__name__}"
+        self.registered = torch.library.custom_op(name, self.direct, mutates_args=())
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        """The product, by the backend of the first argument's device."""
+        if is_traced(cast(Tensor, args[0])) or _needs_gradient(args):
+            return cast(Tensor, self.registered(*args, **kwargs))
+        return self.direct(*args, **kwargs)
+
+
+int8_gemm = Product(reference.int8_gemm)
+int4_gemm = Product(reference.int4_gemm)
+group_gemm = Product(reference.group_gemm)
+weight_only_gemm = Product(reference.weight_only_gemm)
+cached_attention = Product(reference.cached_attention)
+int8_attention = Product(reference.int8_attention)
+
+
+@int8_gemm.registered.register_fake
 def _(
     codes: Tensor,
     scale: Tensor,
@@ -167,7 +183,7 @@ def _(
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
 
 
-@int4_gemm.register_fake
+@int4_gemm.registered.register_fake
 def _(
     codes: Tensor,
     scale: Tensor,
@@ -180,7 +196,7 @@ def _(
     return codes.new_empty(codes.shape[0], packed.shape[0], dtype=dtype)
 
 
-@group_gemm.register_fake
+@group_gemm.registered.register_fake
 def _(
     codes: Tensor,
     scale: Tensor,
@@ -195,7 +211,7 @@ def _(
     return codes.new_empty(codes.shape[0], codes.shape[1], weight.shape[0], dtype=dtype)
 
 
-@weight_only_gemm.register_fake
+@weight_only_gemm.registered.register_fake
 def _(
     x: Tensor,
     packed: Tensor,
@@ -207,7 +223,7 @@ def _(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-@cached_attention.register_fake
+@cached_attention.registered.register_fake
 def _(
     query: Tensor,
     keys: Tensor,
@@ -224,7 +240,7 @@ def _(
     return query.new_empty(*query.shape[:-1], width)
 
 
-@int8_attention.register_fake
+@int8_attention.registered.register_fake
 def _(
     codes: Tensor,
     scale: Tensor,
@@ -252,6 +268,13 @@ class RunsOperators(Protocol):
         """The operators' names."""
 
 
+def _name(device: torch.device) -> str:
+    """What a device's backend is called, and what of it is missing."""
+    backend = _backend(device, "report")
+    name = backend.__name__.rpartition(".")[2]
+    return name if backend is not cpu or cpu.is_compiled() else f"{name} (not compiled)"
+
+
 def report(model: nn.Module) -> str:
     """Which operator of which backend every quantized layer of a model runs: one line a kind.
 
@@ -264,8 +287,7 @@ def report(model: nn.Module) -> str:
         if isinstance(module, RunsOperators):
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
             device = module.device
-            backend = _backend(device, "report").__name__.rpartition(".")[2]
-            lines[kind, ", ".join(module.operators()), f"{backend} on {device}"] += 1
+            lines[kind, ", ".join(module.operators()), f"{_name(device)} on {device}"] += 1
     rows = [(kind, f"x{count}", run, where) for (kind, run, where), count in lines.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
     return "\n".join(

@@ -114,9 +114,12 @@ def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInp
     x: float (..., K). Returns codes int8 (..., K), scale float32 of one element, as many
     dimensions as x. Not causal: every token, padding included, moves it.
     """
-    x = x.float()
-    scale = _scale_of(x.abs().amax().reshape([1] * x.dim()), bits, clip)
-    return QuantizedInput(_codes(x, scale, bits), scale)
+    return static_quantize(x, tensor_scale(x, bits, clip), bits)
+
+
+def tensor_scale(x: Tensor, bits: int, clip: float) -> Tensor:
+    """The scale of `quantize_per_tensor`, float32 of one element and x's dimensions."""
+    return _scale_of(x.float().abs().amax().reshape([1] * x.dim()), bits, clip)
 
 
 def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:

@@ -1,39 +1,45 @@
 """The operators on a CPU: exact integer products, floats in float32.
 
-The quantizers are the reference itself: a few element-wise passes beside the product. A sum of
-int8 × int8 products is exact in two ways: `torch._int_mm`, which is fast where the processor has
-int8 dot products (AVX512-VNNI, AMX), and float32 lanes, in which a block of 1,024 products of at
-most 128 · 128 cannot exceed 2²⁴ and so is never rounded. Both give the same integer; the processor
-decides which one runs.
+`native.cpp` has what PyTorch lacks: a quantizer in one pass, and products of few tokens, which read
+each weight once. Products of many tokens are PyTorch's own, exact in two ways: `torch._int_mm`,
+which is fast where the processor has int8 dot products (AVX512-VNNI, AMX), and float32 lanes, in
+which a block of 1,024 products of at most 128 · 128 cannot exceed 2²⁴ and so is never rounded. All
+give the same integer; which one runs for a shape is measured the first time that it comes.
+
+What a compiler traces runs on plain tensor code instead, which it can fuse.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..reference import (
+    PACKED_BLOCK,
     QuantizedInput,
     attend,
     channel_multipliers,
     dequantize_heads,
+    largest_group_multiplier,
     multiplied_weight,
     quantize_heads,
-    quantize_per_tensor,
-    quantize_per_token,
-    quantize_rotated,
-    quantize_smoothed,
-    quantize_token_groups,
     row_parts,
     runtime_smooth_quantize,
-    static_quantize,
+    tensor_scale,
     unpack_int4,
     with_first_tokens,
 )
+from ..tracing import is_traced
+from . import native
 
 __all__ = [
     "cached_attention",
@@ -45,13 +51,14 @@ __all__ = [
     "int8_attention",
     "int8_gemm",
     "int8_matmul",
+    "is_compiled",
     "left_factor",
+    "packed_tokens",
     "quantize_heads",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
     "quantize_token_groups",
-    "runs_packed",
     "runtime_smooth_quantize",
     "static_quantize",
     "weight_only_gemm",
@@ -60,6 +67,61 @@ __all__ = [
 EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
 QUERY_ROWS = 512  # int8_attention's working set: the scores of this many queries
 UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matrix in float32
+FEW_TOKENS = 32  # up to so many, reading each weight once can win (measured at 2,048 and 5,632)
+PACKED_TOKENS = 4  # up to so many, 4-bit weights are faster packed than as int8
+CACHE_BYTES = 2**26  # more than a core's share of the last cache
+TRIALS = 3  # of each way, when two are timed against one another
+RIGHT_FACTOR = 256  # of a rotation: one row of it stays in the first cache
+
+
+def _runs_native(x: Tensor) -> bool:
+    return not is_traced(x) and native.is_there()
+
+
+def quantize_per_token(
+    x: Tensor, bits: int, clip: float = 1.0, full_range: bool = False
+) -> QuantizedInput:
+    """As `reference.quantize_per_token`."""
+    if not _runs_native(x):
+        return reference.quantize_per_token(x, bits, clip, full_range)
+    return QuantizedInput(*native.quantize(x, _token_mode(full_range), bits, clip))
+
+
+def _token_mode(full_range: bool) -> str:
+    return "full_range" if full_range else "token"
+
+
+def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
+    """As `reference.quantize_per_tensor`: PyTorch's maximum, then one pass."""
+    return static_quantize(x, tensor_scale(x, bits, clip), bits)
+
+
+def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:
+    """As `reference.static_quantize`."""
+    if not _runs_native(x):
+        return reference.static_quantize(x, scale, bits)
+    codes, _ = native.quantize(x, "static", bits, scale=scale)
+    return QuantizedInput(codes, scale.float().reshape([1] * x.dim()))
+
+
+def quantize_smoothed(
+    x: Tensor, multiplier: Tensor, bits: int, clip: float = 1.0
+) -> QuantizedInput:
+    """As `reference.quantize_smoothed`; multipliers that differ by sequence run on PyTorch."""
+    if multiplier.dim() > 1 or not _runs_native(x):
+        return reference.quantize_smoothed(x, multiplier, bits, clip)
+    return QuantizedInput(*native.quantize(x, "smoothed", bits, clip, multiplier=multiplier))
+
+
+def quantize_token_groups(
+    x: Tensor, bits: int, group_size: int, clip: float = 1.0
+) -> QuantizedInput:
+    """As `reference.quantize_token_groups`."""
+    if not _runs_native(x):
+        return reference.quantize_token_groups(x, bits, group_size, clip)
+    largest = largest_group_multiplier(bits)
+    grouped = native.quantize(x, "groups", bits, clip, group_size=group_size, largest=largest)
+    return QuantizedInput(*grouped)
 
 
 def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
@@ -106,6 +168,58 @@ def int8_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int8_gemm`, the scaling in float32."""
+    tokens, road = codes.shape[0], cast(Road, _many_tokens)
+    if tokens <= FEW_TOKENS and native.is_there():
+        road = _faster(max(tokens - 1, 0).bit_length(), weight.shape, torch.get_num_threads())
+    return road(codes, scale, weight, weight_scale, bias, dtype)
+
+
+def is_compiled() -> bool:
+    """Whether `native.cpp` runs, and not PyTorch's operators in its place."""
+    return native.is_there()
+
+
+Road = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+
+
+@functools.cache
+def _faster(doublings: int, weight: torch.Size, threads: int) -> Road:
+    """The faster way to `int8_gemm` for 2^doublings tokens, timed the first time that it comes."""
+    del threads
+    operands = (
+        torch.ones(1 << doublings, weight[1], dtype=torch.int8),
+        torch.ones(1 << doublings, 1),
+        torch.ones(weight, dtype=torch.int8),
+        torch.ones(weight[0]),
+        None,
+        torch.float32,
+    )
+    other_layers = torch.empty(CACHE_BYTES, dtype=torch.int8)
+
+    def seconds(road: Road) -> float:
+        trials = []
+        for _ in range(TRIALS):
+            other_layers.fill_(1)  # pass through the caches between two calls
+            start = time.perf_counter()
+            road(*operands)
+            trials.append(time.perf_counter() - start)
+        return min(trials)
+
+    return min((native.int8_gemm, _many_tokens), key=seconds)
+
+
+def _many_tokens(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`int8_gemm` by PyTorch's product."""
+    if native.is_there() and _has_fast_int_mm() and codes.shape[1] > 1:
+        total = torch._int_mm(codes, weight.t())
+        return native.scaled(total, scale, weight_scale, bias, dtype)
     result = int8_matmul(codes, weight).mul_(scale).mul_(weight_scale)
     return (result if bias is None else result.add_(bias)).to(dtype)
 
@@ -119,21 +233,40 @@ def int4_gemm(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `reference.int4_gemm`: unpacked, then `int8_gemm`."""
-    weight = multiplied_weight(unpack_int4(packed, codes.shape[1]), multiplier)
+    """As `reference.int4_gemm`: few tokens meet the packed weights, many an unpacked copy."""
+    groups = None if multiplier is None else multiplier.shape[1]
+    few = codes.shape[0] <= PACKED_TOKENS and native.is_there()
+    if few and _whole_blocks(codes.shape[1], groups):
+        return native.int4_gemm(codes, scale, packed, weight_scale, multiplier, bias, dtype)
+    weight = _unpacked(packed, codes.shape[1], multiplier)
     return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
 
 
-def runs_packed(operator: str, group_size: int | None) -> bool:
-    """Only `weight_only_gemm` takes packed weights as they are: integer ones run as int8."""
-    del group_size
-    return operator == "weight_only_gemm"
+def _whole_blocks(width: int, groups: int | None) -> bool:
+    """Whether every group consists of whole packed blocks, as the native products need."""
+    return groups is None or groups == 1 or width // groups % PACKED_BLOCK == 0
+
+
+def _unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
+    if native.is_there():
+        return native.unpacked(packed, columns, multiplier)
+    return multiplied_weight(unpack_int4(packed, columns), multiplier)
+
+
+def packed_tokens(operator: str, group_size: int | None) -> int:
+    """Any number for float activations, few for integers: many go faster by way of int8."""
+    if operator == "weight_only_gemm":
+        return sys.maxsize
+    whole = group_size is None or group_size % PACKED_BLOCK == 0
+    return PACKED_TOKENS if native.is_there() and whole else 0
 
 
 def left_factor(base: int, order: int) -> int | None:
-    """As the rotation is stored: two factors of like size make the fewest operations."""
-    del base, order
-    return None
+    """A butterfly of up to 256 does the right factor; the left one is a small dense product.
+
+    Without the compiled operators as the rotation is stored: two factors of like size.
+    """
+    return max(base, order // RIGHT_FACTOR) if native.is_there() else None
 
 
 def group_gemm(
@@ -176,12 +309,16 @@ def weight_only_gemm(
     bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """As `reference.weight_only_gemm`, in float32, a few rows of the matrix unpacked at a time."""
+    """As `reference.weight_only_gemm`, in float32, without a float copy of the matrix."""
+    width, groups = x.shape[1], (weight_scale if multiplier is None else multiplier).shape[1]
+    whole = width % PACKED_BLOCK == 0 and _whole_blocks(width, groups)
+    if x.shape[0] <= FEW_TOKENS and whole and native.is_there():
+        return native.weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)
     x32 = x.float()
     result = torch.empty(x.shape[0], packed.shape[0])
     for row in range(0, packed.shape[0], UNPACK_ROWS):
         rows = slice(row, row + UNPACK_ROWS)
-        weight = unpack_int4(packed[rows], x.shape[1]) if bits == 4 else packed[rows]
+        weight = _unpacked(packed[rows], width, None) if bits == 4 else packed[rows]
         step = weight_scale[rows].float()
         if multiplier is not None:
             step = step * multiplier[rows]
@@ -191,7 +328,9 @@ def weight_only_gemm(
 
 
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """As `reference.hadamard`, as two small products in float32 (float64 for float64 input)."""
+    """As `reference.hadamard`, in float32 (in float64 for float64 input)."""
+    if x.dtype != torch.float64 and _runs_native(x):
+        return native.rotate(x, signs, left, right)
     work = x if x.dtype == torch.float64 else x.float()
     norm = (left.shape[0] * right.shape[0]) ** 0.5
     blocks = (work * signs).unflatten(-1, (-1, left.shape[0], right.shape[0]))
@@ -210,8 +349,15 @@ def hadamard_quantize(
     full_range: bool = False,
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`, rotated in float32."""
-    rotated = hadamard(x.float(), signs, left, right)
-    return quantize_rotated(rotated, bits, group_size, clip, full_range)
+    factors = (signs, left, right)
+    if not _runs_native(x):
+        rotated = hadamard(x.float(), *factors)
+        return reference.quantize_rotated(rotated, bits, group_size, clip, full_range)
+    mode, size = (_token_mode(full_range), 1) if group_size is None else ("groups", group_size)
+    largest = 1 if group_size is None else largest_group_multiplier(bits)
+    return QuantizedInput(
+        *native.quantize(x, mode, bits, clip, group_size=size, largest=largest, rotation=factors)
+    )
 
 
 def cached_attention(

@@ -8,7 +8,7 @@ from .attention import cached_attention, int8_attention, quantize_heads
 from .group_gemm import group_gemm
 from .hadamard import hadamard, hadamard_quantize, left_factor
 from .integer_gemm import int4_gemm, int8_gemm
-from .launch import runs_packed
+from .launch import packed_tokens
 from .quantize import (
     channel_multipliers,
     quantize_per_tensor,
@@ -30,12 +30,12 @@ __all__ = [
     "int8_attention",
     "int8_gemm",
     "left_factor",
+    "packed_tokens",
     "quantize_heads",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_smoothed",
     "quantize_token_groups",
-    "runs_packed",
     "runtime_smooth_quantize",
     "static_quantize",
     "weight_only_gemm",

@@ -25,7 +25,7 @@ from .launch import (
     most_tokens,
     multiprocessors,
     on_its_device,
-    runs_packed,
+    packed_tokens,
     runs_ptx,
     tile,
     token_bucket,
@@ -188,7 +188,7 @@ def integer_gemm(
 ) -> Tensor:
     """Either product: weight int8 (N, K), or packed, uint8 (N, ⌈K/2⌉).
 
-    Raises NotImplementedError for groups that do not fit the packed blocks: see `runs_packed`.
+    Raises NotImplementedError for groups that do not fit the packed blocks: see `packed_tokens`.
     """
     (M, K), N = codes.shape, weight.shape[0]
     out = torch.empty(M, N, dtype=dtype, device=codes.device)
@@ -198,7 +198,7 @@ def integer_gemm(
     weight, weight_scale = weight.view(torch.int8), weight_scale.contiguous()
     multiplier, bias = contiguous(multiplier), contiguous(bias)
     groups = 1 if multiplier is None else multiplier.shape[1]
-    if groups > 1 and not runs_packed("int4_gemm", K // groups):
+    if groups > 1 and not packed_tokens("int4_gemm", K // groups):
         raise NotImplementedError(
             f"int4_gemm: groups of {K // groups} columns do not fit the packed blocks; unpack the "
             "weight and use int8_gemm"

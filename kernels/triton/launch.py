@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -78,13 +79,13 @@ def most_tokens(out: torch.dtype) -> int:
     return 256 if _target() == ("cuda", 90) and out.itemsize == 2 else 128
 
 
-def runs_packed(operator: str, group_size: int | None) -> bool:
-    """Whether 4-bit weights in groups of that size (None: one scale a row) run as they are stored.
+def packed_tokens(operator: str, group_size: int | None) -> int:
+    """Any number where 4-bit weights in groups of that size (None: one scale a row) fit, else none.
 
     Half a packed block, 32 columns, must lie within one group.
     """
     del operator  # both products of packed weights read the same blocks
-    return group_size is None or group_size % (PACKED_BLOCK // 2) == 0
+    return sys.maxsize if group_size is None or group_size % (PACKED_BLOCK // 2) == 0 else 0
 
 
 def row_warps(width: int) -> int:

@@ -21,7 +21,7 @@ from .launch import (
     contiguous,
     on_its_device,
     operand,
-    runs_packed,
+    packed_tokens,
     runs_ptx,
     tile,
     token_bucket,
@@ -158,7 +158,7 @@ def weight_only_gemm(
 ) -> Tensor:
     """As `reference.weight_only_gemm`, summed in float32.
 
-    Raises NotImplementedError for 4-bit groups that do not fit the packed blocks: `runs_packed`.
+    Raises NotImplementedError for 4-bit groups that do not fit the packed blocks: `packed_tokens`.
     """
     check_float(x, "weight_only_gemm")
     (M, K), N = x.shape, packed.shape[0]
@@ -170,7 +170,7 @@ def weight_only_gemm(
     groups = (weight_scale if multiplier is None else multiplier).shape[1]
     if multiplier is not None and groups == 1:
         weight_scale, multiplier = weight_scale.float() * multiplier, None
-    if bits == 4 and groups > 1 and not runs_packed("weight_only_gemm", K // groups):
+    if bits == 4 and groups > 1 and not packed_tokens("weight_only_gemm", K // groups):
         raise NotImplementedError(
             f"weight_only_gemm: 4-bit groups of {K // groups} columns do not fit the packed "
             "blocks; unpack the weight and pass it as 8 bits"

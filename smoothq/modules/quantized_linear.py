@@ -7,6 +7,7 @@ runs fastest, and saving never sees it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,7 +88,10 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
         bias = torch.empty(spec.out_features, dtype=bias_dtype, device="meta")
         self.register_buffer("bias", None if bias_dtype is None else bias)
+        self.keeps_packed = False
         self._operand: Tensor | None = None
+        self._row_scale: Tensor | None = None
+        self._packed_tokens = 0
 
     site_input: InputQuantizer
 
@@ -113,37 +117,47 @@ class QuantizedLinear(nn.Module):
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
-        return (*self.site_input.operators(), self._product)
+        return (*self.site_input.operators(), *self._products())
 
-    @property
-    def _product(self) -> str:
-        """The operator that multiplies: by the input's scales, the weight's, and its form."""
+    def _products(self) -> tuple[str, ...]:
+        """The operators that multiply: by the input's scales, the weight's, and its form."""
         if self.site_input.spec.mode == "float":
-            return "weight_only_gemm"
+            return ("weight_only_gemm",)
         if self.site_input.blocked or self.weight_scale.shape[1] > 1:
-            return "group_gemm"
-        return "int4_gemm" if self._packed else "int8_gemm"
+            return ("group_gemm",)
+        if self._operand is None:
+            return ("int4_gemm",)
+        few = (f"int4_gemm (up to {self._packed_tokens} tokens)",) if self._packed_tokens else ()
+        return (*few, "int8_gemm")
 
-    @property
-    def _packed(self) -> bool:
-        """Whether the product takes the weight's 4-bit codes as they are stored."""
+    def _most_packed_tokens(self) -> int:
+        """Up to how many tokens the product takes the weight's 4-bit codes as they are stored."""
         if self.spec.grid.bits != 4 or self.site_input.blocked:
-            return False
+            return 0
         floating = self.site_input.spec.mode == "float"
         if not floating and self.weight_scale.shape[1] > 1:
-            return False
+            return 0
+        if self.keeps_packed:
+            return sys.maxsize
         group_size = self.spec.grid.group_size if self.spec.groups > 1 else None
         operator = "weight_only_gemm" if floating else "int4_gemm"
-        packed: bool = kernels.runs_packed(operator, self.weight.device, group_size)
-        return packed
+        tokens: int = kernels.packed_tokens(operator, self.weight.device, group_size)
+        return tokens
 
     def prepare(self) -> None:
         """Derive the running form where it is not the stored one: int8, with multipliers in it.
 
-        With float activations the multipliers stay apart: times 127 they would leave int8.
+        Where few tokens run faster on packed codes, both forms are held; `keeps_packed` lets go of
+        the other. With float activations the multipliers stay apart: times 127 they would leave
+        int8.
         """
-        self._operand = None
-        if self.weight.is_meta or self._packed:
+        self._operand = self._row_scale = None
+        if self.weight.is_meta:
+            return
+        if self.weight_scale.shape[1] == 1:
+            self._row_scale = self.weight_scale.float().squeeze(1)
+        self._packed_tokens = self._most_packed_tokens()
+        if self._packed_tokens == sys.maxsize:
             return
         operand = unpack(self.weight, self.in_features, self.spec.grid.bits)
         if self.site_input.spec.mode != "float":
@@ -152,7 +166,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (..., K) → (..., N) in x's dtype."""
-        if self._operand is None and not self._packed:
+        if self._operand is None and not self._packed_tokens:
             raise RuntimeError("this QuantizedLinear has no running form yet: call prepare()")
         quantized = self.site_input(x)
         if isinstance(quantized, Tensor):
@@ -176,14 +190,15 @@ class QuantizedLinear(nn.Module):
 
     def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
-        weight_scale = self.weight_scale.float().squeeze(1)
+        row_scale, operand = self._row_scale, self._operand
         product: Tensor
-        if self._operand is None:
+        if operand is None or codes.shape[0] <= self._packed_tokens:
+            multiplier = self.weight_multiplier
             product = kernels.int4_gemm(
-                codes, scale, self.weight, weight_scale, self.weight_multiplier, self.bias, dtype
+                codes, scale, self.weight, row_scale, multiplier, self.bias, dtype
             )
         else:
-            product = kernels.int8_gemm(codes, scale, self._operand, weight_scale, self.bias, dtype)
+            product = kernels.int8_gemm(codes, scale, operand, row_scale, self.bias, dtype)
         return product
 
     def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:

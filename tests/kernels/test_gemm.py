@@ -358,7 +358,8 @@ class TestAsPyTorchOperators:
 
     @pytest.mark.parametrize("name", OPERATORS)
     def test_opcheck(self, name: str) -> None:
-        torch.library.opcheck(*OPERATORS[name])
+        operator, operands = OPERATORS[name]
+        torch.library.opcheck(operator.registered, operands)
 
     @pytest.mark.parametrize("name", OPERATORS)
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -390,7 +391,8 @@ class TestAsPyTorchOperators:
             return kernels.int8_gemm(codes, token_scale, weight, scale, None, x.dtype)
 
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
-        assert torch.equal(compiled(x), layer(x))
+        # What is traced rotates in another order of sums than what is not.
+        assert torch.allclose(compiled(x), layer(x), rtol=1e-6)
         assert len(graphs) == 1
         targets = [str(node.target) for node in graphs[0].graph.nodes]
         assert sum("smoothq.int8_gemm" in target for target in targets) == 1

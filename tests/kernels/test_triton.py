@@ -489,14 +489,14 @@ class TestInt4Gemm:
 
     @pytest.mark.parametrize("size", [8, 16, 24, 48, 72, 100])
     def test_groups_that_do_not_fit_the_blocks_are_refused(self, size: int) -> None:
-        assert not operators.runs_packed("int4_gemm", size)
+        assert not operators.packed_tokens("int4_gemm", size)
         operands = multiplied_operands(Draw(), 3, 5, 4 * size, 4)
         with pytest.raises(NotImplementedError, match=rf"int4_gemm: groups of {size} .*int8_gemm"):
             run("int4_gemm", *operands, None, torch.float32)
 
     def test_groups_that_fit(self) -> None:
-        assert operators.runs_packed("int4_gemm", None)
-        assert all(operators.runs_packed("int4_gemm", size) for size in (32, 64, 96, 128, 160))
+        assert operators.packed_tokens("int4_gemm", None)
+        assert all(operators.packed_tokens("int4_gemm", size) for size in (32, 64, 96, 128, 160))
 
 
 class TestSplits:
@@ -726,7 +726,7 @@ class TestWeightOnlyGemm:
     def test_4_bit_groups_that_do_not_fit_the_blocks_are_refused(
         self, size: int, multiplied: bool
     ) -> None:
-        assert not operators.runs_packed("weight_only_gemm", size)
+        assert not operators.packed_tokens("weight_only_gemm", size)
         operands = weight_only_operands(Draw(), 3, 5, 4 * size, 4, 4, multiplied)
         with pytest.raises(NotImplementedError, match=rf"weight_only_gemm: .* groups of {size} "):
             run("weight_only_gemm", *operands, None, 4)

@@ -1,0 +1,618 @@
+// The passes that PyTorch would need several operators for, one each: rotate, smooth and quantize a
+// token; a product of few tokens with int8 or packed 4-bit weights; the scaling of an integer
+// product. Plain C interface, row-major matrices, M tokens, N out_features, K in_features.
+//
+// Every code is the one that `reference.py` defines: float32 in the same order, IEEE division,
+// rounding half to even. `int8_t` sums wrap in 32 bits, so that any order gives the same total.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+constexpr int64_t LANES = 16;
+constexpr int64_t BLOCK = 64;          // columns that are packed, and multiplied, together
+constexpr int64_t SERIAL_WORK = 1 << 14;  // numbers below which a second thread does not pay
+
+enum Type { FLOAT32, BFLOAT16 };
+enum Mode { TOKEN, FULL_RANGE, SMOOTHED, STATIC, GROUPS };
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+inline float from_bfloat16(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (value != value) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void store(void* out, Type type, int64_t at, float value) {
+    if (type == FLOAT32) static_cast<float*>(out)[at] = value;
+    else static_cast<uint16_t*>(out)[at] = to_bfloat16(value);
+}
+
+inline float load(const void* in, Type type, int64_t at) {
+    if (type == FLOAT32) return static_cast<const float*>(in)[at];
+    return from_bfloat16(static_cast<const uint16_t*>(in)[at]);
+}
+
+// A row in float32: itself, or converted into `scratch`.
+const float* row_of(const void* x, Type type, int64_t row, int64_t width, float* scratch) {
+    if (type == FLOAT32) return static_cast<const float*>(x) + row * width;
+    const uint16_t* halves = static_cast<const uint16_t*>(x) + row * width;
+    for (int64_t k = 0; k < width; ++k) scratch[k] = from_bfloat16(halves[k]);
+    return scratch;
+}
+
+inline Floats floats_at(const float* from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline void put(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+inline float sum(Floats value) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += value[i];
+    return total;
+}
+
+// ---- rotation -----------------------------------------------------------------------------------
+
+// x · diag(signs) · (I ⊗ left ⊗ Sylvester's matrix of order `right`) / √(orders)
+struct Rotation {
+    const int8_t* signs;
+    std::vector<float> left;  // (order, order)
+    int64_t order, right;
+};
+
+template <int STRIDE>
+inline Floats butterfly(Floats v) {
+    Floats partner, sign;
+    for (int i = 0; i < LANES; ++i) {
+        partner[i] = v[i ^ STRIDE];
+        sign[i] = i & STRIDE ? -1.0f : 1.0f;
+    }
+    return partner + sign * v;
+}
+
+// v · Sylvester's matrix of order n, in place.
+void sylvester(float* v, int64_t n) {
+    int64_t half = 1;
+    if (n >= LANES) {
+        for (int64_t i = 0; i < n; i += LANES) {
+            Floats t = floats_at(v + i);
+            put(v + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(t)))));
+        }
+        half = LANES;
+    }
+    for (; half < n; half *= 2)
+        for (int64_t i = 0; i < n; i += 2 * half)
+            for (int64_t j = i; j < i + half; ++j) {
+                const float a = v[j], b = v[j + half];
+                v[j] = a + b;
+                v[j + half] = a - b;
+            }
+}
+
+// Rows m … m + 3 of leftᵀ · block, columns c … c + 16 · C, times `factor`.
+template <int C>
+inline void left_tile(const Rotation& r, const float* block, float* out, int64_t m, int64_t c,
+                      float factor) {
+    Floats total[4][C] = {};
+    for (int64_t k = 0; k < r.order; ++k) {
+        const float* signs = &r.left[k * r.order + m];
+        for (int i = 0; i < C; ++i) {
+            const Floats x = floats_at(block + k * r.right + c + LANES * i);
+            for (int j = 0; j < 4; ++j) total[j][i] += signs[j] * x;
+        }
+    }
+    for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < C; ++i)
+            put(out + (m + j) * r.right + c + LANES * i, total[j][i] * factor);
+}
+
+void rotate(const Rotation& r, const float* x, float* out, float* scratch, int64_t width) {
+    const int64_t size = r.order * r.right;
+    const float factor = float(1.0 / std::sqrt(double(size)));
+    for (int64_t at = 0; at < width; at += size) {
+        float* block = r.order > 1 ? scratch : out + at;
+        for (int64_t k = 0; k < size; ++k) block[k] = x[at + k] * r.signs[at + k];
+        for (int64_t k = 0; k < size; k += r.right) sylvester(block + k, r.right);
+        if (r.order == 1) {
+            for (int64_t k = 0; k < size; ++k) block[k] *= factor;
+        } else if (r.order % 4 == 0 && r.right % LANES == 0) {
+            for (int64_t m = 0; m < r.order; m += 4) {
+                int64_t c = 0;
+                for (; c + 4 * LANES <= r.right; c += 4 * LANES)
+                    left_tile<4>(r, block, out + at, m, c, factor);
+                for (; c < r.right; c += LANES) left_tile<1>(r, block, out + at, m, c, factor);
+            }
+        } else {
+            std::fill(out + at, out + at + size, 0.0f);
+            for (int64_t m = 0; m < r.order; ++m)
+                for (int64_t k = 0; k < r.order; ++k)
+                    for (int64_t c = 0; c < r.right; ++c)
+                        out[at + m * r.right + c] +=
+                            factor * r.left[k * r.order + m] * block[k * r.right + c];
+        }
+    }
+}
+
+Rotation rotation_of(const int8_t* signs, const int8_t* left, int64_t order, int64_t right) {
+    Rotation r{signs, std::vector<float>(order * order), order, right};
+    for (int64_t i = 0; i < order * order; ++i) r.left[i] = left[i];
+    return r;
+}
+
+// ---- quantizers ---------------------------------------------------------------------------------
+
+struct Quantizer {
+    Mode mode;
+    int bits;
+    int64_t group;             // GROUPS: channels of one multiplier
+    int largest;               // GROUPS: the largest multiplier
+    float clip;
+    const int8_t* multiplier;  // SMOOTHED: (K,)
+    float scale;               // STATIC
+};
+
+// max |v|, by the bits: a NaN is the largest of all, and so is not lost.
+inline float largest(const float* v, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t k = 0; k < n; ++k) {
+        uint32_t bits;
+        std::memcpy(&bits, v + k, 4);
+        most = std::max(most, bits & 0x7fffffffu);
+    }
+    float value;
+    std::memcpy(&value, &most, 4);
+    return value;
+}
+
+// The value of largest magnitude; of two the negative one.
+inline float extreme(const float* v, int64_t n) {
+    float lowest = v[0];
+#pragma omp simd reduction(min : lowest)
+    for (int64_t k = 0; k < n; ++k) lowest = std::min(lowest, v[k]);
+    const float magnitude = largest(v, n);
+    return lowest == -magnitude ? lowest : magnitude;
+}
+
+inline float nonzero(float scale) { return scale == 0 ? 1.0f : scale; }
+
+// round(v / scale), clamped, times `factor`.
+inline void codes_of(const float* v, int64_t n, float scale, int highest, int factor, int8_t* out) {
+    const float low = float(-highest - 1), high = float(highest);
+    constexpr float TO_INTEGER = 12582912.0f;  // 1.5 · 2^23: a sum with it has no fraction
+    for (int64_t k = 0; k < n; ++k) {
+        const float clamped = std::min(std::max(v[k] / scale, low), high);
+        out[k] = int8_t(int(clamped + TO_INTEGER - TO_INTEGER) * factor);
+    }
+}
+
+// The token v (K,) into codes; returns its scale. scratch: (K,), may be v.
+float quantize_token(const Quantizer& q, const float* v, int64_t width, int8_t* codes,
+                     float* scratch) {
+    const int highest = (1 << (q.bits - 1)) - 1;
+    switch (q.mode) {
+        case STATIC:
+            codes_of(v, width, q.scale, highest, 1, codes);
+            return q.scale;
+        case TOKEN: {
+            const float scale = nonzero(largest(v, width) * q.clip / highest);
+            codes_of(v, width, scale, highest, 1, codes);
+            return scale;
+        }
+        case FULL_RANGE: {
+            const float scale = nonzero(extreme(v, width) * q.clip / -(highest + 1));
+            codes_of(v, width, scale, highest, 1, codes);
+            return scale;
+        }
+        case SMOOTHED: {
+            for (int64_t k = 0; k < width; ++k) scratch[k] = v[k] / q.multiplier[k];
+            const float scale = nonzero(largest(scratch, width) * q.clip / highest);
+            codes_of(scratch, width, scale, highest, 1, codes);
+            for (int64_t k = 0; k < width; ++k) codes[k] = int8_t(codes[k] * q.multiplier[k]);
+            return scale;
+        }
+        default: {
+            const int64_t groups = width / q.group;
+            std::vector<float> extremes(groups);
+            for (int64_t g = 0; g < groups; ++g)
+                extremes[g] = extreme(v + g * q.group, q.group);
+            const float base = largest(extremes.data(), groups) * q.clip / q.largest;
+            const float scale = nonzero(base / (highest + 1));
+            const float step = scale * (highest + 1);
+            for (int64_t g = 0; g < groups; ++g) {
+                const float steps = std::ceil(std::fabs(extremes[g]) * q.clip / step);
+                const int m = int(std::min(std::max(steps, 1.0f), float(q.largest)));
+                const int factor = extremes[g] > 0 ? -m : m;
+                codes_of(v + g * q.group, q.group, factor * scale, highest, factor,
+                         codes + g * q.group);
+            }
+            return scale;
+        }
+    }
+}
+
+// ---- integer products of few tokens -------------------------------------------------------------
+
+// Rows that some tokens meet at once: the fewer, the steadier memory is read.
+constexpr int rows_beside(int tokens) { return tokens <= 2 ? 1 : 4; }
+
+// Rows of a weight as bytes.
+struct Bytewise {
+    const int8_t* codes;
+    int64_t width, group;
+};
+
+// Rows of 4-bit codes as `unpack_int4` has them, times an integer multiplier a group.
+struct Packed {
+    const uint8_t* codes;
+    const int8_t* multiplier;  // (N, groups), or null
+    int64_t width, stride, group, groups;
+
+    // Code k of a row, its multiplier in it.
+    int at(int64_t row, int64_t k) const {
+        const int64_t first = k / BLOCK * BLOCK, columns = std::min(BLOCK, width - first);
+        const int64_t half = (columns + 1) / 2, j = k - first;
+        const uint8_t byte = codes[row * stride + first / 2 + j % half];
+        const int code = ((j < half ? byte & 15 : byte >> 4) ^ 8) - 8;
+        return multiplier ? code * multiplier[row * groups + k / group] : code;
+    }
+};
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+// Every multiplier's table, of −16 … 15: byte c of table m & 31 is code c times m, plus 128.
+struct Tables {
+    alignas(64) uint8_t rows[32][16];
+    Tables() {
+        for (int m = -16; m < 16; ++m)
+            for (int c = 0; c < 16; ++c) rows[m & 31][c] = uint8_t(((c ^ 8) - 8) * m + 128);
+    }
+};
+const Tables TABLES;
+
+// The weights of a block of columns, plus 128, as unsigned bytes: `whole` reads 64, `part` fewer.
+inline __m512i whole(const Bytewise& w, int64_t row, int64_t k, int64_t) {
+    const __m512i bytes = _mm512_loadu_si512(w.codes + row * w.width + k);
+    return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+}
+
+inline __m512i part(const Bytewise& w, int64_t row, int64_t k, __mmask64 inside) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(inside, w.codes + row * w.width + k);
+    return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+}
+
+inline __m512i whole(const Packed& w, int64_t row, int64_t k, int64_t g) {
+    const __m256i pairs =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.codes + row * w.stride + k / 2));
+    const __m512i nibbles = _mm512_and_si512(
+        _mm512_inserti64x4(_mm512_castsi256_si512(pairs), _mm256_srli_epi16(pairs, 4), 1),
+        _mm512_set1_epi8(15));
+    const int m = w.multiplier ? w.multiplier[row * w.groups + g] : 1;
+    const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES.rows[m & 31]));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
+}
+
+inline __m512i part(const Packed& w, int64_t row, int64_t k, __mmask64) {
+    alignas(64) uint8_t bytes[64] = {};
+    for (int64_t j = 0; j < w.width - k; ++j) bytes[j] = uint8_t(w.at(row, k + j) + 128);
+    return _mm512_load_si512(bytes);
+}
+
+// Products of T tokens with R rows, out[t · R + r]. A dot product of signed bytes does not exist
+// here; with 128 added to each weight there is one, too large by 128 · Σ a. STEPS blocks of columns
+// have sums of their own, so that no sum waits for the one before it.
+template <int T, class Weight>
+inline void products(const int8_t* const* a, const int64_t* rows, const Weight& w,
+                     const int32_t* a_sums, int32_t* out) {
+    constexpr int R = rows_beside(T), STEPS = 16 / (T * R) < 4 ? 16 / (T * R) : 4;
+    __m512i total[STEPS][T * R], tokens[T];
+    for (auto& step : total)
+        for (auto& sum : step) sum = _mm512_setzero_si512();
+    const auto add = [&](int step, int r, __m512i weights) {
+        for (int t = 0; t < T; ++t) {
+            __m512i& sum = total[step][t * R + r];
+            sum = _mm512_dpbusd_epi32(sum, weights, tokens[t]);
+        }
+    };
+    int64_t k = 0, g = 0, in_group = 0;
+    const auto block = [&](int step) {
+        for (int t = 0; t < T; ++t) tokens[t] = _mm512_loadu_si512(a[t] + k);
+        for (int r = 0; r < R; ++r) add(step, r, whole(w, rows[r], k, g));
+        k += BLOCK;
+        in_group += BLOCK;
+        if (in_group == w.group) in_group = 0, ++g;
+    };
+    while (k + STEPS * BLOCK <= w.width)
+        for (int step = 0; step < STEPS; ++step) block(step);
+    while (k + BLOCK <= w.width) block(0);
+    if (k < w.width) {
+        const __mmask64 inside = (1ull << (w.width - k)) - 1;
+        for (int t = 0; t < T; ++t) tokens[t] = _mm512_maskz_loadu_epi8(inside, a[t] + k);
+        for (int r = 0; r < R; ++r) add(0, r, part(w, rows[r], k, inside));
+    }
+    for (int step = 1; step < STEPS; ++step)
+        for (int i = 0; i < T * R; ++i) total[0][i] = _mm512_add_epi32(total[0][i], total[step][i]);
+    for (int i = 0; i < T * R; ++i)
+        out[i] = _mm512_reduce_add_epi32(total[0][i]) - (a_sums[i / R] << 7);
+}
+
+#else
+
+inline int weight_at(const Bytewise& w, int64_t row, int64_t k) { return w.codes[row * w.width + k]; }
+inline int weight_at(const Packed& w, int64_t row, int64_t k) { return w.at(row, k); }
+
+template <int T, class Weight>
+inline void products(const int8_t* const* a, const int64_t* rows, const Weight& w, const int32_t*,
+                     int32_t* out) {
+    constexpr int R = rows_beside(T);
+    int8_t weights[BLOCK];
+    std::fill(out, out + T * R, 0);
+    for (int64_t k = 0; k < w.width; k += BLOCK) {
+        const int64_t n = std::min(BLOCK, w.width - k);
+        for (int r = 0; r < R; ++r) {
+            for (int64_t j = 0; j < n; ++j) weights[j] = int8_t(weight_at(w, rows[r], k + j));
+            for (int t = 0; t < T; ++t) {
+                int32_t total = 0;
+                for (int64_t j = 0; j < n; ++j) total += int32_t(a[t][k + j]) * weights[j];
+                out[t * R + r] += total;
+            }
+        }
+    }
+}
+
+#endif
+
+struct Scaling {
+    const float* token;   // (M,), or one for all where stride is 0
+    int64_t stride;
+    const float* weight;  // (N,)
+    const float* bias;    // (N,) or null
+    void* out;            // (M, N)
+    Type type;
+    int64_t rows;
+
+    void operator()(int64_t m, int64_t n, int32_t total) const {
+        const float value = float(total) * token[m * stride] * weight[n];
+        store(out, type, m * rows + n, bias ? value + bias[n] : value);
+    }
+};
+
+template <int T, class Weight>
+void few_tokens(const int8_t* a, const Weight& w, const Scaling& scaling, int64_t tokens) {
+    constexpr int R = rows_beside(T);
+    const int64_t width = w.width, rows = scaling.rows, blocks = (rows + R - 1) / R;
+    std::vector<int32_t> a_sums(tokens);
+    for (int64_t m = 0; m < tokens; ++m) {
+        int32_t total = 0;
+        for (int64_t k = 0; k < width; ++k) total += a[m * width + k];
+        a_sums[m] = total;
+    }
+#pragma omp parallel for schedule(static) if (rows * width > SERIAL_WORK)
+    for (int64_t block = 0; block < blocks; ++block) {
+        int64_t which[R];
+        for (int r = 0; r < R; ++r) which[r] = std::min(block * R + r, rows - 1);
+        for (int64_t first = 0; first < tokens; first += T) {
+            const int8_t* inputs[T];
+            int32_t input_sums[T], out[T * R];
+            for (int t = 0; t < T; ++t) {
+                const int64_t m = std::min(first + t, tokens - 1);
+                inputs[t] = a + m * width;
+                input_sums[t] = a_sums[m];
+            }
+            products<T>(inputs, which, w, input_sums, out);
+            for (int64_t t = 0; t < std::min<int64_t>(T, tokens - first); ++t)
+                for (int64_t r = 0; r < std::min<int64_t>(R, rows - block * R); ++r)
+                    scaling(first + t, block * R + r, out[t * R + r]);
+        }
+    }
+}
+
+template <class Weight>
+void product(const int8_t* a, const Weight& w, const Scaling& scaling, int64_t tokens) {
+    if (tokens == 1) few_tokens<1>(a, w, scaling, tokens);
+    else if (tokens == 2) few_tokens<2>(a, w, scaling, tokens);
+    else few_tokens<4>(a, w, scaling, tokens);
+}
+
+// ---- products with float activations ------------------------------------------------------------
+
+// 64 codes as floats.
+inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, float* out) {
+    const int8_t* bytes = w.codes + row * w.width + k;
+    for (int64_t j = 0; j < BLOCK; ++j) out[j] = bytes[j];
+}
+
+inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, float* out) {
+    const uint8_t* bytes = w.codes + row * w.stride + k / 2;
+    for (int64_t j = 0; j < BLOCK / 2; ++j) {
+        out[j] = float(int8_t(bytes[j] << 4) >> 4);
+        out[j + BLOCK / 2] = float(int8_t(bytes[j]) >> 4);
+    }
+}
+
+struct Steps {
+    const void* scale;  // (N, groups), or (N, 1) beside multipliers
+    Type type;
+    const int8_t* multiplier;  // (N, groups) or null
+    int64_t group, groups;
+
+    float at(int64_t row, int64_t k) const {
+        const int64_t index = row * groups + k / group;
+        if (multiplier) return load(scale, type, row) * multiplier[index];
+        return load(scale, type, index);
+    }
+};
+
+template <int T, class Weight>
+void weight_only(const float* x, const Weight& w, const Steps& steps, const float* bias, float* out,
+                 int64_t tokens, int64_t rows) {
+    const int64_t width = w.width;
+#pragma omp parallel for schedule(static) if (rows * width > SERIAL_WORK)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t first = 0; first < tokens; first += T) {
+            const float* inputs[T];
+            for (int t = 0; t < T; ++t) inputs[t] = x + std::min(first + t, tokens - 1) * width;
+            Floats total[T] = {};
+            for (int64_t k = 0; k < width; k += BLOCK) {
+                float codes[BLOCK];
+                codes_as_floats(w, row, k, codes);
+                const float step = steps.at(row, k);
+                for (int t = 0; t < T; ++t) {
+                    Floats part = floats_at(codes) * floats_at(inputs[t] + k);
+                    for (int64_t i = LANES; i < BLOCK; i += LANES)
+                        part += floats_at(codes + i) * floats_at(inputs[t] + k + i);
+                    total[t] += part * step;
+                }
+            }
+            for (int64_t t = 0; t < std::min<int64_t>(T, tokens - first); ++t)
+                out[(first + t) * rows + row] = sum(total[t]) + (bias ? bias[row] : 0.0f);
+        }
+}
+
+template <class Weight>
+void float_product(const float* x, const Weight& w, const Steps& steps, const float* bias,
+                   float* out, int64_t tokens, int64_t rows) {
+    if (tokens == 1) weight_only<1>(x, w, steps, bias, out, tokens, rows);
+    else weight_only<4>(x, w, steps, bias, out, tokens, rows);
+}
+
+}  // namespace
+
+// ---- interface ----------------------------------------------------------------------------------
+
+extern "C" {
+
+// signs null: no rotation. x of `type` (M, K) → codes (M, K), scales (M,).
+void smoothq_quantize(const void* x, int type, int64_t tokens, int64_t width, const int8_t* signs,
+                      const int8_t* left, int64_t order, int64_t right, int mode, int bits,
+                      int64_t group, int largest_multiplier, float clip, const int8_t* multiplier,
+                      const float* scale, int8_t* codes, float* scales) {
+    const Quantizer q{Mode(mode), bits, group, largest_multiplier, clip, multiplier,
+                      scale ? *scale : 0.0f};
+    const Rotation r = signs ? rotation_of(signs, left, order, right) : Rotation{};
+#pragma omp parallel if (tokens > 1 && tokens * width > SERIAL_WORK)
+    {
+        std::vector<float> first(width), second(width);
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < tokens; ++m) {
+            const float* v = row_of(x, Type(type), m, width, first.data());
+            if (signs) {
+                float* rotated = v == first.data() ? second.data() : first.data();
+                float* scratch = v == first.data() ? first.data() : second.data();
+                rotate(r, v, rotated, scratch, width);
+                v = rotated;
+            }
+            scales[m] = quantize_token(q, v, width, codes + m * width, first.data());
+        }
+    }
+}
+
+// x of `type` (M, K) → out, of the same type.
+void smoothq_rotate(const void* x, int type, int64_t tokens, int64_t width, const int8_t* signs,
+                    const int8_t* left, int64_t order, int64_t right, void* out) {
+    const Rotation r = rotation_of(signs, left, order, right);
+#pragma omp parallel if (tokens > 1 && tokens * width > SERIAL_WORK)
+    {
+        std::vector<float> first(width), second(width), third(width);
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < tokens; ++m) {
+            const float* v = row_of(x, Type(type), m, width, first.data());
+            rotate(r, v, second.data(), third.data(), width);
+            for (int64_t k = 0; k < width; ++k) store(out, Type(type), m * width + k, second[k]);
+        }
+    }
+}
+
+// codes (M, K) by int8 weights (N, K).
+void smoothq_int8_gemm(const int8_t* codes, const float* scale, int64_t stride,
+                       const int8_t* weight, const float* weight_scale, const float* bias,
+                       int64_t tokens, int64_t rows, int64_t width, void* out, int type) {
+    const Scaling scaling{scale, stride, weight_scale, bias, out, Type(type), rows};
+    product(codes, Bytewise{weight, width, width}, scaling, tokens);
+}
+
+// codes (M, K) by packed 4-bit weights (N, ⌈K/2⌉) with multipliers (N, groups) or none.
+void smoothq_int4_gemm(const int8_t* codes, const float* scale, int64_t stride,
+                       const uint8_t* packed, const float* weight_scale, const int8_t* multiplier,
+                       int64_t groups, const float* bias, int64_t tokens, int64_t rows,
+                       int64_t width, void* out, int type) {
+    const Scaling scaling{scale, stride, weight_scale, bias, out, Type(type), rows};
+    const Packed weight{packed, multiplier, width, (width + 1) / 2, width / groups, groups};
+    product(codes, weight, scaling, tokens);
+}
+
+// totals int32 (M, N), the sums of an integer product, scaled; out float32 may be the same memory.
+void smoothq_scale(const void* totals, const float* scale, int64_t stride,
+                   const float* weight_scale, const float* bias, int64_t tokens, int64_t rows,
+                   void* out, int type) {
+    const Scaling scaling{scale, stride, weight_scale, bias, out, Type(type), rows};
+#pragma omp parallel for schedule(static) if (tokens * rows > SERIAL_WORK)
+    for (int64_t m = 0; m < tokens; ++m) {
+        const char* from = static_cast<const char*>(totals) + 4 * m * rows;
+#pragma GCC ivdep
+        for (int64_t n = 0; n < rows; ++n) {
+            int32_t total;
+            std::memcpy(&total, from + 4 * n, 4);
+            scaling(m, n, total);
+        }
+    }
+}
+
+// 4-bit codes (N, ⌈K/2⌉) with multipliers (N, groups) or none → int8 (N, K), multipliers in them.
+void smoothq_unpack(const uint8_t* packed, const int8_t* multiplier, int64_t groups, int64_t rows,
+                    int64_t width, int8_t* out) {
+    const Packed w{packed, multiplier, width, (width + 1) / 2, width / groups, groups};
+    const int64_t end = w.group % BLOCK ? 0 : width / BLOCK * BLOCK;
+#pragma omp parallel for schedule(static) if (rows * width > SERIAL_WORK)
+    for (int64_t row = 0; row < rows; ++row) {
+        int8_t* to = out + row * width;
+        for (int64_t k = 0; k < end; k += BLOCK) {
+            const uint8_t* bytes = w.codes + row * w.stride + k / 2;
+            const int m = multiplier ? multiplier[row * groups + k / w.group] : 1;
+            for (int64_t j = 0; j < BLOCK / 2; ++j) {
+                to[k + j] = int8_t((int8_t(bytes[j] << 4) >> 4) * m);
+                to[k + j + BLOCK / 2] = int8_t((int8_t(bytes[j]) >> 4) * m);
+            }
+        }
+        for (int64_t k = end; k < width; ++k) to[k] = int8_t(w.at(row, k));
+    }
+}
+
+// x float32 (M, K) by packed 4-bit or int8 weights; K a multiple of 64, and so is a group.
+void smoothq_weight_only_gemm(const float* x, const void* codes, int bits, const void* scale,
+                              int scale_type, const int8_t* multiplier, int64_t groups,
+                              const float* bias, int64_t tokens, int64_t rows, int64_t width,
+                              float* out) {
+    const Steps steps{scale, Type(scale_type), multiplier, width / groups, groups};
+    if (bits == 4) {
+        const Packed weight{static_cast<const uint8_t*>(codes), nullptr, width, width / 2, width, 1};
+        float_product(x, weight, steps, bias, out, tokens, rows);
+    } else {
+        float_product(x, Bytewise{static_cast<const int8_t*>(codes), width, width}, steps, bias, out,
+                      tokens, rows);
+    }
+}
+}
