@@ -1,12 +1,15 @@
-"""Prefill, decode and memory of a whole model, quantized beside float, both with random weights.
+"""Prefill, decode and memory of a whole model with random weights, quantized beside float.
 
-    python scripts/bench_model.py --preset w4a8                    # on a GPU: Llama-3-8B's shape
-    python scripts/bench_model.py --preset w8a8 --size 135m        # on a CPU
+    python scripts/bench_model.py --preset w4a8                      # a GPU: Llama-3-8B's shape
+    python scripts/bench_model.py --size 1.1b --preset w8a8 --preset w4a8 --head-8
+    python scripts/bench_model.py --size 1.1b --rival torchao=DIR    # DIR: pip install --target
 
-Speed does not depend on what weights say, so that no checkpoint is needed: the quantized model has
-the modules that the preset's plan installs, filled with random codes. Both sides use a static
-cache; on a GPU each forward is one CUDA graph against bfloat16, on a CPU it runs eagerly against
-float32. The sides take turns, unless memory holds only one of them at a time.
+Speed does not depend on what weights say, so that no checkpoint is needed: a quantized model has
+the modules that its preset's plan installs, filled with random codes. On a GPU each forward is one
+CUDA graph over a static cache, beside bfloat16; on a CPU it runs eagerly over the cache that
+`generate` takes, beside float32 and bfloat16, and beside other engines in processes of their own.
+All take turns, unless memory holds only one at a time. A decode step reads every weight once: its
+table says which share of the time that takes by the bandwidth measured between the turns.
 """
 
 from __future__ import annotations
@@ -14,171 +17,59 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import platform
-import re
+import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import transformers
 import typer
+from models import (
+    Size,
+    Where,
+    config_of,
+    proc_bytes,
+    random_float_model,
+    random_quantized_model,
+    skeleton,
+)
 from rich.console import Console
 from rich.table import Table
 from timing import Spread, as_graph, slug
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    StaticCache,
-)
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, StaticCache
 
 from smoothq import Recipe, preset
-from smoothq.integrations.transformers import prepare
-from smoothq.kernels import largest_multiplier
-from smoothq.modules import InputQuantizer, QuantizedLinear
-from smoothq.plan import Plan, install, make_plan
+from smoothq.modules import QuantizedLinear, TiedHead
+from smoothq.plan import make_plan
 from smoothq.recipe import Preset
-from smoothq.rounding.grid import QuantizedWeight, Scales
 
-Size = Literal["tiny", "135m", "1.1b", "8b"]
-Side = Literal["float", "quantized"]
-SIDES: tuple[Side, ...] = get_args(Side)
-ROOM = 1.25  # free memory that both models together must leave, as a multiple of their own
-console = Console(width=None if Console().is_terminal else 120, highlight=False)
-
-
-def config_of(size: Size) -> LlamaConfig:
-    """The shapes of a tiny model, SmolLM2-135M, TinyLlama-1.1B and Llama-3-8B."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "tie_word_embeddings",
-    )
-    values: dict[Size, tuple[int, ...]] = {
-        "tiny": (256, 128, 384, 2, 4, 2, True),
-        "135m": (49152, 576, 1536, 30, 9, 3, True),
-        "1.1b": (32000, 2048, 5632, 22, 32, 4, False),
-        "8b": (128256, 4096, 14336, 32, 32, 8, False),
-    }
-    return LlamaConfig(**dict(zip(names, values[size], strict=True)), max_position_embeddings=8192)
+Kind = Literal["prefill", "decode"]
+ROOM = 1.25  # free memory that all models together must leave, as a multiple of their own
+READ_BYTES = 2**29  # what the bandwidth is measured on: far more than any cache holds
+console = Console(width=None if Console().is_terminal else 140, highlight=False)
 
 
 @dataclass(frozen=True)
-class Where:
-    """The device, and the dtype of all that is not quantized there."""
+class Task:
+    """What a step does. tokens: of the prompt, or decoded by all sequences together."""
 
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def here(cls) -> Where:
-        """A GPU in bfloat16 if there is one, else the CPU in float32."""
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda"), torch.bfloat16)
-        return cls(torch.device("cpu"), torch.float32)
+    kind: Kind
+    batch: int
+    tokens: int
+    context: int = 0
+    steps: int = 1
 
     @property
     def name(self) -> str:
-        """What the device is called."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name()
-        found = proc_field("cpuinfo", "model name") or platform.machine()
-        return f"{found}, {torch.backends.cpu.get_cpu_capability()}"
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def free_memory(self) -> int:
-        """Bytes that can still be taken; 0 where the system does not say."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
-        return proc_bytes("meminfo", "MemAvailable")
-
-
-def proc_field(file: str, name: str) -> str | None:
-    """A field of one of Linux's /proc files; None elsewhere."""
-    path = Path("/proc") / file
-    text = path.read_text() if path.is_file() else ""
-    found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
-    return found[1] if found else None
-
-
-def proc_bytes(file: str, name: str) -> int:
-    """A field that counts kilobytes, in bytes; 0 if there is none."""
-    return int((proc_field(file, name) or "0").split()[0]) * 1024
-
-
-def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def fill_floats(model: PreTrainedModel, where: Where) -> None:
-    """Give every parameter that is still on the meta device random values, and the rest a home."""
-    for module in list(model.modules()):
-        for name, like in list(module.named_parameters(recurse=False)):
-            values = torch.ones(like.shape, dtype=where.dtype, device=where.device)
-            if like.dim() > 1:
-                values.normal_(std=like.shape[-1] ** -0.5)
-            setattr(module, name, nn.Parameter(values, requires_grad=False))
-    model.tie_weights()
-    # Its frequencies are no parameters: they are reckoned when it is made.
-    rotary = model.get_submodule("model.rotary_emb")
-    model.set_submodule("model.rotary_emb", type(rotary)(model.config).to(where.device))
-
-
-def random_weight(layer: QuantizedLinear, device: torch.device) -> QuantizedWeight:
-    """Codes and scales that the layer's grid allows, of about the size of a trained weight's."""
-    grid, stored = layer.spec.grid, layer.spec.tensors()
-    shape, multiplier = (layer.out_features, layer.in_features), None
-    codes = torch.randint(grid.lowest, grid.highest + 1, shape, dtype=torch.int8, device=device)
-    step = layer.in_features**-0.5 / grid.highest
-    if "weight_multiplier" in stored:
-        largest, size = largest_multiplier(grid.bits), stored["weight_multiplier"].shape
-        multiplier = torch.randint(1, largest + 1, size, dtype=torch.int8, device=device)
-        step /= largest
-    scale = step * (0.5 + torch.rand(stored["weight_scale"].shape, device=device))
-    return QuantizedWeight(codes, Scales(scale.to(stored["weight_scale"].dtype), multiplier))
-
-
-def random_float_model(config: PretrainedConfig, where: Where) -> PreTrainedModel:
-    """A float model with random weights."""
-    model = skeleton(config, where.dtype)
-    fill_floats(model, where)
-    return model
-
-
-def random_quantized_model(
-    config: PretrainedConfig, recipe: Recipe, where: Where
-) -> PreTrainedModel:
-    """A model with the modules that a recipe asks for, filled with random codes and scales."""
-    model = skeleton(config, where.dtype)
-    install(model, make_plan(model, recipe))
-    fill_floats(model, where)
-    for module in model.modules():
-        if isinstance(module, InputQuantizer):
-            module.to(where.device)
-        elif isinstance(module, QuantizedLinear):
-            bias = None
-            if module.bias is not None:
-                bias = torch.zeros(module.bias.shape, dtype=where.dtype, device=where.device)
-            module.set_weight(random_weight(module, where.device), bias)
-    prepare(model)
-    return model
+        """As a table's head."""
+        return f"prefill {self.tokens}" if self.kind == "prefill" else f"decode, batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -190,53 +81,56 @@ class Run:
     steps: int = 1
 
 
-def prefill(model: PreTrainedModel, tokens: int) -> Run:
-    """One prompt into an empty static cache, up to the logits of its last token."""
-    cache = StaticCache(model.config, max_cache_len=tokens)
-    prompt = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
-    return Run(lambda: rewind(cache, 0), lambda: forward(model, prompt, cache))
+def run_of(model: PreTrainedModel, task: Task) -> Run:
+    """A task on a model.
 
-
-def decode(model: PreTrainedModel, batch: int, context: int, steps: int) -> Run:
-    """Tokens one after another, each the likeliest, behind `context` tokens in a static cache.
-
-    The cache holds zeros there: what it holds does not change the time.
+    Prefill: one prompt into an empty cache, up to the logits of its last token. Decode: tokens one
+    after another, each the likeliest, behind a context of zeros: what a cache holds does not change
+    the time.
     """
-    cache = StaticCache(model.config, max_cache_len=context + steps)
-    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    cache = cache_of(model, task)
+    if task.kind == "prefill":
+        prompt = torch.randint(model.config.vocab_size, (1, task.tokens), device=model.device)
+        return Run(lambda: rewind(cache, 0), lambda: forward(model, prompt, cache))
+    token = torch.zeros(task.batch, 1, dtype=torch.long, device=model.device)
 
     def step() -> None:
         token.copy_(forward(model, token, cache).argmax(-1))
 
-    return Run(lambda: rewind(cache, context), step, steps)
+    return Run(lambda: rewind(cache, task.context), step, task.steps)
 
 
-def forward(model: PreTrainedModel, tokens: Tensor, cache: StaticCache) -> Tensor:
+def cache_of(model: PreTrainedModel, task: Task) -> StaticCache | DynamicCache:
+    """A cache that holds the task's context: of a fixed length on a GPU, a growing one else."""
+    config = model.config
+    if model.device.type == "cuda":
+        room = task.tokens if task.kind == "prefill" else task.context + task.steps
+        return StaticCache(config, max_cache_len=room)
+    cache = DynamicCache(config=config)
+    size = config.hidden_size // config.num_attention_heads
+    held = torch.zeros(
+        task.batch, config.num_key_value_heads, task.context, size, dtype=model.dtype
+    )
+    for layer in range(config.num_hidden_layers):
+        cache.update(held.clone(), held.clone(), layer)
+    return cache
+
+
+def rewind(cache: StaticCache | DynamicCache, tokens: int) -> None:
+    """Let a cache have seen only so many tokens."""
+    if isinstance(cache, StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(tokens)
+    elif cache.get_seq_length() > tokens:
+        cache.crop(tokens - cache.get_seq_length())
+
+
+def forward(model: PreTrainedModel, tokens: Tensor, cache: StaticCache | DynamicCache) -> Tensor:
     """The logits after the last of some tokens, (batch, 1, vocabulary)."""
     # By position: transformers renamed the cache's argument.
     output = model(tokens, None, None, cache, use_cache=True, logits_to_keep=1)
     logits: Tensor = output.logits
     return logits
-
-
-def rewind(cache: StaticCache, tokens: int) -> None:
-    """Let a cache have seen only so many tokens."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)
-
-
-def alternate(runs: dict[Side, Run], repetitions: int, where: Where) -> dict[Side, Spread]:
-    """Time runs in turns; the first round is thrown away."""
-    if where.device.type == "cuda":
-        runs = {
-            side: Run(run.reset, as_graph(run.step, run.reset), run.steps)
-            for side, run in runs.items()
-        }
-    seconds: dict[Side, list[float]] = {side: [] for side in runs}
-    for _ in range(repetitions + 1):
-        for side, run in runs.items():
-            seconds[side].append(seconds_of(run, where))
-    return {side: Spread.of(values[1:]) for side, values in seconds.items()}
 
 
 def seconds_of(run: Run, where: Where) -> float:
@@ -266,8 +160,9 @@ class Memory:
 
 def memory(model: PreTrainedModel, tokens: int, where: Where) -> Memory:
     """What a model takes, and what a prompt takes on top, whatever else is in memory."""
-    prefill(model, tokens).step()  # what the first run alone needs: libraries, autotuning
-    return Memory(model_bytes(model), working_bytes(prefill(model, tokens).step, where))
+    prompt = Task("prefill", 1, tokens)
+    run_of(model, prompt).step()  # what the first run alone needs: libraries, autotuning
+    return Memory(model_bytes(model), working_bytes(run_of(model, prompt).step, where))
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -300,110 +195,229 @@ def working_bytes(step: Callable[[], object], where: Where) -> int | None:
     return max(proc_bytes("self/status", "VmHWM") - before, 0)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is measured: prompts, batches, the context and number of decoded tokens."""
+def bytes_read(model: PreTrainedModel, context: int) -> int:
+    """What one decoded token reads: every weight that it multiplies, and the keys and values."""
+    config, total = model.config, 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            total += module.bytes_read(tokens=1)
+        elif isinstance(module, TiedHead):
+            total += module.weight.nbytes + module.embedding.weight_scale.nbytes
+        elif not isinstance(module, nn.Embedding):
+            total += sum(tensor.nbytes for tensor in module.parameters(recurse=False))
+    size = config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * size * context
+    return total + cached * model.dtype.itemsize
 
-    prompts: tuple[int, ...]
-    batches: tuple[int, ...]
-    context: int
-    steps: int
-    repetitions: int
+
+def bandwidth_of(where: Where, held: Tensor) -> float:
+    """Bytes a second at which a device reads memory once."""
+    return held.nbytes / seconds_of(Run(lambda: None, held.sum), where)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """One task's times. tokens: how many a step handles."""
+class Contender:
+    """A model in this process, for which tasks are prepared and timed."""
 
-    task: Literal["prefill", "decode"]
-    batch: int
-    tokens: int
-    seconds: dict[Side, Spread]
+    def __init__(self, name: str, model: PreTrainedModel, where: Where) -> None:
+        self.name, self.where, self._model = name, where, model
+        self._runs: dict[Task, Run] = {}
 
-    def row(self) -> dict[str, Any]:
-        """As JSON: seconds and tokens a second, and how much faster the quantized side is."""
-        a_second = {side: self.tokens / spread.median for side, spread in self.seconds.items()}
+    def seconds(self, task: Task) -> float:
+        """Of one step of a task."""
+        if task not in self._runs:
+            run = run_of(self._model, task)
+            if self.where.device.type == "cuda":
+                run = Run(run.reset, as_graph(run.step, run.reset), run.steps)
+            self._runs = {task: run}
+        return seconds_of(self._runs[task], self.where)
+
+    def memory(self, tokens: int) -> Memory | None:
+        """What it takes with a prompt of so many tokens."""
+        return memory(self._model, tokens, self.where)
+
+    def bytes_read(self, context: int) -> int | None:
+        """By a decoded token, beside that many tokens before it."""
+        return bytes_read(self._model, context)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        del self._model, self._runs
+        gc.collect()
+        if self.where.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Rival(Contender):
+    """Another engine, in a process and with packages of its own: see `rivals.py`."""
+
+    def __init__(self, engine: str, directory: str, size: Size) -> None:
+        """directory: where `pip install --target` put the engine."""
+        self.name = engine
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("rivals.py"), engine, "--size", size],
+            env={**os.environ, "PYTHONPATH": directory},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.name = self._answer()["name"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} stopped; run scripts/rivals.py by hand to see why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def seconds(self, task: Task) -> float:
+        """Of one step of a task; infinite where the engine cannot do it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(task)) + "\n")
+        self._process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def memory(self, tokens: int) -> Memory | None:
+        """Not known from outside."""
+        return None
+
+    def bytes_read(self, context: int) -> int | None:
+        """Not known from outside."""
+        return None
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+
+
+@dataclass
+class Measured:
+    """What is known of a contender: a spread of seconds a task, memory, bytes read a token."""
+
+    seconds: dict[Task, Spread] = field(default_factory=dict)
+    memory: Memory | None = None
+    bytes_read: int | None = None
+
+
+@dataclass
+class Session:
+    """All contenders by name, the tasks, and the memory bandwidth between their turns."""
+
+    tasks: tuple[Task, ...]
+    found: dict[str, Measured] = field(default_factory=dict)
+    bandwidth: Spread | None = None
+
+    def measure(self, contenders: list[Contender], repetitions: int, where: Where) -> None:
+        """Time every task on the contenders in turns; each one's first turn is thrown away."""
+        longest = max(task.tokens for task in self.tasks if task.kind == "prefill")
+        context = max(task.context for task in self.tasks)
+        for one in contenders:
+            self.found[one.name] = Measured({}, one.memory(longest), one.bytes_read(context))
+        held = torch.ones(READ_BYTES // 8, dtype=torch.long, device=where.device)
+        bandwidths = []
+        for task in self.tasks:
+            turns: dict[str, list[float]] = {one.name: [] for one in contenders}
+            for _ in range(repetitions + 1):
+                for one in contenders:
+                    turns[one.name].append(one.seconds(task))
+                bandwidths.append(bandwidth_of(where, held))
+            for name, seconds in turns.items():
+                self.found[name].seconds[task] = Spread.of(seconds[1:])
+        self.bandwidth = Spread.of(bandwidths)
+
+    def bound(self, name: str) -> float | None:
+        """Seconds in which a decoded token's bytes can be read at best."""
+        read = self.found[name].bytes_read
+        return None if read is None or self.bandwidth is None else read / self.bandwidth.median
+
+    def of_bound(self, name: str) -> float | None:
+        """The share of a decode step at batch 1 that reading its bytes takes."""
+        bound, seconds = self.bound(name), self.found[name].seconds
+        one = next((t for t in self.tasks if t.kind == "decode" and t.batch == 1), None)
+        return None if bound is None or one is None else bound / seconds[one].median
+
+    def table(self, floats: list[str]) -> Table:
+        """Tokens a second, how many times as fast as each float model, and memory."""
+        table = Table("tokens/s (times " + ", ".join(floats) + ")")
+        for task in self.tasks:
+            table.add_column(task.name, justify="right")
+        for head in ("of its byte bound", "model, GB", "peak, GB"):
+            table.add_column(head, justify="right")
+        for name, one in self.found.items():
+            cells = [self._cell(one, task, floats) for task in self.tasks]
+            share, used = self.of_bound(name), one.memory
+            cells.append("" if share is None else f"{share:.0%}")
+            sizes = (None, None) if used is None else (used.model, used.peak)
+            cells += ["" if size is None else f"{size / 1e9:.2f}" for size in sizes]
+            table.add_row(name, *cells)
+        return table
+
+    def _cell(self, one: Measured, task: Task, floats: list[str]) -> str:
+        median = one.seconds[task].median
+        if median == float("inf"):
+            return ""
+        times = [self.found[name].seconds[task].median / median for name in floats]
+        return f"{task.tokens / median:.1f} ({', '.join(f'{ratio:.2f}' for ratio in times)})"
+
+    def rows(self) -> dict[str, Any]:
+        """As JSON."""
         return {
-            **asdict(self),
-            "tokens_a_second": a_second,
-            "speedup": a_second["quantized"] / a_second["float"],
+            "bandwidth": None if self.bandwidth is None else asdict(self.bandwidth),
+            "tasks": [{"name": task.name, **asdict(task)} for task in self.tasks],
+            "contenders": {
+                name: {
+                    "seconds": {task.name: asdict(one.seconds[task]) for task in self.tasks},
+                    "tokens_a_second": {
+                        task.name: task.tokens / one.seconds[task].median for task in self.tasks
+                    },
+                    "memory": one.memory and {**asdict(one.memory), "peak": one.memory.peak},
+                    "bytes_read": one.bytes_read,
+                    "of_byte_bound": self.of_bound(name),
+                }
+                for name, one in self.found.items()
+            },
         }
 
 
-def measure(
-    models: dict[Side, PreTrainedModel], asked: Asked, where: Where
-) -> tuple[list[Speed], dict[Side, Memory]]:
-    """All tasks on the models at hand, in turns."""
-    longest = max(asked.prompts)
-    used = {side: memory(model, longest, where) for side, model in models.items()}
-    speeds = []
-
-    for tokens in asked.prompts:
-        runs = {side: prefill(model, tokens) for side, model in models.items()}
-        speeds.append(Speed("prefill", 1, tokens, alternate(runs, asked.repetitions, where)))
-    for batch in asked.batches:
-        settings = (batch, asked.context, asked.steps)
-        runs = {side: decode(model, *settings) for side, model in models.items()}
-        speeds.append(Speed("decode", batch, batch, alternate(runs, asked.repetitions, where)))
-    return speeds, used
+Builder = Callable[[], Contender]
 
 
-def measure_in_turns(
-    builders: dict[Side, Callable[[], PreTrainedModel]], asked: Asked, where: Where, together: bool
-) -> tuple[list[Speed], dict[Side, Memory]]:
-    """Both sides at once if memory holds them together, else one side after the other."""
+def measured_in_turns(
+    builders: Iterable[Builder],
+    tasks: tuple[Task, ...],
+    repetitions: int,
+    where: Where,
+    together: bool,
+) -> Session:
+    """All at once if memory holds them together, else one after the other."""
+    session = Session(tasks)
     if together:
-        return measure({side: build() for side, build in builders.items()}, asked, where)
-    speeds: list[Speed] = []
-    used: dict[Side, Memory] = {}
-    for side, build in builders.items():
-        found, its_memory = measure({side: build()}, asked, where)
-        used |= its_memory
-        speeds = (
-            found if not speeds else [merged(*pair) for pair in zip(speeds, found, strict=True)]
-        )
-        gc.collect()
-        if where.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return speeds, used
+        contenders = [build() for build in builders]
+        session.measure(contenders, repetitions, where)
+        for one in contenders:
+            one.close()
+        return session
+    for build in builders:
+        one = build()
+        session.measure([one], repetitions, where)
+        one.close()
+    return session
 
 
-def merged(first: Speed, second: Speed) -> Speed:
-    """The same task, measured on two sides apart."""
-    return Speed(first.task, first.batch, first.tokens, {**first.seconds, **second.seconds})
-
-
-def fit_together(model: PreTrainedModel, plan: Plan, where: Where) -> bool:
-    """Whether memory holds a float and a quantized model: its shapes are known before either is."""
-    elements = sum(parameter.numel() for parameter in model.parameters())
-    unpacked = elements - plan.float_elements  # a byte each, where codes do not run packed
-    floats = (elements + plan.float_elements) * where.dtype.itemsize
-    return where.free_memory() > ROOM * (floats + plan.linear_bytes + unpacked)
-
-
-def table_of(speeds: Iterable[Speed], used: dict[Side, Memory], names: dict[Side, str]) -> Table:
-    """Tokens a second and gigabytes of both sides."""
-    table = Table("", *names.values(), f"{names['quantized']} / {names['float']}")
-    for speed in speeds:
-        what = f"{speed.tokens} tokens" if speed.task == "prefill" else f"batch {speed.batch}"
-        cells = [rate(speed, side) for side in SIDES]
-        table.add_row(f"{speed.task}, {what}: tokens/s", *cells, f"{speed.row()['speedup']:.2f}")
-    for what, values in (
-        ("model", [used[side].model for side in SIDES]),
-        ("peak of the longest prompt", [used[side].peak for side in SIDES]),
-    ):
-        full, small = values
-        if full is not None and small is not None:
-            cells = [f"{full / 1e9:.3f}", f"{small / 1e9:.3f}"]
-            table.add_row(f"memory, {what}: GB", *cells, f"{small / full:.2f}")
-    return table
-
-
-def rate(speed: Speed, side: Side) -> str:
-    """Tokens a second: the median, and what lies between the slow and the fast repetitions."""
-    spread = speed.seconds[side]
-    median, slow, fast = (speed.tokens / s for s in (spread.median, spread.p80, spread.p20))
-    return f"{median:.1f} ({slow:.1f} to {fast:.1f})"
+def needed_bytes(config: PretrainedConfig, floats: list[Where], recipes: list[Recipe]) -> int:
+    """What all models take together: their shapes are known before any is made."""
+    total = 0
+    for where in floats:
+        empty = skeleton(config, where.dtype)
+        total += sum(parameter.nbytes for parameter in empty.parameters())
+    for recipe in recipes:
+        empty = skeleton(config, floats[0].dtype)
+        plan = make_plan(empty, recipe)
+        elements = sum(parameter.numel() for parameter in empty.parameters())
+        unpacked = elements - plan.float_elements  # a byte each, where codes do not run packed
+        total += plan.float_elements * floats[0].dtype.itemsize + plan.linear_bytes + unpacked
+    return total
 
 
 def circumstances(where: Where) -> dict[str, Any]:
@@ -420,18 +434,11 @@ def circumstances(where: Where) -> dict[str, Any]:
     }
 
 
-def figures(speeds: list[Speed], used: dict[Side, Memory]) -> dict[str, Any]:
-    """What was measured, as JSON."""
-    return {
-        "prefill": [speed.row() for speed in speeds if speed.task == "prefill"],
-        "decode": [speed.row() for speed in speeds if speed.task == "decode"],
-        "memory": {side: {**asdict(used[side]), "peak": used[side].peak} for side in SIDES},
-    }
-
-
 @torch.no_grad()
 def main(
-    quantization: Annotated[Preset, typer.Option("--preset", help="The recipe.")] = "w4a8",
+    presets: Annotated[
+        list[str] | None, typer.Option("--preset", help="A recipe; may be repeated.")
+    ] = None,
     size: Annotated[
         Size | None, typer.Option(help="Of the model: 8b on a GPU without it, 135m on a CPU.")
     ] = None,
@@ -441,43 +448,62 @@ def main(
     batch: Annotated[
         list[int] | None, typer.Option(help="Sequences of a decode, 1 and 8; may be repeated.")
     ] = None,
+    head_8: Annotated[
+        bool, typer.Option("--head-8", help="Embedding and head of quantized models in 8 bits.")
+    ] = False,
+    rival: Annotated[
+        list[str] | None, typer.Option(help="ENGINE=DIR, where pip put it; may be repeated.")
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens before the decoded ones.", min=0)] = 512,
-    steps: Annotated[int, typer.Option(help="Tokens decoded a repetition.", min=1)] = 32,
+    steps: Annotated[int, typer.Option(help="Tokens decoded a repetition.", min=1)] = 16,
     repetitions: Annotated[int, typer.Option(help="Of each measurement.", min=1)] = 10,
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON file; on a GPU benchmarks/<GPU>-model-<size>-<preset>.json."),
+        typer.Option(help="JSON file; on a GPU benchmarks/<GPU>-model-<size>.json."),
     ] = None,
 ) -> None:
-    """Build both models, measure, print a table, and write JSON."""
+    """Build the models, measure, print a table, and write JSON."""
     torch.manual_seed(0)
     where = Where.here()
     on_gpu = where.device.type == "cuda"
     size = size or ("8b" if on_gpu else "135m")
-    asked = Asked(tuple(prompt or (512, 2048)), tuple(batch or (1, 8)), context, steps, repetitions)
-    config, recipe = config_of(size), preset(quantization)
-    empty = skeleton(config, where.dtype)
-    together = fit_together(empty, make_plan(empty, recipe), where)
-    builders: dict[Side, Callable[[], PreTrainedModel]] = {
-        "float": lambda: random_float_model(config, where),
-        "quantized": lambda: random_quantized_model(config, recipe, where),
-    }
-    speeds, used = measure_in_turns(builders, asked, where, together)
-    names: dict[Side, str] = {
-        "float": str(where.dtype).removeprefix("torch."),
-        "quantized": quantization,
-    }
+    config = config_of(size)
+    floats = [where] if on_gpu else [where, Where(where.device, torch.bfloat16)]
+    recipes = {name: preset(cast(Preset, name)) for name in presets or ["w4a8"]}
+    if head_8:
+        recipes = {
+            f"{name}, head 8 bits": recipe.model_copy(update={"embeddings": 8})
+            for name, recipe in recipes.items()
+        }
+    builders: list[Builder] = []
+    for one in floats:
+        builders.append(
+            lambda one=one: Contender(one.dtype_name, random_float_model(config, one), where)
+        )
+    for name, recipe in recipes.items():
+        builders.append(
+            lambda name=name, recipe=recipe: Contender(
+                name, random_quantized_model(config, recipe, where), where
+            )
+        )
+    for engine, _, directory in (entry.partition("=") for entry in rival or ()):
+        builders.append(lambda engine=engine, directory=directory: Rival(engine, directory, size))
+    prompts, batches = tuple(prompt or (512, 2048)), tuple(batch or (1, 8))
+    tasks = tuple(Task("prefill", 1, tokens) for tokens in prompts)
+    tasks += tuple(Task("decode", many, many, context, steps) for many in batches)
+    needed = needed_bytes(config, floats, list(recipes.values()))
+    together = where.free_memory() > ROOM * needed
+    session = measured_in_turns(builders, tasks, repetitions, where, together)
     console.print(f"{where.name}, torch {torch.__version__}; {size}, random weights")
     if not together:
-        console.print("memory does not hold both models: measured one after the other")
-    console.print(table_of(speeds, used, names))
+        console.print("memory does not hold all models: measured one after the other")
+    console.print(session.table([one.dtype_name for one in floats]))
     if output is None and on_gpu:
-        output = Path("benchmarks") / f"{slug(where.name)}-model-{slug(size)}-{quantization}.json"
+        output = Path("benchmarks") / f"{slug(where.name)}-model-{slug(size)}.json"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        what = {"size": size, "preset": quantization, "float_dtype": names["float"]}
-        results = {**circumstances(where), **what, "alternated": together, "asked": asdict(asked)}
-        output.write_text(json.dumps(results | figures(speeds, used), indent=1) + "\n")
+        results = {**circumstances(where), "size": size, "alternated": together}
+        output.write_text(json.dumps(results | session.rows(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ __all__ = [
 EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
 QUERY_ROWS = 512  # int8_attention's working set: the scores of this many queries
 UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matrix in float32
-FEW_TOKENS = 32  # up to so many, reading each weight once can win (measured at 2,048 and 5,632)
+FEW_TOKENS = 128  # up to so many, reading each weight once can win (measured at 2,048 and 5,632)
+FLOAT_TOKENS = 32  # up to so many, a float product on packed codes is faster than on a float copy
 PACKED_TOKENS = 4  # up to so many, 4-bit weights are faster packed than as int8
 CACHE_BYTES = 2**26  # more than a core's share of the last cache
 TRIALS = 3  # of each way, when two are timed against one another
@@ -194,12 +195,12 @@ def _faster(doublings: int, weight: torch.Size, threads: int) -> Road:
         None,
         torch.float32,
     )
-    other_layers = torch.empty(CACHE_BYTES, dtype=torch.int8)
+    other_layers = torch.ones(CACHE_BYTES // 8, dtype=torch.int64)
 
     def seconds(road: Road) -> float:
         trials = []
         for _ in range(TRIALS):
-            other_layers.fill_(1)  # pass through the caches between two calls
+            other_layers.sum()  # they pass through the caches between two calls
             start = time.perf_counter()
             road(*operands)
             trials.append(time.perf_counter() - start)
@@ -234,17 +235,17 @@ def int4_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int4_gemm`: few tokens meet the packed weights, many an unpacked copy."""
-    groups = None if multiplier is None else multiplier.shape[1]
+    groups = 1 if multiplier is None else multiplier.shape[1]
     few = codes.shape[0] <= PACKED_TOKENS and native.is_there()
-    if few and _whole_blocks(codes.shape[1], groups):
+    if few and (groups == 1 or _fits(codes.shape[1] // groups)):
         return native.int4_gemm(codes, scale, packed, weight_scale, multiplier, bias, dtype)
     weight = _unpacked(packed, codes.shape[1], multiplier)
     return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
 
 
-def _whole_blocks(width: int, groups: int | None) -> bool:
-    """Whether every group consists of whole packed blocks, as the native products need."""
-    return groups is None or groups == 1 or width // groups % PACKED_BLOCK == 0
+def _fits(group_size: int) -> bool:
+    """Whether groups are whole packed blocks, or halves of one, as the native products need."""
+    return group_size % PACKED_BLOCK == 0 or group_size == PACKED_BLOCK // 2
 
 
 def _unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
@@ -257,8 +258,7 @@ def packed_tokens(operator: str, group_size: int | None) -> int:
     """Any number for float activations, few for integers: many go faster by way of int8."""
     if operator == "weight_only_gemm":
         return sys.maxsize
-    whole = group_size is None or group_size % PACKED_BLOCK == 0
-    return PACKED_TOKENS if native.is_there() and whole else 0
+    return PACKED_TOKENS if native.is_there() and (group_size is None or _fits(group_size)) else 0
 
 
 def left_factor(base: int, order: int) -> int | None:
@@ -311,8 +311,8 @@ def weight_only_gemm(
 ) -> Tensor:
     """As `reference.weight_only_gemm`, in float32, without a float copy of the matrix."""
     width, groups = x.shape[1], (weight_scale if multiplier is None else multiplier).shape[1]
-    whole = width % PACKED_BLOCK == 0 and _whole_blocks(width, groups)
-    if x.shape[0] <= FEW_TOKENS and whole and native.is_there():
+    few = x.shape[0] <= FLOAT_TOKENS and width % PACKED_BLOCK == 0 and native.is_there()
+    if few and (groups == 1 or _fits(width // groups)):
         return native.weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)
     x32 = x.float()
     result = torch.empty(x.shape[0], packed.shape[0])

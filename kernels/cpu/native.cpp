@@ -293,6 +293,10 @@ struct Tables {
 };
 const Tables TABLES;
 
+inline __m128i table_of(int multiplier) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES.rows[multiplier & 31]));
+}
+
 // The weights of a block of columns, plus 128, as unsigned bytes: `whole` reads 64, `part` fewer.
 inline __m512i whole(const Bytewise& w, int64_t row, int64_t k, int64_t) {
     const __m512i bytes = _mm512_loadu_si512(w.codes + row * w.width + k);
@@ -310,9 +314,14 @@ inline __m512i whole(const Packed& w, int64_t row, int64_t k, int64_t g) {
     const __m512i nibbles = _mm512_and_si512(
         _mm512_inserti64x4(_mm512_castsi256_si512(pairs), _mm256_srli_epi16(pairs, 4), 1),
         _mm512_set1_epi8(15));
-    const int m = w.multiplier ? w.multiplier[row * w.groups + g] : 1;
-    const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES.rows[m & 31]));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles);
+    if (!w.multiplier) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table_of(1)), nibbles);
+    const int8_t* m = w.multiplier + row * w.groups + (w.group < BLOCK ? k / w.group : g);
+    if (w.group >= BLOCK)
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table_of(*m)), nibbles);
+    const __m256i halves[2] = {_mm256_broadcastsi128_si256(table_of(m[0])),
+                               _mm256_broadcastsi128_si256(table_of(m[1]))};
+    return _mm512_shuffle_epi8(
+        _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1), nibbles);
 }
 
 inline __m512i part(const Packed& w, int64_t row, int64_t k, __mmask64) {
@@ -321,42 +330,88 @@ inline __m512i part(const Packed& w, int64_t row, int64_t k, __mmask64) {
     return _mm512_load_si512(bytes);
 }
 
+inline __m512i pairwise(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+
+inline __m512i pairs_of_pairs(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+inline __m512i quarters(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// Lane i: the sum over the lanes of v[i].
+inline __m512i sums(const __m512i* v) {
+    __m512i four[4];
+    for (int i = 0; i < 4; ++i)
+        four[i] = pairs_of_pairs(pairwise(v[4 * i], v[4 * i + 1]),
+                                 pairwise(v[4 * i + 2], v[4 * i + 3]));
+    return quarters(quarters(four[0], four[1]), quarters(four[2], four[3]));
+}
+
+// One block of columns of T tokens and R rows onto their sums.
+template <int T, int R, class Weight>
+inline __attribute__((always_inline)) void multiply(const int8_t* const* a, const int64_t* rows,
+                                                    const Weight& w, int64_t k, int64_t g,
+                                                    __m512i* total) {
+    __m512i tokens[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+        tokens[t] = _mm512_loadu_si512(a[t] + k);
+        asm("" : "+v"(tokens[t]));  // once into a register, not from memory for every row
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        const __m512i weights = whole(w, rows[r], k, g);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+            total[t * R + r] = _mm512_dpbusd_epi32(total[t * R + r], weights, tokens[t]);
+    }
+}
+
 // Products of T tokens with R rows, out[t · R + r]. A dot product of signed bytes does not exist
 // here; with 128 added to each weight there is one, too large by 128 · Σ a. STEPS blocks of columns
 // have sums of their own, so that no sum waits for the one before it.
 template <int T, class Weight>
-inline void products(const int8_t* const* a, const int64_t* rows, const Weight& w,
+inline void products(const int8_t* const* a, const int64_t* rows, const Weight w,
                      const int32_t* a_sums, int32_t* out) {
     constexpr int R = rows_beside(T), STEPS = 16 / (T * R) < 4 ? 16 / (T * R) : 4;
-    __m512i total[STEPS][T * R], tokens[T];
-    for (auto& step : total)
-        for (auto& sum : step) sum = _mm512_setzero_si512();
-    const auto add = [&](int step, int r, __m512i weights) {
-        for (int t = 0; t < T; ++t) {
-            __m512i& sum = total[step][t * R + r];
-            sum = _mm512_dpbusd_epi32(sum, weights, tokens[t]);
-        }
-    };
+    __m512i total[STEPS][T * R];
+#pragma GCC unroll 16
+    for (int i = 0; i < STEPS * T * R; ++i) total[i / (T * R)][i % (T * R)] = _mm512_setzero_si512();
     int64_t k = 0, g = 0, in_group = 0;
-    const auto block = [&](int step) {
-        for (int t = 0; t < T; ++t) tokens[t] = _mm512_loadu_si512(a[t] + k);
-        for (int r = 0; r < R; ++r) add(step, r, whole(w, rows[r], k, g));
-        k += BLOCK;
-        in_group += BLOCK;
-        if (in_group == w.group) in_group = 0, ++g;
-    };
-    while (k + STEPS * BLOCK <= w.width)
-        for (int step = 0; step < STEPS; ++step) block(step);
-    while (k + BLOCK <= w.width) block(0);
+    while (k + STEPS * BLOCK <= w.width) {
+#pragma GCC unroll 4
+        for (int step = 0; step < STEPS; ++step) {
+            multiply<T, R>(a, rows, w, k, g, total[step]);
+            k += BLOCK;
+            in_group += BLOCK;
+            if (in_group == w.group) in_group = 0, ++g;
+        }
+    }
+    if constexpr (STEPS > 1)
+        for (; k + BLOCK <= w.width; k += BLOCK) {
+            multiply<T, R>(a, rows, w, k, g, total[0]);
+            in_group += BLOCK;
+            if (in_group == w.group) in_group = 0, ++g;
+        }
     if (k < w.width) {
         const __mmask64 inside = (1ull << (w.width - k)) - 1;
-        for (int t = 0; t < T; ++t) tokens[t] = _mm512_maskz_loadu_epi8(inside, a[t] + k);
-        for (int r = 0; r < R; ++r) add(0, r, part(w, rows[r], k, inside));
+        for (int r = 0; r < R; ++r) {
+            const __m512i weights = part(w, rows[r], k, inside);
+            for (int t = 0; t < T; ++t) {
+                const __m512i tokens = _mm512_maskz_loadu_epi8(inside, a[t] + k);
+                total[0][t * R + r] = _mm512_dpbusd_epi32(total[0][t * R + r], weights, tokens);
+            }
+        }
     }
     for (int step = 1; step < STEPS; ++step)
         for (int i = 0; i < T * R; ++i) total[0][i] = _mm512_add_epi32(total[0][i], total[step][i]);
-    for (int i = 0; i < T * R; ++i)
-        out[i] = _mm512_reduce_add_epi32(total[0][i]) - (a_sums[i / R] << 7);
+    if constexpr (T * R == 16) _mm512_storeu_si512(out, sums(total[0]));
+    else for (int i = 0; i < T * R; ++i) out[i] = _mm512_reduce_add_epi32(total[0][i]);
+    for (int i = 0; i < T * R; ++i) out[i] -= a_sums[i / R] << 7;
 }
 
 #else
@@ -398,34 +453,55 @@ struct Scaling {
         const float value = float(total) * token[m * stride] * weight[n];
         store(out, type, m * rows + n, bias ? value + bias[n] : value);
     }
+
+    // `count` neighbouring outputs of one token.
+    void operator()(int64_t m, int64_t n, const int32_t* totals, int64_t count) const {
+        if (type == FLOAT32 && !bias) {
+            float* to = static_cast<float*>(out) + m * rows + n;
+            const float step = token[m * stride];
+            for (int64_t r = 0; r < count; ++r) to[r] = float(totals[r]) * step * weight[n + r];
+        } else {
+            for (int64_t r = 0; r < count; ++r) (*this)(m, n + r, totals[r]);
+        }
+    }
 };
+
+// Tokens that stay in the second cache while the weights pass by.
+constexpr int64_t TOKENS_AT_ONCE = 128;
 
 template <int T, class Weight>
 void few_tokens(const int8_t* a, const Weight& w, const Scaling& scaling, int64_t tokens) {
     constexpr int R = rows_beside(T);
     const int64_t width = w.width, rows = scaling.rows, blocks = (rows + R - 1) / R;
     std::vector<int32_t> a_sums(tokens);
-    for (int64_t m = 0; m < tokens; ++m) {
-        int32_t total = 0;
-        for (int64_t k = 0; k < width; ++k) total += a[m * width + k];
-        a_sums[m] = total;
-    }
-#pragma omp parallel for schedule(static) if (rows * width > SERIAL_WORK)
-    for (int64_t block = 0; block < blocks; ++block) {
-        int64_t which[R];
-        for (int r = 0; r < R; ++r) which[r] = std::min(block * R + r, rows - 1);
-        for (int64_t first = 0; first < tokens; first += T) {
-            const int8_t* inputs[T];
-            int32_t input_sums[T], out[T * R];
-            for (int t = 0; t < T; ++t) {
-                const int64_t m = std::min(first + t, tokens - 1);
-                inputs[t] = a + m * width;
-                input_sums[t] = a_sums[m];
+#pragma omp parallel if (rows * width > SERIAL_WORK)
+    {
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < tokens; ++m) {
+            int32_t total = 0;
+            for (int64_t k = 0; k < width; ++k) total += a[m * width + k];
+            a_sums[m] = total;
+        }
+        for (int64_t chunk = 0; chunk < tokens; chunk += TOKENS_AT_ONCE) {
+            const int64_t last = std::min(chunk + TOKENS_AT_ONCE, tokens);
+#pragma omp for schedule(static) nowait
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t row = block * R, inside = std::min<int64_t>(R, rows - row);
+                int64_t which[R];
+                for (int r = 0; r < R; ++r) which[r] = std::min(row + r, rows - 1);
+                for (int64_t first = chunk; first < last; first += T) {
+                    const int8_t* inputs[T];
+                    int32_t input_sums[T], out[T * R];
+                    for (int t = 0; t < T; ++t) {
+                        const int64_t m = std::min(first + t, tokens - 1);
+                        inputs[t] = a + m * width;
+                        input_sums[t] = a_sums[m];
+                    }
+                    products<T>(inputs, which, w, input_sums, out);
+                    for (int64_t t = 0; t < std::min<int64_t>(T, last - first); ++t)
+                        scaling(first + t, row, out + t * R, inside == R ? R : inside);
+                }
             }
-            products<T>(inputs, which, w, input_sums, out);
-            for (int64_t t = 0; t < std::min<int64_t>(T, tokens - first); ++t)
-                for (int64_t r = 0; r < std::min<int64_t>(R, rows - block * R); ++r)
-                    scaling(first + t, block * R + r, out[t * R + r]);
         }
     }
 }
@@ -479,12 +555,15 @@ void weight_only(const float* x, const Weight& w, const Steps& steps, const floa
             for (int64_t k = 0; k < width; k += BLOCK) {
                 float codes[BLOCK];
                 codes_as_floats(w, row, k, codes);
-                const float step = steps.at(row, k);
+                const float low = steps.at(row, k), high = steps.at(row, k + BLOCK / 2);
                 for (int t = 0; t < T; ++t) {
-                    Floats part = floats_at(codes) * floats_at(inputs[t] + k);
-                    for (int64_t i = LANES; i < BLOCK; i += LANES)
-                        part += floats_at(codes + i) * floats_at(inputs[t] + k + i);
-                    total[t] += part * step;
+                    const float* v = inputs[t] + k;
+                    const Floats first_half = floats_at(codes) * floats_at(v) +
+                                              floats_at(codes + LANES) * floats_at(v + LANES);
+                    const Floats second_half =
+                        floats_at(codes + 2 * LANES) * floats_at(v + 2 * LANES) +
+                        floats_at(codes + 3 * LANES) * floats_at(v + 3 * LANES);
+                    total[t] += first_half * low + second_half * high;
                 }
             }
             for (int64_t t = 0; t < std::min<int64_t>(T, tokens - first); ++t)
@@ -585,23 +664,24 @@ void smoothq_scale(const void* totals, const float* scale, int64_t stride,
 void smoothq_unpack(const uint8_t* packed, const int8_t* multiplier, int64_t groups, int64_t rows,
                     int64_t width, int8_t* out) {
     const Packed w{packed, multiplier, width, (width + 1) / 2, width / groups, groups};
-    const int64_t end = w.group % BLOCK ? 0 : width / BLOCK * BLOCK;
+    const int64_t half = BLOCK / 2, end = w.group % half ? 0 : width / BLOCK * BLOCK;
 #pragma omp parallel for schedule(static) if (rows * width > SERIAL_WORK)
     for (int64_t row = 0; row < rows; ++row) {
         int8_t* to = out + row * width;
         for (int64_t k = 0; k < end; k += BLOCK) {
             const uint8_t* bytes = w.codes + row * w.stride + k / 2;
-            const int m = multiplier ? multiplier[row * groups + k / w.group] : 1;
-            for (int64_t j = 0; j < BLOCK / 2; ++j) {
-                to[k + j] = int8_t((int8_t(bytes[j] << 4) >> 4) * m);
-                to[k + j + BLOCK / 2] = int8_t((int8_t(bytes[j]) >> 4) * m);
+            const int low = multiplier ? multiplier[row * groups + k / w.group] : 1;
+            const int high = multiplier ? multiplier[row * groups + (k + half) / w.group] : 1;
+            for (int64_t j = 0; j < half; ++j) {
+                to[k + j] = int8_t((int8_t(bytes[j] << 4) >> 4) * low);
+                to[k + j + half] = int8_t((int8_t(bytes[j]) >> 4) * high);
             }
         }
         for (int64_t k = end; k < width; ++k) to[k] = int8_t(w.at(row, k));
     }
 }
 
-// x float32 (M, K) by packed 4-bit or int8 weights; K a multiple of 64, and so is a group.
+// x float32 (M, K) by packed 4-bit or int8 weights; K a multiple of 64, a group of 32 or 64.
 void smoothq_weight_only_gemm(const float* x, const void* codes, int bits, const void* scale,
                               int scale_type, const int8_t* multiplier, int64_t groups,
                               const float* bias, int64_t tokens, int64_t rows, int64_t width,

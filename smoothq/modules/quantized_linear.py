@@ -177,6 +177,14 @@ class QuantizedLinear(nn.Module):
             result = self._group_product(quantized, x.dtype)
         return result.reshape(*x.shape[:-1], self.out_features)
 
+    def bytes_read(self, tokens: int) -> int:
+        """What a product of so many tokens reads of the weight, its scales and multipliers."""
+        packed = self._operand is None or tokens <= self._packed_tokens
+        codes = self.weight if packed else self._operand
+        multiplier = self.weight_multiplier if packed else None
+        tensors = (codes, self.weight_scale, multiplier, self.bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def _float_product(self, x: Tensor) -> Tensor:
         product: Tensor = kernels.weight_only_gemm(
             x.reshape(-1, self.in_features),
