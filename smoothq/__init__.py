@@ -6,7 +6,7 @@ Importing it registers the checkpoint format with transformers:
 
 from .api import quantize
 from .evaluation.perplexity import Perplexity, perplexity
-from .integrations import transformers as _registered  # noqa: F401
+from .integrations.transformers import keep_packed
 from .recipe import Recipe, load_recipe, preset
 from .version import __version__
 
@@ -14,6 +14,7 @@ __all__ = [
     "Perplexity",
     "Recipe",
     "__version__",
+    "keep_packed",
     "load_recipe",
     "perplexity",
     "preset",

@@ -51,6 +51,10 @@ RunDtype = Annotated[
 ]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside MODEL, read by transformers.")]
 Device = Annotated[str, typer.Option(help="Device to run on.")]
+Memory = Annotated[
+    Literal["fast", "low"],
+    typer.Option(help="4-bit weights: also as int8 where that is faster, or packed alone."),
+]
 
 
 @app.callback()
@@ -215,6 +219,7 @@ def evaluate(
     text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
     dtype: RunDtype = "auto",
     device: Device = "cpu",
+    memory: Memory = "fast",
     as_json: Json = False,
 ) -> None:
     """Print the perplexity of MODEL, float or quantized.
@@ -224,7 +229,7 @@ def evaluate(
     from .calibration import TextSource, evaluation_tokens
     from .evaluation.perplexity import perplexity
 
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = _load(model, dtype, device, memory)
     tokens = evaluation_tokens(tokenizer, TextSource(text, split, text_column))
     with _progress() as progress:
 
@@ -250,6 +255,7 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
     dtype: RunDtype = "auto",
     device: Device = "cpu",
+    memory: Memory = "fast",
 ) -> None:
     """Stream MODEL's continuation of PROMPT.
 
@@ -257,7 +263,7 @@ def generate(
     """
     from transformers import TextStreamer
 
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = _load(model, dtype, device, memory)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -326,11 +332,12 @@ def _int_or_auto(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+def _load(model: str, dtype: str, device: str, memory: str) -> tuple[Any, Any]:
     """A float or quantized causal LM and its tokenizer, from a directory or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .checkpoint.stream import resolve_directory
+    from .integrations.transformers import keep_packed
     from .plan import check_device
 
     _silence_transformers()
@@ -344,6 +351,8 @@ def _load(model: str, dtype: str, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
+    if memory == "low":
+        keep_packed(loaded)
     return loaded.to(device), tokenizer
 
 

@@ -138,7 +138,7 @@ void rotate(const Rotation& r, const float* x, float* out, float* scratch, int64
         for (int64_t k = 0; k < size; ++k) block[k] = x[at + k] * r.signs[at + k];
         for (int64_t k = 0; k < size; k += r.right) sylvester(block + k, r.right);
         if (r.order == 1) {
-            for (int64_t k = 0; k < size; ++k) block[k] *= factor;
+            for (int64_t k = 0; k < size; ++k) block[k] *= factor * r.left[0];
         } else if (r.order % 4 == 0 && r.right % LANES == 0) {
             for (int64_t m = 0; m < r.order; m += 4) {
                 int64_t c = 0;

@@ -137,12 +137,10 @@ class QuantizedLinear(nn.Module):
         floating = self.site_input.spec.mode == "float"
         if not floating and self.weight_scale.shape[1] > 1:
             return 0
-        if self.keeps_packed:
-            return sys.maxsize
         group_size = self.spec.grid.group_size if self.spec.groups > 1 else None
         operator = "weight_only_gemm" if floating else "int4_gemm"
         tokens: int = kernels.packed_tokens(operator, self.weight.device, group_size)
-        return tokens
+        return sys.maxsize if tokens and self.keeps_packed else tokens
 
     def prepare(self) -> None:
         """Derive the running form where it is not the stored one: int8, with multipliers in it.
