@@ -2,7 +2,7 @@
 
     python scripts/bench_model.py --preset w4a8                      # a GPU: Llama-3-8B's shape
     python scripts/bench_model.py --size 1.1b --preset w8a8 --preset w4a8 --head-8
-    python scripts/bench_model.py --size 1.1b --rival torchao=DIR    # DIR: pip install --target
+    python scripts/bench_model.py --size 1.1b --rivals .rivals       # `make rivals` puts them there
 
 Speed does not depend on what weights say, so that no checkpoint is needed: a quantized model has
 the modules that its preset's plan installs, filled with random codes. On a GPU each forward is one
@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -48,10 +49,17 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, Static
 from smoothq import Recipe, preset
 from smoothq.modules import QuantizedLinear, TiedHead
 from smoothq.plan import make_plan
-from smoothq.recipe import Preset
+from smoothq.recipe import Preset, Scope
 
+# Engines by the folder that holds their packages.
+RIVALS = {
+    "torchao": ("torchao",),
+    "quanto": ("quanto",),
+    "llamacpp": ("llama.cpp-q8_0", "llama.cpp-q4_0"),
+}
 Kind = Literal["prefill", "decode"]
 ROOM = 1.25  # free memory that all models together must leave, as a multiple of their own
+MOST_GRAPHS = 64  # all models share one forward, of which each takes a graph a batch
 READ_BYTES = 2**29  # what the bandwidth is measured on: far more than any cache holds
 console = Console(width=None if Console().is_terminal else 140, highlight=False)
 
@@ -81,14 +89,14 @@ class Run:
     steps: int = 1
 
 
-def run_of(model: PreTrainedModel, task: Task) -> Run:
-    """A task on a model.
+def run_of(model: PreTrainedModel, task: Task, static: bool = False) -> Run:
+    """A task on a model. static: with a cache of a fixed length, on whatever device.
 
     Prefill: one prompt into an empty cache, up to the logits of its last token. Decode: tokens one
     after another, each the likeliest, behind a context of zeros: what a cache holds does not change
     the time.
     """
-    cache = cache_of(model, task)
+    cache = cache_of(model, task, static or model.device.type == "cuda")
     if task.kind == "prefill":
         prompt = torch.randint(model.config.vocab_size, (1, task.tokens), device=model.device)
         return Run(lambda: rewind(cache, 0), lambda: forward(model, prompt, cache))
@@ -100,10 +108,10 @@ def run_of(model: PreTrainedModel, task: Task) -> Run:
     return Run(lambda: rewind(cache, task.context), step, task.steps)
 
 
-def cache_of(model: PreTrainedModel, task: Task) -> StaticCache | DynamicCache:
-    """A cache that holds the task's context: of a fixed length on a GPU, a growing one else."""
+def cache_of(model: PreTrainedModel, task: Task, static: bool) -> StaticCache | DynamicCache:
+    """A cache that holds the task's context: of a fixed length, or growing."""
     config = model.config
-    if model.device.type == "cuda":
+    if static:
         room = task.tokens if task.kind == "prefill" else task.context + task.steps
         return StaticCache(config, max_cache_len=room)
     cache = DynamicCache(config=config)
@@ -218,14 +226,23 @@ def bandwidth_of(where: Where, held: Tensor) -> float:
 class Contender:
     """A model in this process, for which tasks are prepared and timed."""
 
-    def __init__(self, name: str, model: PreTrainedModel, where: Where) -> None:
+    def __init__(
+        self, name: str, model: PreTrainedModel, where: Where, compiled: bool = False
+    ) -> None:
+        """compiled: `torch.compile` its decode as one graph, over a cache of a fixed length."""
         self.name, self.where, self._model = name, where, model
+        self._compiled = compiled
+        if compiled:
+            torch._dynamo.config.recompile_limit = MOST_GRAPHS
+            model.forward = torch.compile(model.forward, fullgraph=True)
         self._runs: dict[Task, Run] = {}
 
     def seconds(self, task: Task) -> float:
-        """Of one step of a task."""
+        """Of one step of a task; infinite where it is not tried."""
+        if self._compiled and task.kind == "prefill":
+            return math.inf
         if task not in self._runs:
-            run = run_of(self._model, task)
+            run = run_of(self._model, task, self._compiled)
             if self.where.device.type == "cuda":
                 run = Run(run.reset, as_graph(run.step, run.reset), run.steps)
             self._runs = {task: run}
@@ -233,7 +250,7 @@ class Contender:
 
     def memory(self, tokens: int) -> Memory | None:
         """What it takes with a prompt of so many tokens."""
-        return memory(self._model, tokens, self.where)
+        return None if self._compiled else memory(self._model, tokens, self.where)
 
     def bytes_read(self, context: int) -> int | None:
         """By a decoded token, beside that many tokens before it."""
@@ -299,6 +316,11 @@ class Measured:
     memory: Memory | None = None
     bytes_read: int | None = None
 
+    @property
+    def done(self) -> list[Task]:
+        """The tasks that it could do."""
+        return [task for task, spread in self.seconds.items() if math.isfinite(spread.median)]
+
 
 @dataclass
 class Session:
@@ -354,9 +376,9 @@ class Session:
         return table
 
     def _cell(self, one: Measured, task: Task, floats: list[str]) -> str:
-        median = one.seconds[task].median
-        if median == float("inf"):
+        if task not in one.done:
             return ""
+        median = one.seconds[task].median
         times = [self.found[name].seconds[task].median / median for name in floats]
         return f"{task.tokens / median:.1f} ({', '.join(f'{ratio:.2f}' for ratio in times)})"
 
@@ -367,9 +389,9 @@ class Session:
             "tasks": [{"name": task.name, **asdict(task)} for task in self.tasks],
             "contenders": {
                 name: {
-                    "seconds": {task.name: asdict(one.seconds[task]) for task in self.tasks},
+                    "seconds": {task.name: asdict(one.seconds[task]) for task in one.done},
                     "tokens_a_second": {
-                        task.name: task.tokens / one.seconds[task].median for task in self.tasks
+                        task.name: task.tokens / one.seconds[task].median for task in one.done
                     },
                     "memory": one.memory and {**asdict(one.memory), "peak": one.memory.peak},
                     "bytes_read": one.bytes_read,
@@ -420,6 +442,13 @@ def needed_bytes(config: PretrainedConfig, floats: list[Where], recipes: list[Re
     return total
 
 
+def recipe_of(name: str) -> Recipe:
+    """A preset's recipe; w8a4-token and w8a4-calibrated: runtime smoothing before int8 weights."""
+    if name.startswith("w8a4-"):
+        return preset("w4a4", "rs", cast(Scope, name.removeprefix("w8a4-"))).edit(weights__bits=8)
+    return preset(cast(Preset, name))
+
+
 def circumstances(where: Where) -> dict[str, Any]:
     """What ran, where, and on which versions, as JSON."""
     on_gpu = where.device.type == "cuda"
@@ -451,8 +480,11 @@ def main(
     head_8: Annotated[
         bool, typer.Option("--head-8", help="Embedding and head of quantized models in 8 bits.")
     ] = False,
-    rival: Annotated[
-        list[str] | None, typer.Option(help="ENGINE=DIR, where pip put it; may be repeated.")
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Quantized models also under torch.compile.")
+    ] = False,
+    rivals: Annotated[
+        Path | None, typer.Option(help="Folder with other engines' packages, one folder each.")
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens before the decoded ones.", min=0)] = 512,
     steps: Annotated[int, typer.Option(help="Tokens decoded a repetition.", min=1)] = 16,
@@ -469,7 +501,7 @@ def main(
     size = size or ("8b" if on_gpu else "135m")
     config = config_of(size)
     floats = [where] if on_gpu else [where, Where(where.device, torch.bfloat16)]
-    recipes = {name: preset(cast(Preset, name)) for name in presets or ["w4a8"]}
+    recipes = {name: recipe_of(name) for name in presets or ["w4a8"]}
     if head_8:
         recipes = {
             f"{name}, head 8 bits": recipe.model_copy(update={"embeddings": 8})
@@ -481,13 +513,21 @@ def main(
             lambda one=one: Contender(one.dtype_name, random_float_model(config, one), where)
         )
     for name, recipe in recipes.items():
-        builders.append(
-            lambda name=name, recipe=recipe: Contender(
-                name, random_quantized_model(config, recipe, where), where
+        for whole in (False, True)[: 1 + compiled]:
+            builders.append(
+                lambda name=name, recipe=recipe, whole=whole: Contender(
+                    f"{name}, compiled" if whole else name,
+                    random_quantized_model(config, recipe, where),
+                    where,
+                    whole,
+                )
             )
-        )
-    for engine, _, directory in (entry.partition("=") for entry in rival or ()):
-        builders.append(lambda engine=engine, directory=directory: Rival(engine, directory, size))
+    if rivals is not None:
+        for folder in (rivals / name for name in RIVALS if (rivals / name).is_dir()):
+            for engine in RIVALS[folder.name]:
+                builders.append(
+                    lambda folder=folder, engine=engine: Rival(engine, str(folder), size)
+                )
     prompts, batches = tuple(prompt or (512, 2048)), tuple(batch or (1, 8))
     tasks = tuple(Task("prefill", 1, tokens) for tokens in prompts)
     tasks += tuple(Task("decode", many, many, context, steps) for many in batches)

@@ -9,6 +9,7 @@ of JSON, a task, with another: the seconds of one step.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -75,7 +76,7 @@ def llama_cpp(kind: str, config: LlamaConfig) -> tuple[str, Timed]:
 
     def seconds(task: Task) -> float:
         if task.batch > 1:
-            return float("inf")  # its Python door decodes one sequence at a time
+            return math.inf  # its Python door decodes one sequence at a time
         llama.reset()
         if task.kind == "prefill":
             prompt = numbers.integers(1, config.vocab_size, task.tokens).tolist()

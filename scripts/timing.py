@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Spread:
-        """The spread of some repetitions."""
+        """The spread of some repetitions; all infinite where one is: it was not done."""
+        if math.inf in seconds:
+            return cls(*[math.inf] * 4)
         values = torch.tensor(seconds, dtype=torch.float64)
         p20, median, p80 = values.quantile(values.new_tensor([0.2, 0.5, 0.8])).tolist()
         return cls(min(seconds), p20, median, p80)

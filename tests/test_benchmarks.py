@@ -123,37 +123,74 @@ def test_a_tiny_model_is_measured_on_the_cpu(tmp_path) -> None:
     out = tmp_path / "model.json"
     sizes = ("--prompt", 16, "--prompt", 48, "--batch", 1, "--batch", 3, "--context", 8)
     few = ("--steps", 2, "--repetitions", 2)
-    arguments = ("--size", "tiny", "--preset", "w4a4", *sizes, *few, "--output", out)
+    arguments = ("--size", "tiny", "--preset", "w4a4", "--compiled", *sizes, *few, "--output", out)
     done = run(tmp_path, "bench_model.py", *arguments, interpret=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
-    assert (results["size"], results["preset"], results["cuda_graphs"]) == ("tiny", "w4a4", False)
-    assert [row["tokens"] for row in results["prefill"]] == [16, 48]
-    assert [row["batch"] for row in results["decode"]] == [1, 3]
-    for row in results["prefill"] + results["decode"]:
-        assert set(row["seconds"]) == {"float", "quantized"}
-        values = [value for side in row["seconds"].values() for value in side.values()]
-        values += [*row["tokens_a_second"].values(), row["speedup"]]
-        assert all(math.isfinite(value) and value > 0 for value in values), row
-    used = results["memory"]
-    assert 0 < used["quantized"]["model"] < used["float"]["model"]
+    assert (results["size"], results["cuda_graphs"]) == ("tiny", False)
+    names = [task["name"] for task in results["tasks"]]
+    assert names == ["prefill 16", "prefill 48", "decode, batch 1", "decode, batch 3"]
+    assert set(results["contenders"]) == {"float32", "bfloat16", "w4a4", "w4a4, compiled"}
+    for name, one in results["contenders"].items():
+        measured = names[2:] if name == "w4a4, compiled" else names
+        assert list(one["seconds"]) == list(one["tokens_a_second"]) == measured
+        values = [value for spread in one["seconds"].values() for value in spread.values()]
+        values += [*one["tokens_a_second"].values(), one["of_byte_bound"], one["bytes_read"]]
+        assert all(math.isfinite(value) and value > 0 for value in values), name
+    sizes = {
+        name: one["memory"]["model"]
+        for name, one in results["contenders"].items()
+        if one["memory"] is not None
+    }
+    assert 0 < sizes["w4a4"] < sizes["float32"]
 
 
+@pytest.mark.parametrize("embeddings", [8, 16])
 @pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a4", "w4a16"])
-def test_random_models_give_finite_logits(monkeypatch, name) -> None:
+def test_random_models_give_finite_logits(monkeypatch, name, embeddings) -> None:
     bench = load(monkeypatch, "bench_model")
     config, cpu = bench.config_of("tiny"), bench.Where(torch.device("cpu"), torch.float32)
-    asked = bench.Asked((4,), (2,), context=3, steps=2, repetitions=1)
+    prompt, decode = bench.Task("prefill", 1, 12), bench.Task("decode", 2, 2, context=3, steps=2)
+    recipe = preset(name).model_copy(update={"embeddings": embeddings})
+    monkeypatch.setattr(bench, "READ_BYTES", 2**12)
     with torch.no_grad():
-        model = bench.random_quantized_model(config, preset(name), cpu)
-        logits = bench.prefill(model, 12).step()
-        builders = {
-            "float": lambda: bench.random_float_model(config, cpu),
-            "quantized": lambda: model,
-        }
-        speeds, used = bench.measure_in_turns(builders, asked, cpu, together=False)
+        model = bench.random_quantized_model(config, recipe, cpu)
+        logits = bench.run_of(model, prompt).step()
+        builders = [
+            lambda: bench.Contender("float", bench.random_float_model(config, cpu), cpu),
+            lambda: bench.Contender("quantized", model, cpu),
+        ]
+        session = bench.measured_in_turns(builders, (prompt, decode), 1, cpu, together=False)
     assert logits.shape == (1, 1, config.vocab_size)
     assert logits.isfinite().all()
     assert logits.std() > 0.1
-    assert [speed.row()["speedup"] > 0 for speed in speeds] == [True, True]
-    assert set(used) == {"float", "quantized"}
+    assert set(session.found) == {"float", "quantized"}
+    assert all(len(one.done) == 2 for one in session.found.values())
+    read = {name: one.bytes_read for name, one in session.found.items()}
+    assert 0 < read["quantized"] < read["float"]
+
+
+def test_a_llama_cpp_file_has_the_models_shapes(monkeypatch, tmp_path) -> None:
+    gguf = pytest.importorskip("gguf")
+    rivals, models = load(monkeypatch, "rivals"), load(monkeypatch, "models")
+    config = models.config_of("tiny")
+    rivals.write_gguf(tmp_path / "tiny.gguf", "q8_0", config)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert "output.weight" not in found  # tied
+    assert found["token_embd.weight"].shape.tolist() == [config.hidden_size, config.vocab_size]
+    assert sum(name.endswith("ffn_down.weight") for name in found) == config.num_hidden_layers
+
+
+def test_linears_are_measured_in_every_form(monkeypatch) -> None:
+    bench = load(monkeypatch, "bench_linears")
+    monkeypatch.setattr(bench, "HELD_BYTES", 2**12)
+    with torch.no_grad():
+        found = bench.measure(tokens=3, rows=33, width=128, repetitions=1)
+    assert set(found) > {"float32", "bfloat16", "W8A8", "W4A8 packed", "W4A16"}
+    assert all(spread.median > 0 for spread in found.values())
+
+
+def test_the_readme_quotes_what_was_measured(monkeypatch) -> None:
+    table = load(monkeypatch, "speed_table")
+    text = table.README.read_text()
+    assert table.written(text) == text
