@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 DEMO ?= .demo
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+RIVALS ?= .rivals
+MODEL_BENCH := scripts/bench_model.py --head-8 --rivals $(RIVALS) \
+	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8 --preset w4a4
+
+.PHONY: demo test lint bench rivals clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo_model.py $(DEMO)/SmolLM2-135M-Instruct
@@ -19,8 +23,21 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(READY)
+	$(BIN)/python scripts/bench_linears.py --output benchmarks/cpu-linears.json
+	$(BIN)/python $(MODEL_BENCH) --size 1.1b --repetitions 5 --output benchmarks/cpu-1.1b.json
+	$(BIN)/python $(MODEL_BENCH) --size 135m --compiled --output benchmarks/cpu-135m.json
+	$(BIN)/python scripts/speed_table.py
+
+# What `bench` compares with, each with its packages in a folder of its own.
+rivals: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(RIVALS)/torchao torchao==0.18.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $(RIVALS)/quanto \
+		optimum-quanto==0.2.7 ninja
+	$(BIN)/python -m pip install --quiet --target $(RIVALS)/llamacpp llama-cpp-python==0.3.36
+
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(DEMO) $(RIVALS) build *.egg-info
 
 # PyTorch comes first, and pinned: asked for by another package it would be a CUDA build.
 $(READY): pyproject.toml constraints.txt

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from smoothq import quantize
+from smoothq import keep_packed, quantize
 from smoothq.errors import CheckpointError, RecipeError
 from smoothq.kernels import QuantizedInput
 from smoothq.modules import QuantizedLinear
@@ -133,6 +134,37 @@ def test_compiles_whole(quantized) -> None:
     with torch.no_grad():
         got = compiled(input_ids=TOKENS, use_cache=False).logits
     assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+def test_decode_steps_compile_to_machine_code(quantized, recipe) -> None:
+    model, _ = quantized(recipe)
+
+    def decoded(forward: Callable[..., Any]) -> torch.Tensor:
+        cache = StaticCache(model.config, max_cache_len=24)
+        model(TOKENS[:, :16], None, None, cache)
+        steps = [forward(TOKENS[:, i : i + 1], None, None, cache) for i in range(16, 20)]
+        return torch.cat([step.logits for step in steps], 1)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = decoded(model)
+        found = decoded(torch.compile(model.forward, fullgraph=True))
+    # Floats are added up in another order, and a code near a tie may be its neighbour.
+    assert (found - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a4-quarot", "w4a16", "w8a8"])
+def test_weights_may_stay_packed(quantized, recipe) -> None:
+    _, out = quantized(recipe)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected, linear = logits(model), model.model.layers[0].mlp.gate_proj
+    read = linear.bytes_read(tokens=512)
+    keep_packed(model)
+    assert torch.equal(logits(model), expected)
+    halved = recipe == "w4a4-quarot"  # groups of 16 do not fit the packed product
+    assert (linear.bytes_read(tokens=512) < 0.6 * read) == halved
 
 
 def test_scales_survive_a_change_of_dtype(quantized) -> None:
