@@ -25,8 +25,8 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench_linears.py --output benchmarks/cpu-linears.json
-	$(BIN)/python $(MODEL_BENCH) --size 1.1b --repetitions 5 --output benchmarks/cpu-1.1b.json
-	$(BIN)/python $(MODEL_BENCH) --size 135m --compiled --output benchmarks/cpu-135m.json
+	$(BIN)/python $(MODEL_BENCH) --size 1.1b --prompt 512 --repetitions 3 --output benchmarks/cpu-1.1b.json
+	$(BIN)/python $(MODEL_BENCH) --size 135m --compiled --repetitions 5 --output benchmarks/cpu-135m.json
 	$(BIN)/python scripts/speed_table.py
 
 # What `bench` compares with, each with its packages in a folder of its own.

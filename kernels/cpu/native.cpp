@@ -315,7 +315,7 @@ inline __m512i whole(const Packed& w, int64_t row, int64_t k, int64_t g) {
         _mm512_inserti64x4(_mm512_castsi256_si512(pairs), _mm256_srli_epi16(pairs, 4), 1),
         _mm512_set1_epi8(15));
     if (!w.multiplier) return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table_of(1)), nibbles);
-    const int8_t* m = w.multiplier + row * w.groups + (w.group < BLOCK ? k / w.group : g);
+    const int8_t* m = w.multiplier + row * w.groups + (w.group < BLOCK ? k / (BLOCK / 2) : g);
     if (w.group >= BLOCK)
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table_of(*m)), nibbles);
     const __m256i halves[2] = {_mm256_broadcastsi128_si256(table_of(m[0])),
