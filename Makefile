@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 RIVALS ?= .rivals
 MODEL_BENCH := scripts/bench_model.py --head-8 --rivals $(RIVALS) \
-	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8 --preset w4a4
+	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8
 
 .PHONY: demo test lint bench rivals clean
 
@@ -26,7 +26,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python scripts/bench_linears.py --output benchmarks/cpu-linears.json
 	$(BIN)/python $(MODEL_BENCH) --size 1.1b --prompt 512 --repetitions 3 --output benchmarks/cpu-1.1b.json
-	$(BIN)/python $(MODEL_BENCH) --size 135m --compiled --repetitions 5 --output benchmarks/cpu-135m.json
+	$(BIN)/python $(MODEL_BENCH) --size 135m --repetitions 3 --output benchmarks/cpu-135m.json
 	$(BIN)/python scripts/speed_table.py
 
 # What `bench` compares with, each with its packages in a folder of its own.

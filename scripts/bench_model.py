@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -406,7 +406,7 @@ Builder = Callable[[], Contender]
 
 
 def measured_in_turns(
-    builders: Iterable[Builder],
+    builders: list[Builder],
     tasks: tuple[Task, ...],
     repetitions: int,
     where: Where,
@@ -415,7 +415,8 @@ def measured_in_turns(
     """All at once if memory holds them together, else one after the other."""
     session = Session(tasks)
     if together:
-        contenders = [build() for build in builders]
+        # Other engines last in the table and first in memory, which they fill before they shrink.
+        contenders = [build() for build in reversed(builders)][::-1]
         session.measure(contenders, repetitions, where)
         for one in contenders:
             one.close()

@@ -13,13 +13,14 @@
 
 #include <omp.h>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
 typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 64;          // columns that are packed, and multiplied, together
 constexpr int64_t SERIAL_WORK = 1 << 14;  // numbers below which a second thread does not pay
@@ -188,6 +189,21 @@ inline float largest(const float* v, int64_t n) {
     return value;
 }
 
+// Every lane the larger, or lower, of itself and of the lane that lies STRIDE away.
+template <int STRIDE>
+inline Bits wider(Bits v) {
+    Bits partner;
+    for (int i = 0; i < LANES; ++i) partner[i] = v[i ^ STRIDE];
+    return partner > v ? partner : v;
+}
+
+template <int STRIDE>
+inline Floats lower(Floats v) {
+    Floats partner;
+    for (int i = 0; i < LANES; ++i) partner[i] = v[i ^ STRIDE];
+    return partner < v ? partner : v;
+}
+
 // The value of largest magnitude; of two the negative one.
 inline float extreme(const float* v, int64_t n) {
     float lowest = v[0];
@@ -197,16 +213,52 @@ inline float extreme(const float* v, int64_t n) {
     return lowest == -magnitude ? lowest : magnitude;
 }
 
+// `extreme` of every group of a token.
+void extremes_of(const float* v, int64_t groups, int64_t group, float* out) {
+    if (group % LANES) {
+        for (int64_t g = 0; g < groups; ++g) out[g] = extreme(v + g * group, group);
+        return;
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+        Bits most = {};
+        Floats lowest = floats_at(v + g * group);
+        for (int64_t k = g * group; k < (g + 1) * group; k += LANES) {
+            const Floats x = floats_at(v + k);
+            Bits bits;
+            std::memcpy(&bits, &x, sizeof bits);
+            bits &= 0x7fffffffu;
+            most = bits > most ? bits : most;
+            lowest = x < lowest ? x : lowest;
+        }
+        most = wider<1>(wider<2>(wider<4>(wider<8>(most))));
+        lowest = lower<1>(lower<2>(lower<4>(lower<8>(lowest))));
+        float magnitude;
+        const uint32_t bits = most[0];
+        std::memcpy(&magnitude, &bits, 4);
+        out[g] = lowest[0] == -magnitude ? lowest[0] : magnitude;
+    }
+}
+
 inline float nonzero(float scale) { return scale == 0 ? 1.0f : scale; }
+
+inline int8_t code_of(float v, float scale, float low, float high, int factor) {
+    constexpr float TO_INTEGER = 12582912.0f;  // 1.5 · 2^23: a sum with it has no fraction
+    const float clamped = std::min(std::max(v / scale, low), high);
+    return int8_t(int(clamped + TO_INTEGER - TO_INTEGER) * factor);
+}
 
 // round(v / scale), clamped, times `factor`.
 inline void codes_of(const float* v, int64_t n, float scale, int highest, int factor, int8_t* out) {
     const float low = float(-highest - 1), high = float(highest);
-    constexpr float TO_INTEGER = 12582912.0f;  // 1.5 · 2^23: a sum with it has no fraction
-    for (int64_t k = 0; k < n; ++k) {
-        const float clamped = std::min(std::max(v[k] / scale, low), high);
-        out[k] = int8_t(int(clamped + TO_INTEGER - TO_INTEGER) * factor);
-    }
+    for (int64_t k = 0; k < n; ++k) out[k] = code_of(v[k], scale, low, high, factor);
+}
+
+// The same for few numbers, a multiple of 16: without a loop's beginning and end around each.
+inline void few_codes_of(const float* v, int64_t n, float scale, int highest, int factor,
+                         int8_t* out) {
+    const float low = float(-highest - 1), high = float(highest);
+    for (int64_t k = 0; k < n; k += LANES)
+        for (int64_t i = k; i < k + LANES; ++i) out[i] = code_of(v[i], scale, low, high, factor);
 }
 
 // The token v (K,) into codes; returns its scale. scratch: (K,), may be v.
@@ -236,19 +288,23 @@ float quantize_token(const Quantizer& q, const float* v, int64_t width, int8_t* 
         }
         default: {
             const int64_t groups = width / q.group;
-            std::vector<float> extremes(groups);
-            for (int64_t g = 0; g < groups; ++g)
-                extremes[g] = extreme(v + g * q.group, q.group);
+            static thread_local std::vector<float> extremes;
+            static thread_local std::vector<int> factors;
+            extremes.resize(groups);
+            factors.resize(groups);
+            extremes_of(v, groups, q.group, extremes.data());
             const float base = largest(extremes.data(), groups) * q.clip / q.largest;
             const float scale = nonzero(base / (highest + 1));
             const float step = scale * (highest + 1);
             for (int64_t g = 0; g < groups; ++g) {
                 const float steps = std::ceil(std::fabs(extremes[g]) * q.clip / step);
                 const int m = int(std::min(std::max(steps, 1.0f), float(q.largest)));
-                const int factor = extremes[g] > 0 ? -m : m;
-                codes_of(v + g * q.group, q.group, factor * scale, highest, factor,
-                         codes + g * q.group);
+                factors[g] = extremes[g] > 0 ? -m : m;
             }
+            const auto round = q.group % LANES ? codes_of : few_codes_of;
+            for (int64_t g = 0; g < groups; ++g)
+                round(v + g * q.group, q.group, factors[g] * scale, highest, factors[g],
+                      codes + g * q.group);
             return scale;
         }
     }
@@ -515,19 +571,45 @@ void product(const int8_t* a, const Weight& w, const Scaling& scaling, int64_t t
 
 // ---- products with float activations ------------------------------------------------------------
 
-// 64 codes as floats.
-inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, float* out) {
-    const int8_t* bytes = w.codes + row * w.width + k;
-    for (int64_t j = 0; j < BLOCK; ++j) out[j] = bytes[j];
+// 64 codes as floats, 16 a register.
+#if defined(__AVX512BW__)
+
+inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, Floats* out) {
+    const __m128i* bytes = reinterpret_cast<const __m128i*>(w.codes + row * w.width + k);
+    for (int i = 0; i < 4; ++i)
+        out[i] = Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + i))));
 }
 
-inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, float* out) {
-    const uint8_t* bytes = w.codes + row * w.stride + k / 2;
-    for (int64_t j = 0; j < BLOCK / 2; ++j) {
-        out[j] = float(int8_t(bytes[j] << 4) >> 4);
-        out[j + BLOCK / 2] = float(int8_t(bytes[j]) >> 4);
+inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
+    const __m512 table =
+        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    const __m128i* bytes = reinterpret_cast<const __m128i*>(w.codes + row * w.stride + k / 2);
+    const __m128i mask = _mm_set1_epi8(15);
+    for (int i = 0; i < 2; ++i) {
+        const __m128i pairs = _mm_loadu_si128(bytes + i);
+        const __m128i low = _mm_and_si128(pairs, mask);
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
+        out[i] = Floats(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(low), table));
+        out[i + 2] = Floats(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(high), table));
     }
 }
+
+#else
+
+inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, Floats* out) {
+    const int8_t* bytes = w.codes + row * w.width + k;
+    for (int64_t j = 0; j < BLOCK; ++j) out[j / LANES][j % LANES] = bytes[j];
+}
+
+inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
+    const uint8_t* bytes = w.codes + row * w.stride + k / 2;
+    for (int64_t j = 0; j < BLOCK / 2; ++j) {
+        out[j / LANES][j % LANES] = float(int8_t(bytes[j] << 4) >> 4);
+        out[2 + j / LANES][j % LANES] = float(int8_t(bytes[j]) >> 4);
+    }
+}
+
+#endif
 
 struct Steps {
     const void* scale;  // (N, groups), or (N, 1) beside multipliers
@@ -553,16 +635,15 @@ void weight_only(const float* x, const Weight& w, const Steps& steps, const floa
             for (int t = 0; t < T; ++t) inputs[t] = x + std::min(first + t, tokens - 1) * width;
             Floats total[T] = {};
             for (int64_t k = 0; k < width; k += BLOCK) {
-                float codes[BLOCK];
+                Floats codes[4];
                 codes_as_floats(w, row, k, codes);
                 const float low = steps.at(row, k), high = steps.at(row, k + BLOCK / 2);
                 for (int t = 0; t < T; ++t) {
                     const float* v = inputs[t] + k;
-                    const Floats first_half = floats_at(codes) * floats_at(v) +
-                                              floats_at(codes + LANES) * floats_at(v + LANES);
-                    const Floats second_half =
-                        floats_at(codes + 2 * LANES) * floats_at(v + 2 * LANES) +
-                        floats_at(codes + 3 * LANES) * floats_at(v + 3 * LANES);
+                    const Floats first_half =
+                        codes[0] * floats_at(v) + codes[1] * floats_at(v + LANES);
+                    const Floats second_half = codes[2] * floats_at(v + 2 * LANES) +
+                                               codes[3] * floats_at(v + 3 * LANES);
                     total[t] += first_half * low + second_half * high;
                 }
             }
