@@ -3,7 +3,8 @@
 Nothing outside this package calls a backend. The products are registered with PyTorch as custom
 operators with fake implementations, so that `torch.compile(fullgraph=True)`, CUDA graphs and
 `torch.export` see them whole; so are the Triton quantizers, while a CPU's are plain tensor code
-that a compiler may fuse. `reference.py` defines every result; `report` says what runs where.
+for a compiler, which may fuse it. `reference.py` defines every result; `report` says what runs
+where.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _built() -> Path:
     """The library's file, compiled unless it is there. Raises OSError or CalledProcessError."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "g++"
     identity = "\0".join(
-        [SOURCE.read_text(), *FLAGS, compiler, platform.machine(), _processor(), torch.__version__]
+        [SOURCE.read_text("utf-8"), *FLAGS, compiler, platform.machine(), _processor()]
     )
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smoothq"
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
