@@ -29,7 +29,6 @@ from ..reference import (
     attend,
     channel_multipliers,
     dequantize_heads,
-    largest_group_multiplier,
     multiplied_weight,
     quantize_heads,
     row_parts,
@@ -40,6 +39,7 @@ from ..reference import (
 )
 from ..tracing import is_traced
 from . import native
+from .native import is_compiled
 
 __all__ = [
     "cached_attention",
@@ -76,7 +76,7 @@ RIGHT_FACTOR = 256  # of a rotation: one row of it stays in the first cache
 
 
 def _runs_native(x: Tensor) -> bool:
-    return not is_traced(x) and native.is_there()
+    return not is_traced(x) and is_compiled()
 
 
 def quantize_per_token(
@@ -120,9 +120,7 @@ def quantize_token_groups(
     """As `reference.quantize_token_groups`."""
     if not _runs_native(x):
         return reference.quantize_token_groups(x, bits, group_size, clip)
-    largest = largest_group_multiplier(bits)
-    grouped = native.quantize(x, "groups", bits, clip, group_size=group_size, largest=largest)
-    return QuantizedInput(*grouped)
+    return QuantizedInput(*native.quantize(x, "groups", bits, clip, group_size=group_size))
 
 
 def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
@@ -170,14 +168,9 @@ def int8_gemm(
 ) -> Tensor:
     """As `reference.int8_gemm`, the scaling in float32."""
     tokens, road = codes.shape[0], cast(Road, _many_tokens)
-    if tokens <= FEW_TOKENS and native.is_there():
+    if tokens <= FEW_TOKENS and is_compiled():
         road = _faster(max(tokens - 1, 0).bit_length(), weight.shape, torch.get_num_threads())
     return road(codes, scale, weight, weight_scale, bias, dtype)
-
-
-def is_compiled() -> bool:
-    """Whether `native.cpp` runs, and not PyTorch's operators in its place."""
-    return native.is_there()
 
 
 Road = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
@@ -218,7 +211,7 @@ def _many_tokens(
     dtype: torch.dtype,
 ) -> Tensor:
     """`int8_gemm` by PyTorch's product."""
-    if native.is_there() and _has_fast_int_mm() and codes.shape[1] > 1:
+    if is_compiled() and _has_fast_int_mm() and codes.shape[1] > 1:
         total = torch._int_mm(codes, weight.t())
         return native.scaled(total, scale, weight_scale, bias, dtype)
     result = int8_matmul(codes, weight).mul_(scale).mul_(weight_scale)
@@ -236,7 +229,7 @@ def int4_gemm(
 ) -> Tensor:
     """As `reference.int4_gemm`: few tokens meet the packed weights, many an unpacked copy."""
     groups = 1 if multiplier is None else multiplier.shape[1]
-    few = codes.shape[0] <= PACKED_TOKENS and native.is_there()
+    few = codes.shape[0] <= PACKED_TOKENS and is_compiled()
     if few and (groups == 1 or _fits(codes.shape[1] // groups)):
         return native.int4_gemm(codes, scale, packed, weight_scale, multiplier, bias, dtype)
     weight = _unpacked(packed, codes.shape[1], multiplier)
@@ -249,7 +242,7 @@ def _fits(group_size: int) -> bool:
 
 
 def _unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
-    if native.is_there():
+    if is_compiled():
         return native.unpacked(packed, columns, multiplier)
     return multiplied_weight(unpack_int4(packed, columns), multiplier)
 
@@ -258,7 +251,7 @@ def packed_tokens(operator: str, group_size: int | None) -> int:
     """Any number for float activations, few for integers: many go faster by way of int8."""
     if operator == "weight_only_gemm":
         return sys.maxsize
-    return PACKED_TOKENS if native.is_there() and (group_size is None or _fits(group_size)) else 0
+    return PACKED_TOKENS if is_compiled() and (group_size is None or _fits(group_size)) else 0
 
 
 def left_factor(base: int, order: int) -> int | None:
@@ -266,7 +259,7 @@ def left_factor(base: int, order: int) -> int | None:
 
     Without the compiled operators as the rotation is stored: two factors of like size.
     """
-    return max(base, order // RIGHT_FACTOR) if native.is_there() else None
+    return max(base, order // RIGHT_FACTOR) if is_compiled() else None
 
 
 def group_gemm(
@@ -311,7 +304,7 @@ def weight_only_gemm(
 ) -> Tensor:
     """As `reference.weight_only_gemm`, in float32, without a float copy of the matrix."""
     width, groups = x.shape[1], (weight_scale if multiplier is None else multiplier).shape[1]
-    few = x.shape[0] <= FLOAT_TOKENS and width % PACKED_BLOCK == 0 and native.is_there()
+    few = x.shape[0] <= FLOAT_TOKENS and width % PACKED_BLOCK == 0 and is_compiled()
     if few and (groups == 1 or _fits(width // groups)):
         return native.weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)
     x32 = x.float()
@@ -353,11 +346,9 @@ def hadamard_quantize(
     if not _runs_native(x):
         rotated = hadamard(x.float(), *factors)
         return reference.quantize_rotated(rotated, bits, group_size, clip, full_range)
-    mode, size = (_token_mode(full_range), 1) if group_size is None else ("groups", group_size)
-    largest = 1 if group_size is None else largest_group_multiplier(bits)
-    return QuantizedInput(
-        *native.quantize(x, mode, bits, clip, group_size=size, largest=largest, rotation=factors)
-    )
+    mode = _token_mode(full_range) if group_size is None else "groups"
+    quantized = native.quantize(x, mode, bits, clip, group_size=group_size, rotation=factors)
+    return QuantizedInput(*quantized)
 
 
 def cached_attention(

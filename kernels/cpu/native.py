@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reference import largest_group_multiplier
 from ..tracing import tied
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -118,8 +119,8 @@ def _processor() -> str:
     return repr(sorted(torch.cpu.get_capabilities().items()))
 
 
-def is_there() -> bool:
-    """Whether the compiled operators can run."""
+def is_compiled() -> bool:
+    """Whether the compiled operators can run; else PyTorch's run in their place."""
     return library() is not None
 
 
@@ -140,6 +141,11 @@ def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
+def _held(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`_ready`, for what may be absent."""
+    return None if tensor is None else _ready(tensor, dtype)
+
+
 def _typed(x: Tensor) -> Tensor:
     """In a dtype that the operators read, and contiguous."""
     return _ready(x, x.dtype if x.dtype in TYPES else torch.float32)
@@ -151,23 +157,22 @@ def quantize(
     bits: int,
     clip: float = 1.0,
     *,
-    group_size: int = 1,
-    largest: int = 1,
+    group_size: int | None = None,
     multiplier: Tensor | None = None,
     scale: Tensor | None = None,
     rotation: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 (..., K) and scales float32 (..., 1) of x, float (..., K), rotated first.
 
-    mode: of `MODES`. group_size, largest: of `groups`, the channels of a multiplier and the largest
-    one. multiplier: of `smoothed`, int8 (K,). scale: of `static`, float32 of one element.
-    rotation: signs, left and right of `reference.hadamard`.
+    mode: of `MODES`. group_size: of `groups`, the channels of a multiplier. multiplier: of
+    `smoothed`, int8 (K,). scale: of `static`, float32 of one element. rotation: signs, left and
+    right of `reference.hadamard`.
     """
     x = _typed(x)
     codes = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(*x.shape[:-1], 1)
-    held = None if multiplier is None else _ready(multiplier, torch.int8)
-    step = None if scale is None else _ready(scale, torch.float32)
+    held = _held(multiplier, torch.int8)
+    step = _held(scale, torch.float32)
     factors = None if rotation is None else _Factors(*rotation)
     _call(
         "smoothq_quantize",
@@ -178,8 +183,8 @@ def quantize(
         *(_NO_ROTATION if factors is None else factors.arguments),
         MODES[mode],
         bits,
-        group_size,
-        largest,
+        group_size or 0,
+        0 if group_size is None else largest_group_multiplier(bits),
         clip,
         _address(held),
         _address(step),
@@ -259,10 +264,10 @@ def int4_gemm(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `reference.int4_gemm`, for few tokens and groups of whole blocks: `takes_groups`."""
+    """As `reference.int4_gemm`, for few tokens and groups of whole or half blocks."""
     codes, packed = _ready(codes, torch.int8), _ready(packed, torch.uint8)
     scale, weight_scale, bias = _scales(scale, weight_scale, bias)
-    held = None if multiplier is None else _ready(multiplier, torch.int8)
+    held = _held(multiplier, torch.int8)
     out = _output(codes.shape[0], packed.shape[0], dtype)
     _call(
         "smoothq_int4_gemm",
@@ -307,14 +312,14 @@ def _scales(
     scale: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in float32."""
-    floats = None if bias is None else _ready(bias, torch.float32)
+    floats = _held(bias, torch.float32)
     return _ready(scale, torch.float32), _ready(weight_scale, torch.float32), floats
 
 
 def unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
     """As `reference.unpack_int4`, times the multipliers of groups: int8 (N, K)."""
     packed = _ready(packed, torch.uint8)
-    held = None if multiplier is None else _ready(multiplier, torch.int8)
+    held = _held(multiplier, torch.int8)
     out = torch.empty(packed.shape[0], columns, dtype=torch.int8)
     groups = 1 if held is None else held.shape[1]
     rows = (packed.shape[0], columns)
@@ -330,10 +335,10 @@ def weight_only_gemm(
     bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """As `reference.weight_only_gemm`, for few tokens and groups of whole blocks."""
+    """As `reference.weight_only_gemm`, for few tokens and groups of whole or half blocks."""
     x32, packed, scale = _ready(x, torch.float32), packed.contiguous(), _typed(weight_scale)
-    held = None if multiplier is None else _ready(multiplier, torch.int8)
-    floats = None if bias is None else _ready(bias, torch.float32)
+    held = _held(multiplier, torch.int8)
+    floats = _held(bias, torch.float32)
     out = torch.empty(x.shape[0], packed.shape[0])
     _call(
         "smoothq_weight_only_gemm",
