@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,6 +139,20 @@ def quantize(
     device: Device = "cpu",
     gguf_file: Gguf = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with what OUT.partial holds, or begin anew; without it, go on if there is "
+            "work of this command.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Blocks between two states to go on from.", min=1)
+    ] = 1,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Memory that the run may take, such as 8GB; or refuse.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would come to and take, and stop.")
     ] = False,
@@ -150,8 +165,9 @@ def quantize(
     from . import report
     from .checkpoint.stream import open_source
     from .checkpoint.writer import CheckpointWriter
+    from .distributed import World
     from .pipeline import plan_checkpoint, quantize_checkpoint
-    from .price import as_text, price
+    from .price import as_text, needs_of, price
 
     _silence_transformers()
     presets: dict[Preset, bool] = {"w8a8": w8a8, "w4a8": w4a8, "w4a4": w4a4, "w4a16": w4a16}
@@ -184,26 +200,58 @@ def quantize(
         "dtype": dtype,
     }
     final = chosen.edit(**{name: value for name, value in fields.items() if value is not None})
-    writer = CheckpointWriter(output, overwrite=overwrite)
-    writer.check(0)
+    limit = None if max_memory is None else _bytes(max_memory)
+    writer = CheckpointWriter(output, overwrite, resume=resume, every=checkpoint_every)
+    world = World.join(device)
+    world.share(lambda: writer.check(0))
     source = open_source(model, gguf_file=gguf_file)
     plan = plan_checkpoint(source, final, device)
-    estimate = price(plan, torch.device(device))
+    needs = needs_of(plan, limit, checkpoint_every)
+    if world.leads:
+        estimate = price(plan, world.device)
     if dry_run:
-        if as_json:
-            print(json.dumps(report.plan_as_dict(source, plan, estimate)))
-        else:
-            _table(f"{model}, as planned", report.plan_rows(source, plan, estimate))
+        if world.leads and as_json:
+            print(json.dumps(report.plan_as_dict(source, plan, estimate, needs)))
+        elif world.leads:
+            _table(f"{model}, as planned", report.plan_rows(source, plan, estimate, needs))
         return
-    log.info("about %s on this machine", as_text(estimate.seconds))
-    with _progress() as progress:
-        result = quantize_checkpoint(source, final, writer, device=device, progress=progress)
+    if world.leads:
+        log.info(
+            "about %s on this machine; %s", as_text(estimate.seconds), report.needs_text(needs)
+        )
+    with _progress() if world.leads else nullcontext() as progress:
+        result = quantize_checkpoint(
+            source, final, writer, device=device, progress=progress, max_memory=limit
+        )
+    if not world.leads:
+        return
     if as_json:
         print(json.dumps(report.as_dict(result) | {"output": str(output)}))
         return
     _table(f"{model} → {output}", report.rows(result))
     for line in report.remarks(result):
         out.print(line)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A directory that smoothq quantize wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Check every tensor of a quantized checkpoint: its hash, its shape, and its values.
+
+    Example: smoothq verify OUT
+    """
+    from .verify import verify_checkpoint
+
+    _silence_transformers()
+    with _progress() as progress:
+        checked = verify_checkpoint(directory, progress)
+    if as_json:
+        print(json.dumps({"directory": str(directory), **vars(checked)}))
+        return
+    size = f"{checked.bytes / 1e6:.1f} MB in {checked.tensors} tensors"
+    out.print(f"{directory} is whole: {size}, {checked.files} other files")
 
 
 @app.command(name="eval")
@@ -326,6 +374,17 @@ def _float_or_auto(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes: `8GB`, `500 MB`, `7.5e9`."""
+    found = re.fullmatch(r"([0-9.eE+]+)\s*([kKMGT]?)i?B?", text.strip())
+    try:
+        if found is None:
+            raise ValueError(text)
+        return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+    except ValueError as error:
+        raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
 
 
 def _int_or_auto(text: str) -> int | str:

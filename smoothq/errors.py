@@ -27,3 +27,7 @@ class CheckpointError(SmoothqError):
 
 class DeviceError(SmoothqError):
     """No kernel of ours runs on the device asked for."""
+
+
+class OutputError(CheckpointError):
+    """The disk does not take what is written to it; the work so far is kept."""

@@ -1,15 +1,18 @@
 """The calibration tokens on their way through the blocks, and what is seen of them there.
 
-`HiddenStates` holds what enters the current block, one micro-batch at a time. A site is observed by
-running the block up to the site's first reader and no further; experts, which see different tokens
-each, are observed together. Attention is float here, whatever the recipe makes of it in the
-finished model.
+`HiddenStates` holds what enters the current block, one micro-batch at a time, in memory or in a
+file; of several processes each holds and observes its share. A site is observed by running the
+block up to the site's first reader and no further; experts, which see different tokens each, are
+observed together. Attention is float here, whatever the recipe makes of it in the finished model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +21,12 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .architectures import Site
+from .checkpoint.tensor_file import Entry, TensorFile
+from .distributed import World
 from .errors import NumericsError
 from .modules import InputQuantizer
-from .observers import AbsMax, AbsQuantile, SecondMoment
+from .observers import AbsMax, AbsQuantile, Observer, SecondMoment
 from .plan import Plan
-from .transforms.hadamard import Hadamard
 
 MICRO_BATCH_TOKENS = 2048  # tokens that one calibration forward takes
 
@@ -35,12 +39,58 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What all hidden states of a run have in common.
+
+    batches, tokens: how many there are in all processes. calls: for each block, by micro-batch
+    size, what else its forward takes.
+    """
+
+    batches: int
+    tokens: int
+    calls: list[dict[int, _Call]]
+    world: World
+
+
+class _Shelf:
+    """Micro-batches by their number: in memory, or in a file that goes when they do."""
+
+    def __init__(self, directory: Path | None) -> None:
+        """directory: where the file is made; None holds them in memory."""
+        self.directory = directory
+        self._held: dict[int, Tensor] = {}
+        self._entries: dict[int, Entry] = {}
+        self._file: TensorFile | None = None
+        if directory is not None:
+            self._file = TensorFile(directory / uuid.uuid4().hex)
+            weakref.finalize(self, _remove, self._file)
+
+    def put(self, number: int, batch: Tensor) -> None:
+        if self._file is None:
+            self._held[number] = batch
+        else:
+            self._entries[number] = self._file.append([batch], tuple(batch.shape))
+
+    def get(self, number: int) -> Tensor:
+        return self._held[number] if self._file is None else self._file.read(self._entries[number])
+
+    @property
+    def numbers(self) -> list[int]:
+        return list(self._held if self._file is None else self._entries)
+
+
+def _remove(file: TensorFile) -> None:
+    file.close()
+    file.path.unlink(missing_ok=True)
+
+
 class HiddenStates:
     """What enters block `index`: float32 micro-batches (sequences, tokens, hidden_size)."""
 
-    def __init__(self, batches: list[Tensor], calls: list[dict[int, _Call]]) -> None:
-        """calls: for each block, by micro-batch size, what else its forward takes."""
-        self._batches, self._calls = batches, calls
+    def __init__(self, shelf: _Shelf, run: _Run) -> None:
+        """shelf: this process's share of the micro-batches."""
+        self._shelf, self._run = shelf, run
 
     @classmethod
     def enter(
@@ -48,16 +98,16 @@ class HiddenStates:
         model: PreTrainedModel,
         plan: Plan,
         tokens: Tensor,
-        rotation: Hadamard | None,
-        device: torch.device,
+        world: World,
+        directory: Path | None = None,
     ) -> HiddenStates:
         """Embed tokens, int64 (samples, length), and record what the decoder hands its blocks.
 
         What stands before the blocks must be loaded, unrotated; the blocks may be on the meta
-        device. rotation: of the residual stream. device: where the blocks will run; what stands
-        before them runs on the CPU.
+        device. What stands before them runs on the CPU, in every process for all tokens.
+        directory: where micro-batches are held in a file; None holds them in memory, on the device.
         """
-        parts = plan.parts
+        parts, rotation = plan.parts, plan.residual_rotation
         decoder, embedding = (
             model.get_submodule(name) for name in (parts.decoder, parts.embedding)
         )
@@ -67,28 +117,44 @@ class HiddenStates:
         returns_tuple = plan.family.returns_tuple
         recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
         decoder.set_submodule(attribute, nn.ModuleList(recorders))
-        batches = []
+        shelf, batches = _Shelf(directory), micro_batches(tokens)
         try:
-            for batch in tokens.split(max(1, MICRO_BATCH_TOKENS // tokens.shape[1])):
+            for number, batch in enumerate(batches):
                 embedded = embedding(batch).float()
                 _run_until_stopped(decoder, inputs_embeds=embedded, use_cache=False)
                 entered = recorders[0].hidden
-                batches.append(entered if rotation is None else rotation.apply(entered))
+                if world.owns(number):
+                    rotated = entered if rotation is None else rotation.apply(entered)
+                    shelf.put(number, rotated.to(world.device))
         finally:
             decoder.set_submodule(attribute, blocks)
-        moved: list[Tensor] = tree_map_only(Tensor, lambda tensor: tensor.to(device), batches)
         calls = [
             {
-                size: _Call(*tree_map_only(Tensor, lambda t: t.to(device), (c.args, c.kwargs)))
+                size: _Call(
+                    *tree_map_only(Tensor, lambda t: t.to(world.device), (c.args, c.kwargs))
+                )
                 for size, c in recorder.calls.items()
             }
             for recorder in recorders
         ]
-        return cls(moved, calls)
+        return cls(shelf, _Run(len(batches), tokens.numel(), calls, world))
 
     def copy(self) -> HiddenStates:
         """The same states, to be moved through other blocks."""
-        return HiddenStates(list(self._batches), self._calls)
+        return HiddenStates(self._shelf, self._run)
+
+    def replaced(self, batches: Iterator[Tensor] | None) -> HiddenStates:
+        """Other states in their place, which the leading process reads in order."""
+        shelf, world = _Shelf(self._shelf.directory), self._run.world
+        for number in range(self._run.batches):
+            batch = world.share(lambda: next(batches))  # type: ignore[arg-type]
+            if world.owns(number):
+                shelf.put(number, batch.to(world.device))
+        return HiddenStates(shelf, self._run)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All micro-batches in order, in all processes."""
+        return (self.batch(number) for number in range(self._run.batches))
 
     def maxima(
         self,
@@ -105,15 +171,16 @@ class HiddenStates:
         maximum. advance: move past the block as well. Raises NumericsError naming a site whose
         input is not finite.
         """
-        tokens = sum(batch.shape[0] * batch.shape[1] for batch in self._batches)
         seen: dict[str, AbsMax | AbsQuantile] = {}
         watched: dict[str, Callable[[Tensor], None]] = {}
         for site in sites:
             width = block.get_submodule(site.modules[0]).get_parameter("weight").shape[1]
-            seen[site.name] = AbsMax(width) if share == 1 else AbsQuantile(width, share, tokens)
+            seen[site.name] = (
+                AbsMax(width) if share == 1 else AbsQuantile(width, share, self._run.tokens)
+            )
             watched |= {lane[0]: seen[site.name].update for lane in site.lanes}
         self._watch(block, index, watched, advance)
-        maxima = {site: observer.result() for site, observer in seen.items()}
+        maxima = {site: self._reduced(observer) for site, observer in seen.items()}
         for site_name, maximum in maxima.items():
             _check_finite(maximum, f"{name}, input of {site_name}")
         return maxima
@@ -129,7 +196,7 @@ class HiddenStates:
                 seen.update(site_input.rotate(x))
 
             self._watch(block, index, {lane[0]: update for lane in site.lanes})
-            maxima = seen.result()
+            maxima = self._reduced(seen)
             _check_finite(maxima, f"input of {site_input.name}")
             site_input.calibrate(maxima)
 
@@ -149,24 +216,30 @@ class HiddenStates:
 
         self._watch(block, index, {module: update(module) for module in inputs})
         for module, observer in seen.items():
-            _check_finite(observer.result(), f"input of {inputs[module].name}")
+            _check_finite(self._reduced(observer), f"input of {inputs[module].name}")
         return seen
+
+    def _reduced(self, observer: Observer) -> Tensor:
+        """What the observers of all processes saw."""
+        observer.reduce(self._run.world)
+        return observer.result()
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move past a block: its output becomes what enters the next."""
         self._watch(block, index, {}, advance=True)
 
     def __len__(self) -> int:
-        """Micro-batches."""
-        return len(self._batches)
+        """Micro-batches, of all processes."""
+        return self._run.batches
 
-    def batch(self, i: int) -> Tensor:
-        """Micro-batch i, float32 (sequences, tokens, hidden_size)."""
-        return self._batches[i]
+    def batch(self, number: int) -> Tensor:
+        """A micro-batch, float32 (sequences, tokens, hidden_size), in all processes."""
+        world = self._run.world
+        return world.share(lambda: self._shelf.get(number), number).to(world.device)
 
     def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
         """A block's output for one micro-batch."""
-        call = self._calls[index][batch.shape[0]]
+        call = self._run.calls[index][batch.shape[0]]
         output = block(batch, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
@@ -197,16 +270,25 @@ class HiddenStates:
             for module, into in watched.items()
         ]
         try:
-            for i, batch in enumerate(self._batches):
+            moved = _Shelf(self._shelf.directory) if advance else self._shelf
+            for number in self._shelf.numbers:
+                batch = self._shelf.get(number).to(self._run.world.device)
                 try:
                     output = self.forward(block, index, batch)
                 except _Stopped:
                     continue
                 if advance:
-                    self._batches[i] = output
+                    moved.put(number, output)
+            self._shelf = moved
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def micro_batches(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Calibration tokens, int64 (samples, length), in the stretches that one forward takes."""
+    batches: tuple[Tensor, ...] = tokens.split(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]))
+    return batches
 
 
 class _Stopped(Exception):

@@ -1,7 +1,7 @@
 """Statistics of a site's input over tokens: updated micro-batch by micro-batch, mergeable.
 
 Maxima merge exactly. Sums are accumulated in float64, micro-batch by micro-batch, so that the same
-micro-batches in the same order give the same bits.
+micro-batches in the same order give the same bits. `reduce` merges over the processes of a run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from .distributed import World
 from .kernels.reference import SMALLEST_SCALE
 
 
@@ -22,6 +23,9 @@ class Observer(Protocol):
 
     def merge(self, other: Self) -> None:
         """Take in what another observer saw."""
+
+    def reduce(self, world: World) -> None:
+        """Take in what the observers of all processes saw."""
 
     def result(self) -> Tensor:
         """The statistic over all tokens so far."""
@@ -51,6 +55,10 @@ class AbsMax:
         """Take in what another observer saw; exact."""
         self._maxima = torch.maximum(self._maxima, other._maxima)
 
+    def reduce(self, world: World) -> None:
+        """Take in what the observers of all processes saw; exact."""
+        self._maxima = world.maximum(self._maxima)
+
     def result(self) -> Tensor:
         """float32 (K,)."""
         return self._maxima
@@ -78,6 +86,14 @@ class AbsQuantile:
         """Take in what another observer saw."""
         self._seen += other._seen
         self._keep(other._largest)
+
+    def reduce(self, world: World) -> None:
+        """Take in what the observers of all processes saw; exact."""
+        held = world.gather((self._seen, self._largest.cpu()))
+        self._seen = sum(seen for seen, _ in held)
+        self._largest = self._largest[:0]
+        for _, largest in held:
+            self._keep(largest)
 
     def result(self) -> Tensor:
         """float32 (K,); zero where no token came."""
@@ -115,6 +131,11 @@ class SecondMoment:
         """Take in what another observer saw."""
         self._sum += other._sum
         self.tokens += other.tokens
+
+    def reduce(self, world: World) -> None:
+        """Take in what the observers of all processes saw, in the order of the reduction."""
+        self._sum = world.total(self._sum)
+        self.tokens = int(world.total(torch.tensor(self.tokens)))
 
     def result(self) -> Tensor:
         """float64 (K, K)."""

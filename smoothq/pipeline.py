@@ -8,13 +8,14 @@ and `_quantize_block`; the rest of this file is what they call.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
-import resource
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,35 +25,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .architectures.graph import is_tied
 from .architectures.layout import open_block
 from .calibration import TextSource, calibration_tokens
-from .checkpoint.stream import Source, load_module, skeleton, unload_module
-from .checkpoint.writer import CheckpointWriter
-from .errors import CalibrationError
+from .checkpoint.packing import pack, packed_like
+from .checkpoint.stream import Source, check_weight, load_module, skeleton, unload_module
+from .checkpoint.tensor_file import as_bytes
+from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
+from .distributed import World
+from .errors import CalibrationError, CheckpointError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .migration import search_alpha
-from .modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, SequenceContext
-from .modules.quantized_embedding import row_grid
+from .modules import InputQuantizer, SequenceContext
+from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
 from .observers import SecondMoment
+from .output import Output
 from .plan import (
     Bits,
     BlockPlan,
     Plan,
     SitePlan,
     check_device,
-    install_ends,
     install_inputs,
     install_linear,
     make_plan,
 )
+from .price import needs_of, peak_memory
 from .recipe import Recipe
 from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
-from .transforms.norm_fusion import fuse_norms
+from .transforms.norm_fusion import fuse_norms, take_norm
 from .transforms.rotation import (
-    rotate_ends_offline,
     rotate_input,
+    rotate_reader,
     rotate_residual,
     rotate_value_output,
 )
@@ -64,6 +69,7 @@ log = logging.getLogger("smoothq")
 
 WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
 HESSIAN_BYTES = 1 << 30  # of experts' Hessians that are held at once
+ROWS_ELEMENTS = 1 << 22  # of an embedding or a head that are worked on at a time
 
 
 class Progress(Protocol):
@@ -119,74 +125,92 @@ def quantize_checkpoint(
     data: Tensor | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    max_memory: int | None = None,
 ) -> Result:
-    """Quantize a source into a checkpoint directory.
+    """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
 
     data: calibration tokens, int64 (samples, length); without it the recipe's text is read.
+    max_memory: bytes that the process may take. Several processes of a launcher share the work.
     Raises SmoothqError for whatever cannot be done, before any work where that can be known.
     """
     start = time.perf_counter()
     check_device(device)
+    world = World.join(device)
     model = skeleton(source)
     plan = make_plan(model, recipe)
-    writer.check(plan.total_bytes)
     tokenizer = tokenizer or source.tokenizer()
     tokens = _calibration_tokens(recipe, source, tokenizer, data)
-    with writer:
-        _run(source, plan, model, tokens, writer, torch.device(device), progress or _silent)
+    needs = needs_of(plan, max_memory, writer.every)
+    world.share(lambda: writer.check(needs.disk))
+    output = Output(writer, world)
+    with output:
+        begun = output.begin(_identity(source, recipe, tokens), _surroundings(world))
+        job = _Job(source, plan, model, output, world, progress or _silent)
+        _run(job, tokens, begun.blocks, writer.scratch if needs.states_on_disk else None)
         result = Result(
             name=source.name,
             recipe=recipe,
             bits=plan.bits,
             bytes_before=source.nbytes,
-            bytes_after=writer.total_bytes,
+            bytes_after=plan.total_bytes,
             linear_bytes=plan.linear_bytes,
             seconds=time.perf_counter() - start,
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             notes=plan.notes,
         )
         config = copy.deepcopy(source.config)
         config.architectures = [type(model).__name__]
         config.dtype = plan.stored_dtype
         config.quantization_config = SmoothqConfig.of(plan, __version__)
-        writer.finish(config, tokenizer, source.generation_config, model_card(result))
+        output.finish(config, tokenizer, source.generation_config, model_card(result))
     return result
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a pass works with: where weights come from, what is done, and where they go."""
+
+    source: Source
+    plan: Plan
+    model: PreTrainedModel
+    output: Output
+    world: World
+    progress: Progress
+
+
 @torch.no_grad()
-def _run(
-    source: Source,
-    plan: Plan,
-    model: PreTrainedModel,
-    tokens: Tensor | None,
-    writer: CheckpointWriter,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    """The pass: what enters the blocks, each block, and what is stored of them."""
-    stream = _quantize_ends(source, plan, model, tokens, writer, device)
-    unquantized = stream.copy() if stream is not None and plan.recipe.tuning else None
-    for index, block_plan in enumerate(plan.blocks):
+def _run(job: _Job, tokens: Tensor | None, finished: int, directory: Path | None) -> None:
+    """The pass: what enters the blocks, each block, and what is stored of them.
+
+    finished: blocks that the output has already. directory: where hidden states are held in files,
+    or None.
+    """
+    plan, output = job.plan, job.output
+    streams = _enter(job, tokens, directory, store=not finished)
+    if finished:
+        streams = {name: each.replaced(output.stream(name)) for name, each in streams.items()}
+    for index, block_plan in enumerate(plan.blocks[finished:], finished):
         name = f"{plan.parts.layers}.{index}"
-        block = _Block(model.get_submodule(name), name, index, block_plan)
-        progress(index, len(plan.blocks), "load")
-        load_module(block.module, name, source, WORKING_DTYPE)
+        block = _Block(job.model.get_submodule(name), name, index, block_plan)
+        job.progress(index, len(plan.blocks), "load")
+        load_module(block.module, name, job.source, WORKING_DTYPE)
         open_block(block.module)
-        block.module.to(device)
+        block.module.to(job.world.device)
         _quantize_block(
             block,
-            plan,
-            stream,
-            unquantized,
-            lambda stage, i=index: progress(i, len(plan.blocks), stage),
+            job,
+            streams.get("quantized"),
+            streams.get("float"),
+            lambda stage, i=index: job.progress(i, len(plan.blocks), stage),
         )
-        writer.add(_to_store(block.module, name, plan.stored_dtype))
+        output.add(_to_store(block.module, name, plan.stored_dtype))
         unload_module(block.module)
+        output.block_done(index + 1, len(plan.blocks), streams)
 
 
 def _quantize_block(
     block: _Block,
-    plan: Plan,
+    job: _Job,
     stream: HiddenStates | None,
     unquantized: HiddenStates | None,
     stage: Stage,
@@ -195,7 +219,7 @@ def _quantize_block(
 
     unquantized: the hidden states of the float model, where the recipe tunes blocks towards them.
     """
-    recipe, graph = plan.recipe, block.plan.graph
+    plan, recipe, graph = job.plan, job.plan.recipe, block.plan.graph
     if plan.residual_rotation is not None:
         stage("rotate")
         fuse_norms(block.module, graph)
@@ -215,7 +239,7 @@ def _quantize_block(
     unrounded: dict[str, Tensor] = {}
     for name, together in groupby(block.plan.sites, key=lambda site_plan: site_plan.site.stage):
         stage(f"quantize {name}")
-        unrounded |= _quantize_sites(block, list(together), inputs, recipe, stream)
+        unrounded |= _quantize_sites(block, job, list(together), inputs, stream)
     if stream is not None and unquantized is not None and recipe.tuning is not None:
         stage("tune")
         tune(block.module, block.index, block.plan, unrounded, stream, unquantized, recipe.tuning)
@@ -248,15 +272,17 @@ def _smooth(block: _Block, plan: Plan, stream: HiddenStates, advance: bool) -> N
 
 def _quantize_sites(
     block: _Block,
+    job: _Job,
     plans: list[SitePlan],
     inputs: dict[str, InputQuantizer],
-    recipe: Recipe,
     stream: HiddenStates | None,
 ) -> dict[str, Tensor]:
     """Calibrate sites that run side by side, round their weights, and put quantized linears in.
 
-    Returns, by module, what the codes of its weight were rounded from.
+    Of several processes each rounds its share of the matrices. Returns, by module, what the codes
+    of its weight were rounded from, where the recipe tunes them.
     """
+    recipe, world = job.plan.recipe, job.world
     unrounded: dict[str, Tensor] = {}
     lanes: list[_Lane] = []
     for plan in plans:
@@ -268,19 +294,34 @@ def _quantize_sites(
             normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
             stream.calibrate(block.module, block.index, site, site_input, normalise)
         lanes += [_Lane(plan, modules, site_input) for modules in site.lanes]
+    numbers = {name: i for i, name in enumerate(m for lane in lanes for m in lane.modules)}
     for together in _in_memory(lanes):
         factors: dict[str, Factor | None] = {}
         if stream is not None and recipe.weights.rounding == "gptq":
             watched = {lane.modules[0]: lane.input for lane in together}
             seen = stream.hessians(block.module, block.index, watched)
             for lane in together:
-                module = lane.modules[0]
-                factors[module] = _factor(block, lane, seen.pop(module), recipe)
+                moment = seen.pop(lane.modules[0])
+                if any(world.owns(numbers[name]) for name in lane.modules):
+                    factors[lane.modules[0]] = _factor(block, lane, moment, recipe)
+                del moment
         for lane in together:
             for name in lane.modules:
-                rounded = _round(block, lane, name, factors.get(lane.modules[0]), recipe)
-                assert rounded.unrounded is not None
-                unrounded[name] = rounded.unrounded
+                factor = factors.get(lane.modules[0])
+                rounded = world.share(
+                    lambda lane=lane, name=name, factor=factor: _round(  # type: ignore[misc]
+                        block, lane, name, factor, recipe
+                    ),
+                    numbers[name],
+                )
+                rounded = rounded.to(world.device)
+                linear = block.module.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                quantized = install_linear(block.module, name, lane.plan, lane.input)
+                quantized.set_weight(rounded, linear.bias)
+                if recipe.tuning is not None:
+                    assert rounded.unrounded is not None
+                    unrounded[name] = rounded.unrounded
     return unrounded
 
 
@@ -326,7 +367,7 @@ def _factor(block: _Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> F
 def _round(
     block: _Block, lane: _Lane, name: str, factor: Factor | None, recipe: Recipe
 ) -> QuantizedWeight:
-    """Round one linear of a lane and put the quantized one in its place."""
+    """The weight of one linear of a lane, rounded."""
     linear = block.module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     grid = lane.plan.modules[name].grid
@@ -334,62 +375,126 @@ def _round(
         rounded = round_to_nearest(linear.weight, grid)
     else:
         rounded = gptq(linear.weight, factor, grid, recipe.gptq.block_size)
-    install_linear(block.module, name, lane.plan, lane.input).set_weight(rounded, linear.bias)
-    return rounded
+    return rounded if recipe.tuning is not None else replace(rounded, unrounded=None)
 
 
-def _quantize_ends(
-    source: Source,
-    plan: Plan,
-    model: PreTrainedModel,
-    tokens: Tensor | None,
-    writer: CheckpointWriter,
-    device: torch.device,
-) -> HiddenStates | None:
-    """Store all that is not a block, rotated where R1 folds; take the tokens to the first block."""
-    parts, rotation = plan.parts, plan.residual_rotation
+def _enter(
+    job: _Job, tokens: Tensor | None, directory: Path | None, store: bool
+) -> dict[str, HiddenStates]:
+    """Take the tokens to the first block; store all that is not a block, unless it is already.
+
+    Returns the hidden states: `quantized`, which will see the quantized blocks, and, where the
+    recipe tunes blocks towards the float model, `float`; none without tokens.
+    """
+    plan, model, parts = job.plan, job.model, job.plan.parts
     large = [parts.embedding, *([] if is_tied(model) else [parts.head])]
     small = [name for name in (parts.positions, parts.entry_norm, parts.final_norm) if name]
-    for name in large:
-        # A matrix that stays as it is stays in its dtype: it may be the largest of the model.
-        dtype = WORKING_DTYPE if plan.folds_ends else None
-        load_module(model.get_submodule(name), name, source, dtype)
     for name in small:
-        load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
-    stream = None
+        load_module(model.get_submodule(name), name, job.source, WORKING_DTYPE)
+    streams = {}
     if tokens is not None:
-        stream = HiddenStates.enter(model, plan, tokens, rotation, device)
-    if rotation is not None:
-        rotate_ends_offline(model, parts, rotation, plan.folds_ends)
-    if plan.tables:
-        _quantize_tables(model, plan, large)
-    for name in [*large, *small]:
-        writer.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
+        embedding = model.get_submodule(parts.embedding)
+        assert isinstance(embedding, nn.Embedding)
+        empty = embedding.weight
+        seen = _load_rows(job, embedding, tokens)
+        streams["quantized"] = HiddenStates.enter(model, plan, seen, job.world, directory)
+        embedding.weight = empty
+        if plan.recipe.tuning is not None:
+            streams["float"] = streams["quantized"].copy()
+    if store:
+        _store_ends(job, large, small)
+    for name in small:
         unload_module(model.get_submodule(name))
-    held = (*large, *small, parts.layers, parts.head)
+    return streams
+
+
+def _load_rows(job: _Job, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Load the rows of the embedding that tokens need, and no others; returns their new ids."""
+    name = job.plan.parts.embedding
+    used: Tensor
+    ids: Tensor
+    used, ids = tokens.unique(return_inverse=True)
+    first, found = 0, list[Tensor]()
+    for rows in _float_rows(job, name, fold=None):
+        here = used[(used >= first) & (used < first + len(rows))] - first
+        found.append(rows[here].clone())
+        first += len(rows)
+    if len(used) and used[-1] >= first:
+        raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
+    dtype = WORKING_DTYPE if job.plan.folds_ends else found[0].dtype
+    embedding.weight = nn.Parameter(torch.cat(found).to(dtype), requires_grad=False)
+    embedding.padding_idx = None  # it is one of the old ids, and of no use here
+    return ids
+
+
+def _store_ends(job: _Job, large: list[str], small: list[str]) -> None:
+    """Store embedding, head, positions, norms and all else that is not a block.
+
+    Where the residual stream is rotated offline the rotation is folded in; embedding and head are
+    read, worked on and written in stretches of their rows.
+    """
+    plan, model, output, rotation = job.plan, job.model, job.output, job.plan.residual_rotation
+    folds: dict[str, Callable[[Tensor], None] | None] = dict.fromkeys(large)
+    if rotation is not None and plan.folds_ends:
+        gain = take_norm(model, plan.parts.final_norm)
+        folds = {name: partial(rotate_input, rotation=rotation) for name in large}
+        folds[plan.parts.head] = partial(rotate_reader, gain=gain, rotation=rotation)
+    if rotation is not None and plan.parts.positions is not None:
+        positions = model.get_submodule(plan.parts.positions)
+        rotate_input(positions.get_parameter("weight").data, rotation)
+    for name in large:
+        _store_matrix(job, name, folds[name])
+    for name in small:
+        output.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
+    held = (*small, plan.parts.layers, *(f"{name}.weight" for name in (*large, plan.parts.head)))
     rest = [
         name
         for name, _ in model.named_parameters()
-        if not any(name.startswith(f"{module}.") for module in held)
+        if not any(f"{name}.".startswith(f"{module}.") for module in held)
     ]
-    for name, tensor in source.tensors(rest):
-        writer.add({name: tensor.to(plan.stored_dtype)})
-    return stream
+    for name, tensor in job.source.tensors(rest):
+        output.add({name: tensor.to(plan.stored_dtype)})
 
 
-def _quantize_tables(model: PreTrainedModel, plan: Plan, names: list[str]) -> None:
-    """Round embedding and untied head by rows and put the modules that hold them in place."""
-    floats = {name: model.get_submodule(name) for name in names}
-    install_ends(model, plan)
-    for name, module in floats.items():
-        weight = module.get_parameter("weight")
-        rounded = round_to_nearest(weight, row_grid(weight.shape[1]))
-        quantized = model.get_submodule(name)
-        if isinstance(quantized, QuantizedLinear):
-            quantized.set_weight(rounded, getattr(module, "bias", None))
-        else:
-            assert isinstance(quantized, QuantizedEmbedding)
-            quantized.set_weight(rounded)
+def _store_matrix(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -> None:
+    """Store an embedding or a head, row by row: float, or codes with a scale a row."""
+    plan, weight = job.plan, job.model.get_submodule(name).get_parameter("weight")
+    rows = _float_rows(job, name, fold)
+    if not plan.tables:
+        cast = (each.to(plan.stored_dtype) for each in rows)
+        nbytes = weight.numel() * plan.stored_dtype.itemsize
+        job.output.add_rows(f"{name}.weight", cast, tuple(weight.shape), nbytes)
+        return
+    scales: list[Tensor] = []
+
+    def packed() -> Iterator[Tensor]:
+        for each in rows:
+            rounded = round_to_nearest(each, row_grid(weight.shape[1]))
+            scales.append(rounded.scales.scale)
+            yield pack(rounded.codes, EMBEDDING_BITS)
+
+    like = packed_like(weight.shape[0], weight.shape[1], EMBEDDING_BITS)
+    job.output.add_rows(f"{name}.weight", packed(), tuple(like.shape), like.nbytes)
+    if scales:
+        job.output.add({f"{name}.weight_scale": torch.cat(scales)})
+
+
+def _float_rows(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
+    """The rows of an embedding or a head, some at a time, with something folded in."""
+    tensor, model = f"{name}.weight", job.source.name
+    height, width = job.model.get_submodule(name).get_parameter("weight").shape
+    left, count = height, max(1, ROWS_ELEMENTS // width)
+    for rows in job.source.rows(tensor, count):
+        check_weight(rows, tensor, (min(left, count), width), model)
+        left -= len(rows)
+        if fold is not None:
+            rows = rows.to(WORKING_DTYPE, copy=True)
+            fold(rows)
+        yield rows
+    if left:
+        raise CheckpointError(
+            f"{model}: tensor '{tensor}' has {height - left} rows, the config asks for {height}"
+        )
 
 
 def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -426,9 +531,24 @@ def _calibration_tokens(
     )
 
 
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+def _identity(source: Source, recipe: Recipe, tokens: Tensor | None) -> Identity:
+    """What the bytes of a checkpoint follow from, by hash."""
+    text = b"" if tokens is None else as_bytes(tokens)
+    return Identity(
+        version=__version__,
+        recipe=hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
+        model=source.fingerprint(),
+        calibration=hashlib.sha256(text).hexdigest(),
+    )
+
+
+def _surroundings(world: World) -> Surroundings:
+    return Surroundings(
+        torch=torch.__version__,
+        device=world.device.type,
+        threads=torch.get_num_threads(),
+        processes=world.size,
+    )
 
 
 class Stage(Protocol):

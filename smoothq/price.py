@@ -1,25 +1,35 @@
 """What a quantization will take, before it is begun: counted from shapes, timed by a few products.
 
-Everything that takes long is matrix products: calibration forwards, Hessians and their
-factorisation, GPTQ's updates, the steps of tuning. They are counted as float32 operations and
-divided by the speed at which this device multiplies matrices of the model's own size.
+Memory is one block with what is made of it, the statistics of one site, and the calibration's
+hidden states, which go to the disk where they would be too much. What takes long is matrix
+products: calibration forwards, Hessians and their factorisation, GPTQ's updates, the steps of
+tuning. They are counted as float32 operations and divided by the speed at which this device
+multiplies matrices of the model's own size.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
+from .checkpoint.shards import SHARD_BYTES
+from .errors import RecipeError
 from .hidden_states import MICRO_BATCH_TOKENS
 from .plan import BlockPlan, Plan
+from .rounding.gptq import WORK_ELEMENTS
 
 DOUBLE = 2  # a float64 operation in float32 ones
 OVERHEAD = 1.4  # all that is no product, as a share: measured on SmolLM2-135M on two cores
 PROBE_SECONDS = 0.2
 ROUTED = 2.0  # experts that a token is taken to pass
+STATES_BYTES = 1 << 30  # of hidden states; more are held on the disk
+STRETCHES_BYTES = 256 << 20  # what works on a matrix by stretches takes beside it
+TUNED_BYTES = 32  # an element of a block that is tuned: weights, gradients, moments, saved products
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,74 @@ def _speed(plan: Plan, device: torch.device) -> float:
         (x @ weight)[0, 0].item()  # waits for the device
         products += 1
     return products * 2 * x.numel() * spec.out_features / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run takes at most. memory: of the process, libraries included.
+
+    states_on_disk: hidden states are held in files, for want of memory.
+    """
+
+    memory: int
+    disk: int
+    states_on_disk: bool
+
+
+def needs_of(plan: Plan, max_memory: int | None = None, every: int = 1) -> Needs:
+    """What a plan takes of memory and disk. every: blocks between two states that are kept.
+
+    max_memory: bytes that the process may take. Raises RecipeError where that is too little.
+    """
+    recipe = plan.recipe
+    text, streams = recipe.calibration, 1 + (recipe.tuning is not None)
+    tokens = text.samples * text.sequence_length if recipe.calibrates else 0
+    width = max(site.input.width for site in plan.blocks[0].sites if site.site.reads == "stream")
+    states = 4 * streams * tokens * width
+    work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)
+    limit = STATES_BYTES if max_memory is None else max_memory - work
+    on_disk = states > limit
+    least = work + 8 * MICRO_BATCH_TOKENS * width * streams
+    if max_memory is not None and least > max_memory:
+        raise RecipeError(
+            f"--max-memory {max_memory / 1e9:.2f} GB is too little: this recipe takes "
+            f"{least / 1e9:.2f} GB with its hidden states on the disk"
+        )
+    kept = 2 * states if every <= len(plan.blocks) else 0
+    disk = plan.total_bytes + min(SHARD_BYTES, plan.total_bytes) + kept
+    return Needs(least if on_disk else work + states, disk + 2 * states * on_disk, on_disk)
+
+
+def _working_bytes(block: BlockPlan, plan: Plan) -> int:
+    """Bytes that one block takes at most on its way from float to codes."""
+    recipe = plan.recipe
+    specs = [spec for site in block.sites for spec in site.modules.values()]
+    elements = sum(spec.out_features * spec.in_features for spec in specs) + block.kept_elements
+    widest = max(spec.out_features * spec.in_features for spec in specs)
+    most = 4 * elements + plan.stored_dtype.itemsize * widest
+    if recipe.tuning is not None:
+        most = max(most, TUNED_BYTES * elements)
+    if recipe.weights.rounding == "gptq":
+        waiting = 4 * elements  # bytes of weights: 4 before they are rounded, under 2 after
+        for _, together in groupby(block.sites, key=lambda site: site.site.stage):
+            sites = list(together)
+            square = 8 * max(site.input.width for site in sites) ** 2
+            here = sum(
+                spec.out_features * spec.in_features for s in sites for spec in s.modules.values()
+            )
+            work = 6 * 8 * min(WORK_ELEMENTS, here) + 9 * here
+            most = max(most, waiting + max(3 * square, square + work))
+            waiting -= 2 * here
+    if recipe.calibrates:
+        rows = max(spec.out_features for spec in specs)
+        most += 4 * 4 * MICRO_BATCH_TOKENS * rows  # what a forward holds at once
+    return most + STRETCHES_BYTES
+
+
+def peak_memory() -> int:
+    """Bytes that this process has taken at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
 def as_text(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.stream import Source
 from .plan import Bits, Plan
-from .price import Price, as_text
+from .price import Needs, Price, as_text
 from .recipe import FLOAT_BITS, Recipe
 
 if TYPE_CHECKING:
@@ -37,19 +37,28 @@ def rows(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def plan_as_dict(source: Source, plan: Plan, estimate: Price) -> dict[str, Any]:
+def plan_as_dict(source: Source, plan: Plan, estimate: Price, needs: Needs) -> dict[str, Any]:
     """What a recipe would come to, as plain data."""
     return _figures(plan, source.name, source.nbytes, plan.total_bytes) | {
         "estimated_seconds": round(estimate.seconds, 1),
+        "estimated_memory_bytes": needs.memory,
+        "estimated_disk_bytes": needs.disk,
     }
 
 
-def plan_rows(source: Source, plan: Plan, estimate: Price) -> list[tuple[str, str]]:
+def plan_rows(source: Source, plan: Plan, estimate: Price, needs: Needs) -> list[tuple[str, str]]:
     """The table of what a recipe would come to: label and value."""
     return [
         *_rows(plan.recipe, plan.bits, source.nbytes, plan.total_bytes),
         ("time, estimated for this machine", as_text(estimate.seconds)),
+        ("memory and disk, estimated", needs_text(needs)),
     ]
+
+
+def needs_text(needs: Needs) -> str:
+    """What a run takes, as one would say it."""
+    where = ", hidden states on the disk" if needs.states_on_disk else ""
+    return f"{needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk{where}"
 
 
 def activation_bits(bits: Bits, code_bits: int) -> str:
@@ -101,7 +110,9 @@ def remarks(result: Result) -> list[str]:
 
 def model_card(result: Result) -> str:
     """The README.md of a quantized checkpoint."""
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows(result))
+    # Neither time nor memory: a model is the same however long it took to make.
+    figures = _rows(result.recipe, result.bits, result.bytes_before, result.bytes_after)
+    table = "\n".join(f"| {label} | {value} |" for label, value in figures)
     notes = "\n".join(f"- {line}" for line in remarks(result))
     return f"""---
 library_name: transformers

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,10 +41,14 @@ from transformers.core_model_loading import (
 
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
+from .manifest import first_line
+from .tensor_file import as_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {
+LARGEST_SIZE = 1 << 28  # of a number in a config: beyond any model's
+END_BYTES = 4096  # of either end of a tensor, where a fingerprint is taken
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -73,6 +78,12 @@ class Source(Protocol):
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Parameters, in their stored dtype, one by one. Raises CheckpointError if missing."""
 
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in stretches of so many rows, without ever holding more of it."""
+
+    def fingerprint(self) -> str:
+        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
 
@@ -83,13 +94,17 @@ class CheckpointSource:
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.directory = name, directory
         self.config = _read_config(directory, name)
-        self._files = _tensor_files(directory, name)
+        self._files = tensor_files(directory, name)
+        check_sizes(self.config, self._files, name)
         self.nbytes = sum(path.stat().st_size for path in set(self._files.values()))
-        self.generation_config: GenerationConfig | None
-        try:
-            self.generation_config = GenerationConfig.from_pretrained(directory)
-        except OSError:
-            self.generation_config = None
+        self.generation_config: GenerationConfig | None = None
+        if (directory / "generation_config.json").is_file():
+            try:
+                self.generation_config = GenerationConfig.from_pretrained(directory)
+            except Exception as error:  # whatever transformers makes of a damaged file
+                raise CheckpointError(
+                    f"{name}: generation_config.json cannot be read: {first_line(error)}"
+                ) from error
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Learn the names and conversions under which transformers loads this checkpoint."""
@@ -127,13 +142,38 @@ class CheckpointSource:
 
     def _read(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors under the names that they have in the files."""
-        stored = list(stored)
-        for path in sorted({self._files[key] for key in stored}):
-            # Opened for this call only: pages of a file that stays mapped count as our memory.
-            file = _open_safetensors(path)
-            for key in stored:
-                if self._files[key] == path:
-                    yield key, file.get_tensor(key)
+        for key in sorted(stored, key=lambda key: str(self._files[key])):
+            # Opened for this tensor only: pages of a file that stays mapped count as our memory.
+            yield key, read_tensor(self._files[key], key)
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in stretches of so many rows, without ever holding more of it."""
+        if name in self._converted:
+            yield from self._convert(name).split(count)
+            return
+        if name not in self._stored:
+            raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
+        key = self._stored[name]
+        path = self._files[key]
+        for first in range(0, _open_safetensors(path).get_slice(key).get_shape()[0], count):
+            yield _open_safetensors(path).get_slice(key)[first : first + count]
+
+    def fingerprint(self) -> str:
+        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        digest = hashlib.sha256(self.config.to_json_string().encode())
+        for path in sorted(set(self._files.values())):
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                digest.update(header)
+                start = file.tell()
+                for entry in json.loads(header).values():
+                    if "data_offsets" in entry:
+                        first, end = entry["data_offsets"]
+                        for at in (first, max(first, end - END_BYTES)):
+                            file.seek(start + at)
+                            digest.update(file.read(min(END_BYTES, end - first)))
+        return digest.hexdigest()
 
     def _convert(self, name: str) -> Tensor:
         """A parameter that is stored in several tensors, such as one an expert."""
@@ -152,7 +192,12 @@ class CheckpointSource:
         """The tokenizer beside the weights, if there is one."""
         if not any(self.directory.glob("tokenizer*")):
             return None
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory)
+        except Exception as error:  # whatever transformers makes of a damaged file
+            raise CheckpointError(
+                f"{self.name}: its tokenizer cannot be read: {first_line(error)}"
+            ) from error
         return tokenizer
 
 
@@ -186,6 +231,21 @@ class ModuleSource:
             if name not in self._tensors:
                 raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
             yield name, self._tensors[name].detach()
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in stretches of so many rows."""
+        ((_, tensor),) = self.tensors([name])
+        yield from tensor.split(count)
+
+    def fingerprint(self) -> str:
+        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        digest = hashlib.sha256(self.config.to_json_string().encode())
+        for name, tensor in self._tensors.items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().reshape(-1)
+            for end in (flat[:END_BYTES], flat[-END_BYTES:]):
+                digest.update(as_bytes(end))
+        return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that came with the model, if one did."""
@@ -253,8 +313,13 @@ def resolve_directory(model: str) -> Path:
 def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
     config = copy.deepcopy(source.config)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever transformers makes of a config that fits no model
+        raise UnsupportedModelError(
+            f"{source.name}: no model can be built from its config: {first_line(error)}"
+        ) from error
     # Building it named the working dtype there; the plan wants the checkpoint's own.
     model.config.dtype = source.config.dtype
     source.adopt(model)
@@ -270,18 +335,22 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
     loaded = {}
     names = {f"{prefix}.{name}": name for name, _ in module.named_parameters()}
     for full, tensor in source.tensors(names):
-        wanted = module.get_parameter(names[full]).shape
-        if tensor.shape != wanted:
-            raise CheckpointError(
-                f"{source.name}: tensor '{full}' has shape {tuple(tensor.shape)}, "
-                f"the config asks for {tuple(wanted)}"
-            )
-        if not all_finite(tensor):
-            raise NumericsError(f"{source.name}: tensor '{full}' holds NaN or Inf")
+        shape = tuple(module.get_parameter(names[full]).shape)
+        check_weight(tensor, full, shape, source.name)
         # A copy, never a view: transforms write in place.
         loaded[names[full]] = tensor.to(dtype or tensor.dtype, copy=True)
     module.load_state_dict(loaded, strict=False, assign=True)
     module.requires_grad_(False)
+
+
+def check_weight(tensor: Tensor, name: str, shape: tuple[int, ...], model: str) -> None:
+    """Raise CheckpointError for a wrong shape, NumericsError for NaN or Inf."""
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{model}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for {shape}"
+        )
+    if not all_finite(tensor):
+        raise NumericsError(f"{model}: tensor '{name}' holds NaN or Inf")
 
 
 def unload_module(module: nn.Module) -> None:
@@ -298,20 +367,41 @@ def _read_config(directory: Path, name: str) -> PretrainedConfig:
         raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{name}: its config cannot be read: {first}") from error
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise UnsupportedModelError(
+            f"{name}: its config cannot be read: {first_line(error)}"
+        ) from error
     return config
 
 
-def _tensor_files(directory: Path, name: str) -> dict[str, Path]:
+def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:
+    """Raise UnsupportedModelError for numbers in a config that no model of these tensors has.
+
+    Else a damaged config would have us build layers, or buffers, until memory ends.
+    """
+    for part in {
+        id(each): each for each in (config, config.get_text_config(decoder=True))
+    }.values():
+        for field, value in part.to_dict().items():
+            if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+                raise UnsupportedModelError(f"{name}: its config says {field} = {value}")
+        layers = getattr(part, "num_hidden_layers", None)
+        if not isinstance(layers, int) or not 0 < layers <= len(tensors):
+            raise UnsupportedModelError(
+                f"{name}: its config says {layers} layers, with {len(tensors)} tensors stored"
+            )
+
+
+def tensor_files(directory: Path, name: str) -> dict[str, Path]:
     index = directory / INDEX
     if index.is_file():
         try:
             names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{name}: {INDEX} cannot be read: {error}") from error
-        files = {tensor: directory / file for tensor, file in names.items()}
+            files = {tensor: directory / file for tensor, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{name}: {INDEX} cannot be read: {first_line(error)}") from error
+        if not all(Path(file).name == file for file in names.values()):
+            raise CheckpointError(f"{name}: {INDEX} names a file that lies elsewhere")
         for path in sorted(set(files.values())):
             if not path.is_file():
                 raise CheckpointError(f"{name}: shard {path.name} is missing")
@@ -327,9 +417,18 @@ def tensor_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     file = _open_safetensors(path)
     headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return {
-        name: (tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+        name: (tuple(header.get_shape()), DTYPES[header.get_dtype()])
         for name, header in headers.items()
     }
+
+
+def read_tensor(path: Path, key: str) -> Tensor:
+    """A tensor of a safetensors file, mapped while it lives. Raises CheckpointError."""
+    try:
+        tensor: Tensor = _open_safetensors(path).get_tensor(key)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: tensor '{key}' cannot be read: {error}") from error
+    return tensor
 
 
 def _open_safetensors(path: Path) -> Any:

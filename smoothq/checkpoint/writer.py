@@ -1,69 +1,130 @@
 """Writing a checkpoint so that an unfinished one is never mistaken for a finished one.
 
-Everything goes to `OUT.partial`; the last act is renaming it to `OUT`. Shards are written as
-they fill, so that memory holds at most one. Refused or failed work leaves nothing behind.
+All work goes to `OUT.partial`: the tensors to `model/`, the calibration's hidden states beside it,
+and `state.json` says how much of both is whole and what it was made of. A state is written to the
+disk after what it speaks of, and takes the place of the one before at once; so whatever ends a run,
+the next goes on from the last state. The whole checkpoint is assembled in `final/`, and the last
+act is renaming that to `OUT`.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Self
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import CheckpointError
-from .stream import INDEX, SINGLE
+from ..errors import CheckpointError, OutputError, SmoothqError
+from .manifest import Manifest, StoredTensor, first_line, sha256_of
+from .shards import SHARD_BYTES, ShardState, ShardWriter
+from .tensor_file import Entry, TensorFile, is_intact
 
-SHARD_BYTES = 512 << 20  # held in memory until it is full
+log = logging.getLogger("smoothq")
+
+STATE_FORMAT = 1
 RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tensors
 
 
-def _without_spaces(path: Path) -> None:
-    """Write a JSON file again without the whitespace, which is half of a tokenizer's."""
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-        path.write_text(compact, encoding="utf-8")
+class Identity(BaseModel, frozen=True):
+    """What a run's bytes follow from: to go on with the work of another is refused."""
+
+    version: str
+    recipe: str
+    model: str
+    calibration: str
+
+
+class Surroundings(BaseModel, frozen=True):
+    """What may move a result's last bits: a run goes on elsewhere with a warning."""
+
+    torch: str
+    device: str
+    threads: int
+    processes: int
+
+
+class State(BaseModel):
+    """How far a run has come.
+
+    blocks: finished ones. streams: the micro-batches of hidden states that enter the next block, by
+    the name of their stream.
+    """
+
+    identity: Identity
+    surroundings: Surroundings
+    blocks: int = 0
+    shards: ShardState = ShardState()
+    streams: dict[str, list[Entry]] = {}
 
 
 class CheckpointWriter:
     """Writes tensors and metadata to a directory that appears only when complete.
 
-    A context manager: leaving it with an error removes `OUT.partial`; an interruption (Ctrl-C, a
-    kill) leaves it. Raises CheckpointError where the output cannot be
-    written, or is not empty and `overwrite` is not set.
+    A context manager, of one process at a time. Left with an error of the input's it removes
+    `OUT.partial`; after anything else the finished blocks stay there, to go on from.
+    Raises CheckpointError for an output that cannot be taken, OutputError where the disk refuses.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        out: Path,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        resume: bool | None = None,
+        every: int = 1,
+    ) -> None:
+        """resume: True demands work to go on with, False begins anew, None goes on where it can.
+
+        every: blocks between two states.
+        """
         self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self._overwrite, self._shard_bytes = overwrite, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
+        self.every = every
+        self._overwrite, self._shard_bytes, self._resume = overwrite, shard_bytes, resume
+        self._lock: IO[str] | None = None
+        self._state: State | None = None
+        self._shards: ShardWriter | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """A directory for what does not outlive the run."""
+        return self.partial / "scratch"
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors so far."""
+        return 0 if self._shards is None else self._shards.state.nbytes
 
     def check(self, expected_bytes: int) -> None:
         """Refuse, before any work, an output that cannot be written to or is too small a disk."""
-        if self.out.exists() and not self.out.is_dir():
-            raise CheckpointError(f"output '{self.out}' exists and is not a directory")
+        for path in (self.out, self.partial):
+            if path.is_symlink():
+                raise CheckpointError(f"'{path}' is a symbolic link; give what it leads to")
+            if path.exists() and not path.is_dir():
+                raise CheckpointError(f"output '{path}' exists and is not a directory")
+        if self._is_placed():
+            shutil.rmtree(self.partial, ignore_errors=True)
         if self.out.is_dir() and any(self.out.iterdir()) and not self._overwrite:
             raise CheckpointError(
                 f"output directory '{self.out}' is not empty; use --overwrite to replace it"
             )
-        existing = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
-        if not os.access(existing, os.W_OK):
-            raise CheckpointError(f"no permission to write to '{existing}'")
-        free = shutil.disk_usage(existing).free
+        parent = next(path for path in self.out.absolute().parents if path.exists())
+        for directory in (parent, self.out, self.partial):
+            if directory.exists() and not os.access(directory, os.W_OK):
+                raise CheckpointError(f"no permission to write to '{directory}'")
+        free = shutil.disk_usage(parent).free + _size_of(self.partial)
         if free < expected_bytes + RESERVE_BYTES:
             raise CheckpointError(
                 f"'{self.out}' needs about {expected_bytes / 1e9:.2f} GB of disk, "
@@ -72,8 +133,15 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         with self._writing():
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.partial / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise CheckpointError(
+                f"another process is writing '{self.out}'; wait for it, or give another output"
+            ) from error
         return self
 
     def __exit__(
@@ -82,17 +150,90 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception):
-            shutil.rmtree(self.partial, ignore_errors=True)
+        if self._shards is not None:
+            self._shards.close()
+        of_input = isinstance(error, SmoothqError) and not isinstance(error, OutputError)
+        if self._state is not None and isinstance(error, Exception):
+            if of_input or not self._state.blocks:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            else:
+                log.warning(
+                    "'%s' keeps %d finished blocks: the same command goes on from there",
+                    self.partial,
+                    self._state.blocks,
+                )
+        assert self._lock is not None
+        self._lock.close()
+
+    def begin(self, identity: Identity, surroundings: Surroundings) -> State:
+        """The state to go on from: that of `OUT.partial`, or an empty one.
+
+        Raises CheckpointError, leaving `OUT.partial` as it is, where that holds other work or
+        damaged work, or nothing although `resume` demands it.
+        """
+        found = None if self._resume is False else self._found(identity, surroundings)
+        with self._writing():
+            if found is None:
+                self._clear()
+            model = self.partial / "model"
+            model.mkdir(exist_ok=True)
+            state = found or State(identity=identity, surroundings=surroundings)
+            self._shards = ShardWriter(model, state.shards, self._shard_bytes)
+            self._state = state
+            held = {self._stream_path(name) for name in state.streams}
+            for path in set(self.partial.glob("hidden-*")) - held:
+                path.unlink()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+        return state.model_copy()
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        """The micro-batches of a stream, as the state has them, one by one."""
+        assert self._state is not None
+        entries = self._state.streams[name]
+        with self._writing():
+            file = TensorFile(self._stream_path(name), sum(entry.nbytes for entry in entries))
+            for entry in entries:
+                if not is_intact(file.blocks(entry), entry.sha256):
+                    raise CheckpointError(f"{file.path} is not what was written there")
+                yield file.read(entry)
+            file.close()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Take tensors in; a shard is written whenever one is full."""
+        """Store tensors that are in memory."""
         for name, tensor in tensors.items():
-            if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-                self._flush()
-            self._pending[name] = tensor.contiguous()
-            self._pending_bytes += tensor.nbytes
-            self.total_bytes += tensor.nbytes
+            self.add_rows(name, [tensor], tuple(tensor.shape), tensor.nbytes)
+
+    def add_rows(
+        self, name: str, rows: Iterable[Tensor], shape: tuple[int, ...], nbytes: int
+    ) -> None:
+        """Store a tensor of so many bytes that comes in stretches of its rows."""
+        assert self._shards is not None
+        with self._writing():
+            self._shards.add(name, rows, shape, nbytes)
+
+    def commit(self, blocks: int, streams: Mapping[str, Iterable[Tensor]]) -> None:
+        """Make sure that a next run can go on after so many blocks, with these hidden states."""
+        assert self._state is not None
+        assert self._shards is not None
+        with self._writing():
+            self._shards.sync()
+            before = {self._stream_path(name) for name in self._state.streams}
+            self._state.blocks = blocks
+            self._state.streams = {
+                name: self._written(name, batches) for name, batches in streams.items()
+            }
+            text = self._state.model_dump_json()
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            held = {"format": STATE_FORMAT, "sha256": digest, "state": text}
+            fresh = self.partial / "state.json.new"
+            fresh.write_text(json.dumps(held), encoding="utf-8")
+            _sync(fresh)
+            os.replace(fresh, self.partial / "state.json")
+            _sync(self.partial)
+            for path in before:
+                path.unlink(missing_ok=True)
+            self._shards.forget_copied()
 
     def finish(
         self,
@@ -102,47 +243,102 @@ class CheckpointWriter:
         card: str,
     ) -> None:
         """Write the last shard, the index and the metadata, and move everything into place."""
-        self._flush()
+        assert self._shards is not None
+        final = self.partial / "final"
         with self._writing():
-            self._name_shards()
-            config.save_pretrained(self.partial)
+            final.mkdir()
+            self._shards.finish(final)
+            config.save_pretrained(final)
             if generation_config is not None:
-                generation_config.save_pretrained(self.partial)
+                generation_config.save_pretrained(final)
             if tokenizer is not None:
-                tokenizer.save_pretrained(self.partial)
-                _without_spaces(self.partial / "tokenizer.json")
-            (self.partial / "README.md").write_text(card)
-            if self.out.exists():
-                shutil.rmtree(self.out)
-            os.replace(self.partial, self.out)
+                tokenizer.save_pretrained(final)
+                _without_spaces(final / "tokenizer.json")
+            (final / "README.md").write_text(card, encoding="utf-8")
+            self._manifest(final).write(final)
+            for path in (*final.iterdir(), final):
+                _sync(path)
+            self._place(final)
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self.partial / f"shard-{len(self._shards):05d}.safetensors"
-        with self._writing():
-            save_file(self._pending, path, metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    def _place(self, final: Path) -> None:
+        """Put the whole checkpoint where it is looked for, and remove all else."""
+        (self.partial / "placing").touch()
+        if self.out.exists():
+            os.replace(self.out, self.partial / "replaced")
+        os.replace(final, self.out)
+        _sync(self.out.parent)
+        shutil.rmtree(self.partial)
 
-    def _name_shards(self) -> None:
-        count = len(self._shards)
-        final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            final = [SINGLE]
-        for i, name in enumerate(final):
-            os.replace(self.partial / f"shard-{i:05d}.safetensors", self.partial / name)
-        if count > 1:
-            weight_map = {
-                name: file
-                for file, names in zip(final, self._shards, strict=True)
-                for name in names
-            }
-            index: dict[str, Any] = {
-                "metadata": {"total_size": self.total_bytes},
-                "weight_map": weight_map,
-            }
-            (self.partial / INDEX).write_text(json.dumps(index, indent=2))
+    def _is_placed(self) -> bool:
+        """Whether `OUT.partial` is what a run left that was stopped after its last act but one."""
+        return (self.partial / "placing").exists() and not (self.partial / "final").exists()
+
+    def _manifest(self, final: Path) -> Manifest:
+        assert self._shards is not None
+        tensors = {
+            name: StoredTensor(dtype=entry.dtype, shape=entry.shape, sha256=entry.sha256)
+            for shard in self._shards.state.shards
+            for name, entry in shard.items()
+        }
+        others = sorted(path for path in final.iterdir() if path.suffix != ".safetensors")
+        return Manifest(tensors=tensors, files={path.name: sha256_of(path) for path in others})
+
+    def _found(self, identity: Identity, surroundings: Surroundings) -> State | None:
+        """The state of the work in `OUT.partial`, if there is any, and it is ours."""
+        path = self.partial / "state.json"
+        if not path.exists() or self._is_placed():
+            if self._resume:
+                raise CheckpointError(
+                    f"'{self.partial}' holds no finished block to go on from; leave --resume out"
+                )
+            return None
+        anew = "use --no-resume to begin anew"
+        try:
+            held = json.loads(path.read_bytes())
+            if held["format"] != STATE_FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {held['format']}, this smoothq goes on from {STATE_FORMAT}"
+                    f"; go on with the version that wrote it, or {anew}"
+                )
+            state = State.model_validate_json(held["state"])
+            if hashlib.sha256(held["state"].encode()).hexdigest() != held["sha256"]:
+                raise ValueError("its hash is another")
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise CheckpointError(f"{path} is damaged ({first_line(error)}); {anew}") from error
+        ours, theirs = identity.model_dump(), state.identity.model_dump()
+        other = [name for name, value in ours.items() if value != theirs[name]]
+        if other:
+            raise CheckpointError(
+                f"'{self.partial}' holds {state.blocks} finished blocks of another run: its "
+                f"{' and '.join(other)} {'differ' if len(other) > 1 else 'differs'}; give the same "
+                f"command to go on, or {anew}"
+            )
+        if surroundings != state.surroundings:
+            log.warning(
+                "the finished blocks were made on other surroundings (%s): the last bits of the "
+                "result may differ from those of one run",
+                state.surroundings,
+            )
+        ShardWriter.take_back(self.partial / "final", self.partial / "model")
+        return state
+
+    def _clear(self) -> None:
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def _stream_path(self, name: str) -> Path:
+        assert self._state is not None
+        return self.partial / f"hidden-{name}-{self._state.blocks:05d}"
+
+    def _written(self, name: str, batches: Iterable[Tensor]) -> list[Entry]:
+        file = TensorFile(self._stream_path(name))
+        entries = [file.append([batch], tuple(batch.shape)) for batch in batches]
+        file.sync()
+        file.close()
+        return entries
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -152,6 +348,25 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             reason = "the disk is full" if full else str(error)
-            raise CheckpointError(
-                f"cannot write '{self.out}': {reason}; nothing was left there"
-            ) from error
+            raise OutputError(f"cannot write '{self.out}': {reason}") from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or a directory's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _without_spaces(path: Path) -> None:
+    """Write a JSON file again without the whitespace, which is half of a tokenizer's."""
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+        path.write_text(compact, encoding="utf-8")

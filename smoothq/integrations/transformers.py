@@ -114,7 +114,7 @@ class SmoothqHfQuantizer(HfQuantizer):
             # The head looks its codes up in the embedding: there is no parameter to tie.
             model.all_tied_weights_keys = {}
         if checkpoint_files:
-            _check_tensors(model, checkpoint_files)
+            check_tensors(model, checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
         """None: a checkpoint of ours has the names that the modules have."""
@@ -245,7 +245,7 @@ def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
     return linear.requires_grad_(False)
 
 
-def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
+def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     """Raise CheckpointError unless the files hold exactly the tensors that the model needs."""
     expected = dict(model.state_dict())
     tied = set(getattr(model, "all_tied_weights_keys", {}))

@@ -21,6 +21,7 @@ from .grid import IntegerGrid, QuantizedWeight
 
 log = logging.getLogger("smoothq")
 
+WORK_ELEMENTS = 1 << 23  # of a matrix that are worked on at a time: 64 MB in float64
 LARGEST_DAMPING = 10.0  # beyond ten times the mean diagonal nothing of H is left
 
 
@@ -30,17 +31,28 @@ def inverse_factor(hessian: Tensor, damping: float, where: str) -> Tensor:
     hessian: float64 (K, K), symmetric, with a positive diagonal. Where the factorisation fails λ
     grows tenfold, and the log says so for `where`. Raises NumericsError when it keeps failing.
     """
-    mean = hessian.diagonal().mean()
+    return _inverse_factor(hessian.flip(0, 1), damping, where)
+
+
+def _inverse_factor(flipped: Tensor, damping: float, where: str) -> Tensor:
+    """`inverse_factor` of a Hessian whose rows and columns stand in reverse, which it spoils.
+
+    With J the reversal and J H J = L Lᵀ, H is R Rᵀ for the upper R = J L J; so U = R⁻¹ = J L⁻¹ J:
+    one factorisation and one triangular inverse, and no more than two matrices beside the Hessian.
+    """
+    diagonal = flipped.diagonal().clone()
+    mean = diagonal.mean()
     while damping <= LARGEST_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        flipped.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper
+            del flipped
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            if not torch.isfinite(lower.diagonal() + inverse.diagonal()).all():
+                break
+            del lower
+            return inverse.flip(0, 1)
         damping *= 10
         if damping <= LARGEST_DAMPING:
             message = "%s: the Hessian is not positive definite; damping raised to %g"
@@ -63,14 +75,16 @@ class Factor:
 
 def factorise(hessian: Tensor, settings: Gptq, where: str) -> Factor:
     """The inverse factor of H = Σ x xᵀ, float64 (K, K); `where` names the site in messages."""
-    hessian = hessian.double().clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
     order = torch.arange(len(hessian), device=hessian.device)
     if settings.activation_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_factor(hessian[order][:, order], settings.damping, where)
-    return Factor(upper, order, dead)
+        # A dead channel counts as 1: it has to come somewhere.
+        order = torch.where(dead, 1.0, diagonal).argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    flipped = hessian.double()[backwards][:, backwards]
+    flipped.diagonal()[dead[backwards]] = 1
+    return Factor(_inverse_factor(flipped, settings.damping, where), order, dead)
 
 
 def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> QuantizedWeight:
@@ -78,12 +92,25 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
 
     weight: float (N, K). Channels that no token reaches are rounded to zero.
     """
-    weight = weight.double().clone()
-    weight[:, factor.dead] = 0
+    weight = torch.where(factor.dead, 0, weight).float()
     scales = grid.find_scales(weight)
+    steps = scales.step(torch.float64)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    unrounded = torch.empty_like(weight)
+    count = max(1, WORK_ELEMENTS // weight.shape[1])
+    # Rows know nothing of one another: some at a time, and the work stays small.
+    for rows in (slice(i, i + count) for i in range(0, len(weight), count)):
+        step = steps[rows].repeat_interleave(weight.shape[1] // steps.shape[1], 1)
+        codes[rows], unrounded[rows] = _round_rows(weight[rows], step, factor, grid, block_size)
+    return QuantizedWeight(codes, scales, unrounded)
+
+
+def _round_rows(
+    weight: Tensor, step: Tensor, factor: Factor, grid: IntegerGrid, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of some rows, and what they were rounded from: float64 (n, K). step: (n, K)."""
     order, upper = factor.order, factor.upper
-    step = scales.step_by_column(weight.shape[1], torch.float64)[:, order]
-    weight = weight[:, order]
+    step, weight = step[:, order], weight.double()[:, order]
     codes, unrounded = torch.empty_like(weight), torch.empty_like(weight)
     for first in range(0, weight.shape[1], block_size):
         block = slice(first, min(first + block_size, weight.shape[1]))
@@ -92,7 +119,7 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
         )
         weight[:, block.stop :] -= error @ upper[block, block.stop :]
     back = order.argsort()
-    return QuantizedWeight(codes[:, back].to(torch.int8), scales, unrounded[:, back].float())
+    return codes[:, back], unrounded[:, back]
 
 
 def _round_block(

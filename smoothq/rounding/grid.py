@@ -19,7 +19,7 @@ from ..kernels.reference import extreme, nonzero
 
 CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
 CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
-ROW_CHUNK = 512  # rows searched at a time, so that the candidates stay in cache
+ROW_CHUNK = 512  # rows searched or rounded at a time, so that what comes of them stays small
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class IntegerGrid:
         if not self.multiplier:
             scale = torch.cat([self._search(chunk) for chunk in chunks])
             return Scales(scale.to(self.scale_dtype), None)
-        base = nonzero(groups.abs().amax((-2, -1)) / (-self.lowest * largest_multiplier(self.bits)))
-        base = base.unsqueeze(-1)
+        most = torch.cat([chunk.abs().amax((-2, -1)) for chunk in chunks])
+        base = nonzero(most / (-self.lowest * largest_multiplier(self.bits))).unsqueeze(-1)
         parts = zip(chunks, base.split(ROW_CHUNK), strict=True)
         multiplier = torch.cat([self._search_multiplier(*part) for part in parts])
         return Scales(base, multiplier)
@@ -145,6 +145,15 @@ class QuantizedWeight:
     codes: Tensor
     scales: Scales
     unrounded: Tensor | None = None
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on a device."""
+        multiplier = self.scales.multiplier
+        scales = Scales(
+            self.scales.scale.to(device), None if multiplier is None else multiplier.to(device)
+        )
+        unrounded = None if self.unrounded is None else self.unrounded.to(device)
+        return QuantizedWeight(self.codes.to(device), scales, unrounded)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ŵ = code · scale · multiplier, (N, K) in `dtype`."""

@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor
 
-from .grid import IntegerGrid, QuantizedWeight
+from .grid import ROW_CHUNK, IntegerGrid, QuantizedWeight
 
 
 def round_to_nearest(weight: Tensor, grid: IntegerGrid) -> QuantizedWeight:
     """Codes and scales of a matrix, float (N, K)."""
-    scales = grid.find_scales(weight)
     weight = weight.float()
-    step = scales.step_by_column(weight.shape[1], torch.float32)
-    return QuantizedWeight(grid.codes(weight, step).to(torch.int8), scales, weight)
+    scales = grid.find_scales(weight)
+    steps = scales.step(torch.float32).unsqueeze(-1)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    chunks = zip(*(whole.split(ROW_CHUNK) for whole in (weight, steps, codes)), strict=True)
+    for rows, step, rounded in chunks:
+        grouped = rows.unflatten(-1, (step.shape[1], -1))
+        rounded.copy_(grid.codes(grouped, step).flatten(1))
+    return QuantizedWeight(codes, scales, weight)

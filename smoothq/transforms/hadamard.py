@@ -18,7 +18,7 @@ import torch
 
 from smoothq.errors import CheckpointError, RecipeError
 
-_CHUNK_ELEMENTS = 1 << 24  # bounds the temporaries of one application to some 100 MB
+_CHUNK_ELEMENTS = 1 << 22  # bounds the temporaries of one application to some 100 MB
 
 
 def hadamard_matrix(order: int) -> torch.Tensor:

@@ -6,9 +6,11 @@ readers before the residual stream is rotated. Source: QuaRot (arXiv 2404.00456)
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..architectures import BlockGraph, Norm, WeightRef
+from .stretches import rows_of
 
 
 def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> None:
@@ -23,11 +25,21 @@ def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> N
         matrix = reader.view(block)
         if bias is not None:
             held = _bias(block, reader)
-            held.copy_(held.double() + matrix.double() @ bias.double())
-        matrix.copy_(matrix.double() * scale)
+            added = torch.cat([rows.double() @ bias.double() for rows in rows_of(matrix)])
+            held.copy_(held.double() + added)
+        for rows in rows_of(matrix):
+            rows.copy_(rows.double() * scale)
     weight.fill_(1 - norm.offset)
     if bias is not None:
         bias.zero_()
+
+
+def take_norm(module: nn.Module, name: str) -> Tensor:
+    """γ of a norm by its module's name, float64 (K,), for readers folded apart; 1 is left."""
+    weight = module.get_submodule(name).get_parameter("weight").data
+    gain = weight.double()
+    weight.fill_(1)
+    return gain
 
 
 def fuse_norms(block: nn.Module, graph: BlockGraph) -> None:

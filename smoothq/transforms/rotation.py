@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..architectures import BlockGraph, Norm, Parts, Rows, Site, WeightRef
+from ..architectures import BlockGraph, Parts, Rows, Site, WeightRef
 from .hadamard import Hadamard
-from .norm_fusion import fuse_norm
-
-ROW_CHUNK = 8192  # rows folded at a time: an embedding in float64 would be four times its size
+from .norm_fusion import take_norm
+from .stretches import columns_of, rows_of
 
 
 def rotate_input(matrix: Tensor, rotation: Hadamard, inverse: bool = False) -> None:
     """W ← W R (or W Rᵀ) in place, in float64: for a weight that reads a rotated activation."""
     apply = rotation.apply_transposed if inverse else rotation.apply
-    for rows in matrix.split(ROW_CHUNK):
+    for rows in rows_of(matrix):
         rows.copy_(apply(rows.double()))
+
+
+def rotate_reader(matrix: Tensor, gain: Tensor, rotation: Hadamard) -> None:
+    """W ← W diag(γ) R in place, in float64: for a weight that reads a norm. gain: γ, (K,)."""
+    for rows in rows_of(matrix):
+        rows.copy_(rotation.apply(rows.double() * gain))
 
 
 def rotate_output(
@@ -28,7 +33,8 @@ def rotate_output(
 ) -> None:
     """W ← Rᵀ W, b ← b R (or with Rᵀ for R) in place, in float64: for a weight that writes."""
     apply = rotation.apply_transposed if inverse else rotation.apply
-    matrix.copy_(apply(matrix.double().t().contiguous()).t())
+    for columns in columns_of(matrix):
+        columns.copy_(apply(columns.double().t().contiguous()).t())
     if bias is not None:
         bias.copy_(apply(bias.double()))
 
@@ -58,9 +64,8 @@ def rotate_ends_offline(model: nn.Module, parts: Parts, rotation: Hadamard, fold
     if parts.positions is not None:
         rotate_input(WeightRef(f"{parts.positions}.weight").view(model), rotation)
     if folds:
-        head = WeightRef(f"{parts.head}.weight")
-        fuse_norm(model, Norm(f"{parts.final_norm}.weight"), (head,))
-        rotate_input(head.view(model), rotation)
+        head = WeightRef(f"{parts.head}.weight").view(model)
+        rotate_reader(head, take_norm(model, parts.final_norm), rotation)
         rotate_input(WeightRef(f"{parts.embedding}.weight").view(model), rotation)
 
 
@@ -78,6 +83,6 @@ def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> Non
             rows = slice(first, first + producer.heads.dim)
             rotate_output(values[rows], None if bias is None else bias[rows], rotation)
     for reader in site.all_readers:
-        matrix = reader.view(block)
-        per_head = matrix.double().unflatten(1, (producer.heads.query, producer.heads.dim))
-        matrix.copy_(rotation.apply(per_head).flatten(1))
+        for part in rows_of(reader.view(block)):
+            per_head = part.double().unflatten(1, (producer.heads.query, producer.heads.dim))
+            part.copy_(rotation.apply(per_head).flatten(1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Heads, Norm, Rows, Site
+from .stretches import columns_of, rows_of
 
 SMALLEST_DIVISOR = 1e-5  # SmoothQuant's clamp, keeps dead channels finite
 
@@ -54,7 +55,8 @@ def smooth(
     if site.producer is None:
         raise ValueError(f"site '{site.name}' has no producer that could absorb a divisor")
     readers = [reader.view(block) for reader in site.all_readers]
-    weight_maxima = torch.stack([w.double().abs().amax(0) for w in readers]).amax(0)
+    stretches = [rows for matrix in readers for rows in rows_of(matrix)]
+    weight_maxima = torch.stack([rows.abs().amax(0).double() for rows in stretches]).amax(0)
     producer = site.producer
     if isinstance(producer, Rows) and producer.heads is not None:
         shared = smoothing_divisor(
@@ -73,8 +75,8 @@ def smooth(
             stored = (signed - producer.offset).to(norm_dtype).double() + producer.offset
             kept = torch.where(norm * stored > 0, norm / stored, torch.ones_like(norm))
             shared = divisor = torch.where(norm != 0, kept, divisor)
-    for matrix in readers:
-        matrix.copy_(matrix.double() * divisor)
+    for rows in stretches:
+        rows.copy_(rows.double() * divisor)
     _divide_producer(block, producer, shared)
 
 
@@ -88,7 +90,8 @@ def _divide_producer(block: nn.Module, producer: Norm | Rows, divisor: Tensor) -
     matrices = [ref.view(block) for ref in producer.refs]
     parts = divisor.split([len(matrix) for matrix in matrices])
     for ref, rows, part in zip(producer.refs, matrices, parts, strict=True):
-        rows.copy_(rows.double() / part.unsqueeze(-1))
+        for columns in columns_of(rows):
+            columns.copy_(columns.double() / part.unsqueeze(-1))
         bias = ref.bias_view(block)
         if bias is not None:
             bias.copy_(bias.double() / part)

@@ -1,0 +1,96 @@
+"""Whether a quantized checkpoint is whole: hashes, names, shapes and values of all it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .checkpoint.manifest import MANIFEST, Manifest, first_line, sha256_of
+from .checkpoint.stream import check_sizes, read_config, read_tensor, tensor_files
+from .checkpoint.tensor_file import as_bytes, is_intact
+from .errors import CheckpointError, SmoothqError
+from .integrations.transformers import SmoothqConfig, check_tensors
+from .kernels import largest_multiplier
+from .plan import install, make_plan
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found whole: tensors, their bytes, and other files."""
+
+    tensors: int
+    bytes: int
+    files: int
+
+
+def verify_checkpoint(
+    directory: Path, progress: Callable[[int, int, str], None] | None = None
+) -> Checked:
+    """Read a whole checkpoint and compare it with its manifest, its config and its number formats.
+
+    Raises CheckpointError naming the first file or tensor that is missing, foreign or changed;
+    another SmoothqError where the config is at fault.
+    """
+    name = str(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"'{directory}' is not a directory")
+    manifest = Manifest.read(directory)
+    for file, digest in manifest.files.items():
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory / file} is missing")
+        if sha256_of(directory / file) != digest:
+            raise CheckpointError(f"{directory / file} is not the file that was written")
+    config, files = read_config(name), tensor_files(directory, name)
+    check_sizes(config, files, name)
+    model = _empty_model(config, name)
+    check_tensors(model, [str(path) for path in sorted(set(files.values()))])
+    if set(files) != set(manifest.tensors):
+        odd = min(set(files) ^ set(manifest.tensors))
+        raise CheckpointError(f"{directory}: {MANIFEST} and the files do not agree on '{odd}'")
+    total = 0
+    for number, (tensor_name, stored) in enumerate(manifest.tensors.items()):
+        tensor = read_tensor(files[tensor_name], tensor_name)
+        if progress is not None:
+            progress(number, len(files), "verify")
+        kind = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if kind != (stored.dtype, stored.shape) or not is_intact([as_bytes(tensor)], stored.sha256):
+            raise CheckpointError(f"{directory}: tensor '{tensor_name}' is not what was written")
+        if not _is_sane(tensor_name.rpartition(".")[2], tensor):
+            raise CheckpointError(f"{directory}: tensor '{tensor_name}' has impossible values")
+        total += tensor.nbytes
+    return Checked(len(files), total, len(manifest.files))
+
+
+def _empty_model(config: object, name: str) -> PreTrainedModel:
+    """The quantized model of a config, on the meta device."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "smoothq":
+        raise CheckpointError(f"{name} is not quantized by smoothq")
+    recipe = SmoothqConfig(**quantization).parsed_recipe()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        install(model, make_plan(model, recipe))
+    except SmoothqError:
+        raise
+    except Exception as error:  # whatever transformers makes of a config that fits no model
+        raise CheckpointError(
+            f"{name}: no model can be built from its config: {first_line(error)}"
+        ) from error
+    return model
+
+
+def _is_sane(kind: str, values: Tensor) -> bool:
+    """Whether a tensor holds what its kind can: multipliers in range, scales of some size."""
+    if kind == "weight_multiplier":
+        return bool(((values != 0) & (values.abs() <= largest_multiplier(4))).all())
+    if kind in ("weight_scale", "scale"):
+        return bool((torch.isfinite(values) & (values != 0)).all())
+    if kind == "multiplier":
+        return bool((values > 0).all())
+    return not values.is_floating_point() or bool(torch.isfinite(values).all())
