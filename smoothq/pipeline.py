@@ -33,6 +33,7 @@ from .distributed import World
 from .errors import CalibrationError, CheckpointError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
+from .memory import peak_memory, steady_heap
 from .migration import search_alpha
 from .modules import InputQuantizer, SequenceContext
 from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
@@ -48,7 +49,7 @@ from .plan import (
     install_linear,
     make_plan,
 )
-from .price import needs_of, peak_memory
+from .price import needs_of
 from .recipe import Recipe
 from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
@@ -143,7 +144,7 @@ def quantize_checkpoint(
     needs = needs_of(plan, max_memory, writer.every)
     world.share(lambda: writer.check(needs.disk))
     output = Output(writer, world)
-    with output:
+    with output, steady_heap():
         begun = output.begin(_identity(source, recipe, tokens), _surroundings(world))
         job = _Job(source, plan, model, output, world, progress or _silent)
         _run(job, tokens, begun.blocks, writer.scratch if needs.states_on_disk else None)

@@ -9,8 +9,6 @@ multiplies matrices of the model's own size.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,6 +18,7 @@ import torch
 from .checkpoint.shards import SHARD_BYTES
 from .errors import RecipeError
 from .hidden_states import MICRO_BATCH_TOKENS
+from .memory import peak_memory
 from .plan import BlockPlan, Plan
 from .rounding.gptq import WORK_ELEMENTS
 
@@ -154,12 +153,6 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
         rows = max(spec.out_features for spec in specs)
         most += 4 * 4 * MICRO_BATCH_TOKENS * rows  # what a forward holds at once
     return most + STRETCHES_BYTES
-
-
-def peak_memory() -> int:
-    """Bytes that this process has taken at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
 def as_text(seconds: float) -> str:

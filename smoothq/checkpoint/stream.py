@@ -7,10 +7,8 @@ pipeline never holds more than the block it works on.
 from __future__ import annotations
 
 import copy
-import ctypes
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +39,7 @@ from transformers.core_model_loading import (
 
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
+from ..memory import give_back
 from .manifest import first_line
 from .tensor_file import as_bytes
 
@@ -356,10 +355,7 @@ def check_weight(tensor: Tensor, name: str, shape: tuple[int, ...], model: str) 
 def unload_module(module: nn.Module) -> None:
     """Give back the memory of a module's tensors, to the system too."""
     module.to("meta")
-    # glibc keeps freed tensors in a heap that the next ones fragment: a block's worth a block.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    give_back()
 
 
 def _read_config(directory: Path, name: str) -> PretrainedConfig:

@@ -10,6 +10,7 @@ activation is that of its released code.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +32,21 @@ def inverse_factor(hessian: Tensor, damping: float, where: str) -> Tensor:
     hessian: float64 (K, K), symmetric, with a positive diagonal. Where the factorisation fails λ
     grows tenfold, and the log says so for `where`. Raises NumericsError when it keeps failing.
     """
-    return _inverse_factor(hessian.flip(0, 1), damping, where)
+    return _inverse_factor(lambda: hessian.flip(0, 1), damping, where)
 
 
-def _inverse_factor(flipped: Tensor, damping: float, where: str) -> Tensor:
-    """`inverse_factor` of a Hessian whose rows and columns stand in reverse, which it spoils.
+def _inverse_factor(reversed_hessian: Callable[[], Tensor], damping: float, where: str) -> Tensor:
+    """`inverse_factor` of a Hessian that is made, rows and columns in reverse, whenever asked for.
 
     With J the reversal and J H J = L Lᵀ, H is R Rᵀ for the upper R = J L J; so U = R⁻¹ = J L⁻¹ J:
-    one factorisation and one triangular inverse, and no more than two matrices beside the Hessian.
+    one factorisation and one triangular inverse, and never more than two matrices.
     """
-    diagonal = flipped.diagonal().clone()
-    mean = diagonal.mean()
     while damping <= LARGEST_DAMPING:
-        flipped.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+        hessian = reversed_hessian()
+        hessian.diagonal().add_(damping * hessian.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        del hessian
         if not failed:
-            del flipped
             inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             if not torch.isfinite(lower.diagonal() + inverse.diagonal()).all():
@@ -82,9 +82,14 @@ def factorise(hessian: Tensor, settings: Gptq, where: str) -> Factor:
         # A dead channel counts as 1: it has to come somewhere.
         order = torch.where(dead, 1.0, diagonal).argsort(descending=True, stable=True)
     backwards = order.flip(0)
-    flipped = hessian.double()[backwards][:, backwards]
-    flipped.diagonal()[dead[backwards]] = 1
-    return Factor(_inverse_factor(flipped, settings.damping, where), order, dead)
+
+    def permuted() -> Tensor:
+        rows = hessian.double()[backwards]
+        both: Tensor = rows[:, backwards]
+        both.diagonal()[dead[backwards]] = 1
+        return both
+
+    return Factor(_inverse_factor(permuted, settings.damping, where), order, dead)
 
 
 def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> QuantizedWeight:

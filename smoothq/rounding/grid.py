@@ -19,7 +19,12 @@ from ..kernels.reference import extreme, nonzero
 
 CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
 CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
-ROW_CHUNK = 512  # rows searched or rounded at a time, so that what comes of them stays small
+CHUNK_ELEMENTS = 1 << 18  # searched or rounded at a time: what comes of them stays in cache
+
+
+def rows_at_once(matrix: Tensor) -> int:
+    """How many rows of a matrix (N, K) are worked on together."""
+    return max(1, CHUNK_ELEMENTS // matrix.shape[1])
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,13 @@ class IntegerGrid:
         if self.granularity == "tensor":
             best = self._search(groups.reshape(1, 1, -1)).expand(weight.shape[0], 1)
             return Scales(best.contiguous(), None)
-        chunks = groups.split(ROW_CHUNK)
+        chunks = groups.split(rows_at_once(weight))
         if not self.multiplier:
             scale = torch.cat([self._search(chunk) for chunk in chunks])
             return Scales(scale.to(self.scale_dtype), None)
         most = torch.cat([chunk.abs().amax((-2, -1)) for chunk in chunks])
         base = nonzero(most / (-self.lowest * largest_multiplier(self.bits))).unsqueeze(-1)
-        parts = zip(chunks, base.split(ROW_CHUNK), strict=True)
+        parts = zip(chunks, base.split(rows_at_once(weight)), strict=True)
         multiplier = torch.cat([self._search_multiplier(*part) for part in parts])
         return Scales(base, multiplier)
 

@@ -1,0 +1,51 @@
+"""The memory of this process: what it has taken, and how it is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for `mallopt`
+STEADY = 4 << 20
+USUAL = 32 << 20  # where glibc's own adaptation ends in a process with large tensors
+
+
+def peak_memory() -> int:
+    """Bytes that this process has taken at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def give_back() -> None:
+    """Return freed memory to the system."""
+    trim = _of_libc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def steady_heap() -> Iterator[None]:
+    """Within it, freed tensors leave the process at once.
+
+    glibc would learn to keep them in a heap, which the tensors of one block after another fragment.
+    """
+    adjust = _of_libc("mallopt")
+    if adjust is None:
+        yield
+        return
+    adjust(_MMAP_THRESHOLD, STEADY)
+    try:
+        yield
+    finally:
+        adjust(_MMAP_THRESHOLD, USUAL)
+        adjust(_TRIM_THRESHOLD, 2 * USUAL)
+
+
+def _of_libc(name: str) -> Any:
+    """A function of the C library; None where that has no such."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
