@@ -24,6 +24,7 @@ from .architectures import Site
 from .checkpoint.tensor_file import Entry, TensorFile
 from .distributed import World
 from .errors import NumericsError
+from .memory import busy_heap
 from .modules import InputQuantizer
 from .observers import AbsMax, AbsQuantile, Observer, SecondMoment
 from .plan import Plan
@@ -271,14 +272,15 @@ class HiddenStates:
         ]
         try:
             moved = _Shelf(self._shelf.directory) if advance else self._shelf
-            for number in self._shelf.numbers:
-                batch = self._shelf.get(number).to(self._run.world.device)
-                try:
-                    output = self.forward(block, index, batch)
-                except _Stopped:
-                    continue
-                if advance:
-                    moved.put(number, output)
+            with busy_heap():
+                for number in self._shelf.numbers:
+                    batch = self._shelf.get(number).to(self._run.world.device)
+                    try:
+                        output = self.forward(block, index, batch)
+                    except _Stopped:
+                        continue
+                    if advance:
+                        moved.put(number, output)
             self._shelf = moved
         finally:
             for handle in handles:

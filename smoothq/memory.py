@@ -34,16 +34,38 @@ def steady_heap() -> Iterator[None]:
 
     glibc would learn to keep them in a heap, which the tensors of one block after another fragment.
     """
+    with _threshold(STEADY):
+        yield
+
+
+@contextmanager
+def busy_heap() -> Iterator[None]:
+    """Within it, freed tensors stay for the next ones: forwards would fault in every page anew."""
+    with _threshold(USUAL):
+        yield
+
+
+_thresholds = [USUAL]  # in bytes, of all contexts that are open: larger tensors are mapped
+
+
+@contextmanager
+def _threshold(value: int) -> Iterator[None]:
     adjust = _of_libc("mallopt")
     if adjust is None:
         yield
         return
-    adjust(_MMAP_THRESHOLD, STEADY)
+    _thresholds.append(value)
+    _adjust(adjust, value)
     try:
         yield
     finally:
-        adjust(_MMAP_THRESHOLD, USUAL)
-        adjust(_TRIM_THRESHOLD, 2 * USUAL)
+        _thresholds.pop()
+        _adjust(adjust, _thresholds[-1])
+
+
+def _adjust(adjust: Any, threshold: int) -> None:
+    adjust(_MMAP_THRESHOLD, threshold)
+    adjust(_TRIM_THRESHOLD, 2 * threshold)
 
 
 def _of_libc(name: str) -> Any:

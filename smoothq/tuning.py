@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import NumericsError
 from .hidden_states import HiddenStates
 from .kernels.reference import by_group
+from .memory import busy_heap
 from .modules import InputQuantizer, QuantizedLinear
 from .plan import BlockPlan
 from .recipe import Tuning
@@ -68,7 +69,7 @@ def tune(
     )
     generator = torch.Generator().manual_seed(index)
     order: list[int] = []
-    with torch.enable_grad():
+    with torch.enable_grad(), busy_heap():
         for _ in range(settings.steps):
             order = order or torch.randperm(len(stream), generator=generator).tolist()
             batch = order.pop()

@@ -267,7 +267,7 @@ def test_a_disk_that_fills_up_is_one_error_and_leaves_nothing(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "save_file", full)
+    monkeypatch.setattr(writer_module.ShardWriter, "add", full)
     refused(
         CheckpointError, "disk is full", tmp_path, float_checkpoint("llama"), preset("w8a8", "rtn")
     )

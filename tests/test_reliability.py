@@ -1,0 +1,507 @@
+"""What a run leaves behind, however it ends; and what a damaged checkpoint is answered with."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smoothq import Recipe, preset, quantize
+from smoothq.checkpoint import tensor_file, writer
+from smoothq.checkpoint.shards import ShardState, ShardWriter
+from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.writer import CheckpointWriter
+from smoothq.errors import CheckpointError, OutputError, RecipeError, SmoothqError
+from smoothq.pipeline import plan_checkpoint, quantize_checkpoint
+from smoothq.price import needs_of
+from smoothq.verify import verify_checkpoint
+from tests.architectures import VOCABULARY
+from tests.conftest import RECIPES
+
+pytestmark = pytest.mark.reliability
+
+RECIPE = RECIPES["w4a4"].edit(tuning__steps=2)  # rounds by GPTQ, smooths, tunes: two streams
+SHARD_BYTES = 20_000  # so that there are several
+
+
+class Killed(BaseException):
+    """What nothing but the operating system could have stopped."""
+
+
+def stopping_at(block: int, kind: type[BaseException] = Killed) -> Callable[[int, int, str], None]:
+    """Progress that ends the run when a block begins."""
+
+    def progress(at: int, blocks: int, stage: str) -> None:
+        if at == block:
+            raise kind
+
+    return progress
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture
+def run(float_checkpoint, data, tmp_path) -> Callable[..., Path]:
+    """Quantize a tiny Llama of three blocks into a directory of the test's."""
+
+    def quantized(
+        name: str = "out", recipe: Recipe = RECIPE, tokens: torch.Tensor = data, **kwargs: object
+    ) -> Path:
+        out = tmp_path / name
+        taken = {key: kwargs.pop(key) for key in ("resume", "every", "overwrite") if key in kwargs}
+        output = CheckpointWriter(out, shard_bytes=SHARD_BYTES, **taken)
+        source = open_source(kwargs.pop("source", float_checkpoint("llama")))
+        quantize_checkpoint(source, recipe, output, data=tokens, **kwargs)
+        return out
+
+    return quantized
+
+
+@pytest.fixture
+def whole(run) -> dict[str, bytes]:
+    """The files of a run that nothing stopped."""
+    return contents(run("whole"))
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_stopped_run_goes_on_to_the_same_bytes(run, whole, tmp_path, block, every) -> None:
+    with pytest.raises(Killed):
+        run(progress=stopping_at(block), every=every)
+    assert not (tmp_path / "out").exists()
+    seen: list[int] = []
+    out = run(progress=lambda at, blocks, stage: seen.append(at), every=every)
+    assert min(seen) == block // every * every
+    assert contents(out) == whole
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_one_run_after_another_may_be_stopped(run, whole) -> None:
+    for block in (0, 1, 1, 2, 2):
+        with pytest.raises(Killed):
+            run(progress=stopping_at(block))
+    assert contents(run()) == whole
+
+
+def test_a_stop_at_any_step_on_the_disk_loses_nothing(run, whole, tmp_path, monkeypatch) -> None:
+    """Every renaming and every removal of a file is the last thing that some run does."""
+    steps = 0
+    for step in range(200):
+        left = iter(range(step))
+
+        def before(function: Callable[..., object], left: Iterator[int] = left) -> object:
+            def guarded(*args: object, **kwargs: object) -> object:
+                if next(left, None) is None:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return guarded
+
+        out = tmp_path / "out"
+        with monkeypatch.context() as patched:
+            for module, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree")):
+                patched.setattr(module, name, before(getattr(module, name)))
+            try:
+                run()
+                break
+            except Killed:
+                steps += 1
+        if out.exists():
+            assert contents(out) == whole
+        else:
+            run()
+        assert contents(out) == whole
+        shutil.rmtree(out)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    assert steps > 20
+
+
+def test_the_old_output_stays_until_the_new_one_is_whole(run, whole, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("data")
+    with pytest.raises(Killed):
+        run(overwrite=True, progress=stopping_at(2))
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    assert contents(run(overwrite=True)) == whole
+
+
+def test_what_a_stop_after_the_last_act_left_is_cleared_away(run, tmp_path) -> None:
+    out = run()
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "placing").touch()
+    with pytest.raises(CheckpointError, match="not empty"):
+        run()
+    assert not partial.exists()
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"recipe": RECIPE.edit(seed=1)}, "recipe"),
+        ({"tokens": torch.zeros(6, 24, dtype=torch.long)}, "calibration"),
+        ({"recipe": RECIPE.edit(seed=1), "tokens": torch.ones(6, 24).long()}, "recipe and cal"),
+    ],
+)
+def test_the_work_of_another_run_is_refused_by_name(run, whole, tmp_path, change, name) -> None:
+    with pytest.raises(Killed):
+        run(progress=stopping_at(2))
+    with pytest.raises(CheckpointError, match=rf"2 finished blocks.*{name}.*--no-resume"):
+        run(**change)
+    assert contents(run()) == whole  # it was left as it was
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(Killed):
+        run(progress=stopping_at(2))
+    assert (run(**change, resume=False) / "config.json").is_file()
+
+
+def test_the_work_on_another_model_is_refused_by_name(run, float_checkpoint, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(float_checkpoint("llama"), other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Killed):
+        run(progress=stopping_at(1))
+    with pytest.raises(CheckpointError, match="model differs"):
+        run(source=other)
+
+
+def test_resume_demands_work_to_go_on_with(run) -> None:
+    with pytest.raises(CheckpointError, match="no finished block"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize("file", ["state.json", "hidden-quantized-00002", "model/shard-00000.data"])
+def test_damaged_work_is_not_gone_on_with(run, whole, tmp_path, file) -> None:
+    with pytest.raises(Killed):
+        run(progress=stopping_at(2))
+    found = [*(tmp_path / "out.partial").glob(file)] or [
+        *(tmp_path / "out.partial").glob("model/shard-00000.safetensors")
+    ]
+    damaged = bytearray(found[0].read_bytes())
+    damaged[-200] ^= 1
+    found[0].write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"damaged|not what was written"):
+        run()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert contents(run(resume=False)) == whole
+
+
+# ---- the disk ------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_keeps_the_finished_blocks(run, whole, tmp_path, monkeypatch) -> None:
+    add = ShardWriter.add
+
+    def full(self: ShardWriter, name: str, *args: object) -> None:
+        if ".layers.2." in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, name, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "add", full)
+        with pytest.raises(OutputError, match="disk is full"):
+            run()
+    assert not (tmp_path / "out").exists()
+    seen: list[int] = []
+    assert contents(run(progress=lambda at, blocks, stage: seen.append(at))) == whole
+    assert min(seen) == 2
+
+
+def test_memory_that_ends_keeps_the_finished_blocks(run, whole, tmp_path) -> None:
+    with pytest.raises(MemoryError):
+        run(progress=stopping_at(1, MemoryError))
+    assert (tmp_path / "out.partial" / "state.json").is_file()
+    assert contents(run()) == whole
+
+
+def test_two_processes_on_one_output_are_one_error(run, tmp_path) -> None:
+    def again(at: int, blocks: int, stage: str) -> None:
+        if at == 1:
+            with pytest.raises(CheckpointError, match="another process is writing"):
+                run()
+
+    assert run(progress=again).exists()
+
+
+def test_a_symbolic_link_is_not_written_through(run, tmp_path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "target")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        run()
+    assert not any((tmp_path / "target").iterdir())
+
+
+def test_a_directory_without_permission_is_one_error(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(writer.os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="no permission"):
+        run()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_shards_are_the_files_that_safetensors_writes(tmp_path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randint(-9, 9, (7,), dtype=torch.int8),
+        "c": torch.randn(()),
+        "empty": torch.empty(0, 4),
+    }
+    output = ShardWriter(tmp_path, ShardState())
+    for name, tensor in tensors.items():
+        rows = tensor.split(1) if tensor.dim() > 1 and len(tensor) else [tensor]
+        output.add(name, rows, tuple(tensor.shape), tensor.nbytes)
+    output.finish(tmp_path)
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_hidden_states_on_the_disk_give_the_same_bytes(run, whole, monkeypatch) -> None:
+    files = 0
+    made = tensor_file.TensorFile.append
+
+    def counted(self: tensor_file.TensorFile, *args: object) -> object:
+        nonlocal files
+        files += self.path.parent.name == "scratch"
+        return made(self, *args)
+
+    monkeypatch.setattr(tensor_file.TensorFile, "append", counted)
+    monkeypatch.setattr("smoothq.price.STATES_BYTES", 0)
+    assert contents(run("spilled")) == whole
+    assert files
+
+
+def test_too_little_memory_is_refused_before_any_work(run, tmp_path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 0\.00 GB is too little: .* takes \d"):
+        run(max_memory=1000)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_needs_count_the_states_where_they_are(float_checkpoint) -> None:
+    recipe = preset("w8a8").edit(calibration__samples=1000, calibration__sequence_length=2048)
+    plan = plan_checkpoint(open_source(float_checkpoint("llama")), recipe)
+    states = 4 * 1000 * 2048 * 48
+    roomy = needs_of(plan, 10**12)
+    tight = needs_of(plan, roomy.memory - 1)
+    assert not roomy.states_on_disk
+    assert tight.states_on_disk
+    assert roomy.memory - tight.memory > states / 2
+    assert tight.disk - roomy.disk == 2 * states
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_depth(tmp_path) -> None:
+    code = """
+import sys, torch
+from smoothq import preset
+from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.writer import CheckpointWriter
+from smoothq.pipeline import quantize_checkpoint
+from pathlib import Path
+recipe = preset("w4a4", "rrs").edit(weights__rounding="rtn")
+result = quantize_checkpoint(open_source(sys.argv[1]), recipe, CheckpointWriter(Path(sys.argv[2])))
+print(result.peak_memory)
+"""
+    peaks = []
+    for layers in (4, 16):
+        model = tmp_path / f"float-{layers}"
+        script = Path(__file__).parents[1] / "scripts" / "make_random_model.py"
+        shapes = ["--shapes", "tinyllama-1.1b", "--layers", str(layers)]
+        subprocess.run([sys.executable, script, model, *shapes], check=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, model, tmp_path / f"out-{layers}"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        peaks.append(int(done.stdout))
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def quantized_by(processes: int, model: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """The tensors that so many processes of one thread make."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    # Of 64 tokens, the text of 40 samples makes two micro-batches.
+    text = ["--calibration", "builtin", "--samples", "40", "--sequence-length", "64"]
+    command += ["smoothq", "quantize", str(model), "-o", str(out), *text, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static-w8a8", "gptq"])
+def test_two_processes_make_what_one_makes(float_checkpoint, tmp_path, static) -> None:
+    flags = ["--w8a8", "--activation-scales", "static"]
+    if not static:
+        flags = ["--w4a16", "--group-size", "16", "--effort", "fast"]
+    model = float_checkpoint("llama")
+    one = quantized_by(1, model, tmp_path / "one", *flags)
+    two = quantized_by(2, model, tmp_path / "two", *flags)
+    assert one.keys() == two.keys()
+    differing = [name for name in one if not torch.equal(one[name], two[name])]
+    if static:
+        assert not differing
+    moved = sum(int((one[name] != two[name]).sum()) for name in differing)
+    assert moved <= 0.001 * sum(tensor.numel() for tensor in one.values())
+
+
+def test_an_error_in_one_of_two_processes_ends_both(float_checkpoint, tmp_path) -> None:
+    model = tmp_path / "damaged"
+    shutil.copytree(float_checkpoint("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match=r"up_proj\.weight' holds NaN or Inf"):
+        quantized_by(2, model, tmp_path / "out", "--w8a8")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+# ---- damaged checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pristine(float_checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """A float checkpoint and a quantized one, both as they should be."""
+    out = tmp_path_factory.mktemp("pristine") / "quantized"
+    quantize(
+        float_checkpoint("llama"),
+        preset("w4a4", "rrs").edit(weights__rounding="rtn", runtime_smoothing__group_size=16),
+        output=out,
+    )
+    return {"float": float_checkpoint("llama"), "quantized": out}
+
+
+def test_verify_finds_nothing_in_a_whole_checkpoint(pristine) -> None:
+    checked = verify_checkpoint(pristine["quantized"])
+    stored = load_file(pristine["quantized"] / "model.safetensors")
+    assert checked.tensors == len(stored)
+    assert checked.bytes == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_verify_wants_a_checkpoint_of_ours(pristine, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        verify_checkpoint(pristine["float"])
+    with pytest.raises(CheckpointError, match="not a directory"):
+        verify_checkpoint(tmp_path / "nowhere")
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Callable[[Path], None]:
+    """Something done to a checkpoint's directory: bits, ends, fields of the config, files."""
+    kind = draw(st.sampled_from(["flip", "flip header", "truncate", "config", "remove", "text"]))
+    where = draw(st.floats(0, 1, exclude_max=True))
+    bit = draw(st.integers(0, 7))
+    value = draw(
+        st.sampled_from(
+            [None, -1, 0, 1, 3, 10**6, 10**9, 10**18, 0.5, "many", [], {}, True, [1, 2]]
+        )
+    )
+
+    def apply(directory: Path) -> None:
+        weights, config = directory / "model.safetensors", directory / "config.json"
+        if kind in ("flip", "flip header", "truncate"):
+            held = bytearray(weights.read_bytes())
+            header = 8 + int.from_bytes(held[:8], "little")
+            at = int(where * (header if kind == "flip header" else len(held)))
+            if kind == "truncate":
+                del held[at:]
+            else:
+                held[at] ^= 1 << bit
+            weights.write_bytes(held)
+        elif kind == "config":
+            fields = json.loads(config.read_text())
+            name = sorted(fields)[int(where * len(fields))]
+            fields[name] = value
+            config.write_text(json.dumps(fields))
+        else:
+            files = sorted(path for path in directory.iterdir() if path.is_file())
+            path = files[int(where * len(files))]
+            if kind == "remove":
+                path.unlink()
+            else:
+                path.write_text("<html>404</html>")
+
+    return apply
+
+
+def damaged_copy(pristine: Path, apply: Callable[[Path], None], scratch: Path) -> Path:
+    copied = scratch / "damaged"
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(pristine, copied)
+    apply(copied)
+    return copied
+
+
+def error_of(act: Callable[[], object]) -> SmoothqError | None:
+    """What an act is refused with, if it is."""
+    try:
+        act()
+    except SmoothqError as error:
+        return error
+    return None
+
+
+FEW = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@FEW
+@given(apply=damage())
+def test_a_damaged_model_is_one_clear_error_or_quantized(pristine, tmp_path, apply) -> None:
+    source = damaged_copy(pristine["float"], apply, tmp_path)
+    out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = preset("w8a8", "rtn")
+    error = error_of(
+        lambda: quantize_checkpoint(open_source(source), recipe, CheckpointWriter(out))
+    )
+    if error is None:
+        assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == VOCABULARY
+    else:
+        assert "\n" not in str(error).strip()
+        assert not out.exists()
+        assert not out.with_name("out.partial").exists()
+
+
+@FEW
+@given(apply=damage())
+def test_a_damaged_quantized_model_does_not_pass_for_whole(pristine, tmp_path, apply) -> None:
+    damaged = damaged_copy(pristine["quantized"], apply, tmp_path)
+    if contents(damaged) == contents(pristine["quantized"]):
+        return
+    with pytest.raises(SmoothqError) as caught:
+        verify_checkpoint(damaged)
+    assert "\n" not in str(caught.value).strip()
