@@ -25,16 +25,18 @@ ROWS_ELEMENTS = 1 << 22  # made at a time
 class Shapes(StrEnum):
     """Models whose shapes can be had."""
 
+    TINYLLAMA = "tinyllama-1.1b"
     LLAMA_32_3B = "llama-3.2-3b"
     LLAMA_31_8B = "llama-3.1-8b"
-    TINYLLAMA = "tinyllama-1.1b"
+    LLAMA_31_70B = "llama-3.1-70b"
 
 
 # vocabulary, hidden, intermediate, layers, heads, key/value heads, head, tied
 _SIZES = {
+    Shapes.TINYLLAMA: (32000, 2048, 5632, 22, 32, 4, False),
     Shapes.LLAMA_32_3B: (128256, 3072, 8192, 28, 24, 8, True),
     Shapes.LLAMA_31_8B: (128256, 4096, 14336, 32, 32, 8, False),
-    Shapes.TINYLLAMA: (32000, 2048, 5632, 22, 32, 4, False),
+    Shapes.LLAMA_31_70B: (128256, 8192, 28672, 80, 64, 8, False),
 }
 
 

@@ -113,7 +113,9 @@ def needs_of(plan: Plan, max_memory: int | None = None, every: int = 1) -> Needs
     recipe = plan.recipe
     text, streams = recipe.calibration, 1 + (recipe.tuning is not None)
     tokens = text.samples * text.sequence_length if recipe.calibrates else 0
-    width = max(site.input.width for site in plan.blocks[0].sites if site.site.reads == "stream")
+    sites = [site for block in plan.blocks for site in block.sites]
+    stream = [site for site in sites if site.site.reads == "stream"]
+    width = max(site.input.width for site in stream or sites)
     states = 4 * streams * tokens * width
     work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)
     limit = STATES_BYTES if max_memory is None else max_memory - work
@@ -134,7 +136,7 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
     recipe = plan.recipe
     specs = [spec for site in block.sites for spec in site.modules.values()]
     elements = sum(spec.out_features * spec.in_features for spec in specs) + block.kept_elements
-    widest = max(spec.out_features * spec.in_features for spec in specs)
+    widest = max((spec.out_features * spec.in_features for spec in specs), default=0)
     most = 4 * elements + plan.stored_dtype.itemsize * widest
     if recipe.tuning is not None:
         most = max(most, TUNED_BYTES * elements)
@@ -150,7 +152,7 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
             most = max(most, waiting + max(3 * square, square + work))
             waiting -= 2 * here
     if recipe.calibrates:
-        rows = max(spec.out_features for spec in specs)
+        rows = max((spec.out_features for spec in specs), default=0)
         most += 4 * 4 * MICRO_BATCH_TOKENS * rows  # what a forward holds at once
     return most + STRETCHES_BYTES
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from smoothq import preset
 
@@ -194,3 +195,31 @@ def test_the_readme_quotes_what_was_measured(monkeypatch) -> None:
     table = load(monkeypatch, "speed_table")
     text = table.README.read_text()
     assert table.written(text) == text
+
+
+def test_the_readme_says_what_quantizing_took(monkeypatch) -> None:
+    needs = load(monkeypatch, "needs")
+    text = needs.README.read_text()
+    assert needs.written(text) == text
+
+
+def test_random_models_are_what_transformers_loads(monkeypatch, tmp_path) -> None:
+    random_models = load(monkeypatch, "make_random_model")
+    config = random_models.config_of(random_models.Shapes.TINYLLAMA, 1)
+    for name, size in (("vocab_size", 64), ("hidden_size", 64), ("intermediate_size", 96)):
+        setattr(config, name, size)
+    config.head_dim, config.tie_word_embeddings = 2, True
+    random_models.write_random_model(tmp_path / "model", config, shard_bytes=10_000)
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    stored = {name: parameter for name, parameter in loaded.named_parameters()}
+    assert all(
+        0.05 < w.float().std() * w.shape[1] ** 0.5 < 2 for w in stored.values() if w.dim() > 1
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(tmp_path) -> None:
+    done = run(tmp_path, "soak.py", "--kills", 2, interpret=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 resumed, 2 identical" in done.stdout

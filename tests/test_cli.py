@@ -290,3 +290,54 @@ def test_families_prints_the_table_and_finds_a_wiring(run, model) -> None:
     code, text, log = run("families", "--infer", "/no/such/model")
     assert (code, text) == (1, "")
     assert "/no/such/model" in log
+
+
+def test_a_stopped_run_goes_on_by_the_same_command(run, model, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", model, "-o", out, "--w8a8", *QUICK)
+    begun: list[int] = []
+
+    def stopping(self: object, done: int, total: int, stage: str) -> None:
+        begun.append(done)
+        if done == 2 and begun.count(2) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("smoothq.cli._PlainProgress.__call__", stopping)
+    assert run(*command)[0] == 130
+    assert not out.exists()
+    code, _, log = run(*command, "--alpha", 0.6)
+    assert code == 1
+    assert "recipe differs" in log
+    begun.clear()
+    begun.append(2)
+    code, _, log = run(*command, "--resume")
+    assert code == 0, log
+    assert set(begun) == {2}
+    code, text, log = run("verify", out)
+    assert code == 0, log
+    assert "is whole" in text
+
+
+def test_verify_names_what_is_damaged(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", model, "-o", out, "--w8a8", "--method", "rtn")[0] == 0
+    figures = json.loads(run("verify", out, "--json")[1])
+    assert figures["tensors"] == len(load_file(out / "model.safetensors"))
+    weights = bytearray((out / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (out / "model.safetensors").write_bytes(weights)
+    code, _, log = run("verify", out)
+    assert code == 1
+    assert "is not what was written" in log
+
+
+@pytest.mark.parametrize(
+    ("amount", "code", "message"),
+    [("much", 2, "no amount"), ("1MB", 1, "too little"), ("9GB", 0, "")],
+)
+def test_max_memory_is_kept_or_refused(run, model, tmp_path, amount, code, message) -> None:
+    out = tmp_path / "out"
+    found, _, log = run("quantize", model, "-o", out, "--w8a8", *QUICK, "--max-memory", amount)
+    assert found == code, log
+    assert message in log
+    assert out.exists() == (code == 0)
