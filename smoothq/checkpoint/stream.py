@@ -375,17 +375,15 @@ def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -
 
     Else a damaged config would have us build layers, or buffers, until memory ends.
     """
-    for part in {
-        id(each): each for each in (config, config.get_text_config(decoder=True))
-    }.values():
-        for field, value in part.to_dict().items():
-            if isinstance(value, int) and abs(value) > LARGEST_SIZE:
-                raise UnsupportedModelError(f"{name}: its config says {field} = {value}")
-        layers = getattr(part, "num_hidden_layers", None)
-        if not isinstance(layers, int) or not 0 < layers <= len(tensors):
-            raise UnsupportedModelError(
-                f"{name}: its config says {layers} layers, with {len(tensors)} tensors stored"
-            )
+    text = config.get_text_config(decoder=True)
+    for field, value in (config.to_dict() | text.to_dict()).items():
+        if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+            raise UnsupportedModelError(f"{name}: its config says {field} = {value}")
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or not 0 < layers <= len(tensors):
+        raise UnsupportedModelError(
+            f"{name}: its config says {layers} layers, with {len(tensors)} tensors stored"
+        )
 
 
 def tensor_files(directory: Path, name: str) -> dict[str, Path]:

@@ -37,7 +37,7 @@ def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> N
 def take_norm(module: nn.Module, name: str) -> Tensor:
     """γ of a norm by its module's name, float64 (K,), for readers folded apart; 1 is left."""
     weight = module.get_submodule(name).get_parameter("weight").data
-    gain = weight.double()
+    gain = weight.double().clone()
     weight.fill_(1)
     return gain
 
