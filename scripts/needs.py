@@ -161,10 +161,11 @@ def written(text: str) -> str:
         "| model | recipe | GB before | GB after | GB of memory | GB of disk | time | |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
-    for name, found in results["rows"].items():
-        figures = dict(found)
-        model, _, recipe = name.partition(": ")
-        lines.append(row(model, recipe, figures.pop("how"), figures))
+    for shapes in Shapes:
+        for recipe in RECIPES:
+            found = results["rows"].get(f"{shapes.value}: {recipe}")
+            if found is not None:
+                lines.append(row(shapes.value, recipe, found["how"], found))
     return replaced(text, BEGIN, END, "\n".join(lines))
 
 

@@ -27,6 +27,8 @@ def quantize(
     device: str = "cpu",
     dtype: torch.dtype | str = "auto",
     overwrite: bool = False,
+    resume: bool | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Quantize a causal LM and return it, ready to run.
@@ -34,7 +36,8 @@ def quantize(
     model: a directory, a hub id, or a model in memory (which is left as it is). data: calibration
     tokens, int64 (samples, length), in place of the recipe's text. output: where the checkpoint
     goes; without it a temporary directory serves. dtype: of everything that stays float in the
-    returned model.
+    returned model. resume: True demands an unfinished run to go on with, False begins anew, None
+    goes on where there is one. max_memory: bytes that the process may take while it quantizes.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError or DeviceError) with one line on what was wrong and what to do.
@@ -42,8 +45,8 @@ def quantize(
     source = open_source(model, tokenizer, gguf_file)
 
     def run(directory: Path) -> Any:
-        writer = CheckpointWriter(directory, overwrite=overwrite)
-        quantize_checkpoint(source, recipe, writer, tokenizer, data, device, progress)
+        writer = CheckpointWriter(directory, overwrite, resume=resume)
+        quantize_checkpoint(source, recipe, writer, tokenizer, data, device, progress, max_memory)
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     if output is not None:

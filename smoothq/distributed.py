@@ -68,6 +68,21 @@ class World:
             raise both[1]  # type: ignore[misc]
         return both[0]  # type: ignore[return-value]
 
+    def each(self, make: Callable[[], Value]) -> Value:
+        """What every process makes for itself; what one raises, all raise."""
+        if self.size == 1:
+            return make()
+        made: Value | None = None
+        failed: Exception | None = None
+        try:
+            made = make()
+        except Exception as error:  # handed on: the others would wait for this process
+            failed = error
+        for problem in self.gather(failed):
+            if problem is not None:
+                raise problem
+        return made  # type: ignore[return-value]
+
     def maximum(self, values: Tensor) -> Tensor:
         """The elementwise maximum over all processes."""
         return self._reduced(values, dist.ReduceOp.MAX)

@@ -131,7 +131,8 @@ def quantize_checkpoint(
     """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
 
     data: calibration tokens, int64 (samples, length); without it the recipe's text is read.
-    max_memory: bytes that the process may take. Several processes of a launcher share the work.
+    max_memory: bytes that the process may take. Of several processes that a launcher started, all
+    must call this: they share the work, and the first writes.
     Raises SmoothqError for whatever cannot be done, before any work where that can be known.
     """
     start = time.perf_counter()
@@ -297,33 +298,46 @@ def _quantize_sites(
         lanes += [_Lane(plan, modules, site_input) for modules in site.lanes]
     numbers = {name: i for i, name in enumerate(m for lane in lanes for m in lane.modules)}
     for together in _in_memory(lanes):
-        factors: dict[str, Factor | None] = {}
+        seen: dict[str, SecondMoment] = {}
         if stream is not None and recipe.weights.rounding == "gptq":
             watched = {lane.modules[0]: lane.input for lane in together}
             seen = stream.hessians(block.module, block.index, watched)
-            for lane in together:
-                moment = seen.pop(lane.modules[0])
-                if any(world.owns(numbers[name]) for name in lane.modules):
-                    factors[lane.modules[0]] = _factor(block, lane, moment, recipe)
-                del moment
+        own = world.each(partial(_round_share, block, job, together, seen, numbers))
         for lane in together:
             for name in lane.modules:
-                factor = factors.get(lane.modules[0])
-                rounded = world.share(
-                    lambda lane=lane, name=name, factor=factor: _round(  # type: ignore[misc]
-                        block, lane, name, factor, recipe
-                    ),
-                    numbers[name],
-                )
-                rounded = rounded.to(world.device)
+                rounded = world.share(partial(own.pop, name), numbers[name]).to(world.device)
                 linear = block.module.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 quantized = install_linear(block.module, name, lane.plan, lane.input)
                 quantized.set_weight(rounded, linear.bias)
-                if recipe.tuning is not None:
-                    assert rounded.unrounded is not None
+                if rounded.unrounded is not None:
                     unrounded[name] = rounded.unrounded
     return unrounded
+
+
+def _round_share(
+    block: _Block,
+    job: _Job,
+    lanes: list[_Lane],
+    seen: dict[str, SecondMoment],
+    numbers: dict[str, int],
+) -> dict[str, QuantizedWeight]:
+    """What this process rounds of some lanes, by module.
+
+    seen: the Hessian of each lane by its first module, where GPTQ rounds. numbers: of the modules,
+    which say whose they are.
+    """
+    rounded = {}
+    for lane in lanes:
+        names = [name for name in lane.modules if job.world.owns(numbers[name])]
+        moment = seen.pop(lane.modules[0], None)
+        factor = None
+        if names and moment is not None:
+            factor = _factor(block, lane, moment, job.plan.recipe)
+        del moment
+        for name in names:
+            rounded[name] = _round(block, lane, name, factor, job.plan.recipe)
+    return rounded
 
 
 @dataclass(frozen=True)

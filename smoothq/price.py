@@ -18,11 +18,15 @@ import torch
 from .checkpoint.shards import SHARD_BYTES
 from .errors import RecipeError
 from .hidden_states import MICRO_BATCH_TOKENS
+from .kernels import largest_multiplier
 from .memory import peak_memory
 from .plan import BlockPlan, Plan
 from .rounding.gptq import WORK_ELEMENTS
+from .rounding.grid import CLIP_RATIOS
 
 DOUBLE = 2  # a float64 operation in float32 ones
+HANDLED = 1500.0  # operations that go by while one weight is read, folded, rounded and written
+TRIED = 250.0  # and while one scale is tried for it; measured on two cores, as all here
 OVERHEAD = 1.4  # all that is no product, as a share: measured on SmolLM2-135M on two cores
 PROBE_SECONDS = 0.2
 ROUTED = 2.0  # experts that a token is taken to pass
@@ -41,8 +45,22 @@ class Price:
 
 def price(plan: Plan, device: torch.device) -> Price:
     """The estimate for a plan whose blocks will be worked on on a device."""
-    operations = sum(block_operations(block, plan) for block in plan.blocks)
+    operations = sum(
+        block_operations(block, plan) + _handling_operations(block) for block in plan.blocks
+    )
     return Price(operations, OVERHEAD * operations / _speed(plan, device))
+
+
+def _handling_operations(block: BlockPlan) -> float:
+    """What reading, folding, rounding and writing come to, in operations that take as long."""
+    total = 0.0
+    for spec in (spec for site in block.sites for spec in site.modules.values()):
+        tried = 1
+        if spec.grid.clip:
+            multiplied = spec.grid.multiplier
+            tried = largest_multiplier(spec.grid.bits) if multiplied else len(CLIP_RATIOS)
+        total += spec.out_features * spec.in_features * (HANDLED + TRIED * tried)
+    return total
 
 
 def block_operations(block: BlockPlan, plan: Plan) -> float:

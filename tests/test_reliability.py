@@ -133,6 +133,24 @@ def test_a_stop_at_any_step_on_the_disk_loses_nothing(run, whole, tmp_path, monk
     assert steps > 20
 
 
+def test_a_stop_before_the_last_act_and_another_soon_after_lose_nothing(
+    run, whole, monkeypatch
+) -> None:
+    def stop(self: CheckpointWriter, final: Path) -> None:
+        (self.partial / "placing").touch()
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, "_place", stop)
+        with pytest.raises(Killed):
+            run()
+    with pytest.raises(Killed):
+        run(progress=stopping_at(2))
+    seen: list[int] = []
+    assert contents(run(progress=lambda at, blocks, stage: seen.append(at))) == whole
+    assert min(seen) == 2
+
+
 def test_the_old_output_stays_until_the_new_one_is_whole(run, whole, tmp_path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -102,11 +102,6 @@ class CheckpointWriter:
         """A directory for what does not outlive the run."""
         return self.partial / "scratch"
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors so far."""
-        return 0 if self._shards is None else self._shards.state.nbytes
-
     def check(self, expected_bytes: int) -> None:
         """Refuse, before any work, an output that cannot be written to or is too small a disk."""
         for path in (self.out, self.partial):
@@ -319,6 +314,8 @@ class CheckpointWriter:
                 "result may differ from those of one run",
                 state.surroundings,
             )
+        # The mark goes first: with it and without what was assembled, work would count as done.
+        (self.partial / "placing").unlink(missing_ok=True)
         ShardWriter.take_back(self.partial / "final", self.partial / "model")
         return state
 
