@@ -1,7 +1,7 @@
 """Calibration by one process of one thread and by two, in turns: seconds, and the same result?
 
-    python scripts/bench_processes.py
-    python scripts/bench_processes.py --layers 8 --repetitions 5 --rounding gptq
+    python scripts/bench_processes.py compare
+    python scripts/bench_processes.py compare --layers 8 --repetitions 5 --rounding gptq
 
 A model of TinyLlama's shapes with random weights is quantized to static W8A8 with SmoothQuant, or
 to W4A16 by GPTQ. Timed is all that a block takes but for loading it: what calibrates and rounds it.
@@ -30,7 +30,7 @@ from smoothq.checkpoint.stream import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.pipeline import quantize_checkpoint
 
-TOKENS = (32, 512)
+TOKENS = (16, 512)
 Rounding = Literal["static", "gptq"]
 console = Console(highlight=False)
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -93,7 +93,7 @@ def differing(one: Path, two: Path) -> float:
 
 @app.command()
 def compare(
-    layers: Annotated[int, typer.Option(help="Of the model.")] = 3,
+    layers: Annotated[int, typer.Option(help="Of the model.")] = 1,
     repetitions: Annotated[int, typer.Option(help="Of each.")] = 3,
     rounding: Annotated[Rounding, typer.Option(help="Maxima, or GPTQ's sums.")] = "static",
 ) -> None:

@@ -7,6 +7,7 @@ back what it is given.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ class World:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, torch.device(device))
+        ours = not dist.is_initialized()
         state = PartialState(cpu=device == "cpu")
+        if ours:  # else its threads outlive the interpreter, and end the process with an error
+            atexit.register(dist.destroy_process_group)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
