@@ -8,28 +8,28 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from ..errors import CheckpointError
-from .tensor_file import COPY_BYTES
+from .tensor_file import COPY_BYTES, Entry
 
 MANIFEST = "manifest.json"
 
 
-class StoredTensor(BaseModel, frozen=True):
-    """A tensor's dtype, shape, and the SHA-256 of its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
-
-
 class Manifest(BaseModel):
-    """The tensors by name, and the SHA-256 of every other file."""
+    """The hash of every tensor's bytes, as in `Entry`, by dtype and name, and of other files."""
 
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, dict[str, str]]
     files: dict[str, str]
+
+    @classmethod
+    def of(cls, tensors: dict[str, Entry], files: list[Path]) -> Manifest:
+        """What a checkpoint of these tensors and other files consists of."""
+        by_dtype: dict[str, dict[str, str]] = {}
+        for name, entry in tensors.items():
+            by_dtype.setdefault(entry.dtype, {})[name] = entry.sha256
+        return cls(tensors=by_dtype, files={path.name: sha256_of(path) for path in files})
 
     def write(self, directory: Path) -> None:
         """Put it into a checkpoint."""
-        (directory / MANIFEST).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        (directory / MANIFEST).write_text(self.model_dump_json(), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:

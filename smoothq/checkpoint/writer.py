@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, OutputError, SmoothqError
-from .manifest import Manifest, StoredTensor, first_line, sha256_of
+from .manifest import Manifest, first_line
 from .shards import SHARD_BYTES, ShardState, ShardWriter
 from .tensor_file import Entry, TensorFile, is_intact
 
@@ -270,13 +270,10 @@ class CheckpointWriter:
 
     def _manifest(self, final: Path) -> Manifest:
         assert self._shards is not None
-        tensors = {
-            name: StoredTensor(dtype=entry.dtype, shape=entry.shape, sha256=entry.sha256)
-            for shard in self._shards.state.shards
-            for name, entry in shard.items()
-        }
+        shards = self._shards.state.shards
+        tensors = {name: entry for shard in shards for name, entry in shard.items()}
         others = sorted(path for path in final.iterdir() if path.suffix != ".safetensors")
-        return Manifest(tensors=tensors, files={path.name: sha256_of(path) for path in others})
+        return Manifest.of(tensors, others)
 
     def _found(self, identity: Identity, surroundings: Surroundings) -> State | None:
         """The state of the work in `OUT.partial`, if there is any, and it is ours."""
