@@ -73,7 +73,7 @@ def seconds_of(processes: int, model: Path, out: Path, rounding: Rounding) -> fl
     """Of a run by so many processes of one thread."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*command, __file__, "run", str(model), str(out), rounding],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

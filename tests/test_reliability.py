@@ -365,7 +365,7 @@ def quantized_by(processes: int, model: Path, out: Path, *flags: str) -> dict[st
     """The tensors that so many processes of one thread make."""
     command = [sys.executable, "-m"]
     if processes > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     # Of 64 tokens, the text of 40 samples makes two micro-batches.
     text = ["--calibration", "builtin", "--samples", "40", "--sequence-length", "64"]
     command += ["smoothq", "quantize", str(model), "-o", str(out), *text, *flags]
