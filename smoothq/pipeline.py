@@ -296,48 +296,56 @@ def _quantize_sites(
             normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
             stream.calibrate(block.module, block.index, site, site_input, normalise)
         lanes += [_Lane(plan, modules, site_input) for modules in site.lanes]
-    numbers = {name: i for i, name in enumerate(m for lane in lanes for m in lane.modules)}
     for together in _in_memory(lanes):
         seen: dict[str, SecondMoment] = {}
         if stream is not None and recipe.weights.rounding == "gptq":
             watched = {lane.modules[0]: lane.input for lane in together}
             seen = stream.hessians(block.module, block.index, watched)
-        own = world.each(partial(_round_share, block, job, together, seen, numbers))
-        for lane in together:
-            for name in lane.modules:
-                rounded = world.share(partial(own.pop, name), numbers[name]).to(world.device)
+        factors = _Factors(block, seen, recipe)
+        work = [(lane, name) for lane in together for name in lane.modules]
+        for turn in (work[i : i + world.size] for i in range(0, len(work), world.size)):
+            own = world.each(partial(_round_own, block, turn, factors, job))
+            for owner, (lane, name) in enumerate(turn):
+                rounded = world.share(lambda own=own: own, owner)  # type: ignore[misc]
+                assert rounded is not None
+                rounded = rounded.to(world.device)
                 linear = block.module.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 quantized = install_linear(block.module, name, lane.plan, lane.input)
                 quantized.set_weight(rounded, linear.bias)
                 if rounded.unrounded is not None:
                     unrounded[name] = rounded.unrounded
+            del own, rounded
     return unrounded
 
 
-def _round_share(
-    block: _Block,
-    job: _Job,
-    lanes: list[_Lane],
-    seen: dict[str, SecondMoment],
-    numbers: dict[str, int],
-) -> dict[str, QuantizedWeight]:
-    """What this process rounds of some lanes, by module.
+def _round_own(
+    block: _Block, turn: list[tuple[_Lane, str]], factors: _Factors, job: _Job
+) -> QuantizedWeight | None:
+    """What this process rounds of a turn, in which every process has one matrix at most."""
+    if job.world.rank >= len(turn):
+        return None
+    lane, name = turn[job.world.rank]
+    return _round(block, lane, name, factors.of(lane), job.plan.recipe)
 
-    seen: the Hessian of each lane by its first module, where GPTQ rounds. numbers: of the modules,
-    which say whose they are.
-    """
-    rounded = {}
-    for lane in lanes:
-        names = [name for name in lane.modules if job.world.owns(numbers[name])]
-        moment = seen.pop(lane.modules[0], None)
-        factor = None
-        if names and moment is not None:
-            factor = _factor(block, lane, moment, job.plan.recipe)
-        del moment
-        for name in names:
-            rounded[name] = _round(block, lane, name, factor, job.plan.recipe)
-    return rounded
+
+class _Factors:
+    """What GPTQ needs for each of some lanes, made when it is asked for; one at a time is held."""
+
+    def __init__(self, block: _Block, seen: dict[str, SecondMoment], recipe: Recipe) -> None:
+        """seen: the Hessian of each lane by its first module; empty where GPTQ does not round."""
+        self._block, self._seen, self._recipe = block, seen, recipe
+        self._held: tuple[str, Factor | None] = ("", None)
+
+    def of(self, lane: _Lane) -> Factor | None:
+        """A lane's; None where its matrices are rounded to nearest."""
+        name = lane.modules[0]
+        if self._held[0] != name:
+            self._held = ("", None)
+            moment = self._seen.pop(name, None)
+            factor = None if moment is None else _factor(self._block, lane, moment, self._recipe)
+            self._held = (name, factor)
+        return self._held[1]
 
 
 @dataclass(frozen=True)
