@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for `mallopt`
-STEADY = 4 << 20
+STEADY = 1 << 20
 USUAL = 32 << 20  # where glibc's own adaptation ends in a process with large tensors
 
 

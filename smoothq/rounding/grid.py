@@ -19,7 +19,7 @@ from ..kernels.reference import extreme, nonzero
 
 CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
 CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
-CHUNK_ELEMENTS = 1 << 18  # searched or rounded at a time: what comes of them stays in cache
+CHUNK_ELEMENTS = 1 << 17  # searched or rounded at a time: what comes of them stays in cache
 
 
 def rows_at_once(matrix: Tensor) -> int:
