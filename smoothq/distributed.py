@@ -114,8 +114,3 @@ class World:
     def _carrier(self) -> torch.device:
         """Where tensors must lie to travel."""
         return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def alone(device: str = "cpu") -> World:
-    """A world of one process."""
-    return World(0, 1, torch.device(device))

@@ -64,8 +64,8 @@ class Output:
             self._writer.commit(finished, streams)
             return
         for stream in streams.values():
-            for _ in stream:  # every process hands over its share
-                pass
+            for number in range(len(stream)):
+                stream.batch(number)  # every process hands over its share
 
     def finish(
         self,
