@@ -39,7 +39,7 @@ from transformers.core_model_loading import (
 
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
-from ..memory import give_back
+from ..memory import give_back, steady_heap
 from .manifest import first_line
 from .tensor_file import as_bytes
 
@@ -313,7 +313,8 @@ def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
     config = copy.deepcopy(source.config)
     try:
-        with init_empty_weights(include_buffers=False):
+        # accelerate makes each weight before it drops it: holes, if the heap had to give them.
+        with steady_heap(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever transformers makes of a config that fits no model
         raise UnsupportedModelError(
