@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -20,6 +19,7 @@ from . import proof
 from .architectures import Family
 from .architectures.graph import text_config
 from .architectures.layout import open_block
+from .checkpoint.stream import empty_model
 from .errors import UnsupportedModelError
 from .experiments import (
     EXACT,
@@ -112,7 +112,7 @@ def _prove(model: PreTrainedModel, family: Family, name: str) -> None:
 def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
     """For each block of the real model a number; the same for blocks with the same parameters."""
     try:
-        model = _skeleton(config)
+        model = empty_model(config)
     except ValueError as error:
         raise UnsupportedModelError(
             f"'{config.model_type}' is no causal LM that transformers knows: "
@@ -122,13 +122,6 @@ def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
     blocks = _layers(model)[1]
     signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
     return [seen.setdefault(signature, len(seen)) for signature in signatures]
-
-
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """A model without its weights."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return model
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -184,7 +177,7 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
         decoder.num_experts_per_tok = min(decoder.num_experts_per_tok, 2)
     if getattr(decoder, "layer_types", None):
         decoder.layer_types = decoder.layer_types[:layers]
-    numbers = sum(parameter.numel() for parameter in _skeleton(tiny).parameters())
+    numbers = sum(parameter.numel() for parameter in empty_model(tiny).parameters())
     if numbers > _LARGEST:
         raise UnsupportedModelError(
             f"architecture '{decoder.model_type}' has no file, and no small model of its wiring "

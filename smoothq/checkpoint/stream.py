@@ -311,11 +311,8 @@ def resolve_directory(model: str) -> Path:
 
 def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
-    config = copy.deepcopy(source.config)
     try:
-        # accelerate makes each weight before it drops it: holes, if the heap had to give them.
-        with steady_heap(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = empty_model(source.config)
     except Exception as error:  # whatever transformers makes of a config that fits no model
         raise UnsupportedModelError(
             f"{source.name}: no model can be built from its config: {first_line(error)}"
@@ -324,6 +321,19 @@ def skeleton(source: Source) -> PreTrainedModel:
     model.config.dtype = source.config.dtype
     source.adopt(model)
     model.eval()
+    return model
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config with its parameters on the meta device and its buffers real.
+
+    Raises whatever transformers makes of a config that fits no model.
+    """
+    # accelerate makes each weight before it drops it: holes, if the heap had to give them.
+    with steady_heap(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32
+        )
     return model
 
 
