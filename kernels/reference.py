@@ -139,16 +139,24 @@ def quantize_token_groups(
     q = round(x / (m · s)) with s = base / 2^(b-1). Beside codes of 5 and 6 bits |m| ≤ 7 and 3.
     x: float (..., K), G divides K. Returns codes q · m int8 (..., K), scale s float32 (..., 1).
     """
-    groups, largest = x.float().unflatten(-1, (-1, group_size)), largest_group_multiplier(bits)
-    largest_values = extreme(groups)
+    groups = x.float().unflatten(-1, (-1, group_size))
+    multiplier, scale = group_multipliers(groups, bits, clip)
+    codes = _codes(groups, multiplier * scale, bits)
+    return QuantizedInput((codes * multiplier.to(torch.int8)).flatten(-2), scale.squeeze(-1))
+
+
+def group_multipliers(groups: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The signed multipliers m and the scale s of `quantize_token_groups`.
+
+    groups: float32 (..., K / G, G). Returns float32 (..., K / G, 1) and (..., 1, 1).
+    """
+    largest, largest_values = largest_group_multiplier(bits), extreme(groups)
     maxima = largest_values.abs() * clip
     base = maxima.amax(-2, keepdim=True) / largest
     scale = nonzero(base / (highest_code(bits) + 1))
     base = scale * (highest_code(bits) + 1)
     multiplier = (maxima / base).ceil().clamp(1, largest)
-    multiplier = torch.where(largest_values > 0, -multiplier, multiplier)
-    codes = _codes(groups, multiplier * scale, bits)
-    return QuantizedInput((codes * multiplier.to(torch.int8)).flatten(-2), scale.squeeze(-1))
+    return torch.where(largest_values > 0, -multiplier, multiplier), scale
 
 
 def channel_multipliers(scale: Tensor, bits: int) -> Tensor:

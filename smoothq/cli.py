@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -27,8 +28,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import CheckpointError, SmoothqError
-from .recipe import Attention, Effort, Method, Preset, Recipe, Scope, load_recipe, preset
+from .errors import CalibrationError, CheckpointError, SmoothqError
+from .flags import DtypeName, RecipeFlags, takes_recipe
+from .recipe import Preset
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -40,12 +42,10 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 log = logging.getLogger("smoothq")
 
+WORST_SITES = 12  # that `inspect` prints
+
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Dtype = Annotated[
-    DtypeName, typer.Option(help="dtype of all that is not quantized; auto is the model's own.")
-]
 RunDtype = Annotated[
     DtypeName,
     typer.Option(help="dtype of all that is not quantized; auto is float32 on a CPU."),
@@ -72,70 +72,11 @@ def _common(
 
 
 @app.command()
+@takes_recipe
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    w8a8: Annotated[bool, typer.Option("--w8a8", help="8-bit weights and activations.")] = False,
-    w4a8: Annotated[bool, typer.Option("--w4a8", help="4-bit weights, 8-bit activations.")] = False,
-    w4a4: Annotated[bool, typer.Option("--w4a4", help="4-bit weights and activations.")] = False,
-    w4a16: Annotated[bool, typer.Option("--w4a16", help="4-bit weights only.")] = False,
-    method: Annotated[
-        Method | None, typer.Option(help="A paper's method at these bits; without it, our best.")
-    ] = None,
-    effort: Annotated[
-        Effort, typer.Option(help="Time for accuracy: more text, more steps of tuning.")
-    ] = "default",
-    rounding: Annotated[
-        Literal["rtn", "gptq"] | None, typer.Option(help="Round to nearest, or GPTQ.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A YAML recipe in place of the flags above.")
-    ] = None,
-    alpha: Annotated[
-        str | None, typer.Option(help="Migration strength of smoothing, or auto to search it.")
-    ] = None,
-    smooth_quantile: Annotated[
-        float | None, typer.Option(help="Smooth by this quantile in place of the maximum.")
-    ] = None,
-    edges: Annotated[
-        str | None, typer.Option(help="Smoothed edges: norms,up_down,value_output.")
-    ] = None,
-    group_size: Annotated[
-        str | None, typer.Option(help="Weights in groups of this many channels, or auto.")
-    ] = None,
-    w_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None,
-    a_bits: Annotated[int | None, typer.Option(help="Bits of an activation; 16 is float.")] = None,
-    activation_scales: Annotated[
-        Literal["token", "tensor", "static"] | None,
-        typer.Option(help="One scale a token, a tensor, or a tensor calibrated (O1, O2, O3)."),
-    ] = None,
-    smooth_scope: Annotated[
-        Scope | None, typer.Option(help="Where runtime smoothing takes its scale from.")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave these linears in float: a pattern of full names; repeatable."),
-    ] = None,
-    embeddings: Annotated[
-        int | None, typer.Option(help="Bits of embedding and head: 8, or 16 for float.")
-    ] = None,
-    kv_bits: Annotated[
-        int | None, typer.Option(help="Bits of a cached key or value, 8 or 4; without it, float.")
-    ] = None,
-    attention: Annotated[
-        Attention | None,
-        typer.Option(help="Queries times keys in float or int8, the keys' mean removed or not."),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="wikitext2, c4, ptb, a data set id, a text file, or builtin."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the calibration data set.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of rotations and of sampling.")] = None,
-    dtype: Dtype = "auto",
+    flags: RecipeFlags,
     device: Device = "cpu",
     gguf_file: Gguf = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
@@ -170,36 +111,7 @@ def quantize(
     from .price import as_text, needs_of, price
 
     _silence_transformers()
-    presets: dict[Preset, bool] = {"w8a8": w8a8, "w4a8": w4a8, "w4a4": w4a4, "w4a16": w4a16}
-    chosen = _base_recipe(
-        [name for name, wanted in presets.items() if wanted], method, smooth_scope, effort, recipe
-    )
-    fields = {
-        "weights__rounding": rounding,
-        "weights__group_size": None if group_size is None else _int_or_auto(group_size),
-        "weights__granularity": None if group_size is None else "group",
-        "weights__bits": w_bits,
-        "activations__bits": a_bits,
-        "activations__static": None if activation_scales is None else activation_scales == "static",
-        "activations__granularity": {"token": "token", "tensor": "tensor", "static": "tensor"}.get(
-            str(activation_scales)
-        ),
-        "smoothing__alpha": None if alpha is None else _float_or_auto(alpha),
-        "smoothing__quantile": smooth_quantile,
-        "smoothing__edges": None if edges is None else edges.split(","),
-        "keep": keep or None,
-        "embeddings": embeddings,
-        "kv_cache": None if kv_bits is None else {"bits": kv_bits},
-        "attention": attention,
-        "calibration__source": calibration,
-        "calibration__split": split,
-        "calibration__text_column": text_column,
-        "calibration__samples": samples,
-        "calibration__sequence_length": sequence_length,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    final = chosen.edit(**{name: value for name, value in fields.items() if value is not None})
+    final = flags.chosen()
     limit = None if max_memory is None else _bytes(max_memory)
     writer = CheckpointWriter(output, overwrite, resume=resume, every=checkpoint_every)
     world = World.join(device)
@@ -252,6 +164,76 @@ def verify(
         return
     size = f"{checked.bytes / 1e6:.1f} MB in {checked.tensors} tensors"
     out.print(f"{directory} is whole: {size}, {checked.files} other files")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write a report: one HTML page.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Directory for the report's figures as PNG files.")
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Block whose inputs are drawn; without it, the worst.")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Site that is drawn, such as down; the block's worst.")
+    ] = None,
+    bits: Annotated[
+        Preset, typer.Option(help="Number formats at which the methods' errors are measured.")
+    ] = "w4a4",
+    text: Annotated[str, typer.Option(help="Text that the model reads, as for --calibration.")] = (
+        "wikitext2"
+    ),
+    sequences: Annotated[int, typer.Option(help="Sequences of it.", min=1)] = 4,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of rotations and of sampling.")] = 0,
+    every_site: Annotated[
+        bool, typer.Option("--all", help="Print every site, not only the worst.")
+    ] = False,
+    device: Device = "cpu",
+    gguf_file: Gguf = None,
+    as_json: Json = False,
+) -> None:
+    """Show the outliers in what MODEL's linears are fed, and what each method makes of them.
+
+    Example: smoothq inspect MODEL --text builtin -o report.html
+    """
+    from .calibration import TextSource, calibration_tokens
+    from .checkpoint.stream import open_source
+    from .inspection.outliers import inspect_model
+    from .inspection.summary import as_dict, massive_tokens, table
+
+    _silence_transformers()
+    if output is not None or plots is not None:
+        _needs_package("matplotlib", "plots")
+    source = open_source(model, gguf_file=gguf_file)
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise CalibrationError(f"{model} has no tokenizer to read text with")
+    tokens = calibration_tokens(tokenizer, TextSource(text), sequences, sequence_length, seed)
+    with _progress() as progress:
+        inspection = inspect_model(source, tokens, bits, seed, progress, device)
+    drawn = inspection.worst() if block is None else inspection.of(block, site)
+    massive = massive_tokens(inspection, drawn, tokenizer)
+    if output is not None or plots is not None:
+        from .inspection.page import write_page
+        from .inspection.plots import figures, save
+
+        pictures = figures(inspection, drawn)
+        if plots is not None:
+            save(pictures, plots)
+        if output is not None:
+            write_page(inspection, drawn, pictures, massive, output)
+    if as_json:
+        print(json.dumps(as_dict(inspection)))
+        return
+    shown = inspection.sites if every_site else inspection.worst_first()[:WORST_SITES]
+    out.print(table(inspection, list(shown)), soft_wrap=False)
+    if massive:
+        out.print(f"block {drawn.block}, {drawn.site}: massive activations at {massive}")
 
 
 @app.command(name="eval")
@@ -353,29 +335,6 @@ def families(
     out.print(table, soft_wrap=False)
 
 
-def _base_recipe(
-    presets: list[Preset],
-    method: Method | None,
-    scope: Scope | None,
-    effort: Effort,
-    recipe: Path | None,
-) -> Recipe:
-    if recipe is not None:
-        if presets or method or scope or effort != "default":
-            raise typer.BadParameter("--recipe replaces --w…, --method, --smooth-scope, --effort")
-        return load_recipe(recipe)
-    if len(presets) != 1:
-        raise typer.BadParameter("give one of --w8a8, --w4a8, --w4a4, --w4a16, or --recipe FILE")
-    return preset(presets[0], method, scope, effort)
-
-
-def _float_or_auto(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def _bytes(text: str) -> int:
     """A number of bytes: `8GB`, `500 MB`, `7.5e9`."""
     found = re.fullmatch(r"([0-9.eE+]+)\s*([kKMGT]?)i?B?", text.strip())
@@ -385,10 +344,6 @@ def _bytes(text: str) -> int:
         return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
     except ValueError as error:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
-
-
-def _int_or_auto(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _load(model: str, dtype: str, device: str, memory: str) -> tuple[Any, Any]:
@@ -413,6 +368,12 @@ def _load(model: str, dtype: str, device: str, memory: str) -> tuple[Any, Any]:
     if memory == "low":
         keep_packed(loaded)
     return loaded.to(device), tokenizer
+
+
+def _needs_package(package: str, extra: str) -> None:
+    """Raise SmoothqError, before any work, if an optional package is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise SmoothqError(f"this needs {package}: pip install 'smoothq[{extra}]'")
 
 
 def _silence_transformers() -> None:

@@ -180,7 +180,7 @@ class HiddenStates:
                 AbsMax(width) if share == 1 else AbsQuantile(width, share, self._run.tokens)
             )
             watched |= {lane[0]: seen[site.name].update for lane in site.lanes}
-        self._watch(block, index, watched, advance)
+        self.watch(block, index, watched, advance)
         maxima = {site: self._reduced(observer) for site, observer in seen.items()}
         for site_name, maximum in maxima.items():
             _check_finite(maximum, f"{name}, input of {site_name}")
@@ -196,7 +196,7 @@ class HiddenStates:
             def update(x: Tensor) -> None:
                 seen.update(site_input.rotate(x))
 
-            self._watch(block, index, {lane[0]: update for lane in site.lanes})
+            self.watch(block, index, {lane[0]: update for lane in site.lanes})
             maxima = self._reduced(seen)
             _check_finite(maxima, f"input of {site_input.name}")
             site_input.calibrate(maxima)
@@ -215,7 +215,7 @@ class HiddenStates:
             quantizer, observer = inputs[module], seen[module]
             return lambda x: observer.update(quantizer.dequantized(x))
 
-        self._watch(block, index, {module: update(module) for module in inputs})
+        self.watch(block, index, {module: update(module) for module in inputs})
         for module, observer in seen.items():
             _check_finite(self._reduced(observer), f"input of {inputs[module].name}")
         return seen
@@ -227,7 +227,7 @@ class HiddenStates:
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move past a block: its output becomes what enters the next."""
-        self._watch(block, index, {}, advance=True)
+        self.watch(block, index, {}, advance=True)
 
     def __len__(self) -> int:
         """Micro-batches, of all processes."""
@@ -245,16 +245,17 @@ class HiddenStates:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _watch(
+    def watch(
         self,
         block: nn.Module,
         index: int,
         watched: dict[str, Callable[[Tensor], None]],
         advance: bool = False,
     ) -> None:
-        """Call `watched[module]` with every input of a module, float (..., K).
+        """Call `watched[module]` with every input of a module of a block, float (..., K).
 
-        One module alone, without `advance`, ends each forward where it is reached.
+        advance: move past the block as well. One module alone, without it, ends each forward where
+        it is reached.
         """
         stops = len(watched) == 1 and not advance
 

@@ -26,11 +26,12 @@ from .architectures.graph import is_tied
 from .architectures.layout import open_block
 from .calibration import TextSource, calibration_tokens
 from .checkpoint.packing import pack, packed_like
-from .checkpoint.stream import Source, check_weight, load_module, skeleton, unload_module
+from .checkpoint.stream import Source, load_module, skeleton, unload_module
 from .checkpoint.tensor_file import as_bytes
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
 from .distributed import World
-from .errors import CalibrationError, CheckpointError
+from .entry import WORKING_DTYPE, enter, float_rows
+from .errors import CalibrationError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .memory import peak_memory, steady_heap
@@ -68,9 +69,7 @@ from .version import __version__
 
 log = logging.getLogger("smoothq")
 
-WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
 HESSIAN_BYTES = 1 << 30  # of experts' Hessians that are held at once
-ROWS_ELEMENTS = 1 << 22  # of an embedding or a head that are worked on at a time
 
 
 class Progress(Protocol):
@@ -100,7 +99,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """The block at hand: its module, its name and index in the model, and its plan."""
 
     module: nn.Module
@@ -188,16 +187,14 @@ def _run(job: _Job, tokens: Tensor | None, finished: int, directory: Path | None
     or None.
     """
     plan, output = job.plan, job.output
-    streams = _enter(job, tokens, directory, store=not finished)
-    if finished:
+    streams = _streams(job, tokens, directory)
+    if not finished:
+        _store_ends(job)
+    else:
         streams = {name: each.replaced(output.stream(name)) for name, each in streams.items()}
-    for index, block_plan in enumerate(plan.blocks[finished:], finished):
-        name = f"{plan.parts.layers}.{index}"
-        block = _Block(job.model.get_submodule(name), name, index, block_plan)
+    for index in range(finished, len(plan.blocks)):
         job.progress(index, len(plan.blocks), "load")
-        load_module(block.module, name, job.source, WORKING_DTYPE)
-        open_block(block.module)
-        block.module.to(job.world.device)
+        block = load_block(job.source, job.model, plan, index, job.world.device)
         _quantize_block(
             block,
             job,
@@ -205,13 +202,24 @@ def _run(job: _Job, tokens: Tensor | None, finished: int, directory: Path | None
             streams.get("float"),
             lambda stage, i=index: job.progress(i, len(plan.blocks), stage),
         )
-        output.add(_to_store(block.module, name, plan.stored_dtype))
+        output.add(_to_store(block.module, block.name, plan.stored_dtype))
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
 
 
+def load_block(
+    source: Source, model: PreTrainedModel, plan: Plan, index: int, device: torch.device
+) -> Block:
+    """Bring one block of a skeleton to life, opened, in float32."""
+    name = f"{plan.parts.layers}.{index}"
+    module = model.get_submodule(name)
+    load_module(module, name, source, WORKING_DTYPE)
+    open_block(module)
+    return Block(module.to(device), name, index, plan.blocks[index])
+
+
 def _quantize_block(
-    block: _Block,
+    block: Block,
     job: _Job,
     stream: HiddenStates | None,
     unquantized: HiddenStates | None,
@@ -221,17 +229,9 @@ def _quantize_block(
 
     unquantized: the hidden states of the float model, where the recipe tunes blocks towards them.
     """
-    plan, recipe, graph = job.plan, job.plan.recipe, block.plan.graph
-    if plan.residual_rotation is not None:
-        stage("rotate")
-        fuse_norms(block.module, graph)
-        rotate_residual(block.module, graph, plan.residual_rotation)
+    plan, recipe = job.plan, job.plan.recipe
     follows_float = recipe.smoothing is not None and not recipe.sees_quantized
-    if recipe.smoothing is not None and stream is not None:
-        stage("smooth")
-        _smooth(block, plan, stream, advance=follows_float)
-    if graph.value_output is not None and block.plan.value_rotation is not None:
-        rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)
+    transform_block(block, plan, stream, stage, advance=follows_float)
     if unquantized is not None:
         stage("float forward")
         unquantized.advance(block.module, block.index)
@@ -250,7 +250,27 @@ def _quantize_block(
         stream.advance(block.module, block.index)
 
 
-def _smooth(block: _Block, plan: Plan, stream: HiddenStates, advance: bool) -> None:
+def transform_block(
+    block: Block, plan: Plan, stream: HiddenStates | None, stage: Stage, advance: bool
+) -> None:
+    """Rotate and smooth a float block as the plan has it; what it computes stays the same.
+
+    stream: what enters the block, rotated as the plan has it; smoothing needs it. advance: where
+    the block is smoothed, move the stream past the float block on the way.
+    """
+    recipe, graph = plan.recipe, block.plan.graph
+    if plan.residual_rotation is not None:
+        stage("rotate")
+        fuse_norms(block.module, graph)
+        rotate_residual(block.module, graph, plan.residual_rotation)
+    if recipe.smoothing is not None and stream is not None:
+        stage("smooth")
+        _smooth(block, plan, stream, advance)
+    if graph.value_output is not None and block.plan.value_rotation is not None:
+        rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)
+
+
+def _smooth(block: Block, plan: Plan, stream: HiddenStates, advance: bool) -> None:
     """Smooth the edges that the recipe names. advance: the hidden states follow the float model."""
     smoothing = plan.recipe.smoothing
     assert smoothing is not None
@@ -273,7 +293,7 @@ def _smooth(block: _Block, plan: Plan, stream: HiddenStates, advance: bool) -> N
 
 
 def _quantize_sites(
-    block: _Block,
+    block: Block,
     job: _Job,
     plans: list[SitePlan],
     inputs: dict[str, InputQuantizer],
@@ -320,7 +340,7 @@ def _quantize_sites(
 
 
 def _round_own(
-    block: _Block, turn: list[tuple[_Lane, str]], factors: _Factors, job: _Job
+    block: Block, turn: list[tuple[_Lane, str]], factors: _Factors, job: _Job
 ) -> QuantizedWeight | None:
     """What this process rounds of a turn, in which every process has one matrix at most."""
     if job.world.rank >= len(turn):
@@ -332,7 +352,7 @@ def _round_own(
 class _Factors:
     """What GPTQ needs for each of some lanes, made when it is asked for; one at a time is held."""
 
-    def __init__(self, block: _Block, seen: dict[str, SecondMoment], recipe: Recipe) -> None:
+    def __init__(self, block: Block, seen: dict[str, SecondMoment], recipe: Recipe) -> None:
         """seen: the Hessian of each lane by its first module; empty where GPTQ does not round."""
         self._block, self._seen, self._recipe = block, seen, recipe
         self._held: tuple[str, Factor | None] = ("", None)
@@ -374,7 +394,7 @@ def _in_memory(lanes: list[_Lane]) -> Iterator[list[_Lane]]:
     yield run
 
 
-def _factor(block: _Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> Factor | None:
+def _factor(block: Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> Factor | None:
     """What GPTQ needs for a lane; None for an expert that too few tokens reached."""
     where = f"{block.name}, {lane.plan.site.name if not lane.routed else lane.modules[0]}"
     if lane.routed and seen.tokens < recipe.gptq.least_tokens:
@@ -388,7 +408,7 @@ def _factor(block: _Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> F
 
 
 def _round(
-    block: _Block, lane: _Lane, name: str, factor: Factor | None, recipe: Recipe
+    block: Block, lane: _Lane, name: str, factor: Factor | None, recipe: Recipe
 ) -> QuantizedWeight:
     """The weight of one linear of a lane, rounded."""
     linear = block.module.get_submodule(name)
@@ -401,75 +421,46 @@ def _round(
     return rounded if recipe.tuning is not None else replace(rounded, unrounded=None)
 
 
-def _enter(
-    job: _Job, tokens: Tensor | None, directory: Path | None, store: bool
-) -> dict[str, HiddenStates]:
-    """Take the tokens to the first block; store all that is not a block, unless it is already.
-
-    Returns the hidden states: `quantized`, which will see the quantized blocks, and, where the
-    recipe tunes blocks towards the float model, `float`; none without tokens.
+def _streams(job: _Job, tokens: Tensor | None, directory: Path | None) -> dict[str, HiddenStates]:
+    """The hidden states: `quantized`, which will see the quantized blocks, and, where the recipe
+    tunes blocks towards the float model, `float`; none without tokens.
     """
-    plan, model, parts = job.plan, job.model, job.plan.parts
-    large = [parts.embedding, *([] if is_tied(model) else [parts.head])]
-    small = [name for name in (parts.positions, parts.entry_norm, parts.final_norm) if name]
-    for name in small:
-        load_module(model.get_submodule(name), name, job.source, WORKING_DTYPE)
-    streams = {}
-    if tokens is not None:
-        embedding = model.get_submodule(parts.embedding)
-        assert isinstance(embedding, nn.Embedding)
-        empty = embedding.weight
-        seen = _load_rows(job, embedding, tokens)
-        streams["quantized"] = HiddenStates.enter(model, plan, seen, job.world, directory)
-        embedding.weight = empty
-        if plan.recipe.tuning is not None:
-            streams["float"] = streams["quantized"].copy()
-    if store:
-        _store_ends(job, large, small)
-    for name in small:
-        unload_module(model.get_submodule(name))
+    if tokens is None:
+        return {}
+    entered = enter(job.source, job.model, job.plan, tokens, job.world, directory)
+    streams = {"quantized": entered}
+    if job.plan.recipe.tuning is not None:
+        streams["float"] = entered.copy()
     return streams
 
 
-def _load_rows(job: _Job, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-    """Load the rows of the embedding that tokens need, and no others; returns their new ids."""
-    name = job.plan.parts.embedding
-    used: Tensor
-    ids: Tensor
-    used, ids = tokens.unique(return_inverse=True)
-    first, found = 0, list[Tensor]()
-    for rows in _float_rows(job, name, fold=None):
-        here = used[(used >= first) & (used < first + len(rows))] - first
-        found.append(rows[here].clone())
-        first += len(rows)
-    if len(used) and used[-1] >= first:
-        raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    dtype = WORKING_DTYPE if job.plan.folds_ends else found[0].dtype
-    embedding.weight = nn.Parameter(torch.cat(found).to(dtype), requires_grad=False)
-    embedding.padding_idx = None  # it is one of the old ids, and of no use here
-    return ids
-
-
-def _store_ends(job: _Job, large: list[str], small: list[str]) -> None:
+def _store_ends(job: _Job) -> None:
     """Store embedding, head, positions, norms and all else that is not a block.
 
     Where the residual stream is rotated offline the rotation is folded in; embedding and head are
     read, worked on and written in stretches of their rows.
     """
     plan, model, output, rotation = job.plan, job.model, job.output, job.plan.residual_rotation
+    parts = plan.parts
+    large = [parts.embedding, *([] if is_tied(model) else [parts.head])]
+    small = [name for name in (parts.positions, parts.entry_norm, parts.final_norm) if name]
+    for name in small:
+        load_module(model.get_submodule(name), name, job.source, WORKING_DTYPE)
     folds: dict[str, Callable[[Tensor], None] | None] = dict.fromkeys(large)
     if rotation is not None and plan.folds_ends:
-        gain = take_norm(model, plan.parts.final_norm)
+        gain = take_norm(model, parts.final_norm)
         folds = {name: partial(rotate_input, rotation=rotation) for name in large}
-        folds[plan.parts.head] = partial(rotate_reader, gain=gain, rotation=rotation)
-    if rotation is not None and plan.parts.positions is not None:
-        positions = model.get_submodule(plan.parts.positions)
+        folds[parts.head] = partial(rotate_reader, gain=gain, rotation=rotation)
+    if rotation is not None and parts.positions is not None:
+        positions = model.get_submodule(parts.positions)
         rotate_input(positions.get_parameter("weight").data, rotation)
     for name in large:
         _store_matrix(job, name, folds[name])
     for name in small:
-        output.add(_to_store(model.get_submodule(name), name, plan.stored_dtype))
-    held = (*small, plan.parts.layers, *(f"{name}.weight" for name in (*large, plan.parts.head)))
+        module = model.get_submodule(name)
+        output.add(_to_store(module, name, plan.stored_dtype))
+        unload_module(module)
+    held = (*small, parts.layers, *(f"{name}.weight" for name in (*large, parts.head)))
     rest = [
         name
         for name, _ in model.named_parameters()
@@ -482,7 +473,7 @@ def _store_ends(job: _Job, large: list[str], small: list[str]) -> None:
 def _store_matrix(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -> None:
     """Store an embedding or a head, row by row: float, or codes with a scale a row."""
     plan, weight = job.plan, job.model.get_submodule(name).get_parameter("weight")
-    rows = _float_rows(job, name, fold)
+    rows = float_rows(job.source, job.model, name, fold)
     if not plan.tables:
         cast = (each.to(plan.stored_dtype) for each in rows)
         nbytes = weight.numel() * plan.stored_dtype.itemsize
@@ -500,24 +491,6 @@ def _store_matrix(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -
     job.output.add_rows(f"{name}.weight", packed(), tuple(like.shape), like.nbytes)
     if scales:
         job.output.add({f"{name}.weight_scale": torch.cat(scales)})
-
-
-def _float_rows(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
-    """The rows of an embedding or a head, some at a time, with something folded in."""
-    tensor, model = f"{name}.weight", job.source.name
-    height, width = job.model.get_submodule(name).get_parameter("weight").shape
-    left, count = height, max(1, ROWS_ELEMENTS // width)
-    for rows in job.source.rows(tensor, count):
-        check_weight(rows, tensor, (min(left, count), width), model)
-        left -= len(rows)
-        if fold is not None:
-            rows = rows.to(WORKING_DTYPE, copy=True)
-            fold(rows)
-        yield rows
-    if left:
-        raise CheckpointError(
-            f"{model}: tensor '{tensor}' has {height - left} rows, the config asks for {height}"
-        )
 
 
 def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
