@@ -1,22 +1,29 @@
 """smoothq: post-training quantization of LLMs, with real integer kernels.
 
 Importing it registers the checkpoint format with transformers:
-`AutoModelForCausalLM.from_pretrained(OUT)` then loads what `quantize` wrote.
+`AutoModelForCausalLM.from_pretrained(OUT)` then loads what `quantize` wrote. Where lm-eval is
+installed it learns the model `smoothq` too.
 """
 
 from .api import quantize
+from .evaluation.evaluate import Evaluation, evaluate
+from .evaluation.harness import register
 from .evaluation.perplexity import Perplexity, perplexity
 from .integrations.transformers import keep_packed
 from .recipe import Recipe, load_recipe, preset
 from .version import __version__
 
 __all__ = [
+    "Evaluation",
     "Perplexity",
     "Recipe",
     "__version__",
+    "evaluate",
     "keep_packed",
     "load_recipe",
     "perplexity",
     "preset",
     "quantize",
 ]
+
+register()

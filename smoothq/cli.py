@@ -8,12 +8,12 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -28,9 +28,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import CalibrationError, CheckpointError, SmoothqError
+from .errors import CalibrationError, SmoothqError
 from .flags import DtypeName, RecipeFlags, takes_recipe
 from .recipe import Preset
+from .tables import columns
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -101,7 +102,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a directory that transformers loads.
 
-    Example: smoothq quantize meta-llama/Llama-3.2-1B --w4a8 -o OUT --calibration builtin
+    Example: smoothq quantize MODEL --w4a8 -o OUT --calibration builtin
     """
     from . import report
     from .checkpoint.stream import open_source
@@ -122,10 +123,11 @@ def quantize(
     if world.leads:
         estimate = price(plan, world.device)
     if dry_run:
+        found = (model, source.nbytes, plan, estimate, needs)
         if world.leads and as_json:
-            print(json.dumps(report.plan_as_dict(source, plan, estimate, needs)))
+            print(json.dumps(report.plan_as_dict(*found)))
         elif world.leads:
-            _table(f"{model}, as planned", report.plan_rows(source, plan, estimate, needs))
+            _table(f"{model}, as planned", report.plan_rows(*found[1:]))
         return
     if world.leads:
         log.info(
@@ -141,7 +143,50 @@ def quantize(
         print(json.dumps(report.as_dict(result) | {"output": str(output)}))
         return
     _table(f"{model} → {output}", report.rows(result))
-    for line in report.remarks(result):
+    for line in report.remarks(result, model):
+        out.print(line)
+
+
+@app.command()
+@takes_recipe
+def plan(
+    model: Model,
+    flags: RecipeFlags,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Memory that quantizing may take, such as 8GB; or refuse.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe comes to for MODEL, who can run it, and what it costs; reads no weight.
+
+    Example: smoothq plan MODEL --w4a4
+    """
+    import torch
+
+    from . import report
+    from .checkpoint.stream import read_skeleton
+    from .outlook import outlook, tables
+    from .plan import check_device, float_bytes, make_plan
+    from .price import needs_of, price
+
+    _silence_transformers()
+    recipe = flags.chosen()
+    check_device(device)
+    empty = read_skeleton(model)
+    made = make_plan(empty, recipe)
+    needs = needs_of(made, None if max_memory is None else _bytes(max_memory))
+    before = float_bytes(empty, made.parts)
+    estimate = price(made, torch.device(device))
+    ahead = outlook(empty, made)
+    if as_json:
+        figures = report.plan_as_dict(model, before, made, estimate, needs)
+        print(json.dumps(figures | {"outlook": asdict(ahead)}))
+        return
+    _table(f"{model}, as planned", report.plan_rows(before, made, estimate, needs))
+    for table in tables(ahead):
+        out.print(table, soft_wrap=False)
+    for line in report.remarks(made, model):
         out.print(line)
 
 
@@ -204,7 +249,7 @@ def inspect(
     from .calibration import TextSource, calibration_tokens
     from .checkpoint.stream import open_source
     from .inspection.outliers import inspect_model
-    from .inspection.summary import as_dict, massive_tokens, table
+    from .inspection.summary import as_dict, massive_tokens, tables
 
     _silence_transformers()
     if output is not None or plots is not None:
@@ -231,7 +276,8 @@ def inspect(
         print(json.dumps(as_dict(inspection)))
         return
     shown = inspection.sites if every_site else inspection.worst_first()[:WORST_SITES]
-    out.print(table(inspection, list(shown)), soft_wrap=False)
+    for table in tables(inspection, shown):
+        out.print(table, soft_wrap=False)
     if massive:
         out.print(f"block {drawn.block}, {drawn.site}: massive activations at {massive}")
 
@@ -239,39 +285,137 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text to evaluate on, as for --calibration.")] = (
-        "wikitext2"
-    ),
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to evaluate on, as for --calibration; repeatable. wikitext2."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Model to compare with, mostly the float one.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, or .yaml task files: a,b,c.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory of more task files for lm-eval.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a task's prompt.")] = None,
+    decode_tokens: Annotated[
+        int, typer.Option(help="Decode so many tokens one by one, and compare with prefill.")
+    ] = 0,
     windows: Annotated[int | None, typer.Option(help="At most this many windows.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Windows a forward.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, a forward.")] = 1,
     split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
     dtype: RunDtype = "auto",
     device: Device = "cpu",
     memory: Memory = "fast",
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the perplexity of MODEL, float or quantized.
+    """Measure MODEL, float or quantized: perplexity, agreement with another model, lm-eval's tasks.
 
-    Example: smoothq eval OUT --text builtin --windows 8 --sequence-length 1024
+    Example: smoothq eval OUT --text builtin --windows 4 --sequence-length 512 --against MODEL
     """
-    from .calibration import TextSource, evaluation_tokens
-    from .evaluation.perplexity import perplexity
+    from .calibration import TextSource
+    from .evaluation.evaluate import evaluate as measure
+    from .evaluation.loading import load_model
 
-    loaded, tokenizer = _load(model, dtype, device, memory)
-    tokens = evaluation_tokens(tokenizer, TextSource(text, split, text_column))
+    _silence_transformers()
+    named = [] if tasks is None else tasks.split(",")
+    if named:
+        _needs_package("lm_eval", "eval")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    texts = text or ([] if named else ["wikitext2"])
+    loaded, tokenizer = load_model(model, dtype, device, memory)
+    reference = None if against is None else load_model(against, dtype, device, memory)[0]
     with _progress() as progress:
-
-        def on_window(done: int, total: int, so_far: float) -> None:
-            progress(done - 1, total, f"perplexity {so_far:.2f}")
-
-        figure = perplexity(loaded, tokens, sequence_length, windows, batch_size, on_window)
+        found = measure(
+            loaded,
+            tokenizer,
+            [TextSource(each, split, text_column) for each in texts],
+            name=model,
+            reference=reference,
+            reference_name=against,
+            windows=windows,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            decode_tokens=decode_tokens,
+            tasks=named,
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            on_window=_on_window(progress),
+        )
     if as_json:
-        print(json.dumps({"model": model, "text": text, **vars(figure)}))
+        print(json.dumps(found.as_dict()))
+    elif as_markdown:
+        print(found.markdown())
+    else:
+        _table(model, found.rows())
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="Directories or hub ids, float or quantized.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="Model whose predictions are the reference of KL.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("-o", "--plot", help="Draw size against loss as a PNG file.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Text to evaluate on, as for --calibration.")] = (
+        "wikitext2"
+    ),
+    windows: Annotated[int, typer.Option(help="At most this many windows.", min=1)] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
+    dtype: RunDtype = "auto",
+    device: Device = "cpu",
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Set models side by side: size, bits, loss, speed, memory, and the differences of recipes.
+
+    Example: smoothq compare MODEL OUT --against MODEL --text builtin -o sizes.png
+    """
+    from .calibration import TextSource
+    from .evaluation import compare as side_by_side
+
+    _silence_transformers()
+    if plot is not None:
+        _needs_package("matplotlib", "plots")
+    with _progress() as progress:
+        found = side_by_side.compare(
+            models,
+            TextSource(text),
+            against=against,
+            windows=windows,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            device=device,
+            on_window=_on_window(progress),
+        )
+    if plot is not None:
+        side_by_side.plot(found, plot)
+    if as_json:
+        print(json.dumps([each.as_dict() for each in found]))
         return
-    label = f"{figure.windows} windows of {figure.sequence_length} tokens"
-    _table(model, [("text", text), ("protocol", label), ("perplexity", f"{figure.perplexity:.4f}")])
+    if as_markdown:
+        print(side_by_side.markdown(found))
+        return
+    title = f"{windows} windows of {sequence_length} tokens of {text}; tokens a second, batch 1"
+    out.print(columns(title, side_by_side.HEADER, side_by_side.rows(found)), soft_wrap=False)
+    differing = [(name, *values) for name, values in side_by_side.differences(found).items()]
+    if differing:
+        header = ("recipe", *models)
+        out.print(columns("What the recipes differ in", header, differing), soft_wrap=False)
 
 
 @app.command()
@@ -293,7 +437,12 @@ def generate(
     """
     from transformers import TextStreamer
 
-    loaded, tokenizer = _load(model, dtype, device, memory)
+    from .evaluation.loading import load_model
+
+    _silence_transformers()
+    loaded: Any
+    tokenizer: Any
+    loaded, tokenizer = load_model(model, dtype, device, memory)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -316,7 +465,7 @@ def families(
 ) -> None:
     """Print which method each model family can take.
 
-    Example: smoothq families --infer stabilityai/stablelm-2-1_6b
+    Example: smoothq families --infer MODEL
     """
     from .families import HEADER, rows
 
@@ -327,12 +476,7 @@ def families(
 
         print(infer_family(read_config(infer))[1], end="")
         return
-    table = Table()
-    for number, title in enumerate(HEADER):
-        table.add_column(title, no_wrap=number == 0)
-    for row in rows():
-        table.add_row(*row)
-    out.print(table, soft_wrap=False)
+    out.print(columns(None, HEADER, rows()), soft_wrap=False)
 
 
 def _bytes(text: str) -> int:
@@ -346,30 +490,6 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
 
 
-def _load(model: str, dtype: str, device: str, memory: str) -> tuple[Any, Any]:
-    """A float or quantized causal LM and its tokenizer, from a directory or the hub."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .checkpoint.stream import resolve_directory
-    from .integrations.transformers import keep_packed
-    from .plan import check_device
-
-    _silence_transformers()
-    check_device(device)
-    directory = resolve_directory(model)
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    if dtype == "auto" and device == "cpu":
-        wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
-    if memory == "low":
-        keep_packed(loaded)
-    return loaded.to(device), tokenizer
-
-
 def _needs_package(package: str, extra: str) -> None:
     """Raise SmoothqError, before any work, if an optional package is missing."""
     if importlib.util.find_spec(package) is None:
@@ -381,6 +501,11 @@ def _silence_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _on_window(progress: Any) -> Callable[[int, int, float], None]:
+    """What perplexity reports, as progress."""
+    return lambda done, total, so_far: progress(done - 1, total, f"perplexity {so_far:.2f}")
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -34,7 +34,7 @@ from .entry import WORKING_DTYPE, enter, float_rows
 from .errors import CalibrationError
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
-from .memory import peak_memory, steady_heap
+from .memory import give_back, peak_memory, steady_heap
 from .migration import search_alpha
 from .modules import InputQuantizer, SequenceContext
 from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
@@ -195,16 +195,17 @@ def _run(job: _Job, tokens: Tensor | None, finished: int, directory: Path | None
     for index in range(finished, len(plan.blocks)):
         job.progress(index, len(plan.blocks), "load")
         block = load_block(job.source, job.model, plan, index, job.world.device)
-        _quantize_block(
-            block,
-            job,
-            streams.get("quantized"),
-            streams.get("float"),
-            lambda stage, i=index: job.progress(i, len(plan.blocks), stage),
-        )
+        stage = partial(_enter_stage, job, index)
+        _quantize_block(block, job, streams.get("quantized"), streams.get("float"), stage)
         output.add(_to_store(block.module, block.name, plan.stored_dtype))
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
+
+
+def _enter_stage(job: _Job, index: int, stage: str) -> None:
+    """Say so, and give back what the stage before freed: holes of the heap would add up."""
+    give_back()
+    job.progress(index, len(job.plan.blocks), stage)
 
 
 def load_block(

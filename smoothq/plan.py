@@ -168,7 +168,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
             f"{config.model_type}: live runtime smoothing needs whole sequences, and its blocks "
             "join the tokens of all sequences before some linears; use --smooth-scope token"
         )
-    stored = _stored_elements(model, parts)
+    stored = stored_elements(model, parts)
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     graphs = [family.block(config, index) for index in range(len(layers))]
@@ -273,11 +273,16 @@ def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
     )
 
 
-def _stored_elements(model: PreTrainedModel, parts: Parts) -> int:
+def stored_elements(model: PreTrainedModel, parts: Parts) -> int:
     """Numbers that a checkpoint holds: a head that is tied to the embedding is not stored."""
     tied = f"{parts.head}." if is_tied(model) else None
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if tied is None or not name.startswith(tied))
+
+
+def float_bytes(model: PreTrainedModel, parts: Parts) -> int:
+    """Bytes of a float model's checkpoint, in the dtype that its config names."""
+    return stored_elements(model, parts) * _stored_dtype(Recipe(), text_config(model)).itemsize
 
 
 def _stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
@@ -581,7 +586,7 @@ def _weight_specs(blocks: tuple[BlockPlan, ...]) -> list[WeightSpec]:
 
 
 def _quantized_elements(blocks: tuple[BlockPlan, ...]) -> int:
-    return sum(spec.out_features * spec.in_features for spec in _weight_specs(blocks))
+    return sum(spec.elements for spec in _weight_specs(blocks))
 
 
 def _count_bits(blocks: tuple[BlockPlan, ...], dtype: torch.dtype, cached: float) -> Bits:

@@ -59,7 +59,7 @@ def _handling_operations(block: BlockPlan) -> float:
         if spec.grid.clip:
             multiplied = spec.grid.multiplier
             tried = largest_multiplier(spec.grid.bits) if multiplied else len(CLIP_RATIOS)
-        total += spec.out_features * spec.in_features * (HANDLED + TRIED * tried)
+        total += spec.elements * (HANDLED + TRIED * tried)
     return total
 
 
@@ -80,7 +80,7 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
         if sites[0].site is block.graph.value_output:
             forward += 4.0 * length * width
         specs = [spec for site in sites for spec in site.modules.values()]
-        elements = sum(spec.out_features * spec.in_features for spec in specs)
+        elements = sum(spec.elements for spec in specs)
         lanes = sum(len(site.site.lanes) for site in sites)
         passed = min(1.0, ROUTED / lanes)
         if recipe.weights.rounding == "gptq":
@@ -99,7 +99,7 @@ def _speed(plan: Plan, device: torch.device) -> float:
     """Float32 operations a second of products of the model's size, with all threads."""
     spec = max(
         (spec for b in plan.blocks for site in b.sites for spec in site.modules.values()),
-        key=lambda spec: spec.out_features * spec.in_features,
+        key=lambda spec: spec.elements,
     )
     x = torch.rand(MICRO_BATCH_TOKENS, spec.in_features, device=device)
     weight = torch.rand(spec.in_features, spec.out_features, device=device)
@@ -153,8 +153,8 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
     """Bytes that one block takes at most on its way from float to codes."""
     recipe = plan.recipe
     specs = [spec for site in block.sites for spec in site.modules.values()]
-    elements = sum(spec.out_features * spec.in_features for spec in specs) + block.kept_elements
-    widest = max((spec.out_features * spec.in_features for spec in specs), default=0)
+    elements = sum(spec.elements for spec in specs) + block.kept_elements
+    widest = max((spec.elements for spec in specs), default=0)
     most = 4 * elements + plan.stored_dtype.itemsize * widest
     if recipe.tuning is not None:
         most = max(most, TUNED_BYTES * elements)
@@ -163,9 +163,7 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
         for _, together in groupby(block.sites, key=lambda site: site.site.stage):
             sites = list(together)
             square = 8 * max(site.input.width for site in sites) ** 2
-            here = sum(
-                spec.out_features * spec.in_features for s in sites for spec in s.modules.values()
-            )
+            here = sum(spec.elements for s in sites for spec in s.modules.values())
             work = 6 * 8 * min(WORK_ELEMENTS, here) + 9 * here
             most = max(most, waiting + max(3 * square, square + work))
             waiting -= 2 * here

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.stream import Source
 from .plan import Bits, Plan
 from .price import Needs, Price, as_text
 from .recipe import FLOAT_BITS, Recipe
@@ -37,19 +36,21 @@ def rows(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def plan_as_dict(source: Source, plan: Plan, estimate: Price, needs: Needs) -> dict[str, Any]:
-    """What a recipe would come to, as plain data."""
-    return _figures(plan, source.name, source.nbytes, plan.total_bytes) | {
+def plan_as_dict(
+    model: str, before: int, plan: Plan, estimate: Price, needs: Needs
+) -> dict[str, Any]:
+    """What a recipe would come to, as plain data. before: bytes of the model as it is."""
+    return _figures(plan, model, before, plan.total_bytes) | {
         "estimated_seconds": round(estimate.seconds, 1),
         "estimated_memory_bytes": needs.memory,
         "estimated_disk_bytes": needs.disk,
     }
 
 
-def plan_rows(source: Source, plan: Plan, estimate: Price, needs: Needs) -> list[tuple[str, str]]:
+def plan_rows(before: int, plan: Plan, estimate: Price, needs: Needs) -> list[tuple[str, str]]:
     """The table of what a recipe would come to: label and value."""
     return [
-        *_rows(plan.recipe, plan.bits, source.nbytes, plan.total_bytes),
+        *_rows(plan.recipe, plan.bits, before, plan.total_bytes),
         ("time, estimated for this machine", as_text(estimate.seconds)),
         ("memory and disk, estimated", needs_text(needs)),
     ]
@@ -95,16 +96,16 @@ def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str
     ]
 
 
-def remarks(result: Result) -> list[str]:
+def remarks(made: Result | Plan, model: str) -> list[str]:
     """What the user should know beside the figures, one line each."""
-    lines = list(result.notes)
-    if not result.recipe.causal:
+    lines = list(made.notes)
+    if not made.recipe.causal:
         lines.append(
             "This recipe is not causal: later tokens, padding and chunking change earlier logits. "
             "It reproduces a paper; do not serve it."
         )
-    if result.recipe.activations.bits == 4:
-        lines.append(W4A8_HINT.format(model=result.name))
+    if made.recipe.activations.bits == 4:
+        lines.append(W4A8_HINT.format(model=model))
     return lines
 
 
@@ -113,7 +114,7 @@ def model_card(result: Result) -> str:
     # Neither time nor memory: a model is the same however long it took to make.
     figures = _rows(result.recipe, result.bits, result.bytes_before, result.bytes_after)
     table = "\n".join(f"| {label} | {value} |" for label, value in figures)
-    notes = "\n".join(f"- {line}" for line in remarks(result))
+    notes = "\n".join(f"- {line}" for line in remarks(result, result.name))
     return f"""---
 library_name: transformers
 base_model: {result.name}

@@ -1,6 +1,9 @@
 """The command line on a tiny model: what it prints, what it refuses, with which exit code."""
 
 import json
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoothq import load_recipe
-from smoothq.cli import main
+from smoothq.cli import app, main
 from tests.conftest import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -53,7 +56,7 @@ def test_quantize_eval_generate(run, model, tmp_path) -> None:
     arguments = ("--text", "builtin", "--windows", 3, "--sequence-length", 32)
     code, text, log = run("eval", out, *arguments, "--json")
     assert code == 0, log
-    figure = json.loads(text)
+    figure = json.loads(text)["texts"][0]
     assert (figure["windows"], figure["tokens"]) == (3, 93)
     assert 1 < figure["perplexity"] < 1e6
     code, text, _ = run("eval", out, *arguments)
@@ -341,3 +344,155 @@ def test_max_memory_is_kept_or_refused(run, model, tmp_path, amount, code, messa
     assert found == code, log
     assert message in log
     assert out.exists() == (code == 0)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tokenizer) -> Path:
+    """A directory with a float MODEL and, from the first example that makes it, a quantized OUT."""
+    place = tmp_path_factory.mktemp("examples")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(**sizes, **heads, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(place / "MODEL")
+    tokenizer.save_pretrained(place / "MODEL")
+    return place
+
+
+def _examples() -> list[str]:
+    """The example of every command's help, that which makes OUT first."""
+    commands = [command.callback for command in app.registered_commands]
+    found = [re.search(r"Example: smoothq (.*)", command.__doc__ or "") for command in commands]
+    return [match[1] if match else "" for match in found]
+
+
+def test_every_command_has_an_example() -> None:
+    examples = _examples()
+    assert all(examples)
+    assert examples[0].startswith("quantize MODEL")
+
+
+@pytest.mark.parametrize("example", _examples(), ids=lambda example: example.split()[0])
+def test_an_example_of_the_help_runs_as_written(run, workplace, monkeypatch, example) -> None:
+    monkeypatch.chdir(workplace)
+    if "OUT" in example and not example.startswith("quantize") and not Path("OUT").exists():
+        assert run("quantize", "MODEL", "-o", "OUT", "--w8a8", *QUICK)[0] == 0
+    if example.startswith("quantize"):
+        shutil.rmtree("OUT", ignore_errors=True)
+    code, text, log = run(*shlex.split(example))
+    assert code == 0, log
+    assert text
+    made = re.search(r"-o (\S+)", example)
+    assert made is None or Path(made[1]).exists()
+
+
+def test_plan_says_who_can_run_it_and_what_it_costs(run, model, tmp_path) -> None:
+    code, text, log = run("plan", model, "--w4a4", "--group-size", 16, "--json")
+    assert code == 0, log
+    figures = json.loads(text)
+    dry = ("--w4a4", "--group-size", 16, "--dry-run", "--json")
+    planned = json.loads(run("quantize", model, "-o", tmp_path / "out", *dry)[1])
+    for figure in ("recipe", "bits", "bytes_after", "linear_bytes"):
+        assert figures[figure] == planned[figure], figure
+    ahead = figures["outlook"]
+    runners = {each["name"].partition(" ")[0]: each for each in ahead["runners"]}
+    assert "hadamard_quantize" in runners["A100"]["how"]
+    assert runners["A100"]["runs"]
+    costs = {each["name"]: each for each in ahead["costs"]}
+    assert costs["w8a8"]["products"] == "int8"
+    assert "4-bit codes" in costs["as asked"]["products"]
+    assert costs["as asked"]["read"] < costs["w8a8"]["read"] < costs["float"]["read"]
+    assert costs["as asked"]["nbytes"] == figures["bytes_after"]
+    assert "group size 32 does not divide 48" in ahead["refused"]["--w4a8"]
+    code, text, log = run("plan", model, "--w8a8")
+    assert code == 0, log
+    for label in ("Who can run it", "w8a8, as asked", "data sheets", "cannot take"):
+        assert label in text
+
+
+def test_plan_needs_a_config_alone(run, model, tmp_path) -> None:
+    shutil.copy(model / "config.json", tmp_path)
+    assert run("plan", tmp_path, "--w8a8")[0] == 0
+    (tmp_path / "config.json").unlink()
+    code, _, log = run("plan", tmp_path, "--w8a8")
+    assert code == 1
+    assert "no config.json" in log
+
+
+def test_eval_on_two_texts_against_the_float_model(run, model, tmp_path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    assert run("quantize", model, "-o", out, "--w8a8", "--method", "rtn")[0] == 0
+    other.write_text("It is another text. " * 30)
+    texts = ("--text", "builtin", "--text", other, "--windows", 2, "--sequence-length", 32)
+    flags = (*texts, "--against", model, "--decode-tokens", 12)
+    code, text, log = run("eval", out, *flags, "--json")
+    assert code == 0, log
+    figures = json.loads(text)
+    assert [Path(each["text"]).name for each in figures["texts"]] == ["builtin", "other.txt"]
+    for each in figures["texts"]:
+        assert each["perplexity_ratio"] == pytest.approx(1, abs=0.05)
+        ratio = each["perplexity"] / each["reference_perplexity"]
+        assert each["perplexity_ratio"] == ratio
+        assert 0 < each["divergence"] < 0.05
+        assert each["top1"] > 0.8
+    assert figures["decode"]["tokens"] == 12
+    assert figures["decode"]["divergence"] < 1e-3
+    code, text, _ = run("eval", out, *flags, "--markdown")
+    assert code == 0
+    assert text.startswith(f"|  | {out} |")
+    assert "| KL to it, nats a token |" in text
+    code, _, log = run("eval", out, "--tasks", "x", "--against", model)
+    assert code == 1
+    assert "agreement needs a text" in log
+
+
+def test_inspect_prints_the_worst_sites_and_writes_figures(run, model, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    flags = ("--text", "builtin", "--sequences", 2, "--sequence-length", 16)
+    code, text, log = run("inspect", model, *flags)
+    assert code == 0, log
+    assert "kurtosis" in text
+    code, text, log = run("inspect", model, *flags, "--bits", "w8a8", "--json")
+    assert code == 0, log
+    assert len(json.loads(text)["sites"]) == 12
+    code, _, log = run("inspect", model, *flags, "--block", 1, "--site", "nowhere")
+    assert code == 1
+    assert "sites are qkv" in log
+
+
+def test_a_missing_optional_package_is_named_before_any_work(run, model, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command, extra in (
+        (("inspect", model, "-o", "report.html"), "plots"),
+        (("compare", model, "-o", "sizes.png"), "plots"),
+        (("eval", model, "--tasks", "arc_easy"), "eval"),
+    ):
+        code, _, log = run(*command)
+        assert code == 1
+        assert f"pip install 'smoothq[{extra}]'" in log
+
+
+def test_compare_shows_sizes_losses_speeds_and_differences(run, model, tmp_path) -> None:
+    eight, four = tmp_path / "eight", tmp_path / "four"
+    assert run("quantize", model, "-o", eight, "--w8a8", "--method", "rtn")[0] == 0
+    assert run("quantize", model, "-o", four, "--w4a4", "--method", "rtn")[0] == 0
+    flags = ("--text", "builtin", "--windows", 2, "--sequence-length", 32, "--against", model)
+    code, text, log = run("compare", model, eight, four, *flags, "--json")
+    assert code == 0, log
+    plain, first, second = json.loads(text)
+    assert plain["recipe"] is None
+    assert plain["texts"][0]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert 0 < first["texts"][0]["divergence"] < second["texts"][0]["divergence"]
+    assert first["bits"]["weight"] > second["bits"]["weight"]
+    assert plain["stored_bytes"] > first["stored_bytes"] > second["stored_bytes"]
+    assert first["held_bytes"] >= first["stored_bytes"] * 0.8
+    for each in (plain, first, second):
+        assert each["prefill_tokens_per_second"] > 0
+        assert each["decode_tokens_per_second"] > 0
+    code, text, _ = run("compare", eight, four, *flags, "--markdown")
+    assert code == 0
+    assert "| weights.bits | 8 | 4 |" in text
+    assert "| seed |" not in text
+    code, _, log = run("compare", eight, eight, *flags)
+    assert code == 1
+    assert "twice" in log

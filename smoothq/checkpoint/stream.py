@@ -274,7 +274,7 @@ def open_source(
 
 def read_config(model: str) -> PretrainedConfig:
     """The config of a hub id or a local directory. Raises SmoothqError where there is none."""
-    return _read_config(resolve_directory(model), model)
+    return _read_config(resolve_directory(model, weights=False), model)
 
 
 def refuse_quantized(config: PretrainedConfig, name: str) -> None:
@@ -291,17 +291,19 @@ def refuse_quantized(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def resolve_directory(model: str) -> Path:
-    """The local directory of a model: itself, or the snapshot of a hub id, downloaded."""
+def resolve_directory(model: str, weights: bool = True) -> Path:
+    """The local directory of a model: itself, or the snapshot of a hub id, downloaded.
+
+    weights: whether they are wanted.
+    """
     path = Path(model)
     if path.is_dir():
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"model '{model}' is not a directory; give a directory or a hub id")
+    wanted = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"])
-        )
+        return Path(snapshot_download(model, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"model '{model}' is neither a local directory nor a model that the hub gave us "
@@ -311,15 +313,30 @@ def resolve_directory(model: str) -> Path:
 
 def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
+    model = _skeleton(source.config, source.name)
+    source.adopt(model)
+    return model
+
+
+def read_skeleton(model: str) -> PreTrainedModel:
+    """The same of a hub id or a local directory, from its config alone.
+
+    Raises SmoothqError where there is none, or for a model that is quantized already.
+    """
+    config = read_config(model)
+    refuse_quantized(config, model)
+    return _skeleton(config, model)
+
+
+def _skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
     try:
-        model = empty_model(source.config)
+        model = empty_model(config)
     except Exception as error:  # whatever transformers makes of a config that fits no model
         raise UnsupportedModelError(
-            f"{source.name}: no model can be built from its config: {first_line(error)}"
+            f"{name}: no model can be built from its config: {first_line(error)}"
         ) from error
     # Building it named the working dtype there; the plan wants the checkpoint's own.
-    model.config.dtype = source.config.dtype
-    source.adopt(model)
+    model.config.dtype = config.dtype
     model.eval()
     return model
 

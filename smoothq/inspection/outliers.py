@@ -8,7 +8,7 @@ a value a thousand times the median (arXiv 2402.17762, section 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -143,7 +143,8 @@ def inspect_model(
             for name, profile in view.block(index).items():
                 profiles.setdefault(name, {})[view.method] = profile
         widths = {each.site.name: each.input.width for each in views[0].plan.blocks[index].sites}
-        sites += [SiteReport(index, name, widths[name], each) for name, each in profiles.items()]
+        whole = {name: each for name, each in profiles.items() if len(each) == len(views)}
+        sites += [SiteReport(index, name, widths[name], each) for name, each in whole.items()]
     methods = tuple(view.method for view in views)
     return Inspection(source.name, bits, tokens, methods, tuple(sites))
 
@@ -172,7 +173,10 @@ class _View:
         self._stream = enter(source, self._model, self.plan, tokens, world)
 
     def block(self, index: int) -> dict[str, Profile]:
-        """The profiles of a block's sites by name; moves past the block."""
+        """The profiles of a block's sites by name; moves past the block.
+
+        Experts that no token reached have none.
+        """
         block = load_block(self._source, self._model, self.plan, index, self._device)
         transform_block(block, self.plan, self._stream, lambda stage: None, advance=False)
         watched: dict[str, Callable[[Tensor], None]] = {}
@@ -181,11 +185,11 @@ class _View:
             for lane in site_plan.site.lanes:
                 watched[lane[0]] = partial(_keep, seen.setdefault(lane[0], []))
         self._stream.watch(block.module, index, watched, advance=True)
-        inputs = {module: torch.cat(batches) for module, batches in seen.items()}
-        profiles = {
-            plan.site.name: _profile(block, plan, [inputs[lane[0]] for lane in plan.site.lanes])
-            for plan in block.plan.sites
-        }
+        profiles = {}
+        for plan in block.plan.sites:
+            reached = {lane: torch.cat(seen[lane[0]]) for lane in plan.site.lanes if seen[lane[0]]}
+            if reached:
+                profiles[plan.site.name] = _profile(block, plan, reached)
         unload_module(block.module)
         return profiles
 
@@ -194,13 +198,13 @@ def _keep(batches: list[Tensor], x: Tensor) -> None:
     batches.append(x.float().flatten(0, -2))
 
 
-def _profile(block: Block, plan: SitePlan, lanes: list[Tensor]) -> Profile:
-    """lanes: what each of the site's lanes was fed, float32 (tokens, K)."""
+def _profile(block: Block, plan: SitePlan, lanes: dict[tuple[str, ...], Tensor]) -> Profile:
+    """lanes: what modules of the site were fed, float32 (tokens, K)."""
     site, quantizer = plan.site, InputQuantizer(plan.site.name, plan.input, 1, SequenceContext())
     if plan.input.rotation is not None:
         for reader in site.readers:
             rotate_input(reader.view(block.module), plan.input.rotation)
-    x = torch.cat([_as_quantized(quantizer, lane) for lane in lanes if len(lane)])
+    x = torch.cat([_as_quantized(quantizer, lane) for lane in lanes.values()])
     magnitudes = x.abs()
     median = magnitudes.flatten().median().item()
     typical = magnitudes.median(0).values
@@ -244,11 +248,14 @@ def pooled(magnitudes: Tensor, cells: int = SURFACE) -> Tensor:
 
 
 def _output_error(
-    block: nn.Module, plan: SitePlan, quantizer: InputQuantizer, lanes: Sequence[Tensor]
+    block: nn.Module,
+    plan: SitePlan,
+    quantizer: InputQuantizer,
+    lanes: dict[tuple[str, ...], Tensor],
 ) -> float:
     """The root mean square over a site's first tokens of ‖ŷ_t − y_t‖ / ‖y_t‖."""
     errors = []
-    for modules, x in zip(plan.site.lanes, lanes, strict=True):
+    for modules, x in lanes.items():
         x = x[:ERROR_TOKENS]
         rotated, quantized = quantizer.rotate(x), quantizer.dequantized(x)
         difference = size = torch.zeros(len(x), device=x.device)

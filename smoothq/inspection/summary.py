@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ..tables import columns
 from .outliers import METHODS, Inspection, SiteReport
 
 _SHOWN_TOKENS = 8  # of massive activations that are named
 
 
-def table(inspection: Inspection, sites: list[SiteReport]) -> Table:
-    """Sites with their outliers as they are, and their error by method, the least of it marked."""
-    made = Table(
-        title=f"{inspection.model}: inputs as they are; error of the outputs at {inspection.bits}",
-        title_justify="left",
-    )
-    made.add_column("block", justify="right")
-    made.add_column("site")
-    columns = ("largest", "median", "kurtosis", "channels", "spikes", "massive")
-    for title in (*columns, *(METHODS[method] for method in inspection.methods)):
-        made.add_column(title, justify="right")
+def tables(inspection: Inspection, sites: Sequence[SiteReport]) -> list[Table]:
+    """Sites with their outliers as they are, and their errors by method, the least marked."""
+    outliers, errors = [], []
     for site in sites:
-        before = site.profiles["rtn"]
-        errors = (
+        name, before = f"{site.block}, {site.site}", site.profiles["rtn"]
+        outliers.append(
+            (
+                name,
+                f"{before.largest:.4g}",
+                f"{before.median:.2g}",
+                f"{before.kurtosis:.4g}",
+                str(before.channels),
+                str(before.spikes),
+                str(len(before.massive)),
+            )
+        )
+        by_method = (
             f"[bold]{profile.error:.3f}[/bold]" if method == site.best else f"{profile.error:.3f}"
             for method, profile in site.profiles.items()
         )
-        made.add_row(
-            str(site.block),
-            site.site,
-            f"{before.largest:.4g}",
-            f"{before.median:.2g}",
-            f"{before.kurtosis:.3g}",
-            str(before.channels),
-            str(before.spikes),
-            str(len(before.massive)),
-            *errors,
-        )
-    return made
+        errors.append((name, *by_method))
+    titles = ("largest", "median", "kurtosis", "channels", "spikes", "massive")
+    methods = (METHODS[method] for method in inspection.methods)
+    return [
+        columns(f"{inspection.model}: inputs as they are", ("block, site", *titles), outliers),
+        columns(
+            f"Relative error of the outputs at {inspection.bits}", ("block, site", *methods), errors
+        ),
+    ]
 
 
 def massive_tokens(

@@ -65,6 +65,31 @@ class InputSpec:
             bits = (kernels.largest_multiplier(self.bits) - 1).bit_length()
         return 32.0 + bits * groups / tokens
 
+    @property
+    def blocked(self) -> bool:
+        """Whether codes come with a float scale a block of channels: `live` by groups."""
+        return self.mode == "live" and self.group_size > 1
+
+    @property
+    def fused(self) -> bool:
+        """Whether rotation and quantizer are one operator."""
+        return self.rotation is not None and self.mode in ("token", "groups")
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that an input passes, in order."""
+        quantizer = {
+            "float": (),
+            "token": ("quantize_per_token",),
+            "tensor": ("quantize_per_tensor",),
+            "static": ("static_quantize",),
+            "calibrated": ("quantize_smoothed",),
+            "groups": ("quantize_token_groups",),
+            "live": ("runtime_smooth_quantize",),
+        }[self.mode]
+        if self.fused:
+            return ("hadamard_quantize",)
+        return quantizer if self.rotation is None else ("hadamard", *quantizer)
+
 
 class SequenceContext:
     """The padding mask of the forward at hand, which the base model hands down to `live` inputs."""
@@ -135,34 +160,13 @@ class InputQuantizer(nn.Module):
         self._last = (x, result, remaining - 1) if remaining > 1 else None
         return result
 
-    @property
-    def blocked(self) -> bool:
-        """Whether codes come with a float scale a block of channels: `live` by groups."""
-        return self.spec.mode == "live" and self.spec.group_size > 1
-
-    @property
-    def _fused(self) -> bool:
-        """Whether rotation and quantizer are one operator."""
-        return self.rotation is not None and self.spec.mode in ("token", "groups")
-
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
-        quantizer = {
-            "float": (),
-            "token": ("quantize_per_token",),
-            "tensor": ("quantize_per_tensor",),
-            "static": ("static_quantize",),
-            "calibrated": ("quantize_smoothed",),
-            "groups": ("quantize_token_groups",),
-            "live": ("runtime_smooth_quantize",),
-        }[self.spec.mode]
-        if self._fused:
-            return ("hadamard_quantize",)
-        return quantizer if self.rotation is None else ("hadamard", *quantizer)
+        return self.spec.operators()
 
     def _quantize(self, x: Tensor) -> QuantizedInput | Tensor:
         spec = self.spec
-        if self._fused:
+        if spec.fused:
             assert self.rotation is not None
             group_size = spec.group_size if spec.mode == "groups" else None
             return self.rotation.quantize(x, spec.bits, group_size, spec.clip, spec.full_range)

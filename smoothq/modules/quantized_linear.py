@@ -19,7 +19,7 @@ from ..checkpoint.packing import pack, packed_like, unpack
 from ..kernels import QuantizedInput
 from ..kernels.reference import multiplied_weight
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
-from .input_quantizer import InputQuantizer
+from .input_quantizer import InputQuantizer, InputSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class WeightSpec:
     grid: IntegerGrid
 
     @property
+    def elements(self) -> int:
+        """Weights."""
+        return self.out_features * self.in_features
+
+    @property
     def groups(self) -> int:
         """Groups a row."""
         return 1 if self.grid.granularity == "tensor" else self.in_features // self.grid.group_size
@@ -38,13 +43,12 @@ class WeightSpec:
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, as meta tensors: `weight`, `weight_scale`, and `weight_multiplier`."""
         grid, rows = self.grid, self.out_features
-        many_floats = grid.granularity == "group" and not grid.multiplier
         stored = {
             "weight": packed_like(rows, self.in_features, grid.bits),
             "weight_scale": torch.empty(
                 rows,
-                self.groups if many_floats else 1,
-                dtype=torch.bfloat16 if many_floats else torch.float32,
+                self.groups if self.float_groups else 1,
+                dtype=torch.bfloat16 if self.float_groups else torch.float32,
                 device="meta",
             ),
         }
@@ -57,6 +61,39 @@ class WeightSpec:
     def stored_bits(self) -> int:
         """Bits that the weight takes with every scale and multiplier."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def float_groups(self) -> bool:
+        """Whether each group of a row has a float scale of its own."""
+        return self.groups > 1 and not self.grid.multiplier
+
+    def packed_tokens(self, source: InputSpec, device: torch.device, keeps_packed: bool) -> int:
+        """Up to how many tokens a product takes 4-bit codes as they are stored, on a device.
+
+        keeps_packed: no int8 copy is held, where packed codes can be multiplied at all.
+        """
+        floating = source.mode == "float"
+        if self.grid.bits != 4 or source.blocked or (not floating and self.float_groups):
+            return 0
+        group_size = self.grid.group_size if self.groups > 1 else None
+        operator = "weight_only_gemm" if floating else "int4_gemm"
+        tokens: int = kernels.packed_tokens(operator, device, group_size)
+        return sys.maxsize if tokens and keeps_packed else tokens
+
+    def operators(
+        self, source: InputSpec, device: torch.device, keeps_packed: bool = False
+    ) -> tuple[str, ...]:
+        """The operators that a linear of this form runs behind an input, in order."""
+        inputs = source.operators()
+        if source.mode == "float":
+            return (*inputs, "weight_only_gemm")
+        if source.blocked or self.float_groups:
+            return (*inputs, "group_gemm")
+        tokens = self.packed_tokens(source, device, keeps_packed)
+        if tokens == sys.maxsize:
+            return (*inputs, "int4_gemm")
+        few = (f"int4_gemm (up to {tokens} tokens)",) if tokens else ()
+        return (*inputs, *few, "int8_gemm")
 
 
 class QuantizedLinear(nn.Module):
@@ -117,30 +154,7 @@ class QuantizedLinear(nn.Module):
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
-        return (*self.site_input.operators(), *self._products())
-
-    def _products(self) -> tuple[str, ...]:
-        """The operators that multiply: by the input's scales, the weight's, and its form."""
-        if self.site_input.spec.mode == "float":
-            return ("weight_only_gemm",)
-        if self.site_input.blocked or self.weight_scale.shape[1] > 1:
-            return ("group_gemm",)
-        if self._operand is None:
-            return ("int4_gemm",)
-        few = (f"int4_gemm (up to {self._packed_tokens} tokens)",) if self._packed_tokens else ()
-        return (*few, "int8_gemm")
-
-    def _most_packed_tokens(self) -> int:
-        """Up to how many tokens the product takes the weight's 4-bit codes as they are stored."""
-        if self.spec.grid.bits != 4 or self.site_input.blocked:
-            return 0
-        floating = self.site_input.spec.mode == "float"
-        if not floating and self.weight_scale.shape[1] > 1:
-            return 0
-        group_size = self.spec.grid.group_size if self.spec.groups > 1 else None
-        operator = "weight_only_gemm" if floating else "int4_gemm"
-        tokens: int = kernels.packed_tokens(operator, self.weight.device, group_size)
-        return sys.maxsize if tokens and self.keeps_packed else tokens
+        return self.spec.operators(self.site_input.spec, self.device, self.keeps_packed)
 
     def prepare(self) -> None:
         """Derive the running form where it is not the stored one: int8, with multipliers in it.
@@ -154,11 +168,12 @@ class QuantizedLinear(nn.Module):
             return
         if self.weight_scale.shape[1] == 1:
             self._row_scale = self.weight_scale.float().squeeze(1)
-        self._packed_tokens = self._most_packed_tokens()
+        source = self.site_input.spec
+        self._packed_tokens = self.spec.packed_tokens(source, self.device, self.keeps_packed)
         if self._packed_tokens == sys.maxsize:
             return
         operand = unpack(self.weight, self.in_features, self.spec.grid.bits)
-        if self.site_input.spec.mode != "float":
+        if source.mode != "float":
             operand = multiplied_weight(operand, self.weight_multiplier)
         self._operand = operand
 

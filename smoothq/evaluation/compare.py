@@ -1,0 +1,220 @@
+"""Several models side by side: size, bits, loss, speed, memory, and how their recipes differ."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration import TextSource
+from ..checkpoint.stream import resolve_directory
+from ..errors import CalibrationError
+from ..plan import Bits, Plan
+from .evaluate import Evaluation, OnWindow, evaluate
+from .loading import load_model
+
+PROMPT, DECODED, REPETITIONS = 512, 16, 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model, measured. stored: bytes of its tensors' files; held: of its tensors once loaded.
+
+    bits: None for a float model. prefill, decode: tokens a second, batch 1.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    bits: Bits | None
+    stored: int
+    held: int
+    prefill: float
+    decode: float
+    evaluation: Evaluation
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        return {
+            "recipe": self.recipe or None,
+            "bits": None if self.bits is None else vars(self.bits),
+            "stored_bytes": self.stored,
+            "held_bytes": self.held,
+            "prefill_tokens_per_second": self.prefill,
+            "decode_tokens_per_second": self.decode,
+            **self.evaluation.as_dict(),
+        }
+
+
+def compare(
+    models: Sequence[str],
+    text: TextSource,
+    *,
+    against: str | None = None,
+    windows: int | None = None,
+    sequence_length: int = 2048,
+    dtype: str = "auto",
+    device: str = "cpu",
+    on_window: OnWindow | None = None,
+) -> list[Contender]:
+    """Measure models one after the other, on the same text and against the same reference.
+
+    Raises SmoothqError for a model that cannot be loaded, CalibrationError for a name given twice.
+    """
+    if len(set(models)) < len(models):
+        raise CalibrationError("a model is named twice: give each once")
+    reference = None if against is None else load_model(against, dtype, device)[0]
+    found = []
+    for name in models:
+        model, tokenizer = load_model(name, dtype, device)
+        evaluation = evaluate(
+            *(model, tokenizer, [text]),
+            name=name,
+            reference=reference,
+            reference_name=against,
+            windows=windows,
+            sequence_length=sequence_length,
+            on_window=on_window,
+        )
+        plan: Plan | None = getattr(getattr(model, "hf_quantizer", None), "plan", None)
+        files = resolve_directory(name).glob("*.safetensors")
+        prefill, decode = _speed(model)
+        found.append(
+            Contender(
+                name=name,
+                recipe={} if plan is None else _flat(plan.recipe.model_dump(mode="json")),
+                bits=None if plan is None else plan.bits,
+                stored=sum(path.stat().st_size for path in files),
+                held=held_bytes(model),
+                prefill=prefill,
+                decode=decode,
+                evaluation=evaluation,
+            )
+        )
+        del model
+    return found
+
+
+def differences(contenders: Sequence[Contender]) -> dict[str, list[str]]:
+    """The fields in which the recipes of quantized models differ, with each model's value."""
+    quantized = [each.recipe for each in contenders if each.recipe]
+    fields = dict.fromkeys(field for recipe in quantized for field in recipe)
+    return {
+        field: [str(each.recipe.get(field, "")) if each.recipe else "" for each in contenders]
+        for field in fields
+        if len({str(recipe.get(field)) for recipe in quantized}) > 1
+    }
+
+
+def held_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all tensors that a model holds, those derived for running it included."""
+    held: dict[int, int] = {}
+    for module in model.modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        for tensor in (*own, *(each for each in vars(module).values() if isinstance(each, Tensor))):
+            held[tensor.data_ptr()] = tensor.nbytes
+    return sum(held.values())
+
+
+@torch.no_grad()
+def _speed(model: PreTrainedModel) -> tuple[float, float]:
+    """Tokens a second, medians: a prompt's, and decoded ones' behind it. Batch 1."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(PROMPT, (limit or PROMPT) - DECODED - 1)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+    prefills, steps = [], []
+    for turn in range(REPETITIONS + 1):
+        output, spent = _timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
+        prefills += [spent] if turn else []  # the first compiles and fills caches
+        for step in range(DECODED if turn else 1):
+            token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output, spent = _timed(
+                lambda token=token, cache=cache: model(  # type: ignore[misc]
+                    input_ids=token, past_key_values=cache, use_cache=True
+                )
+            )
+            steps += [spent] if turn and step else []
+    return length / statistics.median(prefills), 1 / statistics.median(steps)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = call()
+    result.logits[0, 0, 0].item()  # waits for the device
+    return result, time.perf_counter() - start
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section.field`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+HEADER = ("model", "MB", "held", "bits", "inputs", "perplexity", "KL", "prefill", "decode")
+
+
+def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
+    """The table: MB stored and held, bits, perplexity, KL to the reference, tokens a second."""
+    lines: list[tuple[str, ...]] = []
+    for each in contenders:
+        result = each.evaluation.texts[0]
+        lines.append(
+            (
+                each.name,
+                f"{each.stored / 1e6:.1f}",
+                f"{each.held / 1e6:.1f}",
+                "float" if each.bits is None else f"{each.bits.weight:.2f}",
+                "float" if each.bits is None else f"{each.bits.activation:.2f}",
+                f"{result.own.perplexity:.3f}",
+                "" if result.against is None else f"{result.against.divergence:.4f}",
+                f"{each.prefill:.1f}",
+                f"{each.decode:.1f}",
+            )
+        )
+    return lines
+
+
+def markdown(contenders: Sequence[Contender]) -> str:
+    """The table and the recipes' differences in Markdown."""
+    lines: list[tuple[str, ...]] = [HEADER, ("---",) * len(HEADER), *rows(contenders)]
+    differing = [(field, *values) for field, values in differences(contenders).items()]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if not differing:
+        return text
+    names = ("recipe", *(each.name for each in contenders))
+    table: list[tuple[str, ...]] = [names, ("---",) * len(names), *differing]
+    return text + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def plot(contenders: Sequence[Contender], path: Path) -> None:
+    """Size against loss: KL to the reference where there is one, else perplexity."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    loss = "perplexity"
+    for each in contenders:
+        result, size = each.evaluation.texts[0], each.stored / 1e6
+        value = result.own.perplexity
+        if result.against is not None:
+            loss, value = "KL to the reference, nats a token", result.against.divergence
+        axes.plot(size, value, "o")
+        axes.annotate(each.name, (size, value), xytext=(6, 6), textcoords="offset points")
+    axes.set_xlabel("MB stored")
+    axes.set_ylabel(loss)
+    axes.margins(0.2)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)

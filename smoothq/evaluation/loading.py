@@ -1,0 +1,40 @@
+"""A checkpoint → a model that runs, with its tokenizer."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from smoothq.checkpoint.stream import resolve_directory
+from smoothq.errors import CheckpointError
+from smoothq.integrations.transformers import keep_packed
+from smoothq.plan import check_device
+
+
+def load_model(
+    model: str, dtype: str = "auto", device: str = "cpu", memory: str = "fast"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A float or quantized causal LM and its tokenizer, from a directory or the hub.
+
+    dtype: of all that is not quantized, by its name in torch; auto is the model's own, and float32
+    on a CPU. memory: fast holds 4-bit weights also as int8 where that is faster, low packed alone.
+    Raises CheckpointError for a model that cannot be loaded, DeviceError for the device.
+    """
+    check_device(device)
+    directory = resolve_directory(model)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto" and device == "cpu":
+        wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
+    if memory == "low":
+        keep_packed(loaded)
+    return loaded.to(device), tokenizer
