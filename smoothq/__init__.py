@@ -10,12 +10,15 @@ from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.harness import register
 from .evaluation.perplexity import Perplexity, perplexity
 from .integrations.transformers import keep_packed
+from .probe import BlockDone, Probe
 from .recipe import Recipe, load_recipe, preset
 from .version import __version__
 
 __all__ = [
+    "BlockDone",
     "Evaluation",
     "Perplexity",
+    "Probe",
     "Recipe",
     "__version__",
     "evaluate",

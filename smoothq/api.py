@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .checkpoint.stream import open_source
 from .checkpoint.writer import CheckpointWriter
-from .pipeline import Progress, quantize_checkpoint
+from .pipeline import OnBlock, Progress, quantize_checkpoint
+from .probe import Probe
 from .recipe import Recipe
 
 
@@ -30,6 +31,8 @@ def quantize(
     resume: bool | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    on_block: OnBlock | None = None,
+    probe: Probe | None = None,
 ) -> PreTrainedModel:
     """Quantize a causal LM and return it, ready to run.
 
@@ -38,6 +41,8 @@ def quantize(
     goes; without it a temporary directory serves. dtype: of everything that stays float in the
     returned model. resume: True demands an unfinished run to go on with, False begins anew, None
     goes on where there is one. max_memory: bytes that the process may take while it quantizes.
+    on_block: called with a `BlockDone` when a block is stored; what it raises stops the run, and
+    with an output the same call goes on. probe: perplexity on some tokens every few blocks, for it.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError or DeviceError) with one line on what was wrong and what to do.
@@ -46,7 +51,11 @@ def quantize(
 
     def run(directory: Path) -> Any:
         writer = CheckpointWriter(directory, overwrite, resume=resume)
-        quantize_checkpoint(source, recipe, writer, tokenizer, data, device, progress, max_memory)
+        quantize_checkpoint(
+            *(source, recipe, writer, tokenizer, data, device, progress, max_memory),
+            on_block=on_block,
+            probe=probe,
+        )
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     if output is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,10 +28,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import CalibrationError, SmoothqError
+from .errors import CalibrationError, NumericsError, SmoothqError
 from .flags import DtypeName, RecipeFlags, takes_recipe
 from .recipe import Preset
 from .tables import columns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from .checkpoint.stream import Source
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -44,6 +50,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 log = logging.getLogger("smoothq")
 
 WORST_SITES = 12  # that `inspect` prints
+PROBE_WINDOWS = (4, 512)  # windows of tokens that `quantize --probe-every` measures on
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
@@ -95,6 +102,17 @@ def quantize(
     max_memory: Annotated[
         str | None, typer.Option(help="Memory that the run may take, such as 8GB; or refuse.")
     ] = None,
+    probe_every: Annotated[
+        int | None,
+        typer.Option(help="Measure perplexity every so many blocks, the others float.", min=1),
+    ] = None,
+    probe_text: Annotated[
+        str | None, typer.Option(help="Text that is measured on; without it the calibration's.")
+    ] = None,
+    stop_above: Annotated[
+        float | None,
+        typer.Option(help="Stop where perplexity is over so many times the float model's."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would come to and take, and stop.")
     ] = False,
@@ -110,6 +128,7 @@ def quantize(
     from .distributed import World
     from .pipeline import plan_checkpoint, quantize_checkpoint
     from .price import as_text, needs_of, price
+    from .probe import BlockDone, Probe
 
     _silence_transformers()
     final = flags.chosen()
@@ -133,9 +152,34 @@ def quantize(
         log.info(
             "about %s on this machine; %s", as_text(estimate.seconds), report.needs_text(needs)
         )
+    if stop_above is not None and probe_every is None:
+        raise typer.BadParameter("--stop-above needs --probe-every")
+    probe = None
+    if probe_every is not None:
+        text = probe_text or final.calibration.source
+        probe = Probe(_windows(source, text, *PROBE_WINDOWS), probe_every)
+
+    def on_block(done: BlockDone) -> None:
+        if done.perplexity is None or done.float_perplexity is None or not world.leads:
+            return
+        ratio = done.perplexity / done.float_perplexity
+        log.info("block %d: perplexity %.3f, %.3f times float", done.block, done.perplexity, ratio)
+        if stop_above is not None and ratio > stop_above:
+            raise NumericsError(
+                f"after block {done.block} perplexity is {done.perplexity:.2f}, {ratio:.3f} times "
+                f"the float model's, over {stop_above:g}; {writer.partial} holds the work so far"
+            )
+
     with _progress() if world.leads else nullcontext() as progress:
         result = quantize_checkpoint(
-            source, final, writer, device=device, progress=progress, max_memory=limit
+            source,
+            final,
+            writer,
+            device=device,
+            progress=progress,
+            max_memory=limit,
+            on_block=on_block,
+            probe=probe,
         )
     if not world.leads:
         return
@@ -255,9 +299,7 @@ def inspect(
     if output is not None or plots is not None:
         _needs_package("matplotlib", "plots")
     source = open_source(model, gguf_file=gguf_file)
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise CalibrationError(f"{model} has no tokenizer to read text with")
+    tokenizer = _tokenizer(source)
     tokens = calibration_tokens(tokenizer, TextSource(text), sequences, sequence_length, seed)
     with _progress() as progress:
         inspection = inspect_model(source, tokens, bits, seed, progress, device)
@@ -488,6 +530,23 @@ def _bytes(text: str) -> int:
         return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
     except ValueError as error:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise CalibrationError(f"{source.name} has no tokenizer to read text with")
+    return tokenizer
+
+
+def _windows(source: Source, text: str, windows: int, length: int) -> Tensor:
+    """The first windows of an evaluation text, int64 (windows, length): fewer if it is short."""
+    from .calibration import TextSource, evaluation_tokens
+
+    tokens = evaluation_tokens(_tokenizer(source), TextSource(text))
+    length = min(length, tokens.shape[1])
+    windows = min(windows, tokens.shape[1] // length)
+    return tokens[0, : windows * length].view(windows, length)
 
 
 def _needs_package(package: str, extra: str) -> None:

@@ -144,14 +144,14 @@ class HiddenStates:
         """The same states, to be moved through other blocks."""
         return HiddenStates(self._shelf, self._run)
 
-    def replaced(self, batches: Iterator[Tensor] | None) -> HiddenStates:
-        """Other states in their place, which the leading process reads in order."""
+    def replace(self, batches: Iterator[Tensor] | None) -> None:
+        """Take other states in their place, which the leading process reads in order."""
         shelf, world = _Shelf(self._shelf.directory), self._run.world
         for number in range(self._run.batches):
             batch = world.share(lambda: next(batches))  # type: ignore[arg-type]
             if world.owns(number):
                 shelf.put(number, batch.to(world.device))
-        return HiddenStates(shelf, self._run)
+        self._shelf = shelf
 
     def __iter__(self) -> Iterator[Tensor]:
         """All micro-batches in order, in all processes."""

@@ -23,15 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures.graph import is_tied
-from .architectures.layout import open_block
 from .calibration import TextSource, calibration_tokens
 from .checkpoint.packing import pack, packed_like
 from .checkpoint.stream import Source, load_module, skeleton, unload_module
 from .checkpoint.tensor_file import as_bytes
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
 from .distributed import World
-from .entry import WORKING_DTYPE, enter, float_rows
 from .errors import CalibrationError
+from .float_parts import WORKING_DTYPE, Block, enter, float_rows, load_block
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .memory import give_back, peak_memory, steady_heap
@@ -42,7 +41,6 @@ from .observers import SecondMoment
 from .output import Output
 from .plan import (
     Bits,
-    BlockPlan,
     Plan,
     SitePlan,
     check_device,
@@ -51,16 +49,16 @@ from .plan import (
     make_plan,
 )
 from .price import needs_of
+from .probe import STREAM, BlockDone, Probe, Probing
 from .recipe import Recipe
 from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
-from .transforms.norm_fusion import fuse_norms, take_norm
+from .transforms.norm_fusion import take_norm
 from .transforms.rotation import (
     rotate_input,
     rotate_reader,
-    rotate_residual,
     rotate_value_output,
 )
 from .transforms.smoothing import smooth
@@ -70,6 +68,9 @@ from .version import __version__
 log = logging.getLogger("smoothq")
 
 HESSIAN_BYTES = 1 << 30  # of experts' Hessians that are held at once
+
+
+OnBlock = Callable[[BlockDone], None]
 
 
 class Progress(Protocol):
@@ -98,16 +99,6 @@ class Result:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Block:
-    """The block at hand: its module, its name and index in the model, and its plan."""
-
-    module: nn.Module
-    name: str
-    index: int
-    plan: BlockPlan
-
-
 def plan_checkpoint(source: Source, recipe: Recipe, device: str = "cpu") -> Plan:
     """What quantizing a source would come to, from its config alone.
 
@@ -126,12 +117,16 @@ def quantize_checkpoint(
     device: str = "cpu",
     progress: Progress | None = None,
     max_memory: int | None = None,
+    on_block: OnBlock | None = None,
+    probe: Probe | None = None,
 ) -> Result:
     """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
 
     data: calibration tokens, int64 (samples, length); without it the recipe's text is read.
-    max_memory: bytes that the process may take. Of several processes that a launcher started, all
-    must call this: they share the work, and the first writes.
+    max_memory: bytes that the process may take. on_block: called when a block is stored; what it
+    raises stops the run, which can be gone on with. probe: what is measured for it on the way. Of
+    several processes that a launcher started, all must call this: they share the work, and the
+    first writes.
     Raises SmoothqError for whatever cannot be done, before any work where that can be known.
     """
     start = time.perf_counter()
@@ -146,8 +141,9 @@ def quantize_checkpoint(
     output = Output(writer, world)
     with output, steady_heap():
         begun = output.begin(_identity(source, recipe, tokens), _surroundings(world))
-        job = _Job(source, plan, model, output, world, progress or _silent)
-        _run(job, tokens, begun.blocks, writer.scratch if needs.states_on_disk else None)
+        job = _Job(source, plan, model, output, world, progress or _silent, on_block)
+        directory = writer.scratch if needs.states_on_disk else None
+        _run(job, tokens, begun.blocks, directory, probe)
         result = Result(
             name=source.name,
             recipe=recipe,
@@ -177,10 +173,13 @@ class _Job:
     output: Output
     world: World
     progress: Progress
+    on_block: OnBlock | None
 
 
 @torch.no_grad()
-def _run(job: _Job, tokens: Tensor | None, finished: int, directory: Path | None) -> None:
+def _run(
+    job: _Job, tokens: Tensor | None, finished: int, directory: Path | None, probe: Probe | None
+) -> None:
     """The pass: what enters the blocks, each block, and what is stored of them.
 
     finished: blocks that the output has already. directory: where hidden states are held in files,
@@ -188,35 +187,31 @@ def _run(job: _Job, tokens: Tensor | None, finished: int, directory: Path | None
     """
     plan, output = job.plan, job.output
     streams = _streams(job, tokens, directory)
+    probing = None if probe is None else Probing(probe, job.source, plan, job.world)
+    if probing is not None:
+        streams[STREAM] = probing.stream
     if not finished:
         _store_ends(job)
-    else:
-        streams = {name: each.replaced(output.stream(name)) for name, each in streams.items()}
+    for name, stream in streams.items() if finished else ():
+        stream.replace(output.stream(name))
     for index in range(finished, len(plan.blocks)):
         job.progress(index, len(plan.blocks), "load")
         block = load_block(job.source, job.model, plan, index, job.world.device)
         stage = partial(_enter_stage, job, index)
         _quantize_block(block, job, streams.get("quantized"), streams.get("float"), stage)
+        perplexity = None if probing is None else probing.follow(block.module, index)
         output.add(_to_store(block.module, block.name, plan.stored_dtype))
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
+        if job.on_block is not None:
+            usual = None if probing is None else probing.float_perplexity
+            job.on_block(BlockDone(index, len(plan.blocks), perplexity, usual))
 
 
 def _enter_stage(job: _Job, index: int, stage: str) -> None:
     """Say so, and give back what the stage before freed: holes of the heap would add up."""
     give_back()
     job.progress(index, len(job.plan.blocks), stage)
-
-
-def load_block(
-    source: Source, model: PreTrainedModel, plan: Plan, index: int, device: torch.device
-) -> Block:
-    """Bring one block of a skeleton to life, opened, in float32."""
-    name = f"{plan.parts.layers}.{index}"
-    module = model.get_submodule(name)
-    load_module(module, name, source, WORKING_DTYPE)
-    open_block(module)
-    return Block(module.to(device), name, index, plan.blocks[index])
 
 
 def _quantize_block(
@@ -254,16 +249,12 @@ def _quantize_block(
 def transform_block(
     block: Block, plan: Plan, stream: HiddenStates | None, stage: Stage, advance: bool
 ) -> None:
-    """Rotate and smooth a float block as the plan has it; what it computes stays the same.
+    """Smooth a float block and rotate inside it as its plan has it; its function stays the same.
 
-    stream: what enters the block, rotated as the plan has it; smoothing needs it. advance: where
-    the block is smoothed, move the stream past the float block on the way.
+    stream: what enters the block; smoothing needs it. advance: where the block is smoothed, move
+    the stream past the float block on the way.
     """
     recipe, graph = plan.recipe, block.plan.graph
-    if plan.residual_rotation is not None:
-        stage("rotate")
-        fuse_norms(block.module, graph)
-        rotate_residual(block.module, graph, plan.residual_rotation)
     if recipe.smoothing is not None and stream is not None:
         stage("smooth")
         _smooth(block, plan, stream, advance)

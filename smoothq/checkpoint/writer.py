@@ -185,6 +185,10 @@ class CheckpointWriter:
     def stream(self, name: str) -> Iterator[Tensor]:
         """The micro-batches of a stream, as the state has them, one by one."""
         assert self._state is not None
+        if name not in self._state.streams:
+            raise CheckpointError(
+                f"{self.partial} was begun without a {name}: go on without, or use --no-resume"
+            )
         entries = self._state.streams[name]
         with self._writing():
             file = TensorFile(self._stream_path(name), sum(entry.nbytes for entry in entries))

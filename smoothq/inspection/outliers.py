@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..checkpoint.stream import Source, skeleton, unload_module
 from ..distributed import World
-from ..entry import enter
 from ..errors import RecipeError
+from ..float_parts import Block, enter, load_block
 from ..kernels.reference import group_multipliers
 from ..modules import InputQuantizer, SequenceContext
-from ..pipeline import Block, Progress, load_block, transform_block
+from ..pipeline import Progress, transform_block
 from ..plan import SitePlan, make_plan
 from ..recipe import Method, Preset, preset
 from ..rounding.rtn import round_to_nearest

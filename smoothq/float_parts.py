@@ -1,25 +1,41 @@
-"""The float weights beside the blocks: how tokens enter them, and the large matrices by rows.
+"""A float model by its parts: what leads to the blocks, one block, what stands behind them.
 
-An embedding or a head may be larger than any block, so it is never held whole.
+An embedding or a head may be larger than any block, so those to be stored come by rows.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint.stream import Source, check_weight, load_module, unload_module
+from .architectures.graph import is_tied
+from .architectures.layout import open_block
+from .checkpoint.stream import Source, check_weight, load_module, skeleton, unload_module
 from .distributed import World
 from .errors import CalibrationError, CheckpointError
 from .hidden_states import HiddenStates
-from .plan import Plan
+from .plan import BlockPlan, Plan
+from .transforms.norm_fusion import fuse_norms
+from .transforms.rotation import rotate_residual
 
 WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
 ROWS_ELEMENTS = 1 << 22  # of an embedding or a head that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block at hand: its module, its name and index in the model, and its plan."""
+
+    module: nn.Module
+    name: str
+    index: int
+    plan: BlockPlan
 
 
 def enter(
@@ -50,6 +66,24 @@ def enter(
     return states
 
 
+def load_block(
+    source: Source, model: PreTrainedModel, plan: Plan, index: int, device: torch.device
+) -> Block:
+    """One block of a skeleton brought to life: opened, in float32, rotated as its plan has it.
+
+    The skeleton's own block stays as it is.
+    """
+    name, block_plan = f"{plan.parts.layers}.{index}", plan.blocks[index]
+    module = copy.deepcopy(model.get_submodule(name))
+    load_module(module, name, source, WORKING_DTYPE)
+    open_block(module)
+    module.to(device)
+    if plan.residual_rotation is not None:
+        fuse_norms(module, block_plan.graph)
+        rotate_residual(module, block_plan.graph, plan.residual_rotation)
+    return Block(module, name, index, block_plan)
+
+
 def float_rows(
     source: Source,
     model: PreTrainedModel,
@@ -72,6 +106,44 @@ def float_rows(
             f"{source.name}: tensor '{tensor}' has {height - left} rows, the config asks for "
             f"{height}"
         )
+
+
+class ModelEnd:
+    """What stands behind the blocks, final norm and head, run by the model's own code.
+
+    A model without its blocks is its own end, once the final norm is handed its input. The head is
+    held whole, in float32.
+    """
+
+    def __init__(self, source: Source, plan: Plan, device: torch.device) -> None:
+        self._model, self._plan = skeleton(source), plan
+        model, parts = self._model, plan.parts
+        last = parts.embedding if is_tied(model) else parts.head
+        for name in (parts.positions, parts.entry_norm, parts.final_norm, last):
+            if name is not None:
+                load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
+        if is_tied(model):
+            weight = model.get_submodule(last).get_parameter("weight")
+            model.get_submodule(parts.head).register_parameter("weight", weight)
+        model.set_submodule(parts.layers, nn.ModuleList())
+        for name in (parts.positions, parts.entry_norm, parts.final_norm, last, parts.head):
+            if name is not None:
+                model.get_submodule(name).to(device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of what leaves the last block, rotated as the plan has it: float32 (…, vocabulary).
+
+        hidden: float32 (sequences, tokens, hidden_size).
+        """
+        rotation = self._plan.residual_rotation
+        end = hidden if rotation is None else rotation.apply_transposed(hidden)
+        final_norm = self._model.get_submodule(self._plan.parts.final_norm)
+        hook = final_norm.register_forward_pre_hook(lambda _, args: (end, *args[1:]))
+        try:
+            logits: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits.float()
 
 
 def _load_rows(

@@ -1,0 +1,84 @@
+"""Perplexity while a model is being quantized, so that a bad run is stopped early."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint.stream import Source, skeleton, unload_module
+from .distributed import World
+from .errors import CalibrationError
+from .float_parts import ModelEnd, enter, load_block
+from .hidden_states import HiddenStates, micro_batches
+from .plan import Plan
+
+STREAM = "probe"  # the name of its hidden states in a state to go on from
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to measure on the way. tokens: int64 (windows, length). every: blocks between two."""
+
+    tokens: Tensor
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or not len(self.tokens) or self.tokens.shape[1] < 2:
+            raise CalibrationError(
+                f"a probe's tokens must be (windows, 2 or more), not {tuple(self.tokens.shape)}"
+            )
+        if self.every < 1:
+            raise CalibrationError(f"a probe every {self.every} blocks: it is 1 or more")
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Block `block` of `blocks` (from 0) is quantized and stored.
+
+    perplexity: of the model whose blocks so far are quantized and whose others are float, where it
+    was measured; float_perplexity: of the float model on the same tokens.
+    """
+
+    block: int
+    blocks: int
+    perplexity: float | None = None
+    float_perplexity: float | None = None
+
+
+class Probing:
+    """A probe at work: its hidden states follow the quantized blocks.
+
+    A measurement reads all later blocks once more, and the head is held in float32.
+    """
+
+    def __init__(self, probe: Probe, source: Source, plan: Plan, world: World) -> None:
+        self._probe, self._source, self._plan, self._world = probe, source, plan, world
+        self._model = skeleton(source)
+        self.stream = enter(source, self._model, plan, probe.tokens, world)
+        self._end = ModelEnd(source, plan, world.device)
+        self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
+
+    def follow(self, block: nn.Module, index: int) -> float | None:
+        """Move past a quantized block; the perplexity, where it is time for it."""
+        self.stream.advance(block, index)
+        if (index + 1) % self._probe.every and index + 1 < len(self._plan.blocks):
+            return None
+        return self._perplexity(self.stream.copy(), index + 1)
+
+    def _perplexity(self, stream: HiddenStates, first: int) -> float:
+        for index in range(first, len(self._plan.blocks)):
+            block = load_block(self._source, self._model, self._plan, index, self._world.device)
+            stream.advance(block.module, index)
+            unload_module(block.module)
+        loss, count = 0.0, 0
+        for hidden, tokens in zip(stream, micro_batches(self._probe.tokens), strict=True):
+            for states, window in zip(hidden, tokens, strict=True):
+                logits = self._end.logits(states.unsqueeze(0))[0, :-1]
+                targets = window[1:].to(logits.device)
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                loss += losses.double().sum().item()
+                count += len(targets)
+        return math.exp(loss / count) if loss / count < 700 else math.inf
