@@ -69,11 +69,26 @@ def _infer(config: PretrainedConfig) -> tuple[Family, str]:
         ) from error
 
 
+def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
+    """Every transform that a family claims, and what it moves the logits of a tiny model by.
+
+    The model is of the config's wiring, with small widths and random weights, in float64; a share
+    of the largest logit is meant. Raises UnsupportedModelError where one moves more than 1e-9.
+    """
+    with torch.no_grad():
+        return _prove(_example(config, _kinds_of_blocks(config)), family, config.model_type)
+
+
+def _example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
+    """A tiny model with every kind of block that the real one has."""
+    last = max(kinds.index(kind) for kind in set(kinds))
+    return _tiny_model(config, max(2, last + 1))
+
+
 def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
     kinds = _kinds_of_blocks(config)
-    last = max(kinds.index(kind) for kind in set(kinds))
     with torch.no_grad():
-        model = _tiny_model(config, max(2, last + 1))
+        model = _example(config, kinds)
         try:
             with proof.InFloat64():
                 written = _Writer(model, kinds).file()
@@ -92,8 +107,9 @@ def _load(written: str) -> Family:
     return family
 
 
-def _prove(model: PreTrainedModel, family: Family, name: str) -> None:
-    """Raise UnsupportedModelError unless every transform keeps the tiny model's logits."""
+def _prove(model: PreTrainedModel, family: Family, name: str) -> dict[str, float]:
+    """What every transform moves the tiny model's logits by, unless one moves them."""
+    changes = {}
     before = proof.logits(model, TOKENS)
     opened = copy.deepcopy(model)
     proof.open_blocks(opened, family)
@@ -101,12 +117,13 @@ def _prove(model: PreTrainedModel, family: Family, name: str) -> None:
     for claim, rewrite in rewrites.items():
         tried = copy.deepcopy(opened)
         rewrite(tried, family)
-        change = proof.deviation(proof.logits(tried, TOKENS), before)
-        if not change <= EXACT:
+        changes[claim] = proof.deviation(proof.logits(tried, TOKENS), before)
+        if not changes[claim] <= EXACT:
             raise UnsupportedModelError(
-                f"architecture '{name}' has no file, and the wiring found for it is wrong: "
-                f"{claim} changes the logits of a tiny model by {change:.1e}"
+                f"the wiring of architecture '{name}', found or given, is wrong: "
+                f"{claim} changes the logits of a tiny model by {changes[claim]:.1e}"
             )
+    return changes
 
 
 def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:

@@ -6,19 +6,39 @@ from pathlib import Path
 
 import pytest
 
-from smoothq import load_recipe, preset
+from smoothq import architectures, load_recipe, preset
 from smoothq.recipe import Preset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+PROGRAMS = {
+    "quantize_and_load": ["{model}", "{scratch}/out"],
+    "model_in_memory": ["{model}"],
+    "own_recipe": ["{model}", "{scratch}/out"],
+    "add_family": [],
+    "evaluate_task": ["{model}"],
+    "look_at_outliers": ["{model}", "{scratch}/report.html"],
+}
+
+
+def test_every_program_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PROGRAMS)
+
+
 @pytest.mark.slow
-def test_quantize_and_load(float_checkpoint, tmp_path, monkeypatch, capsys) -> None:
-    model, out = float_checkpoint("llama"), tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["", str(model), str(out)])
-    runpy.run_path(str(EXAMPLES / "quantize_and_load.py"))
-    assert (out / "config.json").is_file()
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_runs(name, float_checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    program = EXAMPLES / f"{name}.py"
+    places = {"model": str(float_checkpoint("llama")), "scratch": str(tmp_path)}
+    arguments = [argument.format(**places) for argument in PROGRAMS[name]]
+    monkeypatch.setattr(sys, "argv", [program.name, *arguments])
+    monkeypatch.setattr("smoothq.architectures._BY_MODEL_TYPE", {**architectures._BY_MODEL_TYPE})
+    runpy.run_path(str(program))
+    assert f"python examples/{name}.py" in program.read_text()
     assert capsys.readouterr().out.strip()
+    for argument in arguments:
+        assert Path(argument).exists()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)

@@ -33,6 +33,7 @@ __all__ = [
     "Site",
     "WeightRef",
     "family_of",
+    "register_family",
     "supported_model_types",
 ]
 
@@ -53,6 +54,17 @@ _FAMILIES = (
     gpt_oss.FAMILY,
 )
 _BY_MODEL_TYPE = {name: family for family in _FAMILIES for name in family.model_types}
+
+
+def register_family(family: Family) -> None:
+    """Make a family known for as long as the process runs; `inference.prove_family` tries it.
+
+    Raises ValueError for a model type that has one.
+    """
+    for name in family.model_types:
+        if name in _BY_MODEL_TYPE:
+            raise ValueError(f"model type '{name}' has a family already")
+    _BY_MODEL_TYPE.update(dict.fromkeys(family.model_types, family))
 
 
 def supported_model_types() -> list[str]:

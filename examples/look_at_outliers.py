@@ -1,0 +1,27 @@
+"""Look at the outliers in what a model's linears are fed, and at what each method makes of them.
+
+python examples/look_at_outliers.py MODEL report.html
+"""
+
+import sys
+from pathlib import Path
+
+from smoothq.calibration import TextSource, calibration_tokens
+from smoothq.checkpoint.stream import open_source
+from smoothq.inspection.outliers import METHODS, inspect_model
+from smoothq.inspection.page import write_page
+from smoothq.inspection.plots import figures
+from smoothq.inspection.summary import massive_tokens
+
+source = open_source(sys.argv[1])
+tokenizer = source.tokenizer()
+assert tokenizer is not None
+tokens = calibration_tokens(tokenizer, TextSource("builtin"), 2, 128, seed=0)
+
+inspection = inspect_model(source, tokens)
+site = inspection.worst()
+for method, profile in site.profiles.items():
+    print(f"{METHODS[method]}: largest {profile.largest:.4g}, error {profile.error:.3f}")
+
+drawn, massive = figures(inspection, site), massive_tokens(inspection, site, tokenizer)
+write_page(inspection, site, drawn, massive, Path(sys.argv[2]))
