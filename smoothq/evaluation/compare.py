@@ -21,6 +21,7 @@ from .evaluate import Evaluation, OnWindow, evaluate
 from .loading import load_model
 
 PROMPT, DECODED, REPETITIONS = 512, 16, 3
+HEADER = ("model", "MB", "held", "bits", "inputs", "perplexity", "KL", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-HEADER = ("model", "MB", "held", "bits", "inputs", "perplexity", "KL", "prefill", "decode")
 
 
 def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:

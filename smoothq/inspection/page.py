@@ -32,8 +32,8 @@ _PAGE = """<!doctype html>
  figure { margin: 1em 0 } img { width: 100%; height: auto }
  table { border-collapse: collapse; font-variant-numeric: tabular-nums }
  th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #d5d8dc }
- th { position: sticky; top: 0; background: white }
  td:first-child, td:nth-child(2), th:first-child, th:nth-child(2) { text-align: left }
+ .wide { overflow-x: auto }
  .best { font-weight: 700; color: #0e6251 }
  dt { font-weight: 700 } dd { margin: 0 0 .5em 1em }
 </style>
@@ -67,7 +67,7 @@ all</dd>
 <dt>massive</dt><dd>tokens with a value over {{ massive_ratio }} times the median</dd>
 <dt>error</dt><dd>of the site's outputs by method, relative; the least is marked</dd>
 </dl>
-<table>
+<div class="wide"><table>
 <thead><tr><th>block</th><th>site</th><th>largest</th><th>median</th><th>kurtosis</th>
 <th>channels</th><th>spikes</th><th>massive</th>
 {% for method in inspection.methods %}<th>error, {{ names[method] }}</th>{% endfor %}</tr></thead>
@@ -82,7 +82,7 @@ all</dd>
 {% endfor %}</tr>
 {% endfor %}
 </tbody>
-</table>
+</table></div>
 </body>
 </html>
 """
