@@ -123,12 +123,12 @@ def row(model: str, recipe: str, how: str, figures: dict[str, float]) -> str:
 
 
 @app.command()
-def measure(shapes: Shapes) -> None:
-    """Quantize a model of a size by every recipe."""
+def measure(shapes: Shapes, only: str | None = None) -> None:
+    """Quantize a model of a size by every recipe, or by one."""
     with tempfile.TemporaryDirectory(prefix="needs-") as scratch:
         model = Path(scratch) / "float"
         write_random_model(model, config_of(shapes, None))
-        for number, recipe in enumerate(RECIPES):
+        for number, recipe in enumerate(RECIPES if only is None else [only]):
             keep(shapes, recipe, "measured", measured(model, Path(scratch) / f"{number}", recipe))
 
 

@@ -7,31 +7,17 @@ import json
 import logging
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
-from .errors import CalibrationError, NumericsError, SmoothqError
+from .errors import CalibrationError, SmoothqError, StoppedError
 from .flags import DtypeName, RecipeFlags, takes_recipe
 from .recipe import Preset
-from .tables import columns
+from .terminal import columns, err, log, out, pairs, perplexity_so_far, progress, show_log
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-log = logging.getLogger("smoothq")
 
-WORST_SITES = 12  # that `inspect` prints
+WORST_SITES = 12  # that are printed
 PROBE_WINDOWS = (4, 512)  # windows of tokens that `quantize --probe-every` measures on
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
@@ -72,11 +55,7 @@ def _common(
         bool, typer.Option("--debug", help="Show an error's traceback; anywhere on the line.")
     ] = False,
 ) -> None:
-    handler: logging.Handler = logging.StreamHandler()
-    if err.is_terminal:
-        handler = RichHandler(console=err, show_path=False, show_time=False)
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
+    show_log()
 
 
 @app.command()
@@ -131,6 +110,8 @@ def quantize(
     from .probe import BlockDone, Probe
 
     _silence_transformers()
+    if stop_above is not None and probe_every is None:
+        raise typer.BadParameter("--stop-above needs --probe-every")
     final = flags.chosen()
     limit = None if max_memory is None else _bytes(max_memory)
     writer = CheckpointWriter(output, overwrite, resume=resume, every=checkpoint_every)
@@ -146,37 +127,38 @@ def quantize(
         if world.leads and as_json:
             print(json.dumps(report.plan_as_dict(*found)))
         elif world.leads:
-            _table(f"{model}, as planned", report.plan_rows(*found[1:]))
+            out.print(pairs(f"{model}, as planned", report.plan_rows(*found[1:])))
         return
     if world.leads:
         log.info(
             "about %s on this machine; %s", as_text(estimate.seconds), report.needs_text(needs)
         )
-    if stop_above is not None and probe_every is None:
-        raise typer.BadParameter("--stop-above needs --probe-every")
     probe = None
     if probe_every is not None:
         text = probe_text or final.calibration.source
         probe = Probe(_windows(source, text, *PROBE_WINDOWS), probe_every)
 
     def on_block(done: BlockDone) -> None:
-        if done.perplexity is None or done.float_perplexity is None or not world.leads:
+        if done.perplexity is None or done.float_perplexity is None:
             return
         ratio = done.perplexity / done.float_perplexity
-        log.info("block %d: perplexity %.3f, %.3f times float", done.block, done.perplexity, ratio)
+        if world.leads:
+            log.info(
+                "block %d: perplexity %.3f, %.3f times float", done.block, done.perplexity, ratio
+            )
         if stop_above is not None and ratio > stop_above:
-            raise NumericsError(
+            raise StoppedError(
                 f"after block {done.block} perplexity is {done.perplexity:.2f}, {ratio:.3f} times "
-                f"the float model's, over {stop_above:g}; {writer.partial} holds the work so far"
+                f"the float model's, over {stop_above:g}"
             )
 
-    with _progress() if world.leads else nullcontext() as progress:
+    with progress() if world.leads else nullcontext() as update:
         result = quantize_checkpoint(
             source,
             final,
             writer,
             device=device,
-            progress=progress,
+            progress=update,
             max_memory=limit,
             on_block=on_block,
             probe=probe,
@@ -186,7 +168,7 @@ def quantize(
     if as_json:
         print(json.dumps(report.as_dict(result) | {"output": str(output)}))
         return
-    _table(f"{model} → {output}", report.rows(result))
+    out.print(pairs(f"{model} → {output}", report.rows(result)))
     for line in report.remarks(result, model):
         out.print(line)
 
@@ -227,7 +209,7 @@ def plan(
         figures = report.plan_as_dict(model, before, made, estimate, needs)
         print(json.dumps(figures | {"outlook": asdict(ahead)}))
         return
-    _table(f"{model}, as planned", report.plan_rows(before, made, estimate, needs))
+    out.print(pairs(f"{model}, as planned", report.plan_rows(before, made, estimate, needs)))
     for table in tables(ahead):
         out.print(table, soft_wrap=False)
     for line in report.remarks(made, model):
@@ -246,8 +228,8 @@ def verify(
     from .verify import verify_checkpoint
 
     _silence_transformers()
-    with _progress() as progress:
-        checked = verify_checkpoint(directory, progress)
+    with progress() as update:
+        checked = verify_checkpoint(directory, update)
     if as_json:
         print(json.dumps({"directory": str(directory), **vars(checked)}))
         return
@@ -301,8 +283,8 @@ def inspect(
     source = open_source(model, gguf_file=gguf_file)
     tokenizer = _tokenizer(source)
     tokens = calibration_tokens(tokenizer, TextSource(text), sequences, sequence_length, seed)
-    with _progress() as progress:
-        inspection = inspect_model(source, tokens, bits, seed, progress, device)
+    with progress() as update:
+        inspection = inspect_model(source, tokens, bits, seed, update, device)
     drawn = inspection.worst() if block is None else inspection.of(block, site)
     massive = massive_tokens(inspection, drawn, tokenizer)
     if output is not None or plots is not None:
@@ -322,6 +304,66 @@ def inspect(
         out.print(table, soft_wrap=False)
     if massive:
         out.print(f"block {drawn.block}, {drawn.site}: massive activations at {massive}")
+
+
+@app.command()
+@takes_recipe
+def sensitivity(
+    model: Model,
+    flags: RecipeFlags,
+    budget: Annotated[
+        float | None, typer.Option(help="Bits a weight, scales counted, for a mixed recipe.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the mixed recipe to this file.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the calibration text.", min=1)] = 2,
+    window_length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 512,
+    every_site: Annotated[
+        bool, typer.Option("--all", help="Print every site, not only the worst.")
+    ] = False,
+    gguf_file: Gguf = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantizing each site alone costs, and make a mixed-precision recipe of it.
+
+    Example: smoothq sensitivity MODEL --w4a16 --calibration builtin --budget 5 -o mixed.yaml
+    """
+    from .calibration import TextSource, calibration_tokens
+    from .checkpoint.stream import open_source
+    from .inspection.sensitivity import measure, mixed_recipe
+
+    _silence_transformers()
+    if (budget is None) != (output is None):
+        raise typer.BadParameter("--budget and -o go together")
+    recipe = flags.chosen()
+    source = open_source(model, gguf_file=gguf_file)
+    text = TextSource(
+        recipe.calibration.source, recipe.calibration.split, recipe.calibration.text_column
+    )
+    tokens = calibration_tokens(_tokenizer(source), text, windows, window_length, recipe.seed)
+    with progress() as update:
+        found = measure(source, recipe, tokens, update)
+    if output is not None and budget is not None:
+        output.write_text(mixed_recipe(found, recipe, budget).to_yaml())
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    rows = [
+        (
+            f"{unit.block}, {unit.site}",
+            f"{unit.divergence:.5f}",
+            f"{unit.perplexity_ratio:.4f}",
+            f"{unit.rich_divergence:.5f}",
+            f"{unit.elements / found.elements:.2%}",
+        )
+        for unit in (found.ranked if every_site else found.ranked[:WORST_SITES])
+    ]
+    title = f"{model}: one site quantized; float perplexity {found.perplexity:.3f}"
+    header = ("block, site", "KL", "perplexity, times float", "KL at 8 bits", "weights")
+    out.print(columns(title, header, rows), soft_wrap=False)
+    if output is not None:
+        out.print(f"wrote {output}: smoothq quantize {model} --recipe {output} -o OUT")
 
 
 @app.command(name="eval")
@@ -374,7 +416,7 @@ def evaluate(
     texts = text or ([] if named else ["wikitext2"])
     loaded, tokenizer = load_model(model, dtype, device, memory)
     reference = None if against is None else load_model(against, dtype, device, memory)[0]
-    with _progress() as progress:
+    with progress() as update:
         found = measure(
             loaded,
             tokenizer,
@@ -390,14 +432,14 @@ def evaluate(
             include_path=include_path,
             limit=limit,
             num_fewshot=num_fewshot,
-            on_window=_on_window(progress),
+            on_window=perplexity_so_far(update),
         )
     if as_json:
         print(json.dumps(found.as_dict()))
     elif as_markdown:
         print(found.markdown())
     else:
-        _table(model, found.rows())
+        out.print(pairs(model, found.rows()))
 
 
 @app.command()
@@ -433,7 +475,7 @@ def compare(
     _silence_transformers()
     if plot is not None:
         _needs_package("matplotlib", "plots")
-    with _progress() as progress:
+    with progress() as update:
         found = side_by_side.compare(
             models,
             TextSource(text),
@@ -442,7 +484,7 @@ def compare(
             sequence_length=sequence_length,
             dtype=dtype,
             device=device,
-            on_window=_on_window(progress),
+            on_window=perplexity_so_far(update),
         )
     if plot is not None:
         side_by_side.plot(found, plot)
@@ -560,57 +602,6 @@ def _silence_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-
-
-def _on_window(progress: Any) -> Callable[[int, int, float], None]:
-    """What perplexity reports, as progress."""
-    return lambda done, total, so_far: progress(done - 1, total, f"perplexity {so_far:.2f}")
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A callback (done, total, stage): a bar on a terminal, plain lines anywhere else."""
-    if not err.is_terminal:
-        yield _PlainProgress()
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def update(done: int, total: int, stage: str) -> None:
-            bar.update(task, completed=done, total=total, description=stage)
-
-        yield update
-
-
-class _PlainProgress:
-    """One line a block: for logs."""
-
-    def __init__(self) -> None:
-        self._start, self._last = time.perf_counter(), -1
-
-    def __call__(self, done: int, total: int, stage: str) -> None:
-        if done == self._last:
-            return
-        self._last = done
-        spent = time.perf_counter() - self._start
-        left = f", {spent / done * (total - done):.0f} s left" if done else ""
-        log.info("%d/%d %s, %.0f s%s", done + 1, total, stage, spent, left)
 
 
 def main() -> None:

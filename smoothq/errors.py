@@ -31,3 +31,7 @@ class DeviceError(SmoothqError):
 
 class OutputError(CheckpointError):
     """The disk does not take what is written to it; the work so far is kept."""
+
+
+class StoppedError(SmoothqError):
+    """A run was stopped on purpose, by what was measured on the way; the work so far is kept."""

@@ -24,7 +24,7 @@ from .modules import InputQuantizer, QuantizedLinear, SequenceContext, WeightSpe
 from .plan import Plan, SitePlan, float_bytes, make_plan, stored_elements
 from .recipe import FLOAT_BITS, Preset, preset
 from .rounding.rtn import round_to_nearest
-from .tables import columns
+from .terminal import columns
 
 PROMPT = 512  # tokens of a prompt
 TIMED_WEIGHTS = 1 << 23  # of a linear that is timed, at most

@@ -21,7 +21,7 @@ from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, f
 from .architectures.graph import is_tied, takes_rotation, text_config
 from .architectures.layout import open_block
 from .attention_plan import cached_bits, plan_attention
-from .errors import DeviceError, RecipeError
+from .errors import DeviceError, RecipeError, UnsupportedModelError
 from .inference import infer_family
 from .kernels import runs_on
 from .modules import (
@@ -289,7 +289,10 @@ def _stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
     if recipe.dtype != "auto":
         return getattr(torch, recipe.dtype)  # type: ignore[no-any-return]
     named = config.dtype or torch.float32
-    return getattr(torch, named) if isinstance(named, str) else named
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UnsupportedModelError(f"{config.model_type}: its config says dtype = {named}")
+    return dtype
 
 
 def check_device(device: str) -> None:

@@ -1,5 +1,6 @@
 """The accuracy script: what it measures once, what it keeps, and the README's table of it."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -9,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from smoothq import preset
+from smoothq.cli import main
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--samples", "4", "--sequence-length", "32")
@@ -62,6 +64,19 @@ def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, mo
     script.main()
     assert not measured
     assert json.loads(results.read_text()) == runs
+
+
+def test_the_perplexity_is_the_one_that_eval_prints(float_checkpoint, monkeypatch, capsys) -> None:
+    script, model = accuracy(), str(float_checkpoint("llama"))
+    monkeypatch.setattr(script, "DECODED_TOKENS", 8)
+    shape = {"windows": 3, "evaluation_length": 32}
+    bench = script.Bench(argparse.Namespace(model=model, text="builtin", **shape))
+    flags = ("--text", "builtin", "--windows", "3", "--sequence-length", "32", "--json")
+    monkeypatch.setattr(sys, "argv", ["smoothq", "eval", model, *flags])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    (printed,) = json.loads(capsys.readouterr().out)["texts"]
+    assert bench.measure(model)["perplexity"] == round(printed["perplexity"], 4)
 
 
 def test_a_run_counts_although_its_recipe_lacks_fields_that_came_later() -> None:

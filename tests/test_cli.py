@@ -305,7 +305,7 @@ def test_a_stopped_run_goes_on_by_the_same_command(run, model, tmp_path, monkeyp
         if done == 2 and begun.count(2) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("smoothq.cli._PlainProgress.__call__", stopping)
+    monkeypatch.setattr("smoothq.terminal.PlainProgress.__call__", stopping)
     assert run(*command)[0] == 130
     assert not out.exists()
     code, _, log = run(*command, "--alpha", 0.6)
@@ -319,6 +319,23 @@ def test_a_stopped_run_goes_on_by_the_same_command(run, model, tmp_path, monkeyp
     code, text, log = run("verify", out)
     assert code == 0, log
     assert "is whole" in text
+
+
+def test_a_run_is_watched_and_stopped_where_it_goes_wrong(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", model, "-o", out, "--w4a4", "--method", "rtn", "--probe-text", "builtin")
+    code, _, log = run(*command, "--probe-every", 1, "--stop-above", 0.5)
+    assert code == 1
+    assert "after block 0 perplexity is" in log
+    assert not out.exists()
+    assert out.with_name("out.partial").exists()
+    code, _, log = run(*command, "--probe-every", 2, "--resume")
+    assert code == 0, log
+    assert re.findall(r"block (\d): perplexity", log) == ["1", "2"]
+    assert out.exists()
+    code, _, log = run(*command, "--stop-above", 2)
+    assert code == 2
+    assert "--probe-every" in log
 
 
 def test_verify_names_what_is_damaged(run, model, tmp_path) -> None:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from smoothq import Recipe, load_recipe, preset
-from smoothq.errors import RecipeError
+from smoothq.errors import RecipeError, UnsupportedModelError
 from smoothq.plan import make_plan
 
 
@@ -121,3 +121,11 @@ def test_live_smoothing_refuses_float_weight_groups() -> None:
     with pytest.raises(RecipeError, match="reorders the channels"):
         recipe.edit(weights__granularity="group")
     recipe.edit(weights__granularity="group", weights__group_scale="multiplier")
+
+
+@pytest.mark.parametrize("dtype", [-1, "no_dtype", "int8", torch.int32])
+def test_a_config_whose_dtype_is_none_is_refused(dtype) -> None:
+    model = on_meta()
+    model.config.dtype = dtype
+    with pytest.raises(UnsupportedModelError, match="dtype"):
+        make_plan(model, Recipe())

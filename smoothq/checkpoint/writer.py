@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import CheckpointError, OutputError, SmoothqError
+from ..errors import CheckpointError, OutputError, SmoothqError, StoppedError
 from .manifest import Manifest, first_line
 from .shards import SHARD_BYTES, ShardState, ShardWriter
 from .tensor_file import Entry, TensorFile, is_intact
@@ -147,7 +147,8 @@ class CheckpointWriter:
     ) -> None:
         if self._shards is not None:
             self._shards.close()
-        of_input = isinstance(error, SmoothqError) and not isinstance(error, OutputError)
+        kept = isinstance(error, OutputError | StoppedError)
+        of_input = isinstance(error, SmoothqError) and not kept
         if self._state is not None and isinstance(error, Exception):
             if of_input or not self._state.blocks:
                 shutil.rmtree(self.partial, ignore_errors=True)

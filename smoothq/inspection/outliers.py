@@ -40,6 +40,7 @@ CHANNEL_RATIO = 8.0  # times the median channel's median magnitude: a channel-wi
 SPIKE_RATIO = 100.0  # times the median magnitude of its channel, and of all: a spike
 MASSIVE_RATIO = 1000.0  # times the median magnitude: a massive activation
 SURFACE = 128  # tokens and channels of a surface, at most
+MEDIAN_TOKENS = 512  # of which medians are taken, evenly spaced
 ERROR_TOKENS = 512  # on which the error of a site's outputs is measured
 
 
@@ -47,11 +48,11 @@ ERROR_TOKENS = 512  # on which the error of a site's outputs is measured
 class Profile:
     """What a site is fed, under one method.
 
-    largest, median: of the magnitudes. kurtosis: of all values; 3 is a normal distribution's.
-    channels, spikes: how many outliers of either kind. massive: tokens, by their number in the
-    text. error: ‖ŷ − y‖ / ‖y‖ of what the site's linears make of a token, weights rounded to
-    nearest and inputs quantized. surface: largest magnitudes of (tokens, channels), in at most 128
-    stretches of each.
+    largest, median: of the magnitudes; medians are of 512 tokens at most. kurtosis: of all values;
+    3 is a normal distribution's. channels, spikes: how many outliers of either kind. massive:
+    tokens, by their number in the text. error: ‖ŷ − y‖ / ‖y‖ of what the site's linears make of a
+    token, weights rounded to nearest and inputs quantized. surface: largest magnitudes of (tokens,
+    channels), in at most 128 stretches of each.
     """
 
     largest: float
@@ -62,6 +63,10 @@ class Profile:
     massive: tuple[int, ...]
     error: float
     surface: Tensor
+
+    def peak(self) -> float:
+        """The largest value in units of the median."""
+        return self.largest / self.median if self.median else self.largest
 
     def figures(self) -> dict[str, object]:
         """Everything but the surface, as plain data."""
@@ -76,6 +81,11 @@ class SiteReport:
     site: str
     width: int
     profiles: dict[Method, Profile]
+
+    @property
+    def peak(self) -> float:
+        """The largest value as it is, in units of the median."""
+        return self.profiles["rtn"].peak()
 
     @property
     def best(self) -> Method:
@@ -95,11 +105,11 @@ class Inspection:
 
     def worst_first(self) -> list[SiteReport]:
         """All sites by their largest value, in units of its median."""
-        return sorted(self.sites, key=_peak, reverse=True)
+        return sorted(self.sites, key=lambda site: site.peak, reverse=True)
 
     def worst(self) -> SiteReport:
         """The first of them."""
-        return max(self.sites, key=_peak)
+        return max(self.sites, key=lambda site: site.peak)
 
     def of(self, block: int, site: str | None) -> SiteReport:
         """A site by block and name; without a name the block's worst. Raises RecipeError."""
@@ -107,13 +117,7 @@ class Inspection:
         if not found:
             names = ", ".join(dict.fromkeys(each.site for each in self.sites))
             raise RecipeError(f"block {block} has no site '{site}'; sites are {names}")
-        return max(found, key=_peak)
-
-
-def _peak(site: SiteReport) -> float:
-    """The largest value as it is, in units of the median."""
-    before = site.profiles["rtn"]
-    return before.largest / before.median if before.median else before.largest
+        return max(found, key=lambda site: site.peak)
 
 
 @torch.no_grad()
@@ -206,8 +210,8 @@ def _profile(block: Block, plan: SitePlan, lanes: dict[tuple[str, ...], Tensor])
             rotate_input(reader.view(block.module), plan.input.rotation)
     x = torch.cat([_as_quantized(quantizer, lane) for lane in lanes.values()])
     magnitudes = x.abs()
-    median = magnitudes.flatten().median().item()
-    typical = magnitudes.median(0).values
+    some = magnitudes[:: -(-len(x) // MEDIAN_TOKENS)]
+    median, typical = some.flatten().median().item(), some.median(0).values
     spikes = magnitudes > SPIKE_RATIO * typical.clamp(min=median)
     massive = (magnitudes.amax(1) > MASSIVE_RATIO * median).nonzero().flatten()
     return Profile(

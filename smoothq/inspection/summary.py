@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..tables import columns
-from .outliers import METHODS, Inspection, SiteReport
+from ..terminal import columns
+from .outliers import METHODS, Inspection, Profile, SiteReport
 
+_SITE = "block, site"
 _SHOWN_TOKENS = 8  # of massive activations that are named
 
 
 def tables(inspection: Inspection, sites: Sequence[SiteReport]) -> list[Table]:
-    """Sites with their outliers as they are, and their errors by method, the least marked."""
-    outliers, errors = [], []
+    """Sites with their outliers as they are, their peaks and their errors by method.
+
+    Of each site's peaks and errors the least is marked.
+    """
+    outliers = []
     for site in sites:
-        name, before = f"{site.block}, {site.site}", site.profiles["rtn"]
+        before = site.profiles["rtn"]
         outliers.append(
             (
-                name,
+                _name(site),
                 f"{before.largest:.4g}",
                 f"{before.median:.2g}",
                 f"{before.kurtosis:.4g}",
@@ -30,19 +34,34 @@ def tables(inspection: Inspection, sites: Sequence[SiteReport]) -> list[Table]:
                 str(len(before.massive)),
             )
         )
-        by_method = (
-            f"[bold]{profile.error:.3f}[/bold]" if method == site.best else f"{profile.error:.3f}"
-            for method, profile in site.profiles.items()
-        )
-        errors.append((name, *by_method))
     titles = ("largest", "median", "kurtosis", "channels", "spikes", "massive")
-    methods = (METHODS[method] for method in inspection.methods)
+    error = f"Relative error of the outputs at {inspection.bits}, by method"
     return [
-        columns(f"{inspection.model}: inputs as they are", ("block, site", *titles), outliers),
-        columns(
-            f"Relative error of the outputs at {inspection.bits}", ("block, site", *methods), errors
-        ),
+        columns(f"{inspection.model}: inputs as they are", (_SITE, *titles), outliers),
+        _by_method(inspection, sites, "Largest over median, by method", ".4g", Profile.peak),
+        _by_method(inspection, sites, error, ".3f", lambda profile: profile.error),
     ]
+
+
+def _by_method(
+    inspection: Inspection,
+    sites: Sequence[SiteReport],
+    title: str,
+    form: str,
+    value: Callable[[Profile], float],
+) -> Table:
+    """One figure of each site under every method."""
+    rows = []
+    for site in sites:
+        cells = [f"{value(profile):{form}}" for profile in site.profiles.values()]
+        least = min(cells, key=float)
+        marked = (f"[bold]{cell}[/bold]" if cell == least else cell for cell in cells)
+        rows.append((_name(site), *marked))
+    return columns(title, (_SITE, *(METHODS[method] for method in inspection.methods)), rows)
+
+
+def _name(site: SiteReport) -> str:
+    return f"{site.block}, {site.site}"
 
 
 def massive_tokens(

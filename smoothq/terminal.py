@@ -1,0 +1,98 @@
+"""What the terminal shows: tables, progress, log lines."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+log = logging.getLogger("smoothq")
+
+
+def show_log() -> None:
+    """Send what smoothq logs to standard error."""
+    handler: logging.Handler = logging.StreamHandler()
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, show_time=False)
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+
+
+def columns(title: str | None, header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table with a header, whose first column is never broken."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """A table of labels and values."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A callback (done, total, stage): a bar on a terminal, plain lines anywhere else."""
+    if not err.is_terminal:
+        yield PlainProgress()
+        return
+    parts = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*parts, console=err, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(done: int, total: int, stage: str) -> None:
+            bar.update(task, completed=done, total=total, description=stage)
+
+        yield update
+
+
+class PlainProgress:
+    """One line a block: for logs."""
+
+    def __init__(self) -> None:
+        self._start, self._last = time.perf_counter(), -1
+
+    def __call__(self, done: int, total: int, stage: str) -> None:
+        """`done` of `total` are behind us, and the next has entered `stage`."""
+        if done == self._last:
+            return
+        self._last = done
+        spent = time.perf_counter() - self._start
+        left = f", {spent / done * (total - done):.0f} s left" if done else ""
+        log.info("%d/%d %s, %.0f s%s", done + 1, total, stage, spent, left)
+
+
+def perplexity_so_far(update: Any) -> Callable[[int, int, float], None]:
+    """What a measurement of perplexity reports, as progress."""
+    return lambda done, total, so_far: update(done - 1, total, f"perplexity {so_far:.2f}")
