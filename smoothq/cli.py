@@ -322,6 +322,7 @@ def sensitivity(
     every_site: Annotated[
         bool, typer.Option("--all", help="Print every site, not only the worst.")
     ] = False,
+    device: Device = "cpu",
     gguf_file: Gguf = None,
     as_json: Json = False,
 ) -> None:
@@ -343,7 +344,7 @@ def sensitivity(
     )
     tokens = calibration_tokens(_tokenizer(source), text, windows, window_length, recipe.seed)
     with progress() as update:
-        found = measure(source, recipe, tokens, update)
+        found = measure(source, recipe, tokens, update, device)
     if output is not None and budget is not None:
         output.write_text(mixed_recipe(found, recipe, budget).to_yaml())
     if as_json:

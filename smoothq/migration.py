@@ -42,7 +42,7 @@ def search_alpha(
     errors = {}
     for alpha in CANDIDATES:
         smooth(block, plan.site, maxima, alpha)
-        hooks = [_quantize(block, module, plan, site_input) for module in plan.modules]
+        hooks = [quantize_linear(block, module, plan, site_input) for module in plan.modules]
         errors[alpha] = relative_error(stream.forward(block, index, batch), wanted).item()
         for hook in hooks:
             hook.remove()
@@ -51,7 +51,7 @@ def search_alpha(
     return min(errors, key=lambda alpha: errors[alpha])
 
 
-def _quantize(
+def quantize_linear(
     block: nn.Module, module: str, plan: SitePlan, site_input: InputQuantizer
 ) -> RemovableHandle:
     """Round a linear's weight in place, and quantize its input until the hook is removed."""

@@ -1,0 +1,283 @@
+"""What quantizing each site of each block alone costs, and a mixed-precision recipe made of it.
+
+One site is quantized in a float model whose blocks are transformed as the recipe says, and the
+predictions at the model's end are compared with the float ones. Weights are rounded to nearest and
+the product is taken in float: on the same grids that is the function which integer kernels compute,
+so the figures speak of the recipe, short of what GPTQ and tuning win back. A divergence grows with
+the square of a small error and errors of different sites are hardly related, so what units cost
+alone roughly adds up, and units can be chosen by it. Attention and KV cache are float here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint.stream import Source, skeleton
+from ..distributed import World
+from ..errors import CalibrationError, NumericsError, RecipeError
+from ..float_parts import ModelEnd, enter, load_block
+from ..hidden_states import micro_batches
+from ..migration import quantize_linear
+from ..modules import InputQuantizer, SequenceContext
+from ..pipeline import Progress, transform_block
+from ..plan import Plan, SitePlan, check_device, make_plan
+from ..recipe import Activations, Override, Recipe, Weights
+
+RICH_BITS = 8
+CHUNK_ELEMENTS = 1 << 22  # probabilities that are compared at a time
+NO_TARGET = -100  # what F.nll_loss leaves out
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One site of one block, quantized alone: as the recipe has it, and in the rich format.
+
+    The rich format is 8-bit weights with a scale a channel, and inputs of at least 8 bits with a
+    scale a token. modules: full names. bits, rich_bits: that all their weights take, scales
+    included. divergence, rich_divergence: KL(float ‖ quantized) in nats a token. perplexity_ratio:
+    the perplexity as the recipe has it over the float one.
+    """
+
+    block: int
+    site: str
+    modules: tuple[str, ...]
+    elements: int
+    bits: int
+    rich_bits: int
+    divergence: float
+    rich_divergence: float
+    perplexity_ratio: float
+
+    @property
+    def extra_bits(self) -> int:
+        """What the rich format takes more."""
+        return self.rich_bits - self.bits
+
+    @property
+    def saved(self) -> float:
+        """The divergence that the rich format avoids."""
+        return self.divergence - self.rich_divergence
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What was measured of a model.
+
+    units: in the order of execution. elements, bits: of all linears of the blocks, those that stay
+    float included. perplexity: of the float model on the text. tokens: of the text.
+    """
+
+    units: tuple[Unit, ...]
+    elements: int
+    bits: int
+    perplexity: float
+    tokens: int
+
+    @property
+    def ranked(self) -> tuple[Unit, ...]:
+        """The units, the largest divergence first."""
+        return tuple(sorted(self.units, key=lambda unit: unit.divergence, reverse=True))
+
+    def bits_with(self, rich: Iterable[Unit]) -> float:
+        """Bits a weight, all scales counted, with some units in the rich format."""
+        return (self.bits + sum(unit.extra_bits for unit in rich)) / self.elements
+
+    def fitting(self, units: Iterable[Unit], budget_bits: float) -> list[Unit]:
+        """Units in their order, without those that would take more than so many bits a weight."""
+        chosen: list[Unit] = []
+        for unit in units:
+            if self.bits_with([*chosen, unit]) <= budget_bits:
+                chosen.append(unit)
+        return chosen
+
+
+@torch.no_grad()
+def measure(
+    source: Source,
+    recipe: Recipe,
+    tokens: Tensor,
+    progress: Progress | None = None,
+    device: str = "cpu",
+) -> Sensitivities:
+    """Quantize every site of a source alone, in two formats, and compare with the float model.
+
+    tokens: int64 (windows, length), also what the recipe's smoothing is calibrated on. The float32
+    model, what enters each of its blocks and its logits are held in memory. A unit takes two
+    forwards from its block to the end. Raises SmoothqError for what cannot be quantized,
+    CalibrationError for tokens of another shape, NumericsError for a float model with NaN or Inf.
+    """
+    check_device(device)
+    if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
+        raise CalibrationError(
+            f"tokens must be (windows, length of 2 or more), not {tuple(tokens.shape)}"
+        )
+    model = skeleton(source)
+    plan = make_plan(model, recipe)
+    rich = make_plan(model, recipe.edit(overrides=(_rich(recipe, "*"), *recipe.overrides)))
+    if progress is not None:
+        progress(0, len(plan.blocks), "float forward")
+    floats = _FloatModel(source, plan, tokens, torch.device(device))
+    units = []
+    for index, (block, richer) in enumerate(zip(plan.blocks, rich.blocks, strict=True)):
+        for site, rich_site in zip(block.sites, richer.sites, strict=True):
+            if progress is not None:
+                progress(index, len(plan.blocks), f"measure {site.site.name}")
+            divergence, ratio = floats.losses(index, site)
+            same = rich_site == site
+            rich_divergence = divergence if same else floats.losses(index, rich_site)[0]
+            specs = site.modules.values()
+            unit = Unit(
+                block=index,
+                site=site.site.name,
+                modules=tuple(f"{plan.parts.layers}.{index}.{name}" for name in site.modules),
+                elements=sum(spec.out_features * spec.in_features for spec in specs),
+                bits=sum(spec.stored_bits for spec in specs),
+                rich_bits=sum(spec.stored_bits for spec in rich_site.modules.values()),
+                divergence=divergence,
+                rich_divergence=rich_divergence,
+                perplexity_ratio=ratio,
+            )
+            units.append(unit)
+    kept = sum(block.kept_elements for block in plan.blocks)
+    return Sensitivities(
+        units=tuple(units),
+        elements=sum(unit.elements for unit in units) + kept,
+        bits=sum(unit.bits for unit in units) + 8 * plan.stored_dtype.itemsize * kept,
+        perplexity=math.exp(floats.loss),
+        tokens=tokens.numel(),
+    )
+
+
+def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: float) -> Recipe:
+    """The recipe with the units in the rich format that save most, within a budget.
+
+    recipe: the one measured, or one with another rounding, tuning or calibration. budget_bits: bits
+    a weight, all scales counted. Units are taken by divergence saved a bit, as long as they fit.
+    Raises RecipeError for a budget below the recipe's own bits, and where no weight could get more.
+    """
+    candidates = [unit for unit in sensitivities.units if unit.extra_bits > 0]
+    least, most = sensitivities.bits_with(()), sensitivities.bits_with(candidates)
+    if not candidates:
+        raise RecipeError(
+            f"recipe '{recipe.name}' has {least:.2f} bits a weight, and {RICH_BITS}-bit weights "
+            "would take no more: there is nothing to choose"
+        )
+    if not budget_bits >= least:
+        raise RecipeError(
+            f"a budget of {budget_bits:g} bits a weight is below what recipe '{recipe.name}' takes "
+            f"itself; give one from {math.ceil(least * 1e4) / 1e4:.4f}, which changes nothing, "
+            f"to {most:.4f}, which is {RICH_BITS} bits everywhere"
+        )
+    worth = [unit for unit in candidates if unit.saved > 0]
+    worth.sort(key=lambda unit: unit.saved / unit.extra_bits, reverse=True)
+    return enriched(recipe, sensitivities.fitting(worth, budget_bits))
+
+
+def enriched(recipe: Recipe, units: Iterable[Unit]) -> Recipe:
+    """The recipe with some units in the rich format, as overrides."""
+    overrides = [_rich(recipe, pattern) for pattern in _patterns(units)]
+    return recipe.edit(name=f"{recipe.name}-mixed", overrides=(*overrides, *recipe.overrides))
+
+
+def _rich(recipe: Recipe, match: str) -> Override:
+    """The rich format for some linears: inputs that have 8 bits or more stay as they are."""
+    weights = Weights(bits=RICH_BITS, rounding=recipe.weights.rounding)
+    few = recipe.activations.bits < RICH_BITS
+    activations = Activations(bits=RICH_BITS) if few else None
+    return Override(match=match, weights=weights, activations=activations)
+
+
+def _patterns(units: Iterable[Unit]) -> list[str]:
+    """Shell patterns of the units' modules: one for the same module of up to ten blocks."""
+    digits: dict[tuple[str, str], list[int]] = {}
+    for unit in sorted(units, key=lambda unit: unit.block):
+        tens, digit = divmod(unit.block, 10)
+        for name in unit.modules:
+            before, after = name.split(f".{unit.block}.", 1)
+            digits.setdefault((f"{before}.{tens or ''}", after), []).append(digit)
+    return [
+        f"{before}{last[0] if len(last) == 1 else str(last).replace(', ', '')}.{after}"
+        for (before, after), last in digits.items()
+    ]
+
+
+class _FloatModel:
+    """A float model in memory, transformed as its plan says; one site at a time is quantized.
+
+    loss: its mean negative log-likelihood of a next token.
+    """
+
+    def __init__(self, source: Source, plan: Plan, tokens: Tensor, device: torch.device) -> None:
+        self._plan, self._device = plan, device
+        self._targets = [
+            F.pad(batch[:, 1:], (0, 1), value=NO_TARGET).flatten().to(device)
+            for batch in micro_batches(tokens)
+        ]
+        model = skeleton(source)
+        stream = enter(source, model, plan, tokens, World(0, 1, device))
+        self._entering = [stream]
+        self._blocks: list[nn.Module] = []
+        for index in range(len(plan.blocks)):
+            block = load_block(source, model, plan, index, device)
+            transform_block(block, plan, stream, lambda stage: None, advance=False)
+            self._blocks.append(block.module)
+            stream = stream.copy()
+            stream.advance(block.module, index)
+            self._entering.append(stream)
+        self._end = ModelEnd(source, plan, device)
+        end = len(self._blocks)
+        self._reference = [logits.log_softmax(-1) for logits in self._logits(end)]
+        _, self.loss = self._compared(end)
+        if not math.isfinite(self.loss):
+            raise NumericsError(f"{source.name}: the float model's loss on the text is {self.loss}")
+
+    def losses(self, index: int, site: SitePlan) -> tuple[float, float]:
+        """What one site of block `index`, quantized, does to the predictions.
+
+        Returns KL(float ‖ quantized) in nats a token, and the perplexity over the float one.
+        """
+        block, settings = self._blocks[index], self._plan.recipe.runtime_smoothing
+        site_input = InputQuantizer(site.site.name, site.input, 1, SequenceContext())
+        site_input.to(self._device)
+        normalise = settings is not None and settings.normalise
+        self._entering[index].calibrate(block, index, site.site, site_input, normalise)
+        weights = {name: block.get_submodule(name).get_parameter("weight") for name in site.modules}
+        held = {name: weight.clone() for name, weight in weights.items()}
+        hooks = [quantize_linear(block, name, site, site_input) for name in site.modules]
+        divergence, loss = self._compared(index)
+        for hook in hooks:
+            hook.remove()
+        for name, weight in weights.items():
+            weight.copy_(held[name])
+        return divergence, math.exp(loss - self.loss)
+
+    def _compared(self, first: int) -> tuple[float, float]:
+        """Blocks from `first` on against the float model: the divergence, and the loss as such."""
+        divergence = loss = 0.0
+        for batch in zip(self._logits(first), self._reference, self._targets, strict=True):
+            count = max(1, CHUNK_ELEMENTS // batch[0].shape[1])
+            for logits, log_p, targets in zip(*(each.split(count) for each in batch), strict=True):
+                log_q = logits.log_softmax(-1)
+                loss += F.nll_loss(log_q, targets, reduction="sum").item()
+                # Summed on the CPU: not every accelerator has float64.
+                kl = log_p.exp().mul_(log_p - log_q).sum(-1)
+                divergence += kl.cpu().double().sum().item()
+        targets = torch.cat(self._targets)
+        return divergence / len(targets), loss / int((targets != NO_TARGET).sum())
+
+    def _logits(self, first: int) -> Iterator[Tensor]:
+        """Logits of each micro-batch, float32 (tokens, vocabulary): from block `first` on.
+
+        What enters that block is known.
+        """
+        stream = self._entering[first]
+        for hidden in stream:
+            for index in range(first, len(self._blocks)):
+                hidden = stream.forward(self._blocks[index], index, hidden)
+            yield self._end.logits(hidden).flatten(0, 1)
