@@ -127,4 +127,4 @@ def test_the_page_needs_nothing_beside_itself(inspection, tmp_path: Path) -> Non
     assert "https://" not in text
     assert "<script" not in text
     assert "&#39;&lt;s&gt;&#39; at 0" in text
-    assert text.count("<tr>") == 1 + len(inspection.sites)
+    assert text.count("<tr>") == 2 + len(inspection.sites)

@@ -30,9 +30,11 @@ _PAGE = """<!doctype html>
         padding: 0 1em }
  h1, h2 { line-height: 1.2 } h2 { margin-top: 2em }
  figure { margin: 1em 0 } img { width: 100%; height: auto }
- table { border-collapse: collapse; font-variant-numeric: tabular-nums }
- th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #d5d8dc }
- td:first-child, td:nth-child(2), th:first-child, th:nth-child(2) { text-align: left }
+ table { border-collapse: collapse; font: 14px/1.4 system-ui, sans-serif;
+         font-variant-numeric: tabular-nums }
+ th, td { padding: .2em .6em; white-space: nowrap; text-align: right;
+          border-bottom: 1px solid #d5d8dc }
+ td:nth-child(2) { text-align: left }
  .wide { overflow-x: auto }
  .best { font-weight: 700; color: #0e6251 }
  dt { font-weight: 700 } dd { margin: 0 0 .5em 1em }
@@ -68,9 +70,12 @@ all</dd>
 <dt>error</dt><dd>of the site's outputs by method, relative; the least is marked</dd>
 </dl>
 <div class="wide"><table>
-<thead><tr><th>block</th><th>site</th><th>largest</th><th>median</th><th>kurtosis</th>
+<thead>
+<tr><th colspan="8"></th><th colspan="{{ inspection.methods|length }}">error</th></tr>
+<tr><th>block</th><th>site</th><th>largest</th><th>median</th><th>kurtosis</th>
 <th>channels</th><th>spikes</th><th>massive</th>
-{% for method in inspection.methods %}<th>error, {{ names[method] }}</th>{% endfor %}</tr></thead>
+{% for method in inspection.methods %}<th>{{ names[method] }}</th>{% endfor %}</tr>
+</thead>
 <tbody>
 {% for row in inspection.sites %}{% set before = row.profiles["rtn"] %}
 <tr><td>{{ row.block }}</td><td>{{ row.site }}</td><td>{{ "%.4g"|format(before.largest) }}</td>
