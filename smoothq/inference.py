@@ -76,7 +76,8 @@ def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
     of the largest logit is meant. Raises UnsupportedModelError where one moves more than 1e-9.
     """
     with torch.no_grad():
-        return _prove(_example(config, _kinds_of_blocks(config)), family, config.model_type)
+        model = _example(config, _kinds_of_blocks(config))
+        return _prove(model, family, f"the wiring given for '{config.model_type}'")
 
 
 def _example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
@@ -95,7 +96,7 @@ def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
         except Unexplained as error:
             raise _unexplained(model, str(error)) from error
         family = _load(written)
-        _prove(model, family, name)
+        _prove(model, family, f"architecture '{name}' has no file, and the wiring found for it")
     return family, written
 
 
@@ -107,8 +108,11 @@ def _load(written: str) -> Family:
     return family
 
 
-def _prove(model: PreTrainedModel, family: Family, name: str) -> dict[str, float]:
-    """What every transform moves the tiny model's logits by, unless one moves them."""
+def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, float]:
+    """What every transform moves the tiny model's logits by; raises where that is too much.
+
+    wiring: what is on trial, for the message.
+    """
     changes = {}
     before = proof.logits(model, TOKENS)
     opened = copy.deepcopy(model)
@@ -120,8 +124,8 @@ def _prove(model: PreTrainedModel, family: Family, name: str) -> dict[str, float
         changes[claim] = proof.deviation(proof.logits(tried, TOKENS), before)
         if not changes[claim] <= EXACT:
             raise UnsupportedModelError(
-                f"the wiring of architecture '{name}', found or given, is wrong: "
-                f"{claim} changes the logits of a tiny model by {changes[claim]:.1e}"
+                f"{wiring} is wrong: {claim} changes the logits of a tiny model by "
+                f"{changes[claim]:.1e}"
             )
     return changes
 

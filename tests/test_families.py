@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import (
     AutoTokenizer,
     CLIPConfig,
     DeepseekV3Config,
+    GraniteConfig,
     OPTConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3NextConfig,
 )
@@ -33,6 +36,7 @@ from smoothq.architectures import (
     Site,
     WeightRef,
     family_of,
+    register_family,
     supported_model_types,
 )
 from smoothq.architectures.graph import is_tied, takes_rotation, text_config
@@ -40,7 +44,7 @@ from smoothq.architectures.layout import close_block, open_block
 from smoothq.calibration import TextSource, evaluation_tokens
 from smoothq.errors import RecipeError, UnsupportedModelError
 from smoothq.evaluation.agreement import agreement
-from smoothq.inference import infer_family
+from smoothq.inference import infer_family, prove_family
 from smoothq.modules import QuantizedLinear
 from smoothq.modules.kv_cache import QuantizedLayer
 from smoothq.plan import make_plan
@@ -625,3 +629,26 @@ def test_smoothquant_takes_away_what_outliers_cost_w8a8(tmp_path) -> None:
         divergence[method] = agreement(made, reference, windows).divergence
     assert divergence["rtn"] > 0.1
     assert divergence["smoothquant"] < 0.05 * divergence["rtn"]
+
+
+def test_a_family_from_outside_is_proven_or_refused(monkeypatch) -> None:
+    config = GraniteConfig(num_hidden_layers=2, vocab_size=64)
+    known = {**architectures._BY_MODEL_TYPE}
+    monkeypatch.setattr("smoothq.architectures._BY_MODEL_TYPE", known)
+    right = Family(("granite",), known["llama"].block)
+    proven = prove_family(right, config)
+    assert {"norm fusion", "stream rotation", "value rotation"} <= set(proven)
+    assert max(proven.values()) <= 1e-9
+
+    def swapped(config: PretrainedConfig, index: int) -> BlockGraph:
+        qkv, o, gate_up, down = right.block(config, index).sites
+        norms = (gate_up.producer, qkv.producer)
+        sites = (replace(qkv, producer=norms[0]), o, replace(gate_up, producer=norms[1]), down)
+        return BlockGraph(sites, right.block(config, index).residual_writers)
+
+    with pytest.raises(UnsupportedModelError, match="wiring given for 'granite' is wrong: norm"):
+        prove_family(Family(("granite",), swapped), config)
+    register_family(right)
+    assert family_of(config) is right
+    with pytest.raises(ValueError, match="granite"):
+        register_family(right)
