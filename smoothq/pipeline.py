@@ -1,8 +1,9 @@
 """The whole job: one pass over the decoder blocks, one block in memory at a time.
 
 What is done to a block needs only the block and the hidden states that enter it, because the one
-global choice, the rotation of the residual stream, is made before the first block. Read `_run`
-and `_quantize_block`; the rest of this file is what they call.
+global choice, the rotation of the residual stream, is made before the first block: `load_block`
+brings a block in with that rotation in its weights. Read `_run` and `_quantize_block`; the rest of
+this file is what they call.
 """
 
 from __future__ import annotations
