@@ -34,4 +34,4 @@ class OutputError(CheckpointError):
 
 
 class StoppedError(SmoothqError):
-    """A run was stopped on purpose, by what was measured on the way; the work so far is kept."""
+    """A run was stopped on purpose, or cannot go on as asked; the work so far is kept."""

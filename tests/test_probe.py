@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smoothq import BlockDone, Probe, perplexity, quantize
-from smoothq.errors import CalibrationError, CheckpointError
+from smoothq.errors import CalibrationError, StoppedError
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 
@@ -88,9 +88,9 @@ def test_a_run_begun_without_a_probe_cannot_get_one(data, tmp_path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         quantize(model, RECIPES["w8a8"], data=data, output=out, on_block=stop)
-    with pytest.raises(CheckpointError, match="without a probe"):
+    with pytest.raises(StoppedError, match="without a probe"):
         quantize(model, RECIPES["w8a8"], data=data, output=out, probe=Probe(data))
-    quantize(model, RECIPES["w8a8"], data=data, output=out)
+    quantize(model, RECIPES["w8a8"], data=data, output=out, resume=True)
 
 
 @pytest.mark.parametrize(("shape", "every"), [((3,), 1), ((0, 4), 1), ((2, 1), 1), ((2, 4), 0)])

@@ -187,7 +187,7 @@ class CheckpointWriter:
         """The micro-batches of a stream, as the state has them, one by one."""
         assert self._state is not None
         if name not in self._state.streams:
-            raise CheckpointError(
+            raise StoppedError(
                 f"{self.partial} was begun without a {name}: go on without, or use --no-resume"
             )
         entries = self._state.streams[name]
