@@ -37,6 +37,7 @@ PROBE_WINDOWS = (4, 512)  # windows of tokens that `quantize --probe-every` meas
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+EverySite = Annotated[bool, typer.Option("--all", help="Print every site, not only the worst.")]
 RunDtype = Annotated[
     DtypeName,
     typer.Option(help="dtype of all that is not quantized; auto is float32 on a CPU."),
@@ -261,9 +262,7 @@ def inspect(
     sequences: Annotated[int, typer.Option(help="Sequences of it.", min=1)] = 4,
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
     seed: Annotated[int, typer.Option(help="Seed of rotations and of sampling.")] = 0,
-    every_site: Annotated[
-        bool, typer.Option("--all", help="Print every site, not only the worst.")
-    ] = False,
+    every_site: EverySite = False,
     device: Device = "cpu",
     gguf_file: Gguf = None,
     as_json: Json = False,
@@ -319,9 +318,7 @@ def sensitivity(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of the calibration text.", min=1)] = 2,
     window_length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 512,
-    every_site: Annotated[
-        bool, typer.Option("--all", help="Print every site, not only the worst.")
-    ] = False,
+    every_site: EverySite = False,
     device: Device = "cpu",
     gguf_file: Gguf = None,
     as_json: Json = False,
@@ -585,11 +582,10 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def _windows(source: Source, text: str, windows: int, length: int) -> Tensor:
     """The first windows of an evaluation text, int64 (windows, length): fewer if it is short."""
     from .calibration import TextSource, evaluation_tokens
+    from .evaluation.perplexity import windows_of
 
     tokens = evaluation_tokens(_tokenizer(source), TextSource(text))
-    length = min(length, tokens.shape[1])
-    windows = min(windows, tokens.shape[1] // length)
-    return tokens[0, : windows * length].view(windows, length)
+    return windows_of(tokens, length, windows)
 
 
 def _needs_package(package: str, extra: str) -> None:

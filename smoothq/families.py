@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from . import terminal
 from .architectures import BlockGraph, family_of, supported_model_types
 from .architectures.attention import unquantizable_attention
 from .architectures.graph import takes_rotation
@@ -36,8 +37,7 @@ def rows() -> list[tuple[str, ...]]:
 
 def markdown() -> str:
     """The table as the README has it."""
-    lines = [HEADER, ("---",) * len(HEADER), *rows()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return terminal.markdown(HEADER, rows())
 
 
 def _row(model_type: str) -> tuple[str, ...]:

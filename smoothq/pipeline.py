@@ -188,8 +188,9 @@ def _run(
     """
     plan, output = job.plan, job.output
     streams = _streams(job, tokens, directory)
-    probing = None if probe is None else Probing(probe, job.source, plan, job.world)
-    if probing is not None:
+    probing = None
+    if probe is not None:
+        probing = Probing(probe, job.source, job.model, plan, job.world)
         streams[STREAM] = probing.stream
     if not finished:
         _store_ends(job)
@@ -228,7 +229,7 @@ def _quantize_block(
     """
     plan, recipe = job.plan, job.plan.recipe
     follows_float = recipe.smoothing is not None and not recipe.sees_quantized
-    transform_block(block, plan, stream, stage, advance=follows_float)
+    transform_block(block, plan, stream, follows_float, stage)
     if unquantized is not None:
         stage("float forward")
         unquantized.advance(block.module, block.index)
@@ -248,7 +249,11 @@ def _quantize_block(
 
 
 def transform_block(
-    block: Block, plan: Plan, stream: HiddenStates | None, stage: Stage, advance: bool
+    block: Block,
+    plan: Plan,
+    stream: HiddenStates | None,
+    advance: bool = False,
+    stage: Stage | None = None,
 ) -> None:
     """Smooth a float block and rotate inside it as its plan has it; its function stays the same.
 
@@ -257,7 +262,8 @@ def transform_block(
     """
     recipe, graph = plan.recipe, block.plan.graph
     if recipe.smoothing is not None and stream is not None:
-        stage("smooth")
+        if stage is not None:
+            stage("smooth")
         _smooth(block, plan, stream, advance)
     if graph.value_output is not None and block.plan.value_rotation is not None:
         rotate_value_output(block.module, graph.value_output, block.plan.value_rotation)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .checkpoint.stream import Source, skeleton, unload_module
+from .checkpoint.stream import Source, unload_module
 from .distributed import World
 from .errors import CalibrationError
+from .evaluation.perplexity import perplexity_of, window_loss
 from .float_parts import ModelEnd, enter, load_block
 from .hidden_states import HiddenStates, micro_batches
 from .plan import Plan
@@ -54,10 +54,13 @@ class Probing:
     A measurement reads all later blocks once more, and the head is held in float32.
     """
 
-    def __init__(self, probe: Probe, source: Source, plan: Plan, world: World) -> None:
-        self._probe, self._source, self._plan, self._world = probe, source, plan, world
-        self._model = skeleton(source)
-        self.stream = enter(source, self._model, plan, probe.tokens, world)
+    def __init__(
+        self, probe: Probe, source: Source, model: PreTrainedModel, plan: Plan, world: World
+    ) -> None:
+        """model: the skeleton of the source, left as it is."""
+        self._probe, self._source, self._model = probe, source, model
+        self._plan, self._world = plan, world
+        self.stream = enter(source, model, plan, probe.tokens, world)
         self._end = ModelEnd(source, plan, world.device)
         self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
 
@@ -73,12 +76,10 @@ class Probing:
             block = load_block(self._source, self._model, self._plan, index, self._world.device)
             stream.advance(block.module, index)
             unload_module(block.module)
-        loss, count = 0.0, 0
-        for hidden, tokens in zip(stream, micro_batches(self._probe.tokens), strict=True):
-            for states, window in zip(hidden, tokens, strict=True):
-                logits = self._end.logits(states.unsqueeze(0))[0, :-1]
-                targets = window[1:].to(logits.device)
-                losses = F.cross_entropy(logits, targets, reduction="none")
-                loss += losses.double().sum().item()
-                count += len(targets)
-        return math.exp(loss / count) if loss / count < 700 else math.inf
+        losses = [
+            window_loss(self._end.logits(states.unsqueeze(0))[0], window)
+            for hidden, tokens in zip(stream, micro_batches(self._probe.tokens), strict=True)
+            for states, window in zip(hidden, tokens, strict=True)
+        ]
+        windows, length = self._probe.tokens.shape
+        return perplexity_of(sum(losses), windows * (length - 1))

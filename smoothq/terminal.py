@@ -53,6 +53,12 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+def markdown(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+    """The same in Markdown, without a title."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     """A callback (done, total, stage): a bar on a terminal, plain lines anywhere else."""

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -64,6 +63,12 @@ def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits.float()
 
 
+def summed_divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """Σ KL(p ‖ q) over tokens, in nats; log-probabilities, float32 (tokens, vocabulary)."""
+    # Summed on the CPU: not every accelerator has float64.
+    return log_p.exp().mul_(log_p - log_q).sum(-1).cpu().double().sum().item()
+
+
 def _compared(pairs: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Agreement:
     divergence, same = 0.0, 0
     for logits, reference in pairs:
@@ -74,8 +79,6 @@ def _compared(pairs: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Agreement:
         )
         for ours, theirs in chunks:
             log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            # Summed on the CPU: not every accelerator has float64.
-            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-            divergence += kl.cpu().double().sum().item()
+            divergence += summed_divergence(log_p, log_q)
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     return Agreement(divergence / tokens, same / tokens, tokens)

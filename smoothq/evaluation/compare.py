@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import terminal
 from ..calibration import TextSource
 from ..checkpoint.stream import resolve_directory
 from ..errors import CalibrationError
@@ -187,14 +188,12 @@ def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
 
 def markdown(contenders: Sequence[Contender]) -> str:
     """The table and the recipes' differences in Markdown."""
-    lines: list[tuple[str, ...]] = [HEADER, ("---",) * len(HEADER), *rows(contenders)]
+    text = terminal.markdown(HEADER, rows(contenders))
     differing = [(field, *values) for field, values in differences(contenders).items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if not differing:
         return text
     names = ("recipe", *(each.name for each in contenders))
-    table: list[tuple[str, ...]] = [names, ("---",) * len(names), *differing]
-    return text + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return f"{text}\n\n{terminal.markdown(names, differing)}"
 
 
 def plot(contenders: Sequence[Contender], path: Path) -> None:

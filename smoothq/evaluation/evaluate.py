@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import terminal
 from ..calibration import TextSource, evaluation_tokens
 from ..errors import CalibrationError
 from .agreement import Agreement, agreement, prefill_and_decode
 from .harness import TaskResults, run_tasks
-from .perplexity import Perplexity, perplexity
+from .perplexity import Perplexity, perplexity, windows_of
 
 OnWindow = Callable[[int, int, float], None]
 
@@ -100,8 +101,7 @@ class Evaluation:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = [("", self.model), ("---", "---"), *self.rows()]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return terminal.markdown(("", self.model), self.rows())
 
 
 def evaluate(
@@ -138,8 +138,7 @@ def evaluate(
         theirs = against = None
         if reference is not None:
             theirs = perplexity(reference, tokens, sequence_length, windows, batch_size, on_window)
-            shape = (own.windows, own.sequence_length)
-            against = agreement(model, reference, tokens[0, : shape[0] * shape[1]].view(shape))
+            against = agreement(model, reference, windows_of(tokens, sequence_length, windows))
         results.append(TextResult(source.name, own, theirs, against))
         if decode_tokens and decoded is None:
             decoded = prefill_and_decode(model, torch.LongTensor(tokens[:, :decode_tokens]))

@@ -65,11 +65,8 @@ def perplexity(
             "a window needs 2 tokens, the others must be at least 1"
         )
     start = time.perf_counter()
-    length = min(sequence_length, tokens.shape[1])
-    count = tokens.shape[1] // length
-    if windows is not None:
-        count = min(count, windows)
-    grid = tokens[0, : count * length].reshape(count, length)
+    grid = windows_of(tokens, sequence_length, windows)
+    count, length = grid.shape
 
     total = 0.0
     was_training = model.training
@@ -85,11 +82,12 @@ def perplexity(
                     )
                 total += loss
                 if on_window is not None:
-                    on_window(window + 1, count, _exp(total / ((window + 1) * (length - 1))))
+                    so_far = perplexity_of(total, (window + 1) * (length - 1))
+                    on_window(window + 1, count, so_far)
     finally:
         model.train(was_training)
     return Perplexity(
-        perplexity=_exp(total / (count * (length - 1))),
+        perplexity=perplexity_of(total, count * (length - 1)),
         tokens=count * (length - 1),
         windows=count,
         sequence_length=length,
@@ -97,24 +95,39 @@ def perplexity(
     )
 
 
+def windows_of(
+    tokens: torch.Tensor, sequence_length: int, windows: int | None = None
+) -> torch.Tensor:
+    """The windows that perplexity is measured on, int64 (windows, sequence_length or less).
+
+    tokens: (1, tokens). windows: at most so many; None for all that are whole.
+    """
+    length = min(sequence_length, tokens.shape[1])
+    count = tokens.shape[1] // length
+    if windows is not None:
+        count = min(count, windows)
+    return tokens[0, : count * length].reshape(count, length)
+
+
 # no_grad, not inference_mode: what a module derives and keeps on its first call stays usable.
 @torch.no_grad()
 def _window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
     """Each window's summed −log softmax(logits)[next token]; windows (batch, length)."""
     logits = model(input_ids=windows, use_cache=False).logits
-    rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-    sums = []
-    for window_logits, window in zip(logits, windows.to(logits.device), strict=True):
-        total = 0.0
-        chunks = zip(window_logits[:-1].split(rows), torch.split(window[1:], rows), strict=True)
-        for chunk, targets in chunks:
-            losses = F.cross_entropy(chunk.float(), targets, reduction="none")
-            # Summed on the CPU: not every accelerator has float64.
-            total += losses.cpu().double().sum().item()
-        sums.append(total)
-    return sums
+    return [window_loss(*pair) for pair in zip(logits, windows, strict=True)]
 
 
-def _exp(mean: float) -> float:
-    """exp that gives infinity where math.exp raises OverflowError."""
-    return torch.tensor(mean, dtype=torch.float64).exp().item()
+def window_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
+    """−log softmax(logits)[next token], summed; logits (length, vocabulary), window (length,)."""
+    rows, total = max(1, _CHUNK_ELEMENTS // logits.shape[-1]), 0.0
+    following = window[1:].to(logits.device)
+    for chunk, targets in zip(logits[:-1].split(rows), torch.split(following, rows), strict=True):
+        losses = F.cross_entropy(chunk.float(), targets, reduction="none")
+        # Summed on the CPU: not every accelerator has float64.
+        total += losses.cpu().double().sum().item()
+    return total
+
+
+def perplexity_of(loss: float, tokens: int) -> float:
+    """exp(loss / tokens), of a summed loss; infinity where math.exp raises OverflowError."""
+    return torch.tensor(loss / tokens, dtype=torch.float64).exp().item()

@@ -15,17 +15,20 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checkpoint.stream import Source, skeleton, unload_module
 from ..distributed import World
 from ..errors import RecipeError
 from ..float_parts import Block, enter, load_block
+from ..hidden_states import HiddenStates
 from ..kernels.reference import group_multipliers
 from ..modules import InputQuantizer, SequenceContext
 from ..pipeline import Progress, transform_block
-from ..plan import SitePlan, make_plan
+from ..plan import Plan, SitePlan, make_plan
 from ..recipe import Method, Preset, preset
 from ..rounding.rtn import round_to_nearest
+from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
 
 METHODS: dict[Method, str] = {
@@ -136,7 +139,16 @@ def inspect_model(
     cannot be taken.
     """
     world = World.join(device)
-    views = [_View(source, method, bits, seed, tokens, world) for method in _methods(bits)]
+    model = skeleton(source)
+    views: list[_View] = []
+    entered: dict[Hadamard | None, HiddenStates] = {}
+    for method in _methods(bits):
+        recipe = preset(bits, method).edit(seed=seed, weights__rounding="rtn", weights__clip=False)
+        plan = make_plan(model, recipe)
+        if plan.residual_rotation not in entered:
+            entered[plan.residual_rotation] = enter(source, model, plan, tokens, world)
+        stream = entered[plan.residual_rotation].copy()
+        views.append(_View(method, source, model, plan, stream, world.device))
     sites: list[SiteReport] = []
     blocks = len(views[0].plan.blocks)
     for index in range(blocks):
@@ -163,18 +175,16 @@ class _View:
 
     def __init__(
         self,
-        source: Source,
         method: Method,
-        bits: Preset,
-        seed: int,
-        tokens: Tensor,
-        world: World,
+        source: Source,
+        model: PreTrainedModel,
+        plan: Plan,
+        stream: HiddenStates,
+        device: torch.device,
     ) -> None:
-        rounding = {"weights__rounding": "rtn", "weights__clip": False}
-        self.method, self._source, self._device = method, source, world.device
-        self._model = skeleton(source)
-        self.plan = make_plan(self._model, preset(bits, method).edit(seed=seed, **rounding))
-        self._stream = enter(source, self._model, self.plan, tokens, world)
+        """model: the skeleton of the source. stream: what enters its blocks, as the plan has it."""
+        self.method, self.plan = method, plan
+        self._source, self._model, self._stream, self._device = source, model, stream, device
 
     def block(self, index: int) -> dict[str, Profile]:
         """The profiles of a block's sites by name; moves past the block.
@@ -182,7 +192,7 @@ class _View:
         Experts that no token reached have none.
         """
         block = load_block(self._source, self._model, self.plan, index, self._device)
-        transform_block(block, self.plan, self._stream, lambda stage: None, advance=False)
+        transform_block(block, self.plan, self._stream)
         watched: dict[str, Callable[[Tensor], None]] = {}
         seen: dict[str, list[Tensor]] = {}
         for site_plan in block.plan.sites:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..checkpoint.stream import Source, skeleton
 from ..distributed import World
 from ..errors import CalibrationError, NumericsError, RecipeError
+from ..evaluation.agreement import summed_divergence
 from ..float_parts import ModelEnd, enter, load_block
 from ..hidden_states import micro_batches
 from ..migration import quantize_linear
@@ -136,7 +137,7 @@ def measure(
                 block=index,
                 site=site.site.name,
                 modules=tuple(f"{plan.parts.layers}.{index}.{name}" for name in site.modules),
-                elements=sum(spec.out_features * spec.in_features for spec in specs),
+                elements=sum(spec.elements for spec in specs),
                 bits=sum(spec.stored_bits for spec in specs),
                 rich_bits=sum(spec.stored_bits for spec in rich_site.modules.values()),
                 divergence=divergence,
@@ -225,7 +226,7 @@ class _FloatModel:
         self._blocks: list[nn.Module] = []
         for index in range(len(plan.blocks)):
             block = load_block(source, model, plan, index, device)
-            transform_block(block, plan, stream, lambda stage: None, advance=False)
+            transform_block(block, plan, stream)
             self._blocks.append(block.module)
             stream = stream.copy()
             stream.advance(block.module, index)
@@ -265,9 +266,7 @@ class _FloatModel:
             for logits, log_p, targets in zip(*(each.split(count) for each in batch), strict=True):
                 log_q = logits.log_softmax(-1)
                 loss += F.nll_loss(log_q, targets, reduction="sum").item()
-                # Summed on the CPU: not every accelerator has float64.
-                kl = log_p.exp().mul_(log_p - log_q).sum(-1)
-                divergence += kl.cpu().double().sum().item()
+                divergence += summed_divergence(log_p, log_q)
         targets = torch.cat(self._targets)
         return divergence / len(targets), loss / int((targets != NO_TARGET).sum())
 
