@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import re
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,9 +22,10 @@ from .terminal import columns, err, log, out, pairs, perplexity_so_far, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .checkpoint.stream import Source
+    from .recipe import Recipe
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -44,6 +46,11 @@ RunDtype = Annotated[
 ]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside MODEL, read by transformers.")]
 Device = Annotated[str, typer.Option(help="Device to run on.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
+Servable = Annotated[
+    bool,
+    typer.Option("--servable", help="Leave out of the recipe what only smoothq can run."),
+]
 Memory = Annotated[
     Literal["fast", "low"],
     typer.Option(help="4-bit weights: also as int8 where that is faster, or packed alone."),
@@ -67,7 +74,12 @@ def quantize(
     flags: RecipeFlags,
     device: Device = "cpu",
     gguf_file: Gguf = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    form: Annotated[
+        Literal["smoothq", "compressed-tensors"],
+        typer.Option("--format", help="Our own, or the one that others read; see export."),
+    ] = "smoothq",
+    servable: Servable = False,
+    overwrite: Overwrite = False,
     resume: Annotated[
         bool | None,
         typer.Option(
@@ -103,23 +115,34 @@ def quantize(
     Example: smoothq quantize MODEL --w4a8 -o OUT --calibration builtin
     """
     from . import report
-    from .checkpoint.stream import open_source
+    from .checkpoint.stream import open_source, skeleton
     from .checkpoint.writer import CheckpointWriter
     from .distributed import World
+    from .export import export_compressed_tensors
     from .pipeline import plan_checkpoint, quantize_checkpoint
     from .price import as_text, needs_of, price
     from .probe import BlockDone, Probe
+    from .servable import refuse_obstacles
 
     _silence_transformers()
     if stop_above is not None and probe_every is None:
         raise typer.BadParameter("--stop-above needs --probe-every")
     final = flags.chosen()
     limit = None if max_memory is None else _bytes(max_memory)
-    writer = CheckpointWriter(output, overwrite, resume=resume, every=checkpoint_every)
     world = World.join(device)
+    own = output
+    if form != "smoothq":
+        exporter = CheckpointWriter(output, overwrite, resume=False)
+        world.share(lambda: exporter.check(0))
+        own, overwrite = output.with_name(f"{output.name}.smoothq"), True
+    writer = CheckpointWriter(own, overwrite, resume=resume, every=checkpoint_every)
     world.share(lambda: writer.check(0))
     source = open_source(model, gguf_file=gguf_file)
+    if servable:
+        final = _servable(skeleton(source), final, world.leads)
     plan = plan_checkpoint(source, final, device)
+    if form != "smoothq":
+        refuse_obstacles(skeleton(source), plan, model, form)
     needs = needs_of(plan, limit, checkpoint_every)
     if world.leads:
         estimate = price(plan, world.device)
@@ -166,12 +189,87 @@ def quantize(
         )
     if not world.leads:
         return
+    figures, table = report.as_dict(result), report.rows(result)
+    if form != "smoothq":
+        exported = export_compressed_tensors(own, exporter)
+        shutil.rmtree(own)
+        figures |= {"export": asdict(exported)}
+        table += [(f"{form}, {label}", text) for label, text in report.export_rows(exported)]
     if as_json:
-        print(json.dumps(report.as_dict(result) | {"output": str(output)}))
+        print(json.dumps(figures | {"output": str(output)}))
         return
-    out.print(pairs(f"{model} → {output}", report.rows(result)))
+    out.print(pairs(f"{model} → {output}", table))
     for line in report.remarks(result, model):
         out.print(line)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="A directory that smoothq quantize wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    form: Annotated[
+        Literal["compressed-tensors"],
+        typer.Option("--format", help="What transformers and vLLM read without smoothq."),
+    ] = "compressed-tensors",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in a format that others read; its codes stay as they are.
+
+    Example: smoothq export OUT -o EXPORT
+    """
+    from . import report
+    from .export import export as export_to
+
+    _silence_transformers()
+    with progress() as update:
+        exported = export_to(directory, output, overwrite=overwrite, progress=update)
+    if as_json:
+        print(json.dumps(asdict(exported) | {"output": str(output)}))
+        return
+    out.print(pairs(f"{directory} → {output}, {form}", report.export_rows(exported)))
+    out.print(f"what vLLM makes of it: smoothq plan {output}")
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="A directory of quantize or of export.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub, or hf://owner/name@branch.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch that is there, in place of the main one.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--eval", help="What smoothq eval --json printed, for the model card."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a quantized model on the hub: one commit, with a model card.
+
+    Example: smoothq push OUT owner/name
+    """
+    from .checkpoint.stream import parse_hub_id
+    from .hub import push_to_hub
+
+    repo_id, branch = parse_hub_id(repo)
+    try:
+        figures = None if evaluation is None else json.loads(evaluation.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SmoothqError(f"{evaluation} cannot be read as JSON: {error}") from error
+    url = push_to_hub(
+        directory,
+        repo_id,
+        private=private,
+        revision=revision or branch,
+        message=message,
+        evaluation=figures,
+    )
+    if as_json:
+        print(json.dumps({"directory": str(directory), "url": url}))
+        return
+    out.print(f"{directory} is at {url}")
 
 
 @app.command()
@@ -183,24 +281,34 @@ def plan(
         str | None, typer.Option(help="Memory that quantizing may take, such as 8GB; or refuse.")
     ] = None,
     device: Device = "cpu",
+    servable: Servable = False,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe comes to for MODEL, who can run it, and what it costs; reads no weight.
+
+    Of an export, which needs no recipe: which of vLLM's kernels would run its layers.
 
     Example: smoothq plan MODEL --w4a4
     """
     import torch
 
     from . import report
-    from .checkpoint.stream import read_skeleton
+    from .checkpoint import compressed_tensors
+    from .checkpoint.stream import read_config, read_skeleton
     from .outlook import outlook, tables
     from .plan import check_device, float_bytes, make_plan
     from .price import needs_of, price
 
     _silence_transformers()
+    quantization = getattr(read_config(model), "quantization_config", None) or {}
+    if quantization.get("quant_method") == compressed_tensors.METHOD:
+        _plan_export(model, quantization, as_json)
+        return
     recipe = flags.chosen()
     check_device(device)
     empty = read_skeleton(model)
+    if servable:
+        recipe = _servable(empty, recipe, True)
     made = make_plan(empty, recipe)
     needs = needs_of(made, None if max_memory is None else _bytes(max_memory))
     before = float_bytes(empty, made.parts)
@@ -570,6 +678,30 @@ def _bytes(text: str) -> int:
         return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
     except ValueError as error:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
+
+
+def _servable(model: PreTrainedModel, recipe: Recipe, leads: bool) -> Recipe:
+    """A recipe without what only smoothq can run; the leading process says what was left out."""
+    from .servable import COST, servable
+
+    found, changed = servable(model, recipe)
+    if leads and changed:
+        log.info("servable: %s. %s", "; ".join(changed), COST)
+    return found
+
+
+def _plan_export(model: str, quantization: dict[str, Any], as_json: bool) -> None:
+    """Print which of vLLM's kernels would run an export."""
+    from .checkpoint.stream import read_skeleton
+    from .served import remarks, served, table
+
+    found = served(read_skeleton(model, quantized=True), quantization)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found]))
+        return
+    out.print(table(found), soft_wrap=False)
+    for line in remarks(found):
+        out.print(line)
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:

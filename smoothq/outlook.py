@@ -24,6 +24,7 @@ from .modules import InputQuantizer, QuantizedLinear, SequenceContext, WeightSpe
 from .plan import Plan, SitePlan, float_bytes, make_plan, stored_elements
 from .recipe import FLOAT_BITS, Preset, preset
 from .rounding.rtn import round_to_nearest
+from .servable import obstacles
 from .terminal import columns
 
 PROMPT = 512  # tokens of a prompt
@@ -112,15 +113,18 @@ def outlook(model: PreTrainedModel, plan: Plan) -> Outlook:
     if plan.family.flattens:
         refused["--smooth-scope live"] = "its blocks join the tokens of all sequences"
     costs = [_float_cost(model, plan), *(_cost(name, model, each) for name, each in plans.items())]
-    return Outlook(tuple(_runners(plan)), tuple(costs), refused)
+    return Outlook(tuple(_runners(model, plan)), tuple(costs), refused)
 
 
-def _runners(plan: Plan) -> list[Runner]:
+def _runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
     found = [_runner(f"this processor ({_processor()})", plan, "cpu")]
     found += [_runner(f"{chip.name} ({chip.architecture})", plan, "cuda") for chip in CHIPS]
     ours = "after `import smoothq`: the format's modules and operators are smoothq's"
     found.append(Runner("transformers", True, ours))
-    found.append(Runner("transformers without smoothq, vLLM", False, "they do not know the format"))
+    in_the_way = "; ".join(map(str, obstacles(model, plan)))
+    how = "after `smoothq export`; `smoothq plan` of that names vLLM's kernels"
+    without = "transformers without smoothq, vLLM"
+    found.append(Runner(without, not in_the_way, in_the_way or how))
     return found
 
 

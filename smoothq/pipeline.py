@@ -56,12 +56,7 @@ from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
-from .transforms.norm_fusion import take_norm
-from .transforms.rotation import (
-    rotate_input,
-    rotate_reader,
-    rotate_value_output,
-)
+from .transforms.rotation import end_folds, rotate_input, rotate_value_output
 from .transforms.smoothing import smooth
 from .tuning import tune
 from .version import __version__
@@ -447,9 +442,7 @@ def _store_ends(job: _Job) -> None:
         load_module(model.get_submodule(name), name, job.source, WORKING_DTYPE)
     folds: dict[str, Callable[[Tensor], None] | None] = dict.fromkeys(large)
     if rotation is not None and plan.folds_ends:
-        gain = take_norm(model, parts.final_norm)
-        folds = {name: partial(rotate_input, rotation=rotation) for name in large}
-        folds[parts.head] = partial(rotate_reader, gain=gain, rotation=rotation)
+        folds |= end_folds(model, parts, rotation)
     if rotation is not None and parts.positions is not None:
         positions = model.get_submodule(parts.positions)
         rotate_input(positions.get_parameter("weight").data, rotation)

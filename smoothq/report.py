@@ -10,7 +10,10 @@ from .price import Needs, Price, as_text
 from .recipe import FLOAT_BITS, Recipe
 
 if TYPE_CHECKING:
+    from .export import Exported
     from .pipeline import Result
+
+LOADING, RECIPE = "## Load it", "## Recipe"  # headings of a model card
 
 W4A8_HINT = (
     "Without INT4 tensor-core instructions (CPUs, Hopper and later, Triton anywhere) these 4-bit "
@@ -131,7 +134,7 @@ tags:
 
 {notes}
 
-## Load it
+{LOADING}
 
 ```python
 import smoothq  # registers the format with transformers
@@ -140,8 +143,41 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
-## Recipe
+{RECIPE}
 
 ```yaml
 {result.recipe.to_yaml()}```
 """
+
+
+def export_rows(exported: Exported) -> list[tuple[str, str]]:
+    """The closing table of an export: label and value."""
+    size = f"{exported.bytes_before / 1e6:.1f} MB → {exported.bytes_after / 1e6:.1f} MB"
+    if exported.added_bytes:
+        size += f", {exported.added_bytes / 1e6:.1f} MB of them a head of its own"
+    schemes = ", ".join(f"{name}: {count}" for name, count in exported.schemes.items())
+    return [("linears", schemes), ("size", size), ("time", as_text(exported.seconds))]
+
+
+def served_card(card: str, exported: Exported) -> str:
+    """The README.md of an export. card: that of the checkpoint it was made from."""
+    figures = "\n".join(f"- {label}: {value}" for label, value in export_rows(exported)[:-1])
+    before, _, rest = card.partition(LOADING)
+    _, _, recipe = rest.partition(RECIPE)
+    return f"""{before}{LOADING}
+
+In the compressed-tensors format, written by smoothq, which is not needed to read it:
+
+{figures}
+
+```python
+from transformers import AutoModelForCausalLM  # with: pip install compressed-tensors
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+```sh
+vllm serve PATH
+```
+
+{RECIPE}{recipe}"""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .checkpoint.manifest import MANIFEST, Manifest, first_line, sha256_of
 from .checkpoint.stream import check_sizes, read_config, read_tensor, tensor_files
 from .checkpoint.tensor_file import as_bytes, is_intact
 from .errors import CheckpointError, SmoothqError
-from .integrations.transformers import SmoothqConfig, check_tensors
+from .integrations.transformers import check_tensors, recipe_of
 from .kernels import largest_multiplier
 from .plan import install, make_plan
 
@@ -71,12 +71,9 @@ def verify_checkpoint(
     return Checked(len(files), total, len(manifest.files))
 
 
-def _empty_model(config: object, name: str) -> PreTrainedModel:
+def _empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
     """The quantized model of a config, on the meta device."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "smoothq":
-        raise CheckpointError(f"{name} is not quantized by smoothq")
-    recipe = SmoothqConfig(**quantization).parsed_recipe()
+    recipe = recipe_of(config, name)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

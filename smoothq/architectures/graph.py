@@ -189,11 +189,18 @@ class Parts:
     def fold(self, model: PreTrainedModel) -> bool:
         """Whether a rotation of the residual stream folds into the weights at both of its ends.
 
-        Not where one matrix is both ends, where a norm stands behind the embedding, or where the
-        head has no bias to take the final norm's.
+        Not where one matrix is both ends, or not even two would do.
+        """
+        return not is_tied(model) and self.folds_untied(model)
+
+    def folds_untied(self, model: PreTrainedModel) -> bool:
+        """Whether it would with an embedding and a head of their own.
+
+        Not where a norm stands behind the embedding, or where the head has no bias to take the
+        final norm's.
         """
         bias = Norm(f"{self.final_norm}.weight").bias_view(model)
-        return not is_tied(model) and self.entry_norm is None and bias is None
+        return self.entry_norm is None and bias is None
 
 
 @dataclass(frozen=True)

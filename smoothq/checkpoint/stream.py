@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,12 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -45,6 +51,8 @@ from .tensor_file import as_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HUB = "hf://"  # before an id of the hub
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 LARGEST_SIZE = 1 << 28  # of a number in a config: beyond any model's
 END_BYTES = 4096  # of either end of a tensor, where a fingerprint is taken
 DTYPES = {
@@ -294,21 +302,44 @@ def refuse_quantized(config: PretrainedConfig, name: str) -> None:
 def resolve_directory(model: str, weights: bool = True) -> Path:
     """The local directory of a model: itself, or the snapshot of a hub id, downloaded.
 
-    weights: whether they are wanted.
+    model: a directory, an id, or `hf://owner/name[@revision]`. weights: whether they are wanted.
     """
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    odd = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if odd and not model.startswith(HUB):
         raise CheckpointError(f"model '{model}' is not a directory; give a directory or a hub id")
-    wanted = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    repo_id, revision = parse_hub_id(model)
+    wanted = ["*.json", "*.model", "*.txt", "*.md", "*.jinja"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=[*wanted, *(["*.safetensors"] if weights else [])],
+            )
+        )
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"'{repo_id}' has no revision '{revision}' on the hub") from error
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"model '{model}' is neither a local directory nor a model that the hub gave us "
             f"({type(error).__name__}); check the name, the network and your access"
         ) from error
+
+
+def parse_hub_id(text: str) -> tuple[str, str | None]:
+    """The repo id and the revision of `hf://owner/name` or `hf://owner/name@revision`.
+
+    Any text without `hf://` is a repo id as it stands. Raises CheckpointError for another `hf://`.
+    """
+    if not text.startswith(HUB):
+        return text, None
+    repo_id, at, revision = text.removeprefix(HUB).partition("@")
+    if not HUB_ID.fullmatch(repo_id) or (at and not revision):
+        raise CheckpointError(f"'{text}' is no model of the hub; give hf://owner/name[@revision]")
+    return repo_id, revision or None
 
 
 def skeleton(source: Source) -> PreTrainedModel:
@@ -318,13 +349,15 @@ def skeleton(source: Source) -> PreTrainedModel:
     return model
 
 
-def read_skeleton(model: str) -> PreTrainedModel:
+def read_skeleton(model: str, quantized: bool = False) -> PreTrainedModel:
     """The same of a hub id or a local directory, from its config alone.
 
-    Raises SmoothqError where there is none, or for a model that is quantized already.
+    quantized: whether the model may be so already; the skeleton is the float model's. Raises
+    SmoothqError where there is none, or for what is not to be quantized but is.
     """
     config = read_config(model)
-    refuse_quantized(config, model)
+    if not quantized:
+        refuse_quantized(config, model)
     return _skeleton(config, model)
 
 

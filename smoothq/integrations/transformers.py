@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -74,9 +74,27 @@ class SmoothqConfig(QuantizationConfigMixin):
         rotations = [rotation.to_dict() for rotation in plan.online_rotations]
         return cls(plan.recipe.model_dump(mode="json"), version, rotations, FORMAT)
 
+    def check_format(self) -> None:
+        """Raise CheckpointError where the tensors lie as another version has them."""
+        if self.format != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {self.format} (smoothq {self.version}), this one "
+                f"reads format {FORMAT}; quantize the model again, or load it with that version"
+            )
+
     def parsed_recipe(self) -> Recipe:
         """The recipe. Raises RecipeError naming the field at fault."""
         return recipe_from_dict(self.recipe)
+
+
+def recipe_of(config: PretrainedConfig, name: str) -> Recipe:
+    """The recipe of a checkpoint's config. Raises CheckpointError where it is none of ours."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise CheckpointError(f"{name} is not quantized by smoothq")
+    stored = SmoothqConfig(**quantization)
+    stored.check_format()
+    return stored.parsed_recipe()
 
 
 @register_quantizer(METHOD)
@@ -106,7 +124,7 @@ class SmoothqHfQuantizer(HfQuantizer):
     ) -> None:
         # transformers builds the model under a meta-device context; rotations must be real.
         with torch.device("cpu"):
-            self._check_format()
+            self.quantization_config.check_format()
             self.plan = make_plan(model, self.quantization_config.parsed_recipe())
             self._check_rotations(self.plan)
             install(model, self.plan)
@@ -123,14 +141,6 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
         prepare(model)
-
-    def _check_format(self) -> None:
-        config = self.quantization_config
-        if config.format != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint has format {config.format} (smoothq {config.version}), this one "
-                f"reads format {FORMAT}; quantize the model again, or load it with that version"
-            )
 
     def _check_rotations(self, plan: Plan) -> None:
         stored = [Hadamard.from_dict(entry) for entry in self.quantization_config.rotations]

@@ -34,11 +34,14 @@ def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> N
         bias.zero_()
 
 
-def take_norm(module: nn.Module, name: str) -> Tensor:
-    """γ of a norm by its module's name, float64 (K,), for readers folded apart; 1 is left."""
+def take_norm(module: nn.Module, name: str, offset: float = 0.0) -> Tensor:
+    """γ of a norm by its module's name, float64 (K,), for readers folded apart; 1 is left.
+
+    offset: as of a `Norm`.
+    """
     weight = module.get_submodule(name).get_parameter("weight").data
-    gain = weight.double().clone()
-    weight.fill_(1)
+    gain = weight.double() + offset
+    weight.fill_(1 - offset)
     return gain
 
 

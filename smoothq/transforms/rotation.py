@@ -7,6 +7,9 @@ SpinQuant's: residual stream, value→output per head, and down_proj's input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from ..architectures import BlockGraph, Parts, Rows, Site, WeightRef
@@ -64,9 +67,22 @@ def rotate_ends_offline(model: nn.Module, parts: Parts, rotation: Hadamard, fold
     if parts.positions is not None:
         rotate_input(WeightRef(f"{parts.positions}.weight").view(model), rotation)
     if folds:
-        head = WeightRef(f"{parts.head}.weight").view(model)
-        rotate_reader(head, take_norm(model, parts.final_norm), rotation)
-        rotate_input(WeightRef(f"{parts.embedding}.weight").view(model), rotation)
+        for name, fold in end_folds(model, parts, rotation).items():
+            fold(WeightRef(f"{name}.weight").view(model))
+
+
+def end_folds(
+    model: nn.Module, parts: Parts, rotation: Hadamard, offset: float = 0.0
+) -> dict[str, Callable[[Tensor], None]]:
+    """What folds R1 into rows of the embedding and of the head, by module.
+
+    The final norm's weight, which must be there, goes into the head; offset: as of a `Norm`.
+    """
+    gain = take_norm(model, parts.final_norm, offset)
+    return {
+        parts.embedding: partial(rotate_input, rotation=rotation),
+        parts.head: partial(rotate_reader, gain=gain, rotation=rotation),
+    }
 
 
 def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> None:

@@ -1,0 +1,133 @@
+"""A quantized checkpoint in a format that others read: no float copy of it is ever made."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint.compressed_tensors import METHOD, Scheme, quantization_config
+from .checkpoint.manifest import MANIFEST, sha256_of
+from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
+from .folded import FoldedCheckpoint
+from .modules import InputSpec, WeightSpec
+from .report import served_card
+from .version import __version__
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to.
+
+    bytes_before, bytes_after: of all tensors. added_bytes: of the head that untying added.
+    schemes: of how many linears each is, by a short name such as `W4A16 group 32`.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    added_bytes: int
+    schemes: dict[str, int]
+    seconds: float
+
+
+def export(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Exported:
+    """Write a checkpoint of ours in the compressed-tensors format; see there for what is raised.
+
+    The scales of inputs that readers find by themselves follow their convention: the maximum over
+    127.5, or over 7.5.
+    """
+    writer = CheckpointWriter(Path(output), overwrite, resume=False)
+    return export_compressed_tensors(Path(directory), writer, progress)
+
+
+def export_compressed_tensors(
+    directory: Path,
+    writer: CheckpointWriter,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Exported:
+    """Write a checkpoint of ours in the compressed-tensors format.
+
+    Raises CheckpointError for a directory that is none of ours or an output that cannot be taken,
+    RecipeError for a recipe with something that the format has no place for.
+    """
+    start = time.perf_counter()
+    folded = FoldedCheckpoint(directory, METHOD)
+    writer.check(folded.source.nbytes + folded.added_bytes)
+    schemes: dict[str, Scheme] = {}
+    nbytes, dtype = 0, folded.plan.stored_dtype
+    with writer:
+        writer.begin(_identity(directory), _surroundings())
+        count = sum(len(site.modules) for block in folded.plan.blocks for site in block.sites)
+        for number, linear in enumerate(folded.linears()):
+            if progress is not None:
+                progress(number, count, "export")
+            scheme = scheme_of(linear.spec, linear.input)
+            tensors = scheme.tensors(linear.weight, dtype, linear.input_scale)
+            if linear.bias is not None:
+                tensors["bias"] = linear.bias
+            writer.add({f"{linear.name}.{key}": tensor for key, tensor in tensors.items()})
+            nbytes += sum(tensor.nbytes for tensor in tensors.values())
+            schemes[linear.name] = scheme
+        for each in folded.floats():
+            writer.add_rows(each.name, each.rows, each.shape, each.nbytes)
+            nbytes += each.nbytes
+        source = folded.source
+        config = copy.deepcopy(source.config)
+        config.quantization_config = quantization_config(schemes, folded.float_linears)
+        if folded.unties:
+            for part in (config, config.get_text_config(decoder=True)):
+                part.tie_word_embeddings = False
+        exported = Exported(
+            source.nbytes,
+            nbytes,
+            folded.added_bytes,
+            dict(Counter(map(str, schemes.values()))),
+            time.perf_counter() - start,
+        )
+        card = served_card(card_of(directory), exported)
+        writer.finish(config, source.tokenizer(), source.generation_config, card)
+    return exported
+
+
+def scheme_of(spec: WeightSpec, site_input: InputSpec) -> Scheme:
+    """How the format says what a linear of ours is; of a plan without obstacles."""
+    grouped = spec.groups > 1
+    mode = site_input.mode
+    assert mode in ("float", "token", "static")
+    return Scheme(
+        spec.grid.bits,
+        "group" if grouped else "channel",
+        spec.grid.group_size if grouped else None,
+        mode,
+        site_input.bits,
+    )
+
+
+def card_of(directory: Path) -> str:
+    """The model card of a checkpoint, or nothing."""
+    card = directory / "README.md"
+    return card.read_text(encoding="utf-8") if card.is_file() else ""
+
+
+def _identity(directory: Path) -> Identity:
+    manifest = directory / MANIFEST
+    digest = sha256_of(manifest) if manifest.is_file() else ""
+    empty = hashlib.sha256(b"").hexdigest()
+    return Identity(version=__version__, recipe=empty, model=digest, calibration=empty)
+
+
+def _surroundings() -> Surroundings:
+    threads = torch.get_num_threads()
+    return Surroundings(torch=torch.__version__, device="cpu", threads=threads, processes=1)

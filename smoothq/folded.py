@@ -1,0 +1,160 @@
+"""A quantized checkpoint as other formats can hold it: linears and floats, nothing beside them.
+
+Opening reads no weight. Everything comes tensor by tensor, an embedding or a head by its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .architectures import Norm
+from .architectures.graph import is_tied
+from .checkpoint.packing import unpack
+from .checkpoint.stream import (
+    CheckpointSource,
+    load_module,
+    read_tensor,
+    skeleton,
+    tensor_files,
+    unload_module,
+)
+from .errors import CheckpointError
+from .float_parts import WORKING_DTYPE, float_rows
+from .integrations.transformers import recipe_of
+from .modules import InputSpec, WeightSpec
+from .plan import make_plan
+from .rounding.grid import QuantizedWeight, Scales
+from .servable import refuse_obstacles
+from .transforms.rotation import end_folds
+
+
+@dataclass(frozen=True)
+class FoldedLinear:
+    """A quantized linear, by full name. input_scale: float32 (), of a static input."""
+
+    name: str
+    spec: WeightSpec
+    input: InputSpec
+    weight: QuantizedWeight
+    bias: Tensor | None
+    input_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class FoldedFloat:
+    """A tensor that stays float, in the checkpoint's dtype, by its rows."""
+
+    name: str
+    rows: Iterable[Tensor]
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class FoldedCheckpoint:
+    """A directory that `quantize` wrote, opened for a format that others read.
+
+    A rotation that ran at both ends, because one matrix is both, is folded into an embedding and a
+    head of their own: `unties` says so.
+    """
+
+    def __init__(self, directory: Path, form: str) -> None:
+        """form: the format's name, for messages.
+
+        Raises CheckpointError for a directory that is none of ours or incomplete, RecipeError,
+        naming what is in the way, for a recipe that leaves something to run beside the linears.
+        """
+        self.name = str(directory)
+        self.source = CheckpointSource(directory, self.name)
+        recipe = recipe_of(self.source.config, self.name)
+        self.model = skeleton(self.source)
+        self.plan = make_plan(self.model, recipe)
+        refuse_obstacles(self.model, self.plan, self.name, form)
+        self._files = tensor_files(directory, self.name)
+        self.unties = self.plan.residual_rotation is not None and not self.plan.folds_ends
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes of the head that untying adds."""
+        if not self.unties:
+            return 0
+        embedding = self.model.get_submodule(self.plan.parts.embedding).get_parameter("weight")
+        return embedding.numel() * self.plan.stored_dtype.itemsize
+
+    @property
+    def float_linears(self) -> list[str]:
+        """Full names of the linears that are not quantized, the head among them."""
+        quantized = {name for name, *_ in self._linears()}
+        linears = (n for n, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        return [name for name in linears if name not in quantized]
+
+    def linears(self) -> Iterator[FoldedLinear]:
+        """The quantized linears, one by one."""
+        for name, spec, site_input, scale in self._linears():
+            codes = unpack(self._read(f"{name}.weight"), spec.in_features, spec.grid.bits)
+            multiplier = self._read(f"{name}.weight_multiplier") if spec.grid.multiplier else None
+            scales = Scales(self._read(f"{name}.weight_scale"), multiplier)
+            bias = f"{name}.bias"
+            yield FoldedLinear(
+                name,
+                spec,
+                site_input,
+                QuantizedWeight(codes, scales),
+                self._read(bias) if bias in self._files else None,
+                None if scale is None else self._read(scale),
+            )
+
+    def floats(self) -> Iterator[FoldedFloat]:
+        """Everything else, one by one."""
+        parts = self.plan.parts
+        taken = {f"{name}." for name, *_ in self._linears()}
+        taken |= {scale for *_, scale in self._linears() if scale is not None}
+        if self.unties:
+            norm = self.model.get_submodule(parts.final_norm)
+            load_module(norm, parts.final_norm, self.source, WORKING_DTYPE)
+            rotation = self.plan.residual_rotation
+            assert rotation is not None
+            folds = end_folds(self.model, parts, rotation, self._norm_offset())
+            yield self._whole(f"{parts.final_norm}.weight", norm.get_parameter("weight"))
+            unload_module(norm)
+            for name in (parts.embedding, parts.head):
+                yield self._by_rows(name, folds[name])
+            taken |= {f"{name}." for name in (parts.final_norm, parts.embedding, parts.head)}
+        for name in self._files:
+            if not name.startswith(tuple(taken)):
+                yield self._whole(name, self._read(name))
+
+    def _linears(self) -> Iterator[tuple[str, WeightSpec, InputSpec, str | None]]:
+        """Full name, form, input, and the name of the input's stored scale, if it has one."""
+        for index, block in enumerate(self.plan.blocks):
+            prefix = f"{self.plan.parts.layers}.{index}"
+            for site in block.sites:
+                static = site.input.mode == "static"
+                scale = f"{prefix}.{site.input_name}.scale" if static else None
+                for module, spec in site.modules.items():
+                    yield f"{prefix}.{module}", spec, site.input, scale
+
+    def _whole(self, name: str, tensor: Tensor) -> FoldedFloat:
+        cast = tensor.to(self.plan.stored_dtype) if tensor.is_floating_point() else tensor
+        return FoldedFloat(name, [cast], tuple(cast.shape), cast.nbytes)
+
+    def _by_rows(self, module: str, fold: Callable[[Tensor], None]) -> FoldedFloat:
+        """An end, folded; a head is read from the embedding that it was tied to."""
+        read = self.plan.parts.embedding if is_tied(self.model) else module
+        shape = tuple(self.model.get_submodule(read).get_parameter("weight").shape)
+        dtype = self.plan.stored_dtype
+        rows = (each.to(dtype) for each in float_rows(self.source, self.model, read, fold))
+        return FoldedFloat(f"{module}.weight", rows, shape, shape[0] * shape[1] * dtype.itemsize)
+
+    def _norm_offset(self) -> float:
+        """What this family's norms add to their weight."""
+        sites = (site for block in self.plan.blocks for site in block.graph.sites)
+        return next((s.producer.offset for s in sites if isinstance(s.producer, Norm)), 0.0)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
+        return read_tensor(self._files[name], name)
