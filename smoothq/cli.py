@@ -112,7 +112,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a directory that transformers loads.
 
-    Example: smoothq quantize MODEL --w4a8 -o OUT --calibration builtin
+    Example: smoothq quantize MODEL --w8a8 -o OUT --calibration builtin
     """
     from . import report
     from .checkpoint.stream import open_source, skeleton

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from .checkpoint.compressed_tensors import METHOD, Scheme, quantization_config
 from .checkpoint.manifest import MANIFEST, sha256_of
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
-from .folded import FoldedCheckpoint
+from .folded import FoldedCheckpoint, Progress
 from .modules import InputSpec, WeightSpec
 from .report import served_card
 from .version import __version__
@@ -41,7 +40,7 @@ def export(
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write a checkpoint of ours in the compressed-tensors format; see there for what is raised.
 
@@ -55,7 +54,7 @@ def export(
 def export_compressed_tensors(
     directory: Path,
     writer: CheckpointWriter,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write a checkpoint of ours in the compressed-tensors format.
 
@@ -69,10 +68,7 @@ def export_compressed_tensors(
     nbytes, dtype = 0, folded.plan.stored_dtype
     with writer:
         writer.begin(_identity(directory), _surroundings())
-        count = sum(len(site.modules) for block in folded.plan.blocks for site in block.sites)
-        for number, linear in enumerate(folded.linears()):
-            if progress is not None:
-                progress(number, count, "export")
+        for linear in folded.linears(progress):
             scheme = scheme_of(linear.spec, linear.input)
             tensors = scheme.tensors(linear.weight, dtype, linear.input_scale)
             if linear.bias is not None:
@@ -112,6 +108,7 @@ def scheme_of(spec: WeightSpec, site_input: InputSpec) -> Scheme:
         spec.grid.group_size if grouped else None,
         mode,
         site_input.bits,
+        spec.grid.symmetric,
     )
 
 

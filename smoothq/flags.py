@@ -48,6 +48,9 @@ class RecipeFlags:
     group_size: Annotated[
         str | None, typer.Option(help="Weights in groups of this many channels, or auto.")
     ] = None
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Weights with zero points; --a-bits 16 only.")
+    ] = False
     w_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None
     a_bits: Annotated[int | None, typer.Option(help="Bits of an activation; 16 is float.")] = None
     activation_scales: Annotated[
@@ -96,6 +99,8 @@ class RecipeFlags:
             "weights__group_size": None if size is None else _int_or_auto(size),
             "weights__granularity": None if size is None else "group",
             "weights__bits": self.w_bits,
+            "weights__symmetric": False if self.asymmetric else None,
+            "weights__group_scale": "float" if self.asymmetric else None,
             "activations__bits": self.a_bits,
             "activations__static": None if scales is None else scales == "static",
             "activations__granularity": "tensor" if scales == "static" else scales,

@@ -31,6 +31,8 @@ from .rounding.grid import QuantizedWeight, Scales
 from .servable import refuse_obstacles
 from .transforms.rotation import end_folds
 
+Progress = Callable[[int, int, str], None]  # block, of so many, and what is done
+
 
 @dataclass(frozen=True)
 class FoldedLinear:
@@ -87,16 +89,21 @@ class FoldedCheckpoint:
     @property
     def float_linears(self) -> list[str]:
         """Full names of the linears that are not quantized, the head among them."""
-        quantized = {name for name, *_ in self._linears()}
+        quantized = {name for _, name, *_ in self._linears()}
         linears = (n for n, module in self.model.named_modules() if isinstance(module, nn.Linear))
         return [name for name in linears if name not in quantized]
 
-    def linears(self) -> Iterator[FoldedLinear]:
-        """The quantized linears, one by one."""
-        for name, spec, site_input, scale in self._linears():
+    def linears(self, progress: Progress | None = None) -> Iterator[FoldedLinear]:
+        """The quantized linears, one by one. progress: told of each block."""
+        before = None
+        for index, name, spec, site_input, scale in self._linears():
+            if progress is not None and index != before:
+                progress(index, len(self.plan.blocks), "export")
+            before = index
             codes = unpack(self._read(f"{name}.weight"), spec.in_features, spec.grid.bits)
             multiplier = self._read(f"{name}.weight_multiplier") if spec.grid.multiplier else None
-            scales = Scales(self._read(f"{name}.weight_scale"), multiplier)
+            zero = None if spec.grid.symmetric else self._read(f"{name}.weight_zero_point")
+            scales = Scales(self._read(f"{name}.weight_scale"), multiplier, zero)
             bias = f"{name}.bias"
             yield FoldedLinear(
                 name,
@@ -110,7 +117,7 @@ class FoldedCheckpoint:
     def floats(self) -> Iterator[FoldedFloat]:
         """Everything else, one by one."""
         parts = self.plan.parts
-        taken = {f"{name}." for name, *_ in self._linears()}
+        taken = {f"{name}." for _, name, *_ in self._linears()}
         taken |= {scale for *_, scale in self._linears() if scale is not None}
         if self.unties:
             norm = self.model.get_submodule(parts.final_norm)
@@ -127,15 +134,15 @@ class FoldedCheckpoint:
             if not name.startswith(tuple(taken)):
                 yield self._whole(name, self._read(name))
 
-    def _linears(self) -> Iterator[tuple[str, WeightSpec, InputSpec, str | None]]:
-        """Full name, form, input, and the name of the input's stored scale, if it has one."""
+    def _linears(self) -> Iterator[tuple[int, str, WeightSpec, InputSpec, str | None]]:
+        """Block, full name, form, input, and the name of the input's stored scale, if there is."""
         for index, block in enumerate(self.plan.blocks):
             prefix = f"{self.plan.parts.layers}.{index}"
             for site in block.sites:
                 static = site.input.mode == "static"
                 scale = f"{prefix}.{site.input_name}.scale" if static else None
                 for module, spec in site.modules.items():
-                    yield f"{prefix}.{module}", spec, site.input, scale
+                    yield index, f"{prefix}.{module}", spec, site.input, scale
 
     def _whole(self, name: str, tensor: Tensor) -> FoldedFloat:
         cast = tensor.to(self.plan.stored_dtype) if tensor.is_floating_point() else tensor

@@ -527,7 +527,13 @@ def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
         size = _group_size(weights.group_size, columns, where)
     multiplier = weights.group_scale == "multiplier"
     return IntegerGrid(
-        weights.bits, weights.granularity, size, multiplier, weights.clip, weights.full_range
+        weights.bits,
+        weights.granularity,
+        size,
+        multiplier,
+        weights.clip,
+        weights.full_range,
+        weights.symmetric,
     )
 
 

@@ -38,7 +38,8 @@ class Weights(_Frozen):
     group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
     scale, which keeps the product a plain integer one. clip: search the scale that minimises the
     rounding error. full_range: a scale's sign brings the largest weight to the lowest code, as a
-    multiplier's always does. rounding: round to nearest, or GPTQ.
+    multiplier's always does. symmetric: without it codes lie around a zero point of their scale's,
+    for float activations. rounding: round to nearest, or GPTQ.
     """
 
     bits: Literal[4, 8] = 8
@@ -47,6 +48,7 @@ class Weights(_Frozen):
     group_scale: Literal["float", "multiplier"] = "float"
     clip: bool = False
     full_range: bool = False
+    symmetric: bool = True
     rounding: Literal["rtn", "gptq"] = "rtn"
 
 
@@ -216,6 +218,12 @@ class Recipe(_Frozen):
             raise ValueError("runtime smoothing and static scales need activations of ≤ 8 bits")
         if w.group_scale == "multiplier" and (w.granularity != "group" or w.bits != 4):
             raise ValueError("group_scale 'multiplier' needs 4-bit weights in groups")
+        if not w.symmetric and a.bits != FLOAT_BITS:
+            raise ValueError("weights with zero points need float activations: --a-bits 16")
+        if not w.symmetric and (
+            w.group_scale == "multiplier" or w.full_range or w.granularity == "tensor"
+        ):
+            raise ValueError("zero points go with positive float scales per channel or group")
         if self.tuning is not None and w.granularity == "tensor":
             raise ValueError("tuning learns a scale a row: it needs weights per channel or group")
         if smooth is None:

@@ -116,11 +116,11 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[Obstacle]:
             yield Obstacle(what, {}, "--w8a8")
         elif plan.adds_bias and linear.bias is None:
             yield _BIAS
-    grids = {(spec.grid.bits, spec.groups) for spec in plan.modules.values()}
+    grids = {(spec.grid.bits, spec.groups, spec.grid.symmetric) for spec in plan.modules.values()}
     if site.float_readers or len(grids) > 1:
         what = "servers hold all that reads one tensor as one matrix, and here formats differ"
         yield Obstacle(what, {}, "one format for them, or keep all of them in float")
-    if plan.input.mode == "static" and grids != {(8, 1)}:
+    if plan.input.mode == "static" and grids != {(8, 1, True)}:
         what = "static scales go with 8-bit weights per channel"
         yield Obstacle(what, {}, "activations.granularity: token, static: false")
 

@@ -81,13 +81,14 @@ def kernel_of(scheme: Scheme, shape: tuple[int, int], device: str) -> str | None
     if scheme.format == "int-quantized":
         return f"{'CPU' if device == 'CPU' else 'Cutlass'}Int8ScaledMMLinearKernel"
     (n, k), group = shape, scheme.group_size
+    wide = scheme.bits == 8 and not scheme.symmetric
     if device == "CPU":
         takes = scheme.bits == 4 and n % 32 == 0 and k % 32 == 0 and (group or 2) % 2 == 0
         return "CPUWNA16LinearKernel" if takes else None
     if device == "H100":  # where Humming comes before Marlin
         fits = group in MACHETE_GROUPS and k % 64 == 0 and n % 128 == 0
         return "MacheteLinearKernel" if fits else HUMMING
-    if group in MARLIN_GROUPS:
+    if group in MARLIN_GROUPS and not wide:
         return "MarlinLinearKernel"
     if scheme.bits == 4 and group in TRITON_GROUPS and n % 8 == 0:
         return "TritonW4A16LinearKernel"
@@ -98,24 +99,30 @@ def table(found: list[Served]) -> Table:
     """What `smoothq plan` prints of an export."""
     return columns(
         f"Kernels that vLLM {VERSION} would take, read from its code",
-        ("", "blocks", "scheme", "N, K", *DEVICES),
+        ("", "scheme", "N, K", *DEVICES),
         [
             (
-                each.layers,
-                str(each.count),
+                f"{each.count} {each.layers}",
                 each.scheme,
                 ", ".join(map(str, each.shape)),
-                *(kernel or "none: it would not load" for kernel in each.kernels.values()),
+                *(_short(kernel) for kernel in each.kernels.values()),
             )
             for each in found
         ],
     )
 
 
+def _short(kernel: str | None) -> str:
+    """A kernel's name without what all have."""
+    return (kernel or "none").removesuffix("LinearKernel").replace("ScaledMM", "")
+
+
 def remarks(found: list[Served]) -> list[str]:
     """What the user should know of it, one line each."""
     floats = [device for device in DEVICES if any(device in each.floats for each in found)]
     lines = []
+    if any(kernel is None for each in found for kernel in each.kernels.values()):
+        lines.append("Where it has none vLLM refuses to load the model, and says so.")
     if floats:
         lines.append(
             f"On {', '.join(floats)} vLLM would leave these activations in 16 bits without saying "

@@ -11,6 +11,7 @@ codes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,18 +138,20 @@ class _Input(nn.Module):
 
 
 class _Round(torch.autograd.Function):
-    """ŵ = code · step · gain, code = round(position) on the grid.
+    """ŵ = (code − zero) · step · gain, code = round(position) on the grid.
 
-    position: float (N, K), in codes; gain: (N, 1) or (N, G); step: (N, G). The gradient of position
-    is that of ŵ, left out where a code is held at the end of the grid; its size is no matter to the
-    optimizer, which takes steps of one size.
+    position: float (N, K), in codes; gain: (N, 1) or (N, G). The gradient of position is that of ŵ,
+    left out where a code is held at the end of the grid; its size is no matter to the optimizer,
+    which takes steps of one size.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, position: Tensor, gain: Tensor, step: Tensor, grid: IntegerGrid
+        ctx: Any, position: Tensor, gain: Tensor, scales: Scales, grid: IntegerGrid
     ) -> Tensor:
-        scaled = by_group(_codes(position, grid), step)
+        codes, step = _codes(position, grid), scales.step(torch.float32)
+        zero = scales.zero_by_column(codes.shape[1], codes.dtype)
+        scaled = by_group(codes if zero is None else codes - zero, step)
         ctx.save_for_backward(position, gain, step, scaled)
         ctx.grid = grid
         weight: Tensor = by_group(scaled, gain)
@@ -164,8 +167,8 @@ class _Round(torch.autograd.Function):
         return of_position, of_gain, None, None
 
 
-def _round(position: Tensor, gain: Tensor, step: Tensor, grid: IntegerGrid) -> Tensor:
-    weight: Tensor = _Round.apply(position, gain, step, grid)  # type: ignore[no-untyped-call]
+def _round(position: Tensor, gain: Tensor, scales: Scales, grid: IntegerGrid) -> Tensor:
+    weight: Tensor = _Round.apply(position, gain, scales, grid)  # type: ignore[no-untyped-call]
     return weight
 
 
@@ -186,9 +189,11 @@ class _Linear(nn.Module):
         object.__setattr__(self, "_shared", shared)
         weight = linear.quantized_weight()
         self._scales, self._grid = weight.scales, linear.spec.grid
-        self._step = self._scales.step(torch.float32)
         codes = weight.codes.float()
-        position = by_group(unrounded.float(), 1 / self._step)
+        position = by_group(unrounded.float(), 1 / self._scales.step(torch.float32))
+        zero = self._scales.zero_by_column(codes.shape[1], codes.dtype)
+        if zero is not None:
+            position += zero
         self.position = nn.Parameter(position.clamp_(codes - EDGE, codes + EDGE))
         self.gain = nn.Parameter(torch.ones_like(self._scales.scale, dtype=torch.float32))
 
@@ -196,7 +201,7 @@ class _Linear(nn.Module):
     _shared: _Input
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _round(self.position, self.gain, self._step, self._grid)
+        weight = _round(self.position, self.gain, self._scales, self._grid)
         return nn.functional.linear(self._shared(x), weight, self._quantized.bias)
 
     @torch.no_grad()
@@ -204,6 +209,6 @@ class _Linear(nn.Module):
         """The quantized linear again, with the codes and scales found."""
         codes = _codes(self.position, self._grid)
         stored = self._scales.scale
-        scales = Scales((stored.float() * self.gain).to(stored.dtype), self._scales.multiplier)
+        scales = replace(self._scales, scale=(stored.float() * self.gain).to(stored.dtype))
         self._quantized.set_weight(QuantizedWeight(codes.to(torch.int8), scales), None)
         return self._quantized

@@ -36,6 +36,9 @@ def recipes() -> dict[str, Recipe]:
         "w4a16-float-groups": preset("w4a16").edit(
             weights__group_scale="float", rotation=None, smoothing=None, tuning=None
         ),
+        "w4a16-asymmetric": preset("w4a16").edit(
+            weights__group_scale="float", weights__symmetric=False
+        ),
         "w4a4-quarot": preset("w4a4", "quarot"),
         "w4a4-smoothrot": preset("w4a4", "smoothrot"),
         "w4a4-rs": preset("w4a4", "rs"),

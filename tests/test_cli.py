@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoothq import load_recipe
 from smoothq.cli import app, main
+from tests import fake_hub
 from tests.conftest import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
@@ -376,6 +377,13 @@ def workplace(tmp_path_factory, tokenizer) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[str]:
+    """The URL of a local hub."""
+    with fake_hub.serving(tmp_path_factory.mktemp("hub")) as served:
+        yield served.url
+
+
 def _examples() -> list[str]:
     """The example of every command's help, that which makes OUT first."""
     commands = [command.callback for command in app.registered_commands]
@@ -390,8 +398,13 @@ def test_every_command_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("example", _examples(), ids=lambda example: example.split()[0])
-def test_an_example_of_the_help_runs_as_written(run, workplace, monkeypatch, example) -> None:
+def test_an_example_of_the_help_runs_as_written(
+    run, workplace, monkeypatch, hub, tmp_path, example
+) -> None:
     monkeypatch.chdir(workplace)
+    if example.startswith("push"):
+        monkeypatch.setattr(fake_hub, "OWNER", "owner")
+        fake_hub.connect(monkeypatch, hub, tmp_path)
     if "OUT" in example and not example.startswith("quantize") and not Path("OUT").exists():
         assert run("quantize", "MODEL", "-o", "OUT", "--w8a8", *QUICK)[0] == 0
     if example.startswith("quantize"):

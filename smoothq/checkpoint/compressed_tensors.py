@@ -30,6 +30,7 @@ class Scheme:
 
     bits, strategy, group_size: of its weight; group_size is None per channel. inputs: left in
     float, with a scale a token that the reader finds, or one that is stored. input_bits: theirs.
+    symmetric: without zero points of the weight.
     """
 
     bits: int
@@ -37,11 +38,13 @@ class Scheme:
     group_size: int | None
     inputs: Inputs
     input_bits: int
+    symmetric: bool = True
 
     def __str__(self) -> str:
         kind = self.strategy if self.group_size is None else f"group {self.group_size}"
         static = ", static" if self.inputs == "static" else ""
-        return f"W{self.bits}A{self.input_bits} {kind}{static}"
+        zeros = "" if self.symmetric else ", zero points"
+        return f"W{self.bits}A{self.input_bits} {kind}{zeros}{static}"
 
     @property
     def format(self) -> Literal["int-quantized", "pack-quantized"]:
@@ -64,13 +67,16 @@ class Scheme:
             words = pack_words(weight.codes, self.bits)
             stored = {"weight_packed": words, "weight_shape": shape}
             stored["weight_scale"] = scale.to(dtype)
+        if weight.scales.zero is not None:
+            stored["weight_zero_point"] = pack_words(weight.scales.zero.T, self.bits).T.contiguous()
         if input_scale is not None:
             stored["input_scale"] = input_scale.reshape(1)
         return stored
 
     def arguments(self) -> dict[str, Any]:
         """Its entries in a group of the config."""
-        weights = _arguments(self.bits, self.strategy, False) | {"group_size": self.group_size}
+        weights = _arguments(self.bits, self.strategy, False)
+        weights |= {"group_size": self.group_size, "symmetric": self.symmetric}
         inputs = None
         if self.inputs != "float":
             dynamic = self.inputs == "token"
@@ -84,13 +90,12 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes (N, K) → int32 (N, ⌈K·bits/32⌉), for widths of a code that divide 32."""
-    per_word = WORD // bits
-    unsigned = codes.to(torch.int64) + (1 << (bits - 1))
-    padded = nn.functional.pad(unsigned, (0, -codes.shape[1] % per_word))
-    shifts = torch.arange(0, WORD, bits, device=codes.device)
-    words: Tensor = (padded.unflatten(1, (-1, per_word)) << shifts).sum(-1)
-    return words.to(torch.int32)
+    """int8 codes (N, K) of 4 or 8 bits → int32 (N, ⌈K·bits/32⌉)."""
+    unsigned = codes.to(torch.uint8) + (1 << (bits - 1))  # wraps, as it must
+    octets = nn.functional.pad(unsigned, (0, -codes.shape[1] % (WORD // bits)))
+    if bits == 4:
+        octets = octets[:, ::2] | (octets[:, 1::2] << 4)
+    return octets.reshape(-1).view(torch.int32).reshape(len(codes), -1)
 
 
 def quantization_config(schemes: Mapping[str, Scheme], floats: list[str]) -> dict[str, Any]:
@@ -138,6 +143,7 @@ def schemes_of(quantization: Mapping[str, Any], linears: list[str]) -> dict[str,
                 weights["group_size"],
                 "float" if inputs is None else "token" if inputs["dynamic"] else "static",
                 FLOAT_BITS if inputs is None else inputs["num_bits"],
+                weights["symmetric"],
             )
             if any(group[field] != value for field, value in scheme.arguments().items()):
                 raise ValueError(f"a group of another kind: {group}")

@@ -41,7 +41,7 @@ class WeightSpec:
         return 1 if self.grid.granularity == "tensor" else self.in_features // self.grid.group_size
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, as meta tensors: `weight`, `weight_scale`, and `weight_multiplier`."""
+        """What is stored, as meta tensors, by the names that a QuantizedLinear has for them."""
         grid, rows = self.grid, self.out_features
         stored = {
             "weight": packed_like(rows, self.in_features, grid.bits),
@@ -55,6 +55,8 @@ class WeightSpec:
         if grid.multiplier:
             multiplier = torch.empty(rows, self.groups, dtype=torch.int8, device="meta")
             stored["weight_multiplier"] = multiplier
+        if not grid.symmetric:
+            stored["weight_zero_point"] = torch.empty_like(stored["weight_scale"], dtype=torch.int8)
         return stored
 
     @property
@@ -99,13 +101,14 @@ class WeightSpec:
 class QuantizedLinear(nn.Module):
     """y = x Ŵᵀ + b, with the input's codes from a shared InputQuantizer.
 
-    Persistent: `weight` (packed codes), `weight_scale`, `weight_multiplier` where the grid has
-    them, `bias`. forward: float (..., K) → the same dtype (..., N).
+    Persistent: `weight` (packed codes), `weight_scale`, `weight_multiplier` and `weight_zero_point`
+    where the grid has them, `bias`. forward: float (..., K) → the same dtype (..., N).
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_multiplier: Tensor | None
+    weight_zero_point: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -121,6 +124,7 @@ class QuantizedLinear(nn.Module):
         # The site owns its InputQuantizer; a reader refers to it without registering it again.
         object.__setattr__(self, "site_input", site_input)
         self.register_buffer("weight_multiplier", None)
+        self.register_buffer("weight_zero_point", None)
         for name, tensor in spec.tensors().items():
             self.register_buffer(name, tensor)
         bias = torch.empty(spec.out_features, dtype=bias_dtype, device="meta")
@@ -135,9 +139,9 @@ class QuantizedLinear(nn.Module):
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Take over codes and scales (and a bias), and prepare to run."""
         self.weight = pack(quantized.codes, self.spec.grid.bits)
-        self.weight_scale = quantized.scales.scale.contiguous()
-        multiplier = quantized.scales.multiplier
-        self.weight_multiplier = None if multiplier is None else multiplier.contiguous()
+        scales = quantized.scales.map(Tensor.contiguous)
+        self.weight_scale, self.weight_multiplier = scales.scale, scales.multiplier
+        self.weight_zero_point = scales.zero
         if bias is not None:
             self.bias = bias.detach().clone()
         self.prepare()
@@ -145,7 +149,8 @@ class QuantizedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """The stored codes and scales, unpacked."""
         codes = unpack(self.weight, self.in_features, self.spec.grid.bits)
-        return QuantizedWeight(codes, Scales(self.weight_scale, self.weight_multiplier))
+        scales = Scales(self.weight_scale, self.weight_multiplier, self.weight_zero_point)
+        return QuantizedWeight(codes, scales)
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +200,7 @@ class QuantizedLinear(nn.Module):
         packed = self._operand is None or tokens <= self._packed_tokens
         codes = self.weight if packed else self._operand
         multiplier = self.weight_multiplier if packed else None
-        tensors = (codes, self.weight_scale, multiplier, self.bias)
+        tensors = (codes, self.weight_scale, multiplier, self.weight_zero_point, self.bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def _float_product(self, x: Tensor) -> Tensor:
@@ -207,7 +212,12 @@ class QuantizedLinear(nn.Module):
             self.bias,
             4 if self._operand is None else 8,
         )
-        return product
+        if self.weight_zero_point is None:
+            return product
+        # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.
+        shift = self.weight_zero_point.float() * self.weight_scale.float()
+        sums = x.reshape(-1, *self.weight_scale.shape[1:], x.shape[-1] // shift.shape[1])
+        return product - (sums.float().sum(-1) @ shift.T).to(product.dtype)
 
     def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)

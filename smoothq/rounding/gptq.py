@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from ..recipe import Gptq
-from .grid import IntegerGrid, QuantizedWeight
+from .grid import IntegerGrid, QuantizedWeight, Scales
 
 log = logging.getLogger("smoothq")
 
@@ -99,28 +99,31 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
     """
     weight = torch.where(factor.dead, 0, weight).float()
     scales = grid.find_scales(weight)
-    steps = scales.step(torch.float64)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     unrounded = torch.empty_like(weight)
     count = max(1, WORK_ELEMENTS // weight.shape[1])
     # Rows know nothing of one another: some at a time, and the work stays small.
     for rows in (slice(i, i + count) for i in range(0, len(weight), count)):
-        step = steps[rows].repeat_interleave(weight.shape[1] // steps.shape[1], 1)
-        codes[rows], unrounded[rows] = _round_rows(weight[rows], step, factor, grid, block_size)
+        lattice = scales.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+        codes[rows], unrounded[rows] = _round_rows(weight[rows], lattice, factor, grid, block_size)
     return QuantizedWeight(codes, scales, unrounded)
 
 
 def _round_rows(
-    weight: Tensor, step: Tensor, factor: Factor, grid: IntegerGrid, block_size: int
+    weight: Tensor, scales: Scales, factor: Factor, grid: IntegerGrid, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of some rows, and what they were rounded from: float64 (n, K). step: (n, K)."""
+    """Codes of some rows, and what they were rounded from: float64 (n, K). scales: the rows'."""
     order, upper = factor.order, factor.upper
-    step, weight = step[:, order], weight.double()[:, order]
+    columns = weight.shape[1]
+    step = scales.step_by_column(columns, torch.float64)[:, order]
+    zero = scales.zero_by_column(columns, torch.float64)
+    zero = torch.zeros_like(step) if zero is None else zero[:, order]
+    weight = weight.double()[:, order]
     codes, unrounded = torch.empty_like(weight), torch.empty_like(weight)
     for first in range(0, weight.shape[1], block_size):
         block = slice(first, min(first + block_size, weight.shape[1]))
         codes[:, block], unrounded[:, block], error = _round_block(
-            weight[:, block], step[:, block], upper[block, block], grid
+            weight[:, block], step[:, block], zero[:, block], upper[block, block], grid
         )
         weight[:, block.stop :] -= error @ upper[block, block.stop :]
     back = order.argsort()
@@ -128,13 +131,13 @@ def _round_rows(
 
 
 def _round_block(
-    weight: Tensor, step: Tensor, factor: Tensor, grid: IntegerGrid
+    weight: Tensor, step: Tensor, zero: Tensor, factor: Tensor, grid: IntegerGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of a block of columns, what they were rounded from, and the errors over U_jj."""
-    columns, steps = weight.t().contiguous(), step.t().contiguous()
+    columns, steps, zeros = (each.t().contiguous() for each in (weight, step, zero))
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
-        codes[j] = grid.codes(columns[j], steps[j])
-        errors[j] = (columns[j] - codes[j] * steps[j]) / factor[j, j]
+        codes[j] = grid.codes(columns[j], steps[j], zeros[j])
+        errors[j] = (columns[j] - (codes[j] - zeros[j]) * steps[j]) / factor[j, j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return codes.t(), columns.t(), errors.t()

@@ -3,11 +3,13 @@
 A weight matrix (N, K) is rounded to integers: ŵ_nk = q_nk · s_ng · m_ng, where g is k's group (one
 group a row, unless the granularity is `group`), s a scale and m an optional integer multiplier.
 b-bit codes are −2^(b−1) … 2^(b−1)−1. In a full-range grid, as with multipliers always, the scale of
-a group takes the sign that brings its weight of largest magnitude to the lowest code.
+a group takes the sign that brings its weight of largest magnitude to the lowest code. An asymmetric
+grid has a zero point z, a code, in each group: ŵ = (q − z) · s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,12 +31,12 @@ def rows_at_once(matrix: Tensor) -> int:
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """Integer codes of a weight matrix, zero point zero.
+    """Integer codes of a weight matrix.
 
     bits: code width. granularity: what shares a scale. group_size: input channels a group (the
     matrix's width unless granularity is `group`). multiplier: scales are integer multiples of
     their row's scale. clip: scales minimise the rounding error, not cover the maximum.
-    full_range: scales may be negative.
+    full_range: scales may be negative. symmetric: every zero point is zero.
     """
 
     bits: int
@@ -43,6 +45,7 @@ class IntegerGrid:
     multiplier: bool
     clip: bool
     full_range: bool = False
+    symmetric: bool = True
 
     @property
     def lowest(self) -> int:
@@ -61,9 +64,12 @@ class IntegerGrid:
         many = self.granularity == "group" and not self.multiplier
         return torch.bfloat16 if many else torch.float32
 
-    def codes(self, weight: Tensor, step: Tensor) -> Tensor:
-        """round(w / step), clamped to the grid; in the weight's dtype."""
-        return (weight / step).round_().clamp_(self.lowest, self.highest)
+    def codes(self, weight: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
+        """round(w / step) + zero, clamped to the grid; in the weight's dtype."""
+        rounded = (weight / step).round_()
+        if zero is not None:
+            rounded += zero
+        return rounded.clamp_(self.lowest, self.highest)
 
     def find_scales(self, weight: Tensor) -> Scales:
         """Scales for a matrix, float (N, K), by its maxima or by the clip search."""
@@ -72,6 +78,9 @@ class IntegerGrid:
             best = self._search(groups.reshape(1, 1, -1)).expand(weight.shape[0], 1)
             return Scales(best.contiguous(), None)
         chunks = groups.split(rows_at_once(weight))
+        if not self.symmetric:
+            scale, zero = (torch.cat(p) for p in zip(*map(self._search_zero, chunks), strict=True))
+            return Scales(scale.to(self.scale_dtype), None, zero.to(torch.int8))
         if not self.multiplier:
             scale = torch.cat([self._search(chunk) for chunk in chunks])
             return Scales(scale.to(self.scale_dtype), None)
@@ -89,6 +98,23 @@ class IntegerGrid:
         # Candidates are compared as they will be stored: rounding the winner could make it a loser.
         candidates = [(full * ratio).to(self.scale_dtype).float() for ratio in CLIP_RATIOS]
         return self._least_error(groups, candidates)
+
+    def _search_zero(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, G, size) → (n, G) twice: the scale and the zero point of each group."""
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        best: tuple[Tensor, Tensor] | None = None
+        least = torch.full_like(low, torch.inf)
+        for ratio in CLIP_RATIOS if self.clip else CLIP_RATIOS[:1]:
+            step = nonzero((high - low) * ratio / (self.highest - self.lowest))
+            step = step.to(self.scale_dtype).float()
+            zero = (self.lowest - low * ratio / step).round().clamp(self.lowest, self.highest)
+            error = self._error(groups, step, zero)
+            better = error < least
+            held = (step, zero) if best is None else best
+            best = torch.where(better, step, held[0]), torch.where(better, zero, held[1])
+            least = torch.minimum(error, least)
+        assert best is not None
+        return best
 
     def _search_multiplier(self, groups: Tensor, base: Tensor) -> Tensor:
         """(n, G, size), (n, 1) → int8 (n, G): the multiplier of each group."""
@@ -110,12 +136,19 @@ class IntegerGrid:
     def _least_error(self, groups: Tensor, candidates: list[Tensor]) -> Tensor:
         best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
         for step in candidates:
-            wide = step.unsqueeze(-1)
-            difference = self.codes(groups, wide).mul_(wide).sub_(groups).abs_()
-            error = difference.pow_(CLIP_EXPONENT).sum(-1)
+            error = self._error(groups, step)
             best = torch.where(error < least, step, best)
             least = torch.minimum(error, least)
         return best
+
+    def _error(self, groups: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
+        """(n, G, size), (n, G) → (n, G): Σ |w − ŵ|^p of each group."""
+        wide = step.unsqueeze(-1)
+        if zero is None:
+            rounded = self.codes(groups, wide)
+        else:
+            rounded = self.codes(groups, wide, zero.unsqueeze(-1)).sub_(zero.unsqueeze(-1))
+        return rounded.mul_(wide).sub_(groups).abs_().pow_(CLIP_EXPONENT).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -123,11 +156,12 @@ class Scales:
     """The scales of a weight matrix.
 
     scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own.
-    multiplier: int8 (N, G), or None.
+    multiplier: int8 (N, G), or None. zero: the zero points, int8 like the scale, or None.
     """
 
     scale: Tensor
     multiplier: Tensor | None
+    zero: Tensor | None = None
 
     def step(self, dtype: torch.dtype) -> Tensor:
         """The value of one code, (N, 1) or (N, G), in `dtype`."""
@@ -136,8 +170,21 @@ class Scales:
 
     def step_by_column(self, columns: int, dtype: torch.dtype) -> Tensor:
         """The value of one code for every element, (N, K)."""
-        step = self.step(dtype)
-        return step.repeat_interleave(columns // step.shape[1], 1)
+        return _by_column(self.step(dtype), columns)
+
+    def zero_by_column(self, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """The zero point for every element, (N, K), or None."""
+        return None if self.zero is None else _by_column(self.zero.to(dtype), columns)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Scales:
+        """The same with every tensor changed."""
+        multiplier = None if self.multiplier is None else change(self.multiplier)
+        zero = None if self.zero is None else change(self.zero)
+        return Scales(change(self.scale), multiplier, zero)
+
+
+def _by_column(values: Tensor, columns: int) -> Tensor:
+    return values.repeat_interleave(columns // values.shape[1], 1)
 
 
 @dataclass(frozen=True)
@@ -153,13 +200,14 @@ class QuantizedWeight:
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same on a device."""
-        multiplier = self.scales.multiplier
-        scales = Scales(
-            self.scales.scale.to(device), None if multiplier is None else multiplier.to(device)
-        )
+        scales = self.scales.map(lambda tensor: tensor.to(device))
         unrounded = None if self.unrounded is None else self.unrounded.to(device)
         return QuantizedWeight(self.codes.to(device), scales, unrounded)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ŵ = code · scale · multiplier, (N, K) in `dtype`."""
-        return self.codes.to(dtype) * self.scales.step_by_column(self.codes.shape[1], dtype)
+        """ŵ = (code − zero) · scale · multiplier, (N, K) in `dtype`."""
+        columns, codes = self.codes.shape[1], self.codes.to(dtype)
+        zero = self.scales.zero_by_column(columns, dtype)
+        if zero is not None:
+            codes = codes - zero
+        return codes * self.scales.step_by_column(columns, dtype)

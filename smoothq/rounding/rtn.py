@@ -13,8 +13,8 @@ def round_to_nearest(weight: Tensor, grid: IntegerGrid) -> QuantizedWeight:
     steps = scales.step(torch.float32).unsqueeze(-1)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     count = rows_at_once(weight)
-    chunks = zip(*(whole.split(count) for whole in (weight, steps, codes)), strict=True)
-    for rows, step, rounded in chunks:
-        grouped = rows.unflatten(-1, (step.shape[1], -1))
-        rounded.copy_(grid.codes(grouped, step).flatten(1))
+    for rows in (slice(i, i + count) for i in range(0, len(weight), count)):
+        grouped = weight[rows].unflatten(-1, (steps.shape[1], -1))
+        zero = None if scales.zero is None else scales.zero[rows].unsqueeze(-1)
+        codes[rows] = grid.codes(grouped, steps[rows], zero).flatten(1)
     return QuantizedWeight(codes, scales, weight)
