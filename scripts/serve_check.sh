@@ -15,7 +15,6 @@ TEXT=${TEXT:-wikitext2} CALIBRATION=${CALIBRATION:-wikitext2}
 VERSION=0.32.0
 
 make VENV="$VENV" "$VENV/.ready"
-"$VENV/bin/python" -m pip install --quiet compressed-tensors==0.20.0 -c constraints.txt
 
 if [ ! -e "$VLLM/.ready" ]; then
 	rm -rf "$VLLM"

@@ -38,6 +38,7 @@ def run(monkeypatch, capsys) -> Run:
     return call
 
 
+SMALL = ("--group-size", 16, "--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
 QUICK = ("--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
 
 
@@ -526,3 +527,73 @@ def test_compare_shows_sizes_losses_speeds_and_differences(run, model, tmp_path)
     code, _, log = run("compare", eight, eight, *flags)
     assert code == 1
     assert "twice" in log
+
+
+def test_export_and_what_vllm_makes_of_it(run, model, tmp_path) -> None:
+    own, export = tmp_path / "own", tmp_path / "export"
+    assert run("quantize", model, "-o", own, "--w4a8", "--servable", *SMALL)[0] == 0
+    code, text, log = run("export", own, "-o", export, "--json")
+    assert code == 0, log
+    assert json.loads(text)["schemes"] == {"W4A8 group 16": 21}
+    code, text, _ = run("export", own, "-o", export, "--overwrite")
+    assert code == 0
+    for label in ("W4A8 group 16: 21", "a head of its own", "smoothq plan"):
+        assert label in text
+    code, text, _ = run("plan", export, "--json")
+    assert code == 0
+    layers = {each["layers"]: each for each in json.loads(text)}
+    assert set(layers) == {"qkv", "o", "gate_up", "down"}
+    assert layers["qkv"]["shape"] == [128, 48]
+    code, text, _ = run("plan", export)
+    assert code == 0
+    assert "Kernels that vLLM" in text
+
+
+def test_quantize_straight_into_the_format(run, model, tmp_path) -> None:
+    out = tmp_path / "out"
+    arguments = ("quantize", model, "-o", out, "--w4a4", *SMALL, "--format", "compressed-tensors")
+    code, _, log = run(*arguments)
+    assert code == 1
+    assert "rotated while the model runs (take rotation.down: false)" in log
+    assert not any(tmp_path.iterdir())
+    code, text, log = run(*arguments, "--servable", "--json")
+    assert code == 0, log
+    for changed in ("runtime_smoothing: null", "rotation.down: false", "docs/serving.md"):
+        assert changed in log
+    assert json.loads(text)["export"]["schemes"] == {"W4A4 group 16": 21}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    card = (out / "README.md").read_text()
+    for text in ("vllm serve PATH", "W4A4 group 16: 21", "bits per weight", "runtime_smoothing"):
+        assert text in card
+    assert "import smoothq" not in card
+    code, _, log = run(*arguments, "--servable")
+    assert code == 1
+    assert "not empty" in log
+
+
+def test_plan_of_a_servable_recipe_names_vllm(run, model) -> None:
+    arguments = ("plan", model, "--w4a16", "--group-size", 16, "--json")
+    for flags, runs in (((), False), (("--servable",), True)):
+        code, text, log = run(*arguments, *flags)
+        assert code == 0, log
+        (vllm,) = (e for e in json.loads(text)["outlook"]["runners"] if "vLLM" in e["name"])
+        assert vllm["runs"] == runs
+
+
+def test_asymmetric_weights_need_float_activations(run, model, tmp_path) -> None:
+    arguments = ("quantize", model, "-o", tmp_path / "out", "--asymmetric", *SMALL)
+    code, _, log = run(*arguments, "--w4a8")
+    assert code == 1
+    assert "zero points need float activations" in log
+    assert run(*arguments, "--w4a16")[0] == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.endswith("weight_zero_point") for name in stored)
+
+
+def test_push_needs_json_of_an_evaluation(run, model, tmp_path) -> None:
+    (tmp_path / "figures").write_text("no JSON")
+    code, _, log = run("push", model, "owner/name", "--eval", tmp_path / "figures")
+    assert code == 1
+    assert "cannot be read as JSON" in log

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from smoothq import Evaluation, Perplexity, quantize
+from smoothq import Evaluation, Perplexity, export, quantize
 from smoothq.checkpoint.shards import SHARD_BYTES
 from smoothq.checkpoint.stream import open_source, parse_hub_id
 from smoothq.checkpoint.writer import CheckpointWriter
@@ -272,6 +272,36 @@ def test_names_of_the_hub(text, expected) -> None:
 def test_no_names_of_the_hub(text) -> None:
     with pytest.raises(CheckpointError, match="hf://owner/name"):
         parse_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["somebody/float", "hf://somebody/float", "hf://somebody/float@main"]
+)
+def test_a_model_of_the_hub_is_quantized_under_any_of_its_names(
+    hub, float_checkpoint, data, name
+) -> None:
+    api = HfApi()
+    api.create_repo("somebody/float")
+    api.upload_folder(repo_id="somebody/float", folder_path=float_checkpoint("llama"))
+    here = quantize(float_checkpoint("llama"), RECIPES["w8a8-rtn"], data=data)
+    there = quantize(name, RECIPES["w8a8-rtn"], data=data)
+    assert torch.equal(here(input_ids=TOKENS).logits, there(input_ids=TOKENS).logits)
+
+
+def test_an_unknown_revision_of_a_model_is_named(hub) -> None:
+    HfApi().create_repo("somebody/float")
+    with pytest.raises(CheckpointError, match="no revision 'other'"):
+        quantize("hf://somebody/float@other", RECIPES["w8a8-rtn"])
+
+
+def test_an_export_is_pushed_with_what_loads_it(hub, checkpoint, tmp_path) -> None:
+    export(checkpoint, tmp_path / "export")
+    push_to_hub(tmp_path / "export", REPO)
+    there = Path(snapshot_download(REPO))
+    card = (there / "README.md").read_text()
+    assert f"vllm serve {REPO}" in card
+    assert f'from_pretrained("{REPO}")' in card
+    assert contents(there).keys() - {".gitattributes"} == contents(tmp_path / "export").keys()
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ def test_each_linear_equals_the_stored_codes_and_scales_in_float64(quantized, re
         multiplier = stored.get(f"{name}.weight_multiplier")
         if multiplier is not None:
             step = step * multiplier.double()
+        zero = stored.get(f"{name}.weight_zero_point", torch.zeros(len(step), 1))
+        codes = codes - zero.double().repeat_interleave(linear.in_features // zero.shape[1], 1)
         dense = codes * step.repeat_interleave(linear.in_features // step.shape[1], 1)
         got = linear(x)
         seen = linear.site_input(x)
@@ -310,3 +312,18 @@ def test_fields_of_a_newer_writer_survive(edited, tmp_path) -> None:
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["quantization_config"]["novelty"] == {"a": 1}
     assert config["quantization_config"]["quant_method"] == "smoothq"
+
+
+@pytest.mark.parametrize("way", ["a PeftModel of it", "load_adapter"])
+def test_an_adapter_is_refused_by_the_name_of_what_it_would_change(quantized, tmp_path, way) -> None:
+    """It was trained on inputs that are smoothed and rotated here; merge it before quantizing."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"])
+    peft.get_peft_model(tiny_model("llama", torch.float32), lora).save_pretrained(tmp_path)
+    _, out = quantized("w4a8")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with pytest.raises(ValueError, match="QuantizedLinear.* is not supported"):
+        if way == "load_adapter":
+            model.load_adapter(str(tmp_path))
+        else:
+            peft.PeftModel.from_pretrained(model, tmp_path)

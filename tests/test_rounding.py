@@ -158,7 +158,8 @@ class TestScales:
             round_to_nearest(weight, grid(kind, clip=clip)).dequantize().sub(weight).abs().pow(2.4)
             for clip in (True, False)
         )
-        assert clipped.sum() < 0.98 * covering.sum()
+        most = 1 if kind in ZEROS else 0.97  # zero points take most of a tail by themselves
+        assert clipped.sum() < most * covering.sum()
 
     @each_clip
     @pytest.mark.parametrize("kind", KINDS[1:])

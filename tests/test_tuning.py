@@ -20,6 +20,7 @@ FORMS = {
     ),
     "multipliers": RECIPES["w4a4"].edit(tuning=None),
     "a scale a group": RECIPES["w4a16-float-groups"],
+    "zero points": RECIPES["w4a16-asymmetric"].edit(tuning=None),
     "round to nearest": RECIPES["w4a8"].edit(weights__rounding="rtn", smoothing=None, tuning=None),
     "live": RECIPES["w4a4-rrs-live"],
 }
