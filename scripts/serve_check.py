@@ -29,7 +29,7 @@ from urllib.request import Request, urlopen
 
 DROPPED = {
     *("torch", "torchaudio", "torchvision", "torchcodec"),
-    *("opencv-python-headless", "protobuf", "py-cpuinfo"),
+    *("opencv-python-headless", "protobuf"),
 }
 CONTEXT = 2048
 QUESTION = "The capital of France is"

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from .architectures.attention import unquantizable_attention
 from .architectures.graph import is_tied, text_config
-from .errors import RecipeError, UnsupportedModelError
+from .errors import RecipeError, SmoothqError, UnsupportedModelError
 from .experiments import EXPERT_COUNTS
 from .modules import InputQuantizer, QuantizedLinear, SequenceContext, WeightSpec
 from .plan import Plan, SitePlan, float_bytes, make_plan, stored_elements
 from .recipe import FLOAT_BITS, Preset, preset
 from .rounding.rtn import round_to_nearest
-from .servable import obstacles
+from .servable import obstacles, refuse_in_plugin
 from .terminal import columns
 
 PROMPT = 512  # tokens of a prompt
@@ -125,6 +125,13 @@ def _runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
     how = "after `smoothq export`; `smoothq plan` of that names vLLM's kernels"
     without = "transformers without smoothq, vLLM"
     found.append(Runner(without, not in_the_way, in_the_way or how))
+    refusal = ""
+    try:
+        refuse_in_plugin(model, plan)
+    except SmoothqError as error:
+        refusal = str(error)
+    plugin = "by its plugin, with the operators above; not in tensor parallel"
+    found.append(Runner("vLLM with smoothq installed", not refusal, refusal or plugin))
     return found
 
 

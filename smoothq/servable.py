@@ -13,12 +13,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import RecipeError
+from .architectures.graph import text_config
+from .errors import RecipeError, UnsupportedModelError
 from .kernels import highest_code
 from .modules import InputSpec
 from .plan import Plan, SitePlan, make_plan
 from .recipe import FLOAT_BITS, Recipe
 
+# Those whose modules have the checkpoint's names in vLLM, whose final norm has no bias or mean, and
+# that were compared with transformers.
+PLUGIN_FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 COST = "What that costs in perplexity, measured: docs/serving.md"
 SERVED_BITS = (4, 8, FLOAT_BITS)  # of activations
 
@@ -88,6 +92,27 @@ def servable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str,
                 _as_text({path: value}) for path, value in edits.items()
             )
         edits |= more
+
+
+def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise UnsupportedModelError or RecipeError for what our plugin for vLLM does not serve."""
+    family = text_config(model).model_type
+    if family not in PLUGIN_FAMILIES:
+        raise UnsupportedModelError(
+            f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
+            "checkpoint in transformers"
+        )
+    sites = [site for block in plan.blocks for site in block.sites]
+    if any(site.input.mode in ("live", "tensor") for site in sites):
+        raise RecipeError(
+            "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
+            "forward's tokens; quantize with --smooth-scope token, or with one scale a token"
+        )
+    if plan.attention is not None:
+        raise RecipeError(
+            "vLLM has an attention and a KV cache of its own; quantize without kv_cache and "
+            "attention, and give vLLM --kv-cache-dtype"
+        )
 
 
 _BIAS = Obstacle(

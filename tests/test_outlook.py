@@ -67,9 +67,13 @@ def test_what_a_family_cannot_do_is_said_with_the_reason(name, feature, reason) 
 
 
 def test_every_kind_of_linear_is_listed_with_its_operators() -> None:
-    processor, a100, *_, others = ahead_of("llama", "w4a4").runners
+    processor, a100, *_, others, plugin = ahead_of("llama", "w4a4").runners
     assert processor.runs
     assert "qkv" in processor.how
     assert "down" in processor.how
     assert "quantize_token_groups" in a100.how
     assert not others.runs
+    assert "rotation.down: false" in others.how
+    assert plugin.runs
+    assert not ahead_of("llama", "w4a4-rrs-live").runners[-1].runs
+    assert ahead_of("llama", "w8a8").runners[-2].runs
