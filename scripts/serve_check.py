@@ -4,7 +4,8 @@ script of this name.
 For each export: perplexity over the same tokens by our checkpoint, by transformers from the export
 and by vLLM's endpoint, with the change that a jitter of 1e-6 in the embedding makes to ours as the
 noise floor; a greedy completion of vLLM beside ours; the kernels that vLLM logged beside those that
-`smoothq plan` names; and speed, float and exports by turns.
+`smoothq plan` names. The same of a checkpoint in smoothq's own format, as the plugin serves it. And
+speed, all servers by turns.
 """
 
 from __future__ import annotations
@@ -164,13 +165,14 @@ def check(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         names = {"bfloat16": arguments.float}
         names |= {own.name: own.with_name(f"{own.name}-export") for own in arguments.export}
+        names |= {own.name: own for own in arguments.own}
         servers = {
             name: stack.enter_context(
                 serving(arguments.vllm, path, path.parent / f"{name}-vllm.log", "bfloat16")
             )
             for name, path in names.items()
         }
-        for own in arguments.export:
+        for own in [*arguments.export, *arguments.own]:
             server, directory = servers[own.name], names[own.name]
             ours = load(own, "float32")
             perplexity = measured(ours)
@@ -183,14 +185,18 @@ def check(arguments: argparse.Namespace) -> None:
             embedding.data.mul_(1 + 1e-6 * noise)
             floor = abs(measured(ours) / perplexity - 1)
             del ours
-            read = measured(load(directory, "float32"))
-            there = server.perplexity(whole)
             print(f"\n{own.name}: perplexity {perplexity:.3f} ours")
             print(f"  noise floor, embedding times 1 + 1e-6: {floor:.2%}")
-            print(f"  transformers' compressed-tensors: {read:.3f} ({read / perplexity - 1:+.2%})")
+            if directory != own:
+                read = measured(load(directory, "float32"))
+                difference = read / perplexity - 1
+                print(f"  transformers' compressed-tensors: {read:.3f} ({difference:+.2%})")
+            there = server.perplexity(whole)
             print(f"  vLLM: {there:.3f} ({there / perplexity - 1:+.2%})")
             completed = server.complete(QUESTION, GREEDY)["text"]
             print(f"  greedy, ours: {text!r}\n  greedy, vLLM: {completed!r}")
+            if directory == own:
+                continue
             config = read_config(str(directory)).quantization_config
             found = served(read_skeleton(str(directory), quantized=True), config)
             named = {str(each.kernels["CPU"]) for each in found}
@@ -233,6 +239,7 @@ def main() -> None:
     checking.add_argument("--vllm", required=True, help="python of vLLM's environment")
     checking.add_argument("--float", type=Path, required=True, help="float model")
     checking.add_argument("--export", type=Path, action="append", required=True)
+    checking.add_argument("--own", type=Path, action="append", default=[], help="not exported")
     checking.add_argument("--text", default="wikitext2", help="evaluation text")
     checking.add_argument("--tokens", type=int, default=8192)
     checking.add_argument("--sequence-length", type=int, default=1024)

@@ -4,9 +4,9 @@
 #   scripts/serve_check.sh
 #
 # Makes what is missing: the environment of smoothq (VENV), one of vLLM's own (VLLM, 2.3 GB, nothing
-# is compiled), and in WORK the float model in bfloat16 and its W8A8 and W4A16 exports. MODEL, TEXT
-# and CALIBRATION replace the demo model and the data set. Every server listens on 127.0.0.1 and is
-# stopped at the end.
+# is compiled), and in WORK the float model in bfloat16, its W8A8 and W4A16 exports, and a W4A4 model
+# in smoothq's own format. MODEL, TEXT and CALIBRATION replace the demo model and the data set. Every
+# server listens on 127.0.0.1 and is stopped at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,20 +31,24 @@ if [ ! -e "$VLLM/.ready" ]; then
 	"$VLLM/bin/python" -m pip uninstall --quiet --yes triton
 	touch "$VLLM/.ready"
 fi
+# With its plugin vLLM serves smoothq's own format too.
+"$VLLM/bin/python" -m pip install --quiet . -c "$VLLM/constraints.txt"
 
 mkdir -p "$WORK"
 if [ -z "${MODEL:-}" ]; then
 	MODEL=$WORK/SmolLM2-135M-Instruct
 	[ -d "$MODEL" ] || "$VENV/bin/python" scripts/demo_model.py "$MODEL" --dtype bfloat16
 fi
-for recipe in w8a8 'w4a16 --servable --effort fast'; do
+for recipe in w8a8 'w4a16 --servable --effort fast' 'w4a4 --effort fast'; do
 	own=$WORK/${recipe%% *}
 	# shellcheck disable=SC2086 (several words are meant)
 	[ -d "$own" ] || "$VENV/bin/smoothq" quantize "$MODEL" --$recipe --dtype bfloat16 \
 		--calibration "$CALIBRATION" -o "$own"
+done
+for own in "$WORK/w8a8" "$WORK/w4a16"; do
 	"$VENV/bin/smoothq" export "$own" -o "$own-export" --overwrite
 	"$VENV/bin/smoothq" plan "$own-export"
 done
 
 "$VENV/bin/python" scripts/serve_check.py check --vllm "$VLLM/bin/python" --text "$TEXT" \
-	--float "$MODEL" --export "$WORK/w8a8" --export "$WORK/w4a16" "$@"
+	--float "$MODEL" --export "$WORK/w8a8" --export "$WORK/w4a16" --own "$WORK/w4a4" "$@"

@@ -206,10 +206,12 @@ def quantize(
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="A directory that smoothq quantize wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory to write, or a GGUF file.")
+    ],
     form: Annotated[
-        Literal["compressed-tensors"],
-        typer.Option("--format", help="What transformers and vLLM read without smoothq."),
+        Literal["compressed-tensors", "gguf"],
+        typer.Option("--format", help="For transformers and vLLM, or for llama.cpp."),
     ] = "compressed-tensors",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -223,12 +225,13 @@ def export(
 
     _silence_transformers()
     with progress() as update:
-        exported = export_to(directory, output, overwrite=overwrite, progress=update)
+        exported = export_to(directory, output, form, overwrite=overwrite, progress=update)
     if as_json:
         print(json.dumps(asdict(exported) | {"output": str(output)}))
         return
     out.print(pairs(f"{directory} → {output}, {form}", report.export_rows(exported)))
-    out.print(f"what vLLM makes of it: smoothq plan {output}")
+    if form != "gguf":
+        out.print(f"what vLLM makes of it: smoothq plan {output}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,8 @@ from .folded import FoldedCheckpoint, Progress
 from .modules import InputSpec, WeightSpec
 from .report import served_card
 from .version import __version__
+
+Form = Literal["compressed-tensors", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,20 @@ class Exported:
 def export(
     directory: str | Path,
     output: str | Path,
+    form: Form = "compressed-tensors",
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a checkpoint of ours in the compressed-tensors format; see there for what is raised.
+    """Write a checkpoint of ours in a format that others read.
 
-    The scales of inputs that readers find by themselves follow their convention: the maximum over
-    127.5, or over 7.5.
+    form: `compressed-tensors`, a directory for transformers and vLLM, or `gguf`, a file for
+    llama.cpp. Raises as `export_compressed_tensors` and `export_gguf` do.
     """
+    if form == "gguf":
+        from .export_gguf import export_gguf  # which stands on this file
+
+        return export_gguf(Path(directory), Path(output), overwrite, progress)
     writer = CheckpointWriter(Path(output), overwrite, resume=False)
     return export_compressed_tensors(Path(directory), writer, progress)
 
@@ -57,6 +65,9 @@ def export_compressed_tensors(
     progress: Progress | None = None,
 ) -> Exported:
     """Write a checkpoint of ours in the compressed-tensors format.
+
+    The scales of inputs that readers find by themselves follow their convention: the maximum over
+    127.5, or over 7.5.
 
     Raises CheckpointError for a directory that is none of ours or an output that cannot be taken,
     RecipeError for a recipe with something that the format has no place for.

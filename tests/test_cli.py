@@ -549,6 +549,15 @@ def test_export_and_what_vllm_makes_of_it(run, model, tmp_path) -> None:
     assert "Kernels that vLLM" in text
 
 
+def test_a_gguf_file_is_for_llama_cpp(run, model, tmp_path) -> None:
+    own, file = tmp_path / "own", tmp_path / "model.gguf"
+    assert run("quantize", model, "-o", own, "--w8a8", *QUICK)[0] == 0
+    code, _, log = run("export", own, "--format", "gguf", "-o", file)
+    assert code == 1
+    assert "has no place in GGUF: its rows of 48 are no multiple of 32" in log
+    assert list(tmp_path.iterdir()) == [own]
+
+
 def test_quantize_straight_into_the_format(run, model, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("quantize", model, "-o", out, "--w4a4", *SMALL, "--format", "compressed-tensors")
