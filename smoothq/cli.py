@@ -119,7 +119,8 @@ def quantize(
     from .checkpoint.writer import CheckpointWriter
     from .distributed import World
     from .export import export_compressed_tensors
-    from .pipeline import plan_checkpoint, quantize_checkpoint
+    from .pipeline import quantize_checkpoint
+    from .plan import check_device, make_plan
     from .price import as_text, needs_of, price
     from .probe import BlockDone, Probe
     from .servable import refuse_obstacles
@@ -137,12 +138,14 @@ def quantize(
         own, overwrite = output.with_name(f"{output.name}.smoothq"), True
     writer = CheckpointWriter(own, overwrite, resume=resume, every=checkpoint_every)
     world.share(lambda: writer.check(0))
+    check_device(device)
     source = open_source(model, gguf_file=gguf_file)
+    empty = skeleton(source)
     if servable:
-        final = _servable(skeleton(source), final, world.leads)
-    plan = plan_checkpoint(source, final, device)
+        final = _servable(empty, final, world.leads)
+    plan = make_plan(empty, final)
     if form != "smoothq":
-        refuse_obstacles(skeleton(source), plan, model, form)
+        refuse_obstacles(empty, plan, model, form)
     needs = needs_of(plan, limit, checkpoint_every)
     if world.leads:
         estimate = price(plan, world.device)
@@ -685,11 +688,11 @@ def _bytes(text: str) -> int:
 
 def _servable(model: PreTrainedModel, recipe: Recipe, leads: bool) -> Recipe:
     """A recipe without what only smoothq can run; the leading process says what was left out."""
-    from .servable import COST, servable
+    from .servable import cost_of, servable
 
     found, changed = servable(model, recipe)
     if leads and changed:
-        log.info("servable: %s. %s", "; ".join(changed), COST)
+        log.info("servable: %s; %s", "; ".join(changed), cost_of(recipe))
     return found
 
 
