@@ -216,8 +216,8 @@ class QuantizedLinear(nn.Module):
             return product
         # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.
         shift = self.weight_zero_point.float() * self.weight_scale.float()
-        sums = x.reshape(-1, *self.weight_scale.shape[1:], x.shape[-1] // shift.shape[1])
-        return product - (sums.float().sum(-1) @ shift.T).to(product.dtype)
+        sums = x.float().reshape(-1, shift.shape[1], self.spec.grid.group_size).sum(-1)
+        return product - (sums @ shift.T).to(product.dtype)
 
     def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)

@@ -117,7 +117,7 @@ def _round_rows(
     columns = weight.shape[1]
     step = scales.step_by_column(columns, torch.float64)[:, order]
     zero = scales.zero_by_column(columns, torch.float64)
-    zero = torch.zeros_like(step) if zero is None else zero[:, order]
+    zero = step.new_zeros(()).expand_as(step) if zero is None else zero[:, order]
     weight = weight.double()[:, order]
     codes, unrounded = torch.empty_like(weight), torch.empty_like(weight)
     for first in range(0, weight.shape[1], block_size):
