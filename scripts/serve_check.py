@@ -22,7 +22,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ def serving(python: str, model: Path, log: Path, dtype: str) -> Iterator[Server]
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model.resolve())]
     command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--dtype", dtype, "--no-enable-prefix-caching"]
@@ -108,6 +109,7 @@ def serving(python: str, model: Path, log: Path, dtype: str) -> Iterator[Server]
             env=os.environ | settings,
             stdout=file,
             stderr=subprocess.STDOUT,
+            cwd=log.parent,  # not where the sources of smoothq would hide what is installed
             start_new_session=True,  # its workers outlive it unless they are stopped with it
         )
     server = Server(f"http://127.0.0.1:{port}", log)
@@ -115,11 +117,11 @@ def serving(python: str, model: Path, log: Path, dtype: str) -> Iterator[Server]
         _wait(server, process)
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+        for last in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, last)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
@@ -168,7 +170,9 @@ def check(arguments: argparse.Namespace) -> None:
         names |= {own.name: own for own in arguments.own}
         servers = {
             name: stack.enter_context(
-                serving(arguments.vllm, path, path.parent / f"{name}-vllm.log", "bfloat16")
+                serving(
+                    arguments.vllm, path, path.resolve().parent / f"{name}-vllm.log", "bfloat16"
+                )
             )
             for name, path in names.items()
         }

@@ -33,6 +33,7 @@ if [ ! -e "$VLLM/.ready" ]; then
 fi
 # With its plugin vLLM serves smoothq's own format too.
 "$VLLM/bin/python" -m pip install --quiet . -c "$VLLM/constraints.txt"
+rm -rf build
 
 mkdir -p "$WORK"
 if [ -z "${MODEL:-}" ]; then
@@ -50,5 +51,5 @@ for own in "$WORK/w8a8" "$WORK/w4a16"; do
 	"$VENV/bin/smoothq" plan "$own-export"
 done
 
-"$VENV/bin/python" scripts/serve_check.py check --vllm "$VLLM/bin/python" --text "$TEXT" \
+"$VENV/bin/python" scripts/serve_check.py check --vllm "$(realpath -s "$VLLM")/bin/python" --text "$TEXT" \
 	--float "$MODEL" --export "$WORK/w8a8" --export "$WORK/w4a16" --own "$WORK/w4a4" "$@"
