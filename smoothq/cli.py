@@ -135,7 +135,7 @@ def quantize(
     if form != "smoothq":
         exporter = CheckpointWriter(output, overwrite, resume=False)
         world.share(lambda: exporter.check(0))
-        own, overwrite = output.with_name(f"{output.name}.smoothq"), True
+        own = output.with_name(f"{output.name}.smoothq")
     writer = CheckpointWriter(own, overwrite, resume=resume, every=checkpoint_every)
     world.share(lambda: writer.check(0))
     check_device(device)
