@@ -20,10 +20,11 @@ from accuracy import FLOAT, Bench
 from transformers.utils import logging
 
 from smoothq.calibration import TextSource, calibration_tokens
-from smoothq.checkpoint.stream import Source, open_source
+from smoothq.checkpoint.stream import Source, open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.inspection.sensitivity import Sensitivities, enriched, measure, mixed_recipe
-from smoothq.pipeline import plan_checkpoint, quantize_checkpoint
+from smoothq.pipeline import quantize_checkpoint
+from smoothq.plan import make_plan
 from smoothq.recipe import Recipe, preset
 
 
@@ -56,7 +57,7 @@ def rows(args: argparse.Namespace, source: Source) -> Iterator[str]:
     yield "\n| weights | bits per weight | perplexity | second text | KL to float |"
     yield "|---|---|---|---|---|"
     yield line(FLOAT, 32, bench.measure(args.model))
-    bits = plan_checkpoint(source, finer).bits.weight
+    bits = make_plan(skeleton(source), finer).bits.weight
     for name, recipe in recipes(found, base, finer, bits).items():
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "model"

@@ -145,7 +145,7 @@ def check(arguments: argparse.Namespace) -> None:
 
     import smoothq
     from smoothq.calibration import TextSource, evaluation_tokens
-    from smoothq.checkpoint.stream import read_config, read_skeleton
+    from smoothq.checkpoint.stream import read_config, skeleton_of
     from smoothq.served import served
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.float)
@@ -201,8 +201,9 @@ def check(arguments: argparse.Namespace) -> None:
             print(f"  greedy, ours: {text!r}\n  greedy, vLLM: {completed!r}")
             if directory == own:
                 continue
-            config = read_config(str(directory)).quantization_config
-            found = served(read_skeleton(str(directory), quantized=True), config)
+            config = read_config(str(directory))
+            empty = skeleton_of(config, str(directory))
+            found = served(empty, config.quantization_config)
             named = {str(each.kernels["CPU"]) for each in found}
             verdict = "as logged" if named == server.kernels() else f"logged: {server.kernels()}"
             print(f"  kernels by smoothq plan: {', '.join(sorted(named))} ({verdict})")

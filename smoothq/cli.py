@@ -300,19 +300,21 @@ def plan(
 
     from . import report
     from .checkpoint import compressed_tensors
-    from .checkpoint.stream import read_config, read_skeleton
+    from .checkpoint.stream import read_config, refuse_quantized, skeleton_of
     from .outlook import outlook, tables
     from .plan import check_device, float_bytes, make_plan
     from .price import needs_of, price
 
     _silence_transformers()
-    quantization = getattr(read_config(model), "quantization_config", None) or {}
+    config = read_config(model)
+    quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") == compressed_tensors.METHOD:
-        _plan_export(model, quantization, as_json)
+        _plan_export(skeleton_of(config, model), quantization, as_json)
         return
     recipe = flags.chosen()
     check_device(device)
-    empty = read_skeleton(model)
+    refuse_quantized(config, model)
+    empty = skeleton_of(config, model)
     if servable:
         recipe = _servable(empty, recipe, True)
     made = make_plan(empty, recipe)
@@ -696,12 +698,11 @@ def _servable(model: PreTrainedModel, recipe: Recipe, leads: bool) -> Recipe:
     return found
 
 
-def _plan_export(model: str, quantization: dict[str, Any], as_json: bool) -> None:
+def _plan_export(empty: PreTrainedModel, quantization: dict[str, Any], as_json: bool) -> None:
     """Print which of vLLM's kernels would run an export."""
-    from .checkpoint.stream import read_skeleton
     from .served import remarks, served, table
 
-    found = served(read_skeleton(model, quantized=True), quantization)
+    found = served(empty, quantization)
     if as_json:
         print(json.dumps([asdict(each) for each in found]))
         return

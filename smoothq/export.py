@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from .checkpoint.compressed_tensors import METHOD, Scheme, quantization_config
 from .checkpoint.manifest import MANIFEST, sha256_of
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
-from .folded import FoldedCheckpoint, Progress
+from .folded import FoldedCheckpoint
 from .modules import InputSpec, WeightSpec
+from .pipeline import Progress
 from .report import served_card
 from .version import __version__
 
@@ -27,8 +26,9 @@ Form = Literal["compressed-tensors", "gguf"]
 class Exported:
     """What an export came to.
 
-    bytes_before, bytes_after: of all tensors. added_bytes: of the head that untying added.
-    schemes: of how many linears each is, by a short name such as `W4A16 group 32`.
+    bytes_before: of the checkpoint's files. bytes_after: of all tensors. added_bytes: of the head
+    that untying added. schemes: of how many linears each is, by a short name such as `W4A16 group
+    32`.
     """
 
     bytes_before: int
@@ -78,7 +78,7 @@ def export_compressed_tensors(
     schemes: dict[str, Scheme] = {}
     nbytes, dtype = 0, folded.plan.stored_dtype
     with writer:
-        writer.begin(_identity(directory), _surroundings())
+        writer.begin(_identity(directory), Surroundings.here("cpu", 1))
         for linear in folded.linears(progress):
             scheme = scheme_of(linear.spec, linear.input)
             tensors = scheme.tensors(linear.weight, dtype, linear.input_scale)
@@ -134,8 +134,3 @@ def _identity(directory: Path) -> Identity:
     digest = sha256_of(manifest) if manifest.is_file() else ""
     empty = hashlib.sha256(b"").hexdigest()
     return Identity(version=__version__, recipe=empty, model=digest, calibration=empty)
-
-
-def _surroundings() -> Surroundings:
-    threads = torch.get_num_threads()
-    return Surroundings(torch=torch.__version__, device="cpu", threads=threads, processes=1)

@@ -29,8 +29,9 @@ from .checkpoint.gguf import (
 from .checkpoint.tensor_file import as_bytes
 from .errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
 from .export import Exported
-from .folded import FoldedCheckpoint, Progress
+from .folded import FoldedCheckpoint
 from .modules import WeightSpec
+from .pipeline import Progress
 from .version import __version__
 
 FORMAT = "GGUF"
@@ -118,7 +119,7 @@ def export_gguf(
     partial = output.with_name(f"{output.name}.partial")
     writer = GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[names.family.arch])
     _describe(writer, folded, names.family)
-    kinds = Counter(_kind(name, spec) for name, spec in _specs(folded))
+    kinds = Counter(_kind(name, spec) for name, spec in folded.specs.items())
     writer.add_file_type(FILE_TYPES[kinds.most_common(1)[0][0]])
     for info in infos:
         writer.add_tensor_info(
@@ -201,17 +202,9 @@ class _Names:
         return paired_rows(rows, heads[module])
 
 
-def _specs(folded: FoldedCheckpoint) -> Iterator[tuple[str, WeightSpec]]:
-    """The quantized linears by full name, in the order of `folded.linears()`."""
-    for index, block in enumerate(folded.plan.blocks):
-        for site in block.sites:
-            for module, spec in site.modules.items():
-                yield f"{folded.plan.parts.layers}.{index}.{module}", spec
-
-
 def _infos(folded: FoldedCheckpoint, names: _Names) -> Iterator[_Info]:
     """All tensors of the file, in the order of `_data`."""
-    for name, spec in _specs(folded):
+    for name, spec in folded.specs.items():
         kind, shape = _kind(name, spec), (spec.out_features, spec.in_features)
         nbytes = spec.elements // BLOCK * block_bytes(kind)
         yield _Info(names.of(f"{name}.weight"), shape, kind, nbytes)

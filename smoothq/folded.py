@@ -19,19 +19,17 @@ from .checkpoint.stream import (
     load_module,
     read_tensor,
     skeleton,
-    tensor_files,
     unload_module,
 )
 from .errors import CheckpointError
 from .float_parts import WORKING_DTYPE, float_rows
 from .integrations.transformers import recipe_of
 from .modules import InputSpec, WeightSpec
+from .pipeline import Progress
 from .plan import make_plan
 from .rounding.grid import QuantizedWeight, Scales
 from .servable import refuse_obstacles
 from .transforms.rotation import end_folds
-
-Progress = Callable[[int, int, str], None]  # block, of so many, and what is done
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class FoldedCheckpoint:
         self.model = skeleton(self.source)
         self.plan = make_plan(self.model, recipe)
         refuse_obstacles(self.model, self.plan, self.name, form)
-        self._files = tensor_files(directory, self.name)
         self.unties = self.plan.residual_rotation is not None and not self.plan.folds_ends
 
     @property
@@ -87,11 +84,16 @@ class FoldedCheckpoint:
         return embedding.numel() * self.plan.stored_dtype.itemsize
 
     @property
+    def specs(self) -> dict[str, WeightSpec]:
+        """The forms of the quantized linears by full name, in the order of `linears`."""
+        return {name: spec for _, name, spec, *_ in self._linears()}
+
+    @property
     def float_linears(self) -> list[str]:
         """Full names of the linears that are not quantized, the head among them."""
-        quantized = {name for _, name, *_ in self._linears()}
+        specs = self.specs
         linears = (n for n, module in self.model.named_modules() if isinstance(module, nn.Linear))
-        return [name for name in linears if name not in quantized]
+        return [name for name in linears if name not in specs]
 
     def linears(self, progress: Progress | None = None) -> Iterator[FoldedLinear]:
         """The quantized linears, one by one. progress: told of each block."""
@@ -110,7 +112,7 @@ class FoldedCheckpoint:
                 spec,
                 site_input,
                 QuantizedWeight(codes, scales),
-                self._read(bias) if bias in self._files else None,
+                self._read(bias) if bias in self.source.files else None,
                 None if scale is None else self._read(scale),
             )
 
@@ -130,7 +132,7 @@ class FoldedCheckpoint:
             for name in (parts.embedding, parts.head):
                 yield self._by_rows(name, folds[name])
             taken |= {f"{name}." for name in (parts.final_norm, parts.embedding, parts.head)}
-        for name in self._files:
+        for name in self.source.files:
             if not name.startswith(tuple(taken)):
                 yield self._whole(name, self._read(name))
 
@@ -162,6 +164,6 @@ class FoldedCheckpoint:
         return next((s.producer.offset for s in sites if isinstance(s.producer, Norm)), 0.0)
 
     def _read(self, name: str) -> Tensor:
-        if name not in self._files:
+        if name not in self.source.files:
             raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
-        return read_tensor(self._files[name], name)
+        return read_tensor(self.source.files[name], name)

@@ -95,15 +95,6 @@ class Result:
     notes: tuple[str, ...]
 
 
-def plan_checkpoint(source: Source, recipe: Recipe, device: str = "cpu") -> Plan:
-    """What quantizing a source would come to, from its config alone.
-
-    Raises SmoothqError for what cannot be done, as `quantize_checkpoint` would.
-    """
-    check_device(device)
-    return make_plan(skeleton(source), recipe)
-
-
 def quantize_checkpoint(
     source: Source,
     recipe: Recipe,
@@ -136,7 +127,8 @@ def quantize_checkpoint(
     world.share(lambda: writer.check(needs.disk))
     output = Output(writer, world)
     with output, steady_heap():
-        begun = output.begin(_identity(source, recipe, tokens), _surroundings(world))
+        surroundings = Surroundings.here(world.device.type, world.size)
+        begun = output.begin(_identity(source, recipe, tokens), surroundings)
         job = _Job(source, plan, model, output, world, progress or _silent, on_block)
         directory = writer.scratch if needs.states_on_disk else None
         _run(job, tokens, begun.blocks, directory, probe)
@@ -527,15 +519,6 @@ def _identity(source: Source, recipe: Recipe, tokens: Tensor | None) -> Identity
         recipe=hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
         model=source.fingerprint(),
         calibration=hashlib.sha256(text).hexdigest(),
-    )
-
-
-def _surroundings(world: World) -> Surroundings:
-    return Surroundings(
-        torch=torch.__version__,
-        device=world.device.type,
-        threads=torch.get_num_threads(),
-        processes=world.size,
     )
 
 

@@ -7,7 +7,7 @@ them, such as a rotation of an input, has no place there, and readers would leav
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -62,10 +62,7 @@ def obstacles(model: PreTrainedModel, plan: Plan) -> list[Obstacle]:
                     stages.append(site.site.stage)
         for module in block.new_biases:
             found.setdefault(_BIAS.what, (_BIAS, []))[1].append(module)
-    of_sites = [
-        Obstacle(each.what, each.edit, each.instead, ", ".join(stages))
-        for each, stages in found.values()
-    ]
+    of_sites = [replace(each, where=", ".join(stages)) for each, stages in found.values()]
     return [*of_sites, *_of_model(model, plan)]
 
 

@@ -149,9 +149,10 @@ class _Round(torch.autograd.Function):
     def forward(
         ctx: Any, position: Tensor, gain: Tensor, scales: Scales, grid: IntegerGrid
     ) -> Tensor:
-        codes, step = _codes(position, grid), scales.step(torch.float32)
-        zero = scales.zero_by_column(codes.shape[1], codes.dtype)
-        scaled = by_group(codes if zero is None else codes - zero, step)
+        codes, step, zero = _codes(position, grid), scales.step(torch.float32), scales.zero
+        if zero is not None:
+            codes.unflatten(-1, (zero.shape[1], -1)).sub_(zero.unsqueeze(-1))
+        scaled = by_group(codes, step)
         ctx.save_for_backward(position, gain, step, scaled)
         ctx.grid = grid
         weight: Tensor = by_group(scaled, gain)

@@ -30,7 +30,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smoothq import Recipe, export, preset, quantize
 from smoothq.checkpoint.gguf import blocks, lost_scales, vocabulary
-from smoothq.checkpoint.stream import read_skeleton
+from smoothq.checkpoint.stream import read_config, skeleton_of
 from smoothq.errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
 from smoothq.export_gguf import export_gguf
 from smoothq.folded import FoldedCheckpoint
@@ -153,7 +153,7 @@ def exported(
     def of(name: str, recipe: str) -> tuple[Path, Path]:
         if (name, recipe) not in made:
             root, source = tmp_path_factory.mktemp("exported"), float_model(name)
-            wanted, _ = servable(read_skeleton(str(source)), RECIPES[recipe])
+            wanted, _ = servable(skeleton_of(read_config(str(source)), ""), RECIPES[recipe])
             data = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(5))
             quantize(source, wanted, data=data, output=root / "ours")
             done = export_gguf(root / "ours", root / "model.gguf")

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM
 from smoothq import Recipe, preset, quantize
 from smoothq.checkpoint import tensor_file, writer
 from smoothq.checkpoint.shards import ShardState, ShardWriter
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.stream import open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.errors import CheckpointError, OutputError, RecipeError, SmoothqError
-from smoothq.pipeline import plan_checkpoint, quantize_checkpoint
+from smoothq.pipeline import quantize_checkpoint
+from smoothq.plan import make_plan
 from smoothq.price import needs_of
 from smoothq.verify import verify_checkpoint
 from tests.architectures import VOCABULARY
@@ -319,7 +320,7 @@ def test_too_little_memory_is_refused_before_any_work(run, tmp_path) -> None:
 
 def test_needs_count_the_states_where_they_are(float_checkpoint) -> None:
     recipe = preset("w8a8").edit(calibration__samples=1000, calibration__sequence_length=2048)
-    plan = plan_checkpoint(open_source(float_checkpoint("llama")), recipe)
+    plan = make_plan(skeleton(open_source(float_checkpoint("llama"))), recipe)
     states = 4 * 1000 * 2048 * 48
     roomy = needs_of(plan, 10**12)
     tight = needs_of(plan, roomy.memory - 1)

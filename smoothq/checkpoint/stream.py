@@ -101,9 +101,9 @@ class CheckpointSource:
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.directory = name, directory
         self.config = _read_config(directory, name)
-        self._files = tensor_files(directory, name)
-        check_sizes(self.config, self._files, name)
-        self.nbytes = sum(path.stat().st_size for path in set(self._files.values()))
+        self.files = tensor_files(directory, name)
+        check_sizes(self.config, self.files, name)
+        self.nbytes = sum(path.stat().st_size for path in set(self.files.values()))
         self.generation_config: GenerationConfig | None = None
         if (directory / "generation_config.json").is_file():
             try:
@@ -123,7 +123,7 @@ class CheckpointSource:
         prefix = model.base_model_prefix
         self._converted: dict[str, _Converted] = {}
         self._stored: dict[str, str] = {}
-        for stored in sorted(self._files, key=dot_natural_key):
+        for stored in sorted(self.files, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
             if name not in wanted and stored in wanted:
                 name, pattern = rename_source_key(stored, [], [], prefix, wanted)
@@ -149,9 +149,9 @@ class CheckpointSource:
 
     def _read(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors under the names that they have in the files."""
-        for key in sorted(stored, key=lambda key: str(self._files[key])):
+        for key in sorted(stored, key=lambda key: str(self.files[key])):
             # Opened for this tensor only: pages of a file that stays mapped count as our memory.
-            yield key, read_tensor(self._files[key], key)
+            yield key, read_tensor(self.files[key], key)
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """A parameter in stretches of so many rows, without ever holding more of it."""
@@ -161,14 +161,14 @@ class CheckpointSource:
         if name not in self._stored:
             raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
         key = self._stored[name]
-        path = self._files[key]
+        path = self.files[key]
         for first in range(0, _open_safetensors(path).get_slice(key).get_shape()[0], count):
             yield _open_safetensors(path).get_slice(key)[first : first + count]
 
     def fingerprint(self) -> str:
         """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
-        for path in sorted(set(self._files.values())):
+        for path in sorted(set(self.files.values())):
             digest.update(path.name.encode())
             with open(path, "rb") as file:
                 header = file.read(int.from_bytes(file.read(8), "little"))
@@ -344,24 +344,16 @@ def parse_hub_id(text: str) -> tuple[str, str | None]:
 
 def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source with its parameters on the meta device and its buffers real."""
-    model = _skeleton(source.config, source.name)
+    model = skeleton_of(source.config, source.name)
     source.adopt(model)
     return model
 
 
-def read_skeleton(model: str, quantized: bool = False) -> PreTrainedModel:
-    """The same of a hub id or a local directory, from its config alone.
+def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """The same from a config alone; of a quantized model it is the float one's.
 
-    quantized: whether the model may be so already; the skeleton is the float model's. Raises
-    SmoothqError where there is none, or for what is not to be quantized but is.
+    Raises UnsupportedModelError for a config that fits no model.
     """
-    config = read_config(model)
-    if not quantized:
-        refuse_quantized(config, model)
-    return _skeleton(config, model)
-
-
-def _skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
     try:
         model = empty_model(config)
     except Exception as error:  # whatever transformers makes of a config that fits no model

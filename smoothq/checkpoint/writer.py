@@ -24,7 +24,8 @@ from typing import IO, Self
 
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, get_num_threads
+from torch import __version__ as torch_version
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, OutputError, SmoothqError, StoppedError
@@ -54,6 +55,12 @@ class Surroundings(BaseModel, frozen=True):
     device: str
     threads: int
     processes: int
+
+    @classmethod
+    def here(cls, device: str, processes: int) -> Self:
+        """Those of this process. device: its kind."""
+        threads = get_num_threads()
+        return cls(torch=torch_version, device=device, threads=threads, processes=processes)
 
 
 class State(BaseModel):

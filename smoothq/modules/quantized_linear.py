@@ -132,6 +132,7 @@ class QuantizedLinear(nn.Module):
         self.keeps_packed = False
         self._operand: Tensor | None = None
         self._row_scale: Tensor | None = None
+        self._shift: Tensor | None = None
         self._packed_tokens = 0
 
     site_input: InputQuantizer
@@ -168,9 +169,11 @@ class QuantizedLinear(nn.Module):
         the other. With float activations the multipliers stay apart: times 127 they would leave
         int8.
         """
-        self._operand = self._row_scale = None
+        self._operand = self._row_scale = self._shift = None
         if self.weight.is_meta:
             return
+        if self.weight_zero_point is not None:
+            self._shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
             self._row_scale = self.weight_scale.float().squeeze(1)
         source = self.site_input.spec
@@ -212,12 +215,11 @@ class QuantizedLinear(nn.Module):
             self.bias,
             4 if self._operand is None else 8,
         )
-        if self.weight_zero_point is None:
+        if self._shift is None:
             return product
         # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.
-        shift = self.weight_zero_point.float() * self.weight_scale.float()
-        sums = x.float().reshape(-1, shift.shape[1], self.spec.grid.group_size).sum(-1)
-        return product - (sums @ shift.T).to(product.dtype)
+        sums = x.float().reshape(-1, self.spec.groups, self.spec.grid.group_size).sum(-1)
+        return product - (sums @ self._shift.T).to(product.dtype)
 
     def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
