@@ -10,6 +10,7 @@ from typing import Self
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from .account import Account, check_files
 from .checkpoint.writer import CheckpointWriter, Identity, State, Surroundings
 from .distributed import World
 from .hidden_states import HiddenStates
@@ -78,6 +79,10 @@ class Output:
         """The whole checkpoint, in a directory that is not the output yet; known to all."""
         parts = (config, tokenizer, generation_config, card)
         return self._world.share(lambda: self._writer.assemble(*parts))
+
+    def check(self, account: Account) -> None:
+        """Raise OutputError unless what was assembled holds what an account says."""
+        self._world.share(lambda: check_files(account, self._writer.final))
 
     def place(self) -> None:
         """Make what was assembled the output; it is in place when this returns, in any process."""
