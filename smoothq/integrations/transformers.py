@@ -158,7 +158,7 @@ class SmoothqHfQuantizer(HfQuantizer):
         return model
 
 
-def prepare(model: PreTrainedModel) -> None:
+def prepare(model: nn.Module) -> None:
     """Derive everything that is not stored, on each module's device, after loading."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
