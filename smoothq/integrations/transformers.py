@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -141,6 +142,8 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
         prepare(model)
+        loaded: Any = model
+        loaded._weight_conversions = _OneWay(get_model_conversion_mapping(model))
 
     def _check_rotations(self, plan: Plan) -> None:
         stored = [Hadamard.from_dict(entry) for entry in self.quantization_config.rotations]
@@ -156,6 +159,14 @@ class SmoothqHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         dequantize(model, self.plan, dtype or model.dtype)
         return model
+
+
+class _OneWay(list[Any]):
+    """Conversions from stored names, for what transformers loads later, as layers that predict
+    several tokens; saving asks for them in reverse, and our tensors have their names already."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return [] if index == slice(None, None, -1) else super().__getitem__(index)
 
 
 def prepare(model: nn.Module) -> None:
