@@ -161,7 +161,6 @@ def _load_rows(
         first += len(rows)
     if len(used) and used[-1] >= first:
         raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    dtype = WORKING_DTYPE if plan.folds_ends else found[0].dtype
-    embedding.weight = nn.Parameter(torch.cat(found).to(dtype), requires_grad=False)
+    embedding.weight = nn.Parameter(torch.cat(found), requires_grad=False)
     embedding.padding_idx = None  # it is one of the old ids, and of no use here
     return ids

@@ -56,7 +56,7 @@ from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
-from .transforms.rotation import end_folds, rotate_input, rotate_value_output
+from .transforms.rotation import head_fold, rotate_input, rotate_value_output
 from .transforms.smoothing import smooth
 from .tuning import tune
 from .version import __version__
@@ -423,8 +423,8 @@ def _streams(job: _Job, tokens: Tensor | None, directory: Path | None) -> dict[s
 def _store_ends(job: _Job) -> None:
     """Store embedding, head, positions, norms and all else that is not a block.
 
-    Where the residual stream is rotated offline the rotation is folded in; embedding and head are
-    read, worked on and written in stretches of their rows.
+    Where the head undoes the residual rotation that is folded in; embedding and head are read,
+    worked on and written in stretches of their rows.
     """
     plan, model, output, rotation = job.plan, job.model, job.output, job.plan.residual_rotation
     parts = plan.parts
@@ -433,11 +433,8 @@ def _store_ends(job: _Job) -> None:
     for name in small:
         load_module(model.get_submodule(name), name, job.source, WORKING_DTYPE)
     folds: dict[str, Callable[[Tensor], None] | None] = dict.fromkeys(large)
-    if rotation is not None and plan.folds_ends:
-        folds |= end_folds(model, parts, rotation)
-    if rotation is not None and parts.positions is not None:
-        positions = model.get_submodule(parts.positions)
-        rotate_input(positions.get_parameter("weight").data, rotation)
+    if rotation is not None and plan.folds_head:
+        folds[parts.head] = head_fold(model, parts, rotation, plan.norm_offset)
     for name in large:
         _store_matrix(job, name, folds[name])
     for name in small:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
-from .architectures.graph import is_tied, takes_rotation, text_config
+from .architectures.graph import is_tied, norm_offset, takes_rotation, text_config
 from .architectures.layout import open_block
 from .attention_plan import cached_bits, plan_attention
 from .errors import DeviceError, RecipeError, UnsupportedModelError
@@ -111,9 +111,9 @@ class Plan:
     """A recipe resolved for one model.
 
     parts: where the model's parts are. residual_rotation: R1, or None, as in families whose
-    stream takes none. folds_ends: R1 is folded into embedding and head, where otherwise it runs
-    online at both ends. attention: of every block, or None where it stays float. notes: what the
-    user should know.
+    stream takes none; it runs online where the stream enters the first block. folds_head: it is
+    undone in the head, where otherwise it is rotated back before the final norm. attention: of
+    every block, or None where it stays float. notes: what the user should know.
     stored_dtype: of everything that stays float; float_elements: how many numbers that is.
     tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied head.
     """
@@ -123,7 +123,7 @@ class Plan:
     parts: Parts
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
-    folds_ends: bool
+    folds_head: bool
     attention: AttentionSpec | None
     bits: Bits
     notes: tuple[str, ...]
@@ -134,12 +134,15 @@ class Plan:
     @property
     def online_rotations(self) -> list[Hadamard]:
         """Every rotation that runs with the model, each once."""
-        found = _site_rotations(self.blocks)
-        if not self.folds_ends:
-            found.append(self.residual_rotation)
+        found = [*_site_rotations(self.blocks), self.residual_rotation]
         if self.attention is not None:
             found.append(self.attention.rotation)
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
+
+    @property
+    def norm_offset(self) -> float:
+        """What the model's norms add to their weight."""
+        return norm_offset(block.graph for block in self.blocks)
 
     @property
     def linear_bytes(self) -> int:
@@ -195,7 +198,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         parts=parts,
         blocks=blocks,
         residual_rotation=rotation,
-        folds_ends=rotation is not None and parts.fold(model),
+        folds_head=rotation is not None and parts.folds_head(model),
         attention=attention,
         bits=_count_bits(blocks, _stored_dtype(recipe, config), cached_bits(attention, config)),
         notes=tuple(dict.fromkeys(notes)),
@@ -352,8 +355,8 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     install_ends(model, plan)
     if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
-    if plan.residual_rotation is not None and not plan.folds_ends:
-        rotate_ends(model, plan.parts, plan.residual_rotation)
+    if plan.residual_rotation is not None:
+        rotate_ends(model, plan.parts, plan.residual_rotation, plan.folds_head)
     install_attention(model, plan)
 
 
