@@ -217,7 +217,7 @@ class Family:
     centred: its norms subtract the mean. returns_tuple: a block returns its output inside a tuple.
     flattens: a block joins the tokens of all sequences in front of some of its linears. refuses:
     config → why such a model cannot be quantized, or None. sums_at_entry: what enters the first
-    block is a multiple of the sum of `Parts.entering`, so that rotating those rotates it. The other
+    block is a sum of multiples of `Parts.entering`, so that rotating those rotates it. The other
     fields are names within the decoder, as in `Parts`.
     """
 
