@@ -229,8 +229,7 @@ def _load_rows(
         first += len(rows)
     if len(used) and used[-1] >= first:
         raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    dtype = WORKING_DTYPE if plan.folds_ends else found[0].dtype
-    weight = torch.cat(found).to(dtype)
+    weight = torch.cat(found)
     if as_stored and plan.tables:
         weight = _coded(weight).dequantize(WORKING_DTYPE)
     embedding.weight = nn.Parameter(weight, requires_grad=False)
