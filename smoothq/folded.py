@@ -18,7 +18,7 @@ from .checkpoint.stream import (
     CheckpointSource,
     load_module,
     read_tensor,
-    skeleton,
+    skeleton_of,
     unload_module,
 )
 from .errors import CheckpointError
@@ -69,10 +69,23 @@ class FoldedCheckpoint:
         self.name = str(directory)
         self.source = CheckpointSource(directory, self.name)
         quantization = quantization_of(self.source.config, self.name)
-        self.model = skeleton(self.source)
+        self.model = skeleton_of(self.source.config, self.name)
+        self.source.adopt(self.model)
         self.plan = quantization.plan_for(self.model)
         refuse_obstacles(self.model, self.plan, self.name, form)
         self.unties = self.plan.residual_rotation is not None and is_tied(self.model)
+
+    @property
+    def extras(self) -> list[str]:
+        """Tensors of modules that the model's class does not have, such as a tower, by name."""
+        linears = tuple(f"{name}." for _, name, *_ in self._linears())
+        known = set(self.model.state_dict()) | {scale for *_, scale in self._linears() if scale}
+        return [n for n in self.source.files if n not in known and not n.startswith(linears)]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Those that are not exported: all, where what they read of the model is rotated."""
+        return self.extras if self.plan.residual_rotation is not None else []
 
     @property
     def added_bytes(self) -> int:
@@ -89,9 +102,12 @@ class FoldedCheckpoint:
 
     @property
     def float_linears(self) -> list[str]:
-        """Full names of the linears that are not quantized, the head among them."""
+        """Full names of the linears that are not quantized, the head and extras among them."""
         specs = self.specs
-        linears = (n for n, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        linears = [n for n, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        if not self.left_out:
+            weights = (name for name in self.extras if name.endswith(".weight"))
+            linears += [name.removesuffix(".weight") for name in weights]
         return [name for name in linears if name not in specs]
 
     def linears(self, progress: Progress | None = None) -> Iterator[FoldedLinear]:
@@ -132,8 +148,12 @@ class FoldedCheckpoint:
         for name, fold in folds.items():
             yield self._by_rows(name, fold)
             taken.add(f"{name}.weight")
+        extras, left_out = set(self.extras), set(self.left_out)
         for name in self.source.files:
-            if not name.startswith(tuple(taken)):
+            if name in extras - left_out:
+                tensor = self._read(name)
+                yield FoldedFloat(name, [tensor], tuple(tensor.shape), tensor.nbytes)
+            elif name not in left_out and not name.startswith(tuple(taken)):
                 yield self._whole(name, self._read(name))
 
     def _linears(self) -> Iterator[tuple[int, str, WeightSpec, InputSpec, str | None]]:
