@@ -51,12 +51,13 @@ def enter(
     world: World,
     directory: Path | None = None,
     as_stored: bool = False,
+    rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:
     """Take tokens, int64 (samples, length), to the first block, rotated as the plan has it.
 
     model: the skeleton of the source, left as it is. directory: where hidden states are held in
-    files; None holds them in memory. as_stored: as the loaded model does it, with the embedding's
-    rows in 8 bits where the plan stores them so, and the rotation's own operator.
+    files; None holds them in memory. as_stored: with the embedding's rows in 8 bits, where the plan
+    stores them so. rotate: what rotates them; None does it in float64.
     Raises CalibrationError for a token without a row.
     """
     parts = plan.parts
@@ -67,9 +68,6 @@ def enter(
     assert isinstance(embedding, nn.Embedding)
     empty = embedding.weight
     ids = _load_rows(source, model, plan, embedding, tokens, as_stored)
-    rotate = None
-    if as_stored and plan.residual_rotation is not None:
-        rotate = OnlineRotation(plan.residual_rotation)
     states = HiddenStates.enter(model, plan, ids, world, directory, rotate)
     embedding.weight = empty
     for name in before:
@@ -160,7 +158,8 @@ class ModelEnd:
     def __init__(
         self, source: Source, plan: Plan, device: torch.device, as_stored: bool = False
     ) -> None:
-        """as_stored: as the loaded model does it, as of `enter`."""
+        """as_stored: as the loaded model does it: the head in 8 bits where the plan stores it so,
+        the rotation by its own operator."""
         self._model, self._plan, self._as_stored = skeleton(source), plan, as_stored
         model, parts = self._model, plan.parts
         last = parts.embedding if is_tied(model) else parts.head

@@ -27,7 +27,7 @@ from .errors import OutputError
 from .float_parts import WORKING_DTYPE, Block, ModelEnd, coded_rows, enter, stored_rows
 from .hidden_states import HiddenStates
 from .integrations.transformers import prepare
-from .modules import quantize_attention, stop_quantizing_attention
+from .modules import OnlineRotation, quantize_attention, stop_quantizing_attention
 from .modules.quantized_embedding import EMBEDDING_BITS
 from .plan import Plan, install
 
@@ -49,12 +49,14 @@ class RoundTrip:
         self._source, self._model, self._plan = source, model, plan
         self._account, self._world = account, world
         self._ids = _tokens(model)
-        self.stream = self._enter(world)
+        rotation = plan.residual_rotation
+        self.stream = self._enter(world, None if rotation is None else OnlineRotation(rotation))
         self._sketches: dict[int, Tensor] = {}
 
-    def _enter(self, world: World) -> HiddenStates:
+    def _enter(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
         stored: Any = _Stored(self._source, self._account)
-        return enter(stored, self._model, self._plan, self._ids, world, as_stored=True)
+        into = (stored, self._model, self._plan, self._ids, world)
+        return enter(*into, as_stored=True, rotate=rotate)
 
     @torch.no_grad()
     def follow(self, block: Block, stored: dict[str, Tensor]) -> None:
@@ -90,7 +92,7 @@ class RoundTrip:
         end = ModelEnd(stored, self._plan, self._world.device, as_stored=True)
         own = {**self._sketches, len(self._plan.blocks): end.logits(hidden)}
         del end
-        _hold(own, lambda seed: self._run(loaded, seed))
+        _hold(own, len(self._plan.blocks), lambda seed: self._run(loaded, seed))
 
     def _run(self, loaded: PreTrainedModel, seed: int | None) -> dict[int, Tensor]:
         """Sketches of what leaves each block of a loaded model, and behind them its logits.
@@ -122,14 +124,15 @@ class RoundTrip:
         self._compare_ends(files)
         model = skeleton_of(self._source.config, self._source.name)
         install(model, self._plan)
-        entered = self._enter(World(0, 1, self._world.device))
+        # The first block rotates what it is given by itself.
+        entered = self._enter(World(0, 1, self._world.device), lambda x: x)
 
         def run(seed: int | None) -> dict[int, Tensor]:
             stream = entered.copy()
             stream.replace(iter([_moved(batch, seed) for batch in entered]))
             return self._through(model, files, stream)
 
-        _hold(self._sketches, run)
+        _hold(self._sketches, len(self._plan.blocks), run)
 
     def _compare_ends(self, files: dict[str, Path]) -> None:
         """Compare what lies outside the blocks with the source, number by number."""
@@ -172,7 +175,9 @@ class RoundTrip:
         return sketches
 
 
-def _hold(own: dict[int, Tensor], run: Callable[[int | None], dict[int, Tensor]]) -> None:
+def _hold(
+    own: dict[int, Tensor], blocks: int, run: Callable[[int | None], dict[int, Tensor]]
+) -> None:
     """Raise OutputError naming the first block that differs from the pass's own.
 
     own: by block, and at the number behind the last the logits. run: the same of the output, with
@@ -188,7 +193,7 @@ def _hold(own: dict[int, Tensor], run: Callable[[int | None], dict[int, Tensor]]
         left -= {index for index in left if _alike(found[index], own[index], moved[index])}
     if left:
         first = min(left)
-        raise _differs(f"block {first}" if first + 1 < len(found) else "what follows the blocks")
+        raise _differs(f"block {first}" if first < blocks else "what follows the blocks")
 
 
 class _Stored:

@@ -39,7 +39,7 @@ from smoothq.architectures import (
     register_family,
     supported_model_types,
 )
-from smoothq.architectures.graph import is_tied, takes_rotation, text_config
+from smoothq.architectures.graph import takes_rotation, text_config
 from smoothq.architectures.layout import close_block, open_block
 from smoothq.calibration import TextSource, evaluation_tokens
 from smoothq.errors import RecipeError, UnsupportedModelError

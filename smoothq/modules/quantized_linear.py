@@ -48,7 +48,7 @@ class WeightSpec:
             "weight_scale": torch.empty(
                 rows,
                 self.groups if self.float_groups else 1,
-                dtype=torch.bfloat16 if self.float_groups else torch.float32,
+                dtype=grid.scale_dtype,
                 device="meta",
             ),
         }
