@@ -10,13 +10,13 @@ import copy
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -45,7 +45,7 @@ from transformers.core_model_loading import (
 
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
-from ..memory import give_back, steady_heap
+from ..memory import give_back
 from .manifest import first_line
 from .tensor_file import as_bytes
 
@@ -366,17 +366,48 @@ def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
     return model
 
 
+_building = threading.RLock()
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config with its parameters on the meta device and its buffers real.
 
-    Raises whatever transformers makes of a config that fits no model.
+    No weight is ever allocated. Raises whatever transformers makes of a config that fits no model.
     """
-    # accelerate makes each weight before it drops it: holes, if the heap had to give them.
-    with steady_heap(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32
-        )
+    # One at a time: transformers sets the process's default dtype while it builds a model.
+    with _building:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32
+            )
+        _make_buffers(model)
     return model
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Give a model on the meta device real buffers, as `from_pretrained` does for what is no weight.
+
+    Raises UnsupportedModelError for a buffer that its class computes nowhere but in `__init__`:
+    transformers itself would load the model with whatever lies in memory there.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    made: dict[str, tuple[Tensor, int]] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            real = torch.zeros_like(buffer, device="cpu")
+            module.register_buffer(
+                key := name.rpartition(".")[2], real, key not in module._non_persistent_buffers_set
+            )
+            if key in module._non_persistent_buffers_set:
+                made[name] = real, real._version
+    with torch.device("cpu"):
+        model.initialize_weights()
+    for name, (real, version) in made.items():
+        if model.get_buffer(name) is real and real._version == version and real.numel():
+            raise UnsupportedModelError(
+                f"its buffer '{name}' is neither stored nor computed when transformers loads it"
+            )
 
 
 def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
