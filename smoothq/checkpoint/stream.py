@@ -385,28 +385,31 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _make_buffers(model: PreTrainedModel) -> None:
-    """Give a model on the meta device real buffers, as `from_pretrained` does for what is no weight.
+    """Give a model on the meta device real buffers, computed as `from_pretrained` computes them.
 
-    Raises UnsupportedModelError for a buffer that its class computes nowhere but in `__init__`:
-    transformers itself would load the model with whatever lies in memory there.
+    One that a checkpoint stores is zero until it is read, unless the model's class initialises it.
+    Raises UnsupportedModelError for another that is computed nowhere but in `__init__`:
+    transformers would load the model with whatever lies in memory there.
     """
+    computed: dict[str, tuple[Tensor, int]] = {}
+    for prefix, module in list(model.named_modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not weight.is_meta:  # made by an operator that knows of no device
+                setattr(module, name, nn.Parameter(weight.data.to("meta"), weight.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            real = torch.zeros_like(buffer, device="cpu")
+            setattr(module, name, real)
+            if name in module._non_persistent_buffers_set and real.numel():
+                computed[f"{prefix}.{name}"] = real, real._version
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    made: dict[str, tuple[Tensor, int]] = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            real = torch.zeros_like(buffer, device="cpu")
-            module.register_buffer(
-                key := name.rpartition(".")[2], real, key not in module._non_persistent_buffers_set
-            )
-            if key in module._non_persistent_buffers_set:
-                made[name] = real, real._version
     with torch.device("cpu"):
         model.initialize_weights()
-    for name, (real, version) in made.items():
-        if model.get_buffer(name) is real and real._version == version and real.numel():
+    for name, (real, version) in computed.items():
+        if model.get_buffer(name) is real and real._version == version:
             raise UnsupportedModelError(
-                f"its buffer '{name}' is neither stored nor computed when transformers loads it"
+                f"its buffer '{name}' is not stored, and its class does not compute it anew when "
+                "transformers loads the model"
             )
 
 

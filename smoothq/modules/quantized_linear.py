@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class WeightSpec:
             stored["weight_zero_point"] = torch.empty_like(stored["weight_scale"], dtype=torch.int8)
         return stored
 
-    @property
+    @cached_property
     def stored_bits(self) -> int:
         """Bits that the weight takes with every scale and multiplier."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors().values())
