@@ -14,6 +14,7 @@ from .checkpoint.stream import open_source
 from .checkpoint.writer import CheckpointWriter
 from .pipeline import OnBlock, Progress, quantize_checkpoint
 from .probe import Probe
+from .process import building
 from .recipe import Recipe
 
 
@@ -56,7 +57,8 @@ def quantize(
             on_block=on_block,
             probe=probe,
         )
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        with building, torch.inference_mode(False):
+            return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     if output is not None:
         return run(Path(output))  # type: ignore[no-any-return]

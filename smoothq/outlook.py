@@ -237,17 +237,17 @@ def _timed(site: SitePlan) -> tuple[float, float]:
     spec = next(iter(site.modules.values()))
     width, grid = spec.in_features, replace(spec.grid, clip=False)
     rows = min(spec.out_features, max(1, TIMED_WEIGHTS // width))
-    weight = torch.randn(rows, width)
+    weight = torch.randn(rows, width, dtype=torch.float32)
     site_input = InputQuantizer("timed", site.input, 1, SequenceContext())
     if site_input.rotation is not None:
         site_input.rotation.prepare(weight.device)
     quantized = QuantizedLinear(WeightSpec(rows, width, grid), site_input, None)
     quantized.set_weight(round_to_nearest(weight, grid), None)
-    dense = nn.Linear(width, rows, bias=False)
+    dense = nn.Linear(width, rows, bias=False, dtype=torch.float32)
     dense.weight.data = weight
     times = []
     for tokens in (1, PROMPT):
-        x = torch.randn(1, tokens, width)
+        x = torch.randn(1, tokens, width, dtype=torch.float32)
         times.append(_ratio(lambda x=x: dense(x), lambda x=x: quantized(x)))  # type: ignore[misc]
     return times[0], times[1]
 

@@ -52,6 +52,7 @@ from .plan import (
 from .price import needs_of
 from .probe import STREAM, BlockDone, Probe, Probing
 from .recipe import Recipe
+from .process import settled
 from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
@@ -95,6 +96,7 @@ class Result:
     notes: tuple[str, ...]
 
 
+@settled()
 def quantize_checkpoint(
     source: Source,
     recipe: Recipe,

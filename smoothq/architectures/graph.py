@@ -203,6 +203,10 @@ class Parts:
         return self.entry_norm is None and bias is None
 
 
+def _refuses_none(config: PretrainedConfig) -> None:
+    """No reason to refuse a config."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Models that share a wiring.
@@ -223,7 +227,7 @@ class Family:
     centred: bool = False
     returns_tuple: bool = False
     flattens: bool = False
-    refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
+    refuses: Callable[[PretrainedConfig], str | None] = _refuses_none
 
     def parts(self, model: PreTrainedModel) -> Parts:
         """Where this family's parts are in a model."""

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ from transformers.core_model_loading import (
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
 from ..memory import give_back
+from ..process import building, settled
 from .manifest import first_line
 from .tensor_file import as_bytes
 
@@ -366,16 +366,12 @@ def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
     return model
 
 
-_building = threading.RLock()
-
-
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config with its parameters on the meta device and its buffers real.
 
     No weight is ever allocated. Raises whatever transformers makes of a config that fits no model.
     """
-    # One at a time: transformers sets the process's default dtype while it builds a model.
-    with _building:
+    with building, settled():
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=torch.float32
@@ -403,8 +399,7 @@ def _make_buffers(model: PreTrainedModel) -> None:
                 computed[f"{prefix}.{name}"] = real, real._version
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    with torch.device("cpu"):
-        model.initialize_weights()
+    model.initialize_weights()
     for name, (real, version) in computed.items():
         if model.get_buffer(name) is real and real._version == version:
             raise UnsupportedModelError(

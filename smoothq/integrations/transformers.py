@@ -140,6 +140,7 @@ class SmoothqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
+        model.requires_grad_(False)  # its operators have none, and a compiler would ask for it
         prepare(model)
 
     def _check_rotations(self, plan: Plan) -> None:
