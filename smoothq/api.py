@@ -14,7 +14,7 @@ from .checkpoint.stream import open_source
 from .checkpoint.writer import CheckpointWriter
 from .pipeline import OnBlock, Progress, quantize_checkpoint
 from .probe import Probe
-from .process import building
+from .process import building, settled
 from .recipe import Recipe
 
 
@@ -57,7 +57,7 @@ def quantize(
             on_block=on_block,
             probe=probe,
         )
-        with building, torch.inference_mode(False):
+        with building, settled():
             return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     if output is not None:

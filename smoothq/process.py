@@ -22,7 +22,8 @@ def settled() -> Iterator[None]:
     """
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
