@@ -46,8 +46,8 @@ def busy_heap() -> Iterator[None]:
         yield
 
 
-# In bytes, of the contexts that are open, in all threads: larger tensors are mapped. The heap is the
-# process's, so the context that was opened last decides, until it is closed.
+# In bytes, of the contexts that are open in all threads: larger tensors are mapped. There is one
+# heap, so the context that was opened last decides until it is closed.
 _thresholds: dict[object, int] = {}
 _changing = threading.Lock()
 

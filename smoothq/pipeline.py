@@ -51,8 +51,8 @@ from .plan import (
 )
 from .price import needs_of
 from .probe import STREAM, BlockDone, Probe, Probing
-from .recipe import Recipe
 from .process import settled
+from .recipe import Recipe
 from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight

@@ -362,7 +362,7 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a YAML file. Raises RecipeError naming the file or the field at fault."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(values, dict):

@@ -175,9 +175,7 @@ def _held(bias: Tensor | None, rows: int) -> Tensor | None:
     return None if bias is None else _floats("bias", bias, rows)
 
 
-def _row_multipliers(
-    multiplier: Tensor | None, rows: int, width: int
-) -> tuple[Tensor | None, int]:
+def _row_multipliers(multiplier: Tensor | None, rows: int, width: int) -> tuple[Tensor | None, int]:
     """Multipliers of a matrix's groups, int8 (N, groups) or None, and the groups a row."""
     if multiplier is None:
         return None, 1

@@ -472,7 +472,7 @@ def tensor_files(directory: Path, name: str) -> dict[str, Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            names: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
             files = {tensor: directory / file for tensor, file in names.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{name}: {INDEX} cannot be read: {first_line(error)}") from error
