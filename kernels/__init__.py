@@ -114,14 +114,23 @@ def _load(name: str) -> ModuleType:
         ) from error
 
 
+def _autocasts(device_type: str) -> bool:
+    return device_type in _BACKENDS and torch.is_autocast_enabled(device_type)
+
+
 def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The operator that `definition` specifies: its namesake in the backend of the first tensor."""
     name = definition.__name__
 
     @functools.wraps(definition)
     def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        backend = _backend(cast(Tensor, args[0]).device, name)
-        return cast(Result, getattr(backend, name)(*args, **kwargs))
+        device = cast(Tensor, args[0]).device
+        run = getattr(_backend(device, name), name)
+        # An operator's arithmetic is its definition's: autocast would do parts of it in 16 bits.
+        if _autocasts(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return cast(Result, run(*args, **kwargs))
+        return cast(Result, run(*args, **kwargs))
 
     return operator
 

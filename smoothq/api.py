@@ -14,6 +14,7 @@ from .checkpoint.stream import open_source
 from .checkpoint.writer import CheckpointWriter
 from .pipeline import OnBlock, Progress, quantize_checkpoint
 from .probe import Probe
+from .process import building, settled
 from .recipe import Recipe
 
 
@@ -59,7 +60,8 @@ def quantize(
             probe=probe,
             check=check,
         )
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        with building, settled():
+            return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     if output is not None:
         return run(Path(output))  # type: ignore[no-any-return]

@@ -154,9 +154,10 @@ def calibration_tokens(
             samples,
             available,
         )
-    grid = torch.tensor(tokens[: available * sequence_length]).view(available, sequence_length)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(available, generator=generator)[:samples]
+    taken = tokens[: available * sequence_length]
+    grid = torch.tensor(taken, device="cpu").view(available, sequence_length)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(available, generator=generator, device="cpu")[:samples]
     return torch.LongTensor(grid[chosen])
 
 
@@ -175,7 +176,7 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: TextSource) ->
     tokens = _tokenize(tokenizer, [text])
     if not tokens:
         raise _no_text(source)
-    return torch.LongTensor(torch.tensor([tokens]))
+    return torch.LongTensor(torch.tensor([tokens], device="cpu"))
 
 
 def _tokenize(

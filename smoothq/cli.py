@@ -18,7 +18,17 @@ import typer
 from .errors import CalibrationError, SmoothqError, StoppedError
 from .flags import DtypeName, RecipeFlags, takes_recipe
 from .recipe import Preset
-from .terminal import columns, err, log, out, pairs, perplexity_so_far, progress, show_log
+from .terminal import (
+    columns,
+    err,
+    log,
+    out,
+    pairs,
+    perplexity_so_far,
+    progress,
+    show_log,
+    show_what_can_be_shown,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -467,7 +477,7 @@ def sensitivity(
     with progress() as update:
         found = measure(source, recipe, tokens, update, device)
     if output is not None and budget is not None:
-        output.write_text(mixed_recipe(found, recipe, budget).to_yaml())
+        output.write_text(mixed_recipe(found, recipe, budget).to_yaml(), "utf-8")
     if as_json:
         print(json.dumps(asdict(found)))
         return
@@ -750,6 +760,7 @@ def _silence_transformers() -> None:
 
 def main() -> None:
     """Run the command line: errors of ours are one line and exit code 1, misuse is 2."""
+    show_what_can_be_shown()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

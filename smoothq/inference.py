@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from .transforms.hadamard import Hadamard
 from .transforms.rotation import rotate_input
 
 TOKENS = torch.tensor(
-    [[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 9, 7], [2, 7, 18, 28, 1, 8, 2, 8, 4, 5, 9, 0]]
+    [[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 9, 7], [2, 7, 18, 28, 1, 8, 2, 8, 4, 5, 9, 0]], device="cpu"
 )
 _HEADS, _HEAD_DIM, _HIDDEN, _VOCABULARY = 4, 16, 64, 64
 _LARGEST = 20_000_000  # parameters of a tiny model
@@ -107,7 +108,19 @@ def _load(written: str) -> Family:
     namespace: dict[str, Any] = {"__package__": "smoothq.architectures", "__name__": "inferred"}
     exec(compile(written, "inferred family", "exec"), namespace)
     family: Family = namespace["FAMILY"]
-    return family
+    found = {each.name: getattr(family, each.name) for each in fields(family)}
+    return InferredFamily(**found, written=written)
+
+
+@dataclass(frozen=True)
+class InferredFamily(Family):
+    """A family that was found by experiments. written: the file that describes it."""
+
+    written: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the file: what is defined in it no module has."""
+        return _load, (self.written,)
 
 
 def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,10 @@ def busy_heap() -> Iterator[None]:
         yield
 
 
-_thresholds = [USUAL]  # in bytes, of all contexts that are open: larger tensors are mapped
+# In bytes, of the contexts that are open in all threads: larger tensors are mapped. There is one
+# heap, so the context that was opened last decides until it is closed.
+_thresholds: dict[object, int] = {}
+_changing = threading.Lock()
 
 
 @contextmanager
@@ -54,16 +58,20 @@ def _threshold(value: int) -> Iterator[None]:
     if adjust is None:
         yield
         return
-    _thresholds.append(value)
-    _adjust(adjust, value)
+    own = object()
+    with _changing:
+        _thresholds[own] = value
+        _apply(adjust)
     try:
         yield
     finally:
-        _thresholds.pop()
-        _adjust(adjust, _thresholds[-1])
+        with _changing:
+            del _thresholds[own]
+            _apply(adjust)
 
 
-def _adjust(adjust: Any, threshold: int) -> None:
+def _apply(adjust: Any) -> None:
+    threshold = [USUAL, *_thresholds.values()][-1]
     adjust(_MMAP_THRESHOLD, threshold)
     adjust(_TRIM_THRESHOLD, 2 * threshold)
 

@@ -38,7 +38,7 @@ class AbsMax:
     """
 
     def __init__(self, width: int, normalise: bool = False) -> None:
-        self._maxima = torch.zeros(width)
+        self._maxima = torch.zeros(width, dtype=torch.float32)
         self._normalise = normalise
 
     def update(self, x: Tensor) -> None:
@@ -74,7 +74,7 @@ class AbsQuantile:
     def __init__(self, width: int, share: float, tokens: int) -> None:
         self._share, self._seen = share, 0
         self._kept = self._above(tokens) + 1
-        self._largest = torch.zeros(0, width)
+        self._largest = torch.zeros(0, width, dtype=torch.float32)
 
     def update(self, x: Tensor) -> None:
         """Take in a micro-batch, float (..., K)."""
@@ -98,7 +98,7 @@ class AbsQuantile:
     def result(self) -> Tensor:
         """float32 (K,); zero where no token came."""
         if not self._seen:
-            return torch.zeros(self._largest.shape[1])
+            return torch.zeros(self._largest.shape[1], dtype=torch.float32)
         return self._largest.sort(0, descending=True).values[self._above(self._seen)]
 
     def _above(self, tokens: int) -> int:

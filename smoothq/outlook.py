@@ -158,10 +158,11 @@ def _processor() -> str:
 def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
     """Of the model as it is."""
     nbytes, size = float_bytes(model), plan.stored_dtype.itemsize
-    linears = 2.0 * PROMPT * sum(_elements(site, model) for site in _sites(plan))
+    routed = _routed_share(model, plan)
+    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
     embedding = model.get_submodule(plan.parts.embedding).get_parameter("weight").numel()
     resting = sum(
-        (1 - _share(site, model)) * size * spec.elements
+        (1 - _share(site, routed)) * size * spec.elements
         for site in _sites(plan)
         for spec in site.modules.values()
     )
@@ -182,13 +183,14 @@ def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
 def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
     rows, columns = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape
     embedding = rows * (columns + 2) if plan.tables else rows * columns * plan.stored_dtype.itemsize
+    routed = _routed_share(model, plan)
     resting = sum(
-        (1 - _share(site, model)) * spec.stored_bits / 8
+        (1 - _share(site, routed)) * spec.stored_bits / 8
         for site in _sites(plan)
         for spec in site.modules.values()
     )
     read = plan.total_bytes - resting - (0 if is_tied(model) else embedding)
-    linears = 2.0 * PROMPT * sum(_elements(site, model) for site in _sites(plan))
+    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
     bits = plan.recipe.activations.bits
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
     floats = bits == FLOAT_BITS
@@ -209,16 +211,21 @@ def _sites(plan: Plan) -> list[SitePlan]:
     return [site for block in plan.blocks for site in block.sites]
 
 
-def _elements(site: SitePlan, model: PreTrainedModel) -> float:
+def _elements(site: SitePlan, routed: float) -> float:
     """Weights of a site that one token meets."""
-    return _share(site, model) * sum(spec.elements for spec in site.modules.values())
+    return _share(site, routed) * sum(spec.elements for spec in site.modules.values())
 
 
-def _share(site: SitePlan, model: PreTrainedModel) -> float:
-    """Which share of a site's weights one token meets: of experts, those it is sent to."""
-    config = text_config(model)
-    if not site.site.routed:
+def _share(site: SitePlan, routed: float) -> float:
+    """Which share of a site's weights one token meets; routed: of experts."""
+    return routed if site.site.routed else 1.0
+
+
+def _routed_share(model: PreTrainedModel, plan: Plan) -> float:
+    """Which share of a layer's experts one token is sent to."""
+    if not any(site.site.routed for site in _sites(plan)):
         return 1.0
+    config = text_config(model)
     experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))
     passed: float = min(1.0, getattr(config, "num_experts_per_tok", 2) / experts)
     return passed
@@ -229,17 +236,17 @@ def _timed(site: SitePlan) -> tuple[float, float]:
     spec = next(iter(site.modules.values()))
     width, grid = spec.in_features, replace(spec.grid, clip=False)
     rows = min(spec.out_features, max(1, TIMED_WEIGHTS // width))
-    weight = torch.randn(rows, width)
+    weight = torch.randn(rows, width, dtype=torch.float32)
     site_input = InputQuantizer("timed", site.input, 1, SequenceContext())
     if site_input.rotation is not None:
         site_input.rotation.prepare(weight.device)
     quantized = QuantizedLinear(WeightSpec(rows, width, grid), site_input, None)
     quantized.set_weight(round_to_nearest(weight, grid), None)
-    dense = nn.Linear(width, rows, bias=False)
+    dense = nn.Linear(width, rows, bias=False, dtype=torch.float32)
     dense.weight.data = weight
     times = []
     for tokens in (1, PROMPT):
-        x = torch.randn(1, tokens, width)
+        x = torch.randn(1, tokens, width, dtype=torch.float32)
         times.append(_ratio(lambda x=x: dense(x), lambda x=x: quantized(x)))  # type: ignore[misc]
     return times[0], times[1]
 

@@ -52,6 +52,7 @@ from .plan import (
 )
 from .price import needs_of
 from .probe import STREAM, BlockDone, Probe, Probing
+from .process import settled
 from .recipe import Recipe
 from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
@@ -98,6 +99,7 @@ class Result:
     notes: tuple[str, ...]
 
 
+@settled()
 def quantize_checkpoint(
     source: Source,
     recipe: Recipe,

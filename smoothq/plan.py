@@ -11,6 +11,7 @@ import copy
 import fnmatch
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,12 +179,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         )
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    graphs = [family.block(config, index) for index in range(len(layers))]
+    graphs = _each_once(family.block(config, index) for index in range(len(layers)))
     rotatable = takes_rotation(graphs)
-    blocks = tuple(
-        _plan_block(_opened(layer), graph, recipe, f"{parts.layers}.{index}", index, rotatable)
-        for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True))
-    )
+    blocks = _plan_blocks(layers, graphs, recipe, parts.layers, rotatable)
     if not _weight_specs(blocks):
         raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
     _check_patterns(recipe, graphs, parts)
@@ -258,6 +256,18 @@ def _inferred(model: PreTrainedModel) -> Family:
         text_config(model).model_type,
     )
     return family
+
+
+def _each_once(graphs: Iterable[BlockGraph]) -> list[BlockGraph]:
+    """The same graphs, of equal ones always the first: a model of many experts has large ones."""
+    kinds: list[BlockGraph] = []
+    found = []
+    for graph in graphs:
+        kind = next((known for known in kinds if known == graph), None)
+        if kind is None:
+            kinds.append(kind := graph)
+        found.append(kind)
+    return found
 
 
 def _opened(layer: nn.Module) -> nn.Module:
@@ -479,14 +489,46 @@ def _without_kept(graph: BlockGraph, recipe: Recipe, name: str) -> BlockGraph:
     return replace(graph, sites=tuple(without(site) for site in graph.sites))
 
 
+def _plan_blocks(
+    layers: nn.ModuleList, graphs: list[BlockGraph], recipe: Recipe, name: str, rotatable: bool
+) -> tuple[BlockPlan, ...]:
+    """The plan of every block; those that differ in nothing but their place share what it is of."""
+    plans: list[BlockPlan] = []
+    known: list[tuple[object, BlockPlan]] = []
+    for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True)):
+        where = f"{name}.{index}"
+        modules = [module for site in graph.sites for module in site.modules]
+        named = [f"{where}.{module}" for module in modules] if recipe.names_modules else []
+        kind = (
+            id(graph),  # equal graphs are one, and live as long as `graphs`
+            [(key, type(module)) for key, module in layer.named_modules()],
+            [(key, weight.shape, weight.dtype) for key, weight in layer.named_parameters()],
+            [(recipe.keeps(each), recipe.override(each)) for each in named],
+        )
+        plan = next((plan for other, plan in known if other == kind), None)
+        if plan is None:
+            plan = _plan_block(_opened(layer), graph, recipe, where, rotatable)
+            known.append((kind, plan))
+        plans.append(replace(plan, value_rotation=_value_rotation(plan.graph, recipe, index)))
+    return tuple(plans)
+
+
+def _value_rotation(graph: BlockGraph, recipe: Recipe, index: int) -> Hadamard | None:
+    if recipe.rotation is None or not recipe.rotation.value_output or not graph.value_output:
+        return None
+    heads = _value_heads(graph.value_output)
+    # Each layer draws its own signs: one unlucky draw is then not repeated in all.
+    return Hadamard.of(heads.dim, recipe.seed * 1000 + index)
+
+
 def _plan_block(
     layer: nn.Module,
     stock: BlockGraph,
     recipe: Recipe,
     name: str,
-    index: int,
     rotatable: bool,
 ) -> BlockPlan:
+    """A block's plan but for the rotation of its values, which is each block's own."""
     graph = _without_kept(stock, recipe, name)
     planned = [site for site in graph.sites if site.readers]
     sites = tuple(_plan_site(layer, site, recipe, name, rotatable) for site in planned)
@@ -501,15 +543,10 @@ def _plan_block(
         for module, site in kept.items()
         if _takes_bias(layer, site, recipe, rotatable) and layer.get_submodule(module).bias is None
     )
-    value_rotation = None
-    if recipe.rotation is not None and recipe.rotation.value_output and graph.value_output:
-        heads = _value_heads(graph.value_output)
-        # Each layer draws its own signs: one unlucky draw is then not repeated in all.
-        value_rotation = Hadamard.of(heads.dim, recipe.seed * 1000 + index)
     return BlockPlan(
         graph,
         sites,
-        value_rotation,
+        value_rotation=None,
         unquantized_bytes=sum(
             layer.get_submodule(module).get_parameter("weight").nbytes
             for site in sites

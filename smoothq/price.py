@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -101,8 +102,9 @@ def _speed(plan: Plan, device: torch.device) -> float:
         (spec for b in plan.blocks for site in b.sites for spec in site.modules.values()),
         key=lambda spec: spec.elements,
     )
-    x = torch.rand(MICRO_BATCH_TOKENS, spec.in_features, device=device)
-    weight = torch.rand(spec.in_features, spec.out_features, device=device)
+    floats: Any = {"dtype": torch.float32, "device": device}
+    x = torch.rand(MICRO_BATCH_TOKENS, spec.in_features, **floats)
+    weight = torch.rand(spec.in_features, spec.out_features, **floats)
     (x @ weight)[0, 0].item()
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < PROBE_SECONDS:

@@ -295,17 +295,27 @@ class Recipe(_Frozen):
 
         Raises RecipeError where an override's sections do not go together.
         """
-        for override in self.overrides:
-            if fnmatchcase(module, override.match):
-                values: dict[str, Any] = {"overrides": ()}
-                if override.weights is not None:
-                    values["weights"] = override.weights.model_dump()
-                if override.activations is not None:
-                    smooth = override.runtime_smoothing
-                    values["activations"] = override.activations.model_dump()
-                    values["runtime_smoothing"] = smooth and smooth.model_dump()
-                return self.edit(**values)
-        return self
+        override = self.override(module)
+        if override is None:
+            return self
+        values: dict[str, Any] = {"overrides": ()}
+        if override.weights is not None:
+            values["weights"] = override.weights.model_dump()
+        if override.activations is not None:
+            smooth = override.runtime_smoothing
+            values["activations"] = override.activations.model_dump()
+            values["runtime_smoothing"] = smooth and smooth.model_dump()
+        return self.edit(**values)
+
+    def override(self, module: str) -> Override | None:
+        """The first override that matches a linear, by its full name."""
+        matching = (each for each in self.overrides if fnmatchcase(module, each.match))
+        return next(matching, None)
+
+    @property
+    def names_modules(self) -> bool:
+        """Whether linears may differ by their names."""
+        return bool(self.keep or self.overrides)
 
     def keeps(self, module: str) -> bool:
         """Whether a linear, by its full name, stays in float."""
@@ -352,7 +362,7 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a YAML file. Raises RecipeError naming the file or the field at fault."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(values, dict):

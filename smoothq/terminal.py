@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +27,29 @@ from rich.table import Table
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 log = logging.getLogger("smoothq")
+
+
+def show_what_can_be_shown() -> None:
+    """Let characters that the terminal or pipe has no code for come out replaced.
+
+    Else a run that is done would end in an error over the arrow in its last line.
+    """
+    codecs.register_error(_REPLACEMENT, _replacement)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_REPLACEMENT)
+
+
+_REPLACEMENT = "smoothq.replace"
+_IN_ASCII = str.maketrans({"→": "->", "–": "-", "…": "...", "·": "*", "×": "x", "⌈": "[", "⌉": "]"})
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that cannot be encoded, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_IN_ASCII)
+    return text.encode("ascii", "replace").decode("ascii"), error.end
 
 
 def show_log() -> None:

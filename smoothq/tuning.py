@@ -72,7 +72,7 @@ def tune(
     order: list[int] = []
     with torch.enable_grad(), busy_heap():
         for _ in range(settings.steps):
-            order = order or torch.randperm(len(stream), generator=generator).tolist()
+            order = order or torch.randperm(len(stream), generator=generator, device="cpu").tolist()
             batch = order.pop()
             wanted = target.batch(batch)
             loss = relative_error(stream.forward(block, index, stream.batch(batch)), wanted)

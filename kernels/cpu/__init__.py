@@ -181,14 +181,14 @@ def _faster(doublings: int, weight: torch.Size, threads: int) -> Road:
     """The faster way to `int8_gemm` for 2^doublings tokens, timed the first time that it comes."""
     del threads
     operands = (
-        torch.ones(1 << doublings, weight[1], dtype=torch.int8),
-        torch.ones(1 << doublings, 1),
-        torch.ones(weight, dtype=torch.int8),
-        torch.ones(weight[0]),
+        torch.ones(1 << doublings, weight[1], dtype=torch.int8, device="cpu"),
+        torch.ones(1 << doublings, 1, dtype=torch.float32, device="cpu"),
+        torch.ones(weight, dtype=torch.int8, device="cpu"),
+        torch.ones(weight[0], dtype=torch.float32, device="cpu"),
         None,
         torch.float32,
     )
-    other_layers = torch.ones(CACHE_BYTES // 8, dtype=torch.int64)
+    other_layers = torch.ones(CACHE_BYTES // 8, dtype=torch.int64, device="cpu")
 
     def seconds(road: Road) -> float:
         trials = []
@@ -275,8 +275,11 @@ def group_gemm(
 ) -> Tensor:
     """As `reference.group_gemm`, the scaling and the sum over blocks in float32."""
     batch, length, width = codes.shape
-    result = torch.zeros(batch, length, weight.shape[0])
-    factor = torch.ones(batch, width // group_size) if block_scale is None else block_scale
+    floats = {"dtype": torch.float32, "device": codes.device}
+    result = torch.zeros(batch, length, weight.shape[0], **floats)
+    factor = block_scale
+    if factor is None:
+        factor = torch.ones(batch, width // group_size, **floats)
     grouped = weight_scale.shape[1] > 1
     for b in range(batch):
         columns = weight if order is None else weight[:, order[b]]
@@ -308,7 +311,7 @@ def weight_only_gemm(
     if few and (groups == 1 or _fits(width // groups)):
         return native.weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)
     x32 = x.float()
-    result = torch.empty(x.shape[0], packed.shape[0])
+    result = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
     for row in range(0, packed.shape[0], UNPACK_ROWS):
         rows = slice(row, row + UNPACK_ROWS)
         weight = _unpacked(packed[rows], width, None) if bits == 4 else packed[rows]
@@ -389,7 +392,8 @@ def int8_attention(
     key_codes, key_scale, key_offset = (part.squeeze(-2) for part in row_parts(keys, bits, None))
     if values.dtype == torch.uint8:
         values = dequantize_heads(values, bits, None, torch.float32)
-    result = torch.empty(batch, queries, length, values.shape[-1], dtype=dtype)
+    shape = (batch, queries, length, values.shape[-1])
+    result = torch.empty(shape, dtype=dtype, device=codes.device)
     for b, head in itertools.product(range(batch), range(queries)):
         h = head * keys.shape[1] // queries
         k, k_scale, k_offset = key_codes[b, h].contiguous(), key_scale[b, h], key_offset[b, h]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..reference import largest_group_multiplier
+from ..reference import PACKED_BLOCK, largest_group_multiplier
 from ..tracing import tied
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -126,7 +126,8 @@ def is_compiled() -> bool:
 
 def _call(name: str, *arguments: object) -> None:
     loaded = library()
-    assert loaded is not None
+    if loaded is None:
+        raise RuntimeError("the C++ operators are not compiled: ask is_compiled() first")
     getattr(loaded, name)(*arguments)
 
 
@@ -134,21 +135,63 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a dtype and contiguous; asked first, as PyTorch takes longer to do nothing."""
-    if tensor.dtype is dtype and tensor.is_contiguous():
+# C++ gets addresses and believes the sizes that come with them, so every operand passes `_integers`
+# or `_floats`. What it fills has a dtype and a device of its own, whatever PyTorch's defaults are.
+
+
+def _integers(name: str, tensor: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
+    """An operand of codes, contiguous. Raises ValueError for another dtype, size or device."""
+    if tensor.dtype is not dtype or tensor.numel() != numbers or not tensor.is_cpu:
+        raise _unfit(name, tensor, f"{numbers} of {dtype}")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _floats(name: str, tensor: Tensor, numbers: int) -> Tensor:
+    """An operand of floats, in float32, contiguous. Raises ValueError for another size."""
+    if tensor.numel() != numbers or not tensor.is_cpu:
+        raise _unfit(name, tensor, f"{numbers} floats")
+    # Asked first, as PyTorch takes longer to do nothing.
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
         return tensor
-    return tensor.to(dtype).contiguous()
+    return tensor.to(torch.float32).contiguous()
 
 
-def _held(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`_ready`, for what may be absent."""
-    return None if tensor is None else _ready(tensor, dtype)
+def _unfit(name: str, tensor: Tensor, wanted: str) -> ValueError:
+    shape = tuple(tensor.shape)
+    return ValueError(
+        f"operand '{name}' is {tensor.dtype} {shape} on {tensor.device}; needed: {wanted} on cpu"
+    )
 
 
 def _typed(x: Tensor) -> Tensor:
     """In a dtype that the operators read, and contiguous."""
-    return _ready(x, x.dtype if x.dtype in TYPES else torch.float32)
+    if x.dtype in TYPES and x.is_contiguous():
+        return x
+    return x.to(x.dtype if x.dtype in TYPES else torch.float32).contiguous()
+
+
+def _held(bias: Tensor | None, rows: int) -> Tensor | None:
+    """A bias, where there is one."""
+    return None if bias is None else _floats("bias", bias, rows)
+
+
+def _row_multipliers(multiplier: Tensor | None, rows: int, width: int) -> tuple[Tensor | None, int]:
+    """Multipliers of a matrix's groups, int8 (N, groups) or None, and the groups a row."""
+    if multiplier is None:
+        return None, 1
+    groups = multiplier.shape[-1]
+    if groups == 0 or width % groups:
+        raise _unfit("multiplier", multiplier, f"groups that divide {width} columns")
+    return _integers("multiplier", multiplier, torch.int8, rows * groups), groups
+
+
+def _check_blocks(width: int, groups: int) -> None:
+    """Raise ValueError for groups that products on packed codes would read as others."""
+    size = width // groups
+    if groups > 1 and size % PACKED_BLOCK and size != PACKED_BLOCK // 2:
+        raise ValueError(
+            f"groups of {size} columns are neither whole packed blocks of {PACKED_BLOCK} nor halves"
+        )
 
 
 def quantize(
@@ -168,18 +211,25 @@ def quantize(
     `smoothed`, int8 (K,). scale: of `static`, float32 of one element. rotation: signs, left and
     right of `reference.hadamard`.
     """
-    x = _typed(x)
-    codes = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(*x.shape[:-1], 1)
-    held = _held(multiplier, torch.int8)
-    step = _held(scale, torch.float32)
-    factors = None if rotation is None else _Factors(*rotation)
+    x, width = _typed(x), x.shape[-1]
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{bits}-bit codes do not fit an int8")
+    held = step = None
+    if mode == "smoothed":
+        held = _integers("multiplier", _given("multiplier", multiplier), torch.int8, width)
+    elif mode == "static":
+        step = _floats("scale", _given("scale", scale), 1)
+    elif mode == "groups" and (not group_size or group_size < 0 or width % group_size):
+        raise ValueError(f"group_size {group_size} does not divide {width} channels")
+    factors = None if rotation is None else _Factors(*rotation, width)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu")
     _call(
         "smoothq_quantize",
         x.data_ptr(),
         TYPES[x.dtype],
         scales.numel(),
-        x.shape[-1],
+        width,
         *(_NO_ROTATION if factors is None else factors.arguments),
         MODES[mode],
         bits,
@@ -194,28 +244,42 @@ def quantize(
     return codes, tied(scales, x)
 
 
+def _given(name: str, operand: Tensor | None) -> Tensor:
+    if operand is None:
+        raise ValueError(f"operand '{name}' is missing")
+    return operand
+
+
 _NO_ROTATION = (None, None, 0, 0)
 
 
 class _Factors:
     """A rotation's factors as the interface takes them, alive as long as this is."""
 
-    def __init__(self, signs: Tensor, left: Tensor, right: Tensor) -> None:
-        self._signs, self._left = signs.contiguous(), left.contiguous()
-        sizes = (left.shape[0], right.shape[0])
-        self.arguments = (self._signs.data_ptr(), self._left.data_ptr(), *sizes)
+    def __init__(self, signs: Tensor, left: Tensor, right: Tensor, width: int) -> None:
+        """width: of the rows to rotate. Raises ValueError where the factors do not fit them."""
+        order, power = left.shape[0], right.shape[0]
+        # The right factor is not read: it is Sylvester's matrix, of an order that is a power of 2.
+        if not order or not power or power & (power - 1) or width % (order * power):
+            raise ValueError(
+                f"factors of orders {order} and {power} do not rotate rows of {width}; the second "
+                "is a power of two, and their product divides the width"
+            )
+        self._signs = _integers("signs", signs, torch.int8, width)
+        self._left = _integers("left", left, torch.int8, order * order)
+        self.arguments = (self._signs.data_ptr(), self._left.data_ptr(), order, power)
 
 
 def rotate(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """As `reference.hadamard`, in float32: float (..., K) → the same shape and dtype."""
-    typed, factors = _typed(x), _Factors(signs, left, right)
+    typed, width = _typed(x), x.shape[-1]
+    factors = _Factors(signs, left, right, width)
     rotated = torch.empty_like(typed)
-    tokens, width = typed.numel() // typed.shape[-1], typed.shape[-1]
     _call(
         "smoothq_rotate",
         typed.data_ptr(),
         TYPES[typed.dtype],
-        tokens,
+        typed.numel() // width,
         width,
         *factors.arguments,
         rotated.data_ptr(),
@@ -224,7 +288,8 @@ def rotate(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _output(tokens: int, rows: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((tokens, rows), dtype=dtype if dtype in TYPES else torch.float32)
+    held = dtype if dtype in TYPES else torch.float32
+    return torch.empty((tokens, rows), dtype=held, device="cpu")
 
 
 def int8_gemm(
@@ -236,9 +301,11 @@ def int8_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int8_gemm`, for few tokens: each weight is read once."""
-    codes, weight = _ready(codes, torch.int8), _ready(weight, torch.int8)
-    scale, weight_scale, bias = _scales(scale, weight_scale, bias)
-    out = _output(codes.shape[0], weight.shape[0], dtype)
+    (tokens, width), rows = codes.shape, weight.shape[0]
+    codes = _integers("codes", codes, torch.int8, tokens * width)
+    weight = _integers("weight", weight, torch.int8, rows * width)
+    scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
+    out = _output(tokens, rows, dtype)
     _call(
         "smoothq_int8_gemm",
         codes.data_ptr(),
@@ -247,8 +314,9 @@ def int8_gemm(
         weight.data_ptr(),
         weight_scale.data_ptr(),
         _address(bias),
-        *out.shape,
-        codes.shape[1],
+        tokens,
+        rows,
+        width,
         out.data_ptr(),
         TYPES[out.dtype],
     )
@@ -265,10 +333,13 @@ def int4_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int4_gemm`, for few tokens and groups of whole or half blocks."""
-    codes, packed = _ready(codes, torch.int8), _ready(packed, torch.uint8)
-    scale, weight_scale, bias = _scales(scale, weight_scale, bias)
-    held = _held(multiplier, torch.int8)
-    out = _output(codes.shape[0], packed.shape[0], dtype)
+    (tokens, width), rows = codes.shape, packed.shape[0]
+    codes = _integers("codes", codes, torch.int8, tokens * width)
+    packed = _integers("packed", packed, torch.uint8, rows * ((width + 1) // 2))
+    held, groups = _row_multipliers(multiplier, rows, width)
+    _check_blocks(width, groups)
+    scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
+    out = _output(tokens, rows, dtype)
     _call(
         "smoothq_int4_gemm",
         codes.data_ptr(),
@@ -277,10 +348,11 @@ def int4_gemm(
         packed.data_ptr(),
         weight_scale.data_ptr(),
         _address(held),
-        1 if held is None else held.shape[1],
+        groups,
         _address(bias),
-        *out.shape,
-        codes.shape[1],
+        tokens,
+        rows,
+        width,
         out.data_ptr(),
         TYPES[out.dtype],
     )
@@ -291,7 +363,9 @@ def scaled(
     totals: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """totals, int32 (M, N), times both scales, plus the bias; float32 takes totals' own memory."""
-    scale, weight_scale, bias = _scales(scale, weight_scale, bias)
+    tokens, rows = totals.shape
+    totals = _integers("totals", totals, torch.int32, tokens * rows)
+    scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
     half = dtype == torch.bfloat16
     out = totals.new_empty(totals.shape, dtype=dtype) if half else totals.view(torch.float32)
     _call(
@@ -301,7 +375,8 @@ def scaled(
         int(scale.numel() > 1),
         weight_scale.data_ptr(),
         _address(bias),
-        *totals.shape,
+        tokens,
+        rows,
         out.data_ptr(),
         TYPES[out.dtype],
     )
@@ -309,21 +384,28 @@ def scaled(
 
 
 def _scales(
-    scale: Tensor, weight_scale: Tensor, bias: Tensor | None
+    scale: Tensor, weight_scale: Tensor, bias: Tensor | None, tokens: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All in float32."""
-    floats = _held(bias, torch.float32)
-    return _ready(scale, torch.float32), _ready(weight_scale, torch.float32), floats
+    """All in float32: of every token or one for all, of every row, and every row's bias."""
+    steps = _floats("scale", scale, tokens if scale.numel() != 1 else 1)
+    return steps, _floats("weight_scale", weight_scale, rows), _held(bias, rows)
 
 
 def unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
     """As `reference.unpack_int4`, times the multipliers of groups: int8 (N, K)."""
-    packed = _ready(packed, torch.uint8)
-    held = _held(multiplier, torch.int8)
-    out = torch.empty(packed.shape[0], columns, dtype=torch.int8)
-    groups = 1 if held is None else held.shape[1]
-    rows = (packed.shape[0], columns)
-    _call("smoothq_unpack", packed.data_ptr(), _address(held), groups, *rows, out.data_ptr())
+    rows = packed.shape[0]
+    packed = _integers("packed", packed, torch.uint8, rows * ((columns + 1) // 2))
+    held, groups = _row_multipliers(multiplier, rows, columns)
+    out = torch.empty((rows, columns), dtype=torch.int8, device="cpu")
+    _call(
+        "smoothq_unpack",
+        packed.data_ptr(),
+        _address(held),
+        groups,
+        rows,
+        columns,
+        out.data_ptr(),
+    )
     return out
 
 
@@ -336,10 +418,27 @@ def weight_only_gemm(
     bits: int,
 ) -> Tensor:
     """As `reference.weight_only_gemm`, for few tokens and groups of whole or half blocks."""
-    x32, packed, scale = _ready(x, torch.float32), packed.contiguous(), _typed(weight_scale)
-    held = _held(multiplier, torch.int8)
-    floats = _held(bias, torch.float32)
-    out = torch.empty(x.shape[0], packed.shape[0])
+    (tokens, width), rows = x.shape, packed.shape[0]
+    if bits not in (4, 8) or width % PACKED_BLOCK:
+        raise ValueError(
+            f"no product of {bits}-bit codes and {width} columns: 4 or 8 bits, and whole blocks of "
+            f"{PACKED_BLOCK} columns"
+        )
+    x32 = _floats("x", x, tokens * width)
+    integers = torch.uint8 if bits == 4 else torch.int8
+    packed = _integers("packed", packed, integers, rows * width * bits // 8)
+    held, groups = _row_multipliers(multiplier, rows, width)
+    steps = 1
+    if held is None:
+        groups = steps = weight_scale.shape[1]
+        if not groups or width % groups:
+            raise _unfit("weight_scale", weight_scale, f"groups that divide {width} columns")
+    _check_blocks(width, groups)
+    scale = _typed(weight_scale)
+    if scale.numel() != rows * steps or not scale.is_cpu:
+        raise _unfit("weight_scale", weight_scale, f"{rows * steps} floats")
+    bias = _held(bias, rows)
+    out = torch.empty((tokens, rows), dtype=torch.float32, device="cpu")
     _call(
         "smoothq_weight_only_gemm",
         x32.data_ptr(),
@@ -348,10 +447,11 @@ def weight_only_gemm(
         scale.data_ptr(),
         TYPES[scale.dtype],
         _address(held),
-        scale.shape[1] if held is None else held.shape[1],
-        _address(floats),
-        *out.shape,
-        x.shape[1],
+        groups,
+        _address(bias),
+        tokens,
+        rows,
+        width,
         out.data_ptr(),
     )
     return out.to(x.dtype)

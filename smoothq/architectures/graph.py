@@ -205,6 +205,10 @@ class Parts:
         return Norm(f"{self.final_norm}.weight").bias_view(model) is None
 
 
+def _refuses_none(config: PretrainedConfig) -> None:
+    """No reason to refuse a config."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Models that share a wiring.
@@ -227,7 +231,7 @@ class Family:
     returns_tuple: bool = False
     flattens: bool = False
     sums_at_entry: bool = True
-    refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
+    refuses: Callable[[PretrainedConfig], str | None] = _refuses_none
 
     def parts(self, model: PreTrainedModel) -> Parts:
         """Where this family's parts are in a model."""

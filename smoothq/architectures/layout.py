@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .mixin import Mixin, mix_in, take_out
+
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
-class SeparateExperts(nn.Module):
+class SeparateExperts(Mixin):
     """Mixed into a stock experts module: `gate_up_proj` and `down_proj` hold one linear an expert.
 
     forward: hidden states (tokens, K), the experts of each token int64 (tokens, k) and their
@@ -53,16 +55,14 @@ def open_block(block: nn.Module) -> None:
         elif is_experts(module):
             for matrix in EXPERT_MATRICES:
                 _separate(module, matrix)
-            stock: Any = type(module)
-            mixed = type(f"Separate{stock.__name__}", (SeparateExperts, stock), {})
-            module.__class__ = mixed
+            mix_in(module, SeparateExperts)
 
 
 def close_block(block: nn.Module, stock: nn.Module) -> None:
     """Undo `open_block`, in place. stock: a block as transformers builds it, on any device."""
     for module in list(block.modules()):
         if isinstance(module, SeparateExperts):
-            module.__class__ = type(module).__mro__[2]
+            take_out(module)
             for matrix in EXPERT_MATRICES:
                 _together(module, matrix)
     for name, module in stock.named_modules():

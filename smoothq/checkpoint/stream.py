@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -46,7 +45,8 @@ from transformers.core_model_loading import (
 
 from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
-from ..memory import give_back, steady_heap
+from ..memory import give_back
+from ..process import building, settled
 from .manifest import first_line
 from .tensor_file import as_bytes
 
@@ -600,14 +600,43 @@ def dtype_named_by(config: PretrainedConfig) -> torch.dtype:
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config with its parameters on the meta device and its buffers real.
 
-    Raises whatever transformers makes of a config that fits no model.
+    No weight is ever allocated. Raises whatever transformers makes of a config that fits no model.
     """
-    # accelerate makes each weight before it drops it: holes, if the heap had to give them.
-    with steady_heap(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32
-        )
+    with building, settled():
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32
+            )
+        _make_buffers(model)
     return model
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Give a model on the meta device real buffers, computed as `from_pretrained` computes them.
+
+    One that a checkpoint stores is zero until it is read, unless the model's class initialises it.
+    Raises UnsupportedModelError for another that is computed nowhere but in `__init__`:
+    transformers would load the model with whatever lies in memory there.
+    """
+    computed: dict[str, tuple[Tensor, int]] = {}
+    for prefix, module in list(model.named_modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not weight.is_meta:  # made by an operator that knows of no device
+                setattr(module, name, nn.Parameter(weight.data.to("meta"), weight.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            real = torch.zeros_like(buffer, device="cpu")
+            setattr(module, name, real)
+            if name in module._non_persistent_buffers_set and real.numel():
+                computed[f"{prefix}.{name}"] = real, real._version
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()
+    for name, (real, version) in computed.items():
+        if model.get_buffer(name) is real and real._version == version:
+            raise UnsupportedModelError(
+                f"its buffer '{name}' is not stored, and its class does not compute it anew when "
+                "transformers loads the model"
+            )
 
 
 def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
@@ -677,7 +706,7 @@ def tensor_files(directory: Path, name: str) -> dict[str, Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            names: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
             files = {tensor: directory / file for tensor, file in names.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{name}: {INDEX} cannot be read: {first_line(error)}") from error

@@ -131,7 +131,9 @@ def _speed(model: PreTrainedModel) -> tuple[float, float]:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = min(PROMPT, (limit or PROMPT) - DECODED - 1)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+    prompt = torch.randint(vocabulary, (1, length), generator=generator, device="cpu").to(
+        model.device
+    )
     prefills, steps = [], []
     for turn in range(REPETITIONS + 1):
         output, spent = _timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))

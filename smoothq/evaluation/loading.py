@@ -14,6 +14,7 @@ from smoothq.checkpoint.stream import resolve_directory
 from smoothq.errors import CheckpointError
 from smoothq.integrations.transformers import keep_packed
 from smoothq.plan import check_device
+from smoothq.process import building
 
 
 def load_model(
@@ -31,7 +32,8 @@ def load_model(
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        with building:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error

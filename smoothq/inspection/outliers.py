@@ -272,7 +272,7 @@ def _output_error(
     for modules, x in lanes.items():
         x = x[:ERROR_TOKENS]
         rotated, quantized = quantizer.rotate(x), quantizer.dequantized(x)
-        difference = size = torch.zeros(len(x), device=x.device)
+        difference = size = torch.zeros(len(x), dtype=torch.float32, device=x.device)
         for module in modules:
             weight = block.get_submodule(module).get_parameter("weight")
             rounded = round_to_nearest(weight, plan.modules[module].grid).dequantize()

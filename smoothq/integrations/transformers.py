@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..architectures.graph import is_tied, text_config
 from ..architectures.layout import close_block
 from ..checkpoint.stream import Spec, tensor_shapes
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
 from ..modules import (
     InputQuantizer,
     QuantizedEmbedding,
@@ -143,6 +143,7 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        _check_class(model)
         # transformers builds the model under a meta-device context; rotations must be real.
         with torch.device("cpu"):
             self.plan = self.quantization_config.plan_for(model)
@@ -160,6 +161,7 @@ class SmoothqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
+        model.requires_grad_(False)  # its operators have none, and a compiler would ask for it
         prepare(model)
         loaded: Any = model
         loaded._weight_conversions = _OneWay(get_model_conversion_mapping(model))
@@ -308,6 +310,16 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
                 f"tensor '{name}' is {dtype} {shape} in the checkpoint, "
                 f"its recipe asks for {wanted.dtype} {tuple(wanted.shape)}"
             )
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for a class without the head that a checkpoint of ours has."""
+    if model.get_decoder() is model or not isinstance(model.get_output_embeddings(), nn.Module):
+        raise UnsupportedModelError(
+            f"the checkpoint holds a causal LM, and {type(model).__name__} has no head for its "
+            "tokens; load it with AutoModelForCausalLM.from_pretrained, whose get_decoder() is the "
+            "model without a head"
+        )
 
 
 def _check_filled(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Pret
 from transformers.masking_utils import sdpa_mask
 
 from .. import kernels
+from ..architectures.mixin import Mixin, mix_in, take_out
 from ..errors import SmoothqError
 from ..transforms.hadamard import Hadamard
 from .kv_cache import (
@@ -151,7 +152,7 @@ def _mean_seen(key: Tensor, mask: Tensor | None) -> Tensor:
     return (key * seen).sum(2, keepdim=True) / seen.sum(2, keepdim=True).clamp(min=1)
 
 
-class QuantizesAttention(nn.Module):
+class QuantizesAttention(Mixin):
     """Mixed into a stock attention module: its cache holds rows, and its settings are here."""
 
     attention_quantizer: AttentionQuantizer
@@ -184,8 +185,7 @@ def quantize_attention(
     """
     replaced, config._attn_implementation = config._attn_implementation, IMPLEMENTATION
     for module in modules:
-        stock = type(module)
-        module.__class__ = type(f"Quantized{stock.__name__}", (QuantizesAttention, stock), {})
+        mix_in(module, QuantizesAttention)
         module.attention_quantizer = AttentionQuantizer(spec, replaced)
 
 
@@ -194,7 +194,7 @@ def stop_quantizing_attention(module: nn.Module, config: PretrainedConfig) -> No
     if isinstance(module, QuantizesAttention):
         config._attn_implementation = module.attention_quantizer.replaced
         del module.attention_quantizer
-        module.__class__ = type(module).__mro__[2]
+        take_out(module)
 
 
 def _attend(

@@ -8,7 +8,7 @@ had it; under `torch.compile` common-subexpression elimination does the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,11 @@ class SequenceContext:
         self.mask = mask.bool() if isinstance(mask, Tensor) else None
 
 
+def _version(x: Tensor) -> int | None:
+    """A number that every change in place moves; inference tensors have none."""
+    return None if x.is_inference() else x._version
+
+
 class InputQuantizer(nn.Module):
     """Rotates, smooths and quantizes a site's input, float (..., K).
 
@@ -131,11 +136,12 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.name, self.spec, self.readers, self.context = name, spec, readers, context
         if spec.mode == "static":
-            self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+            self.register_buffer("scale", torch.ones((), dtype=torch.float32, device="cpu"))
         if spec.mode == "calibrated":
-            self.register_buffer("multiplier", torch.ones(spec.width, dtype=torch.int8))
+            ones = torch.ones(spec.width, dtype=torch.int8, device="cpu")
+            self.register_buffer("multiplier", ones)
         self.rotation = None if spec.rotation is None else OnlineRotation(spec.rotation)
-        self._last: tuple[Tensor, QuantizedInput | Tensor, int] | None = None
+        self._last: tuple[Tensor, int | None, QuantizedInput | Tensor, int] | None = None
 
     def calibrate(self, maxima: Tensor) -> None:
         """Set the static scale or the calibrated multipliers from max_t |x_tk|, float (K,)."""
@@ -153,12 +159,17 @@ class InputQuantizer(nn.Module):
         """The input as its readers multiply it: integers and scales, or float in mode `float`."""
         if self.readers == 1 or torch.compiler.is_compiling():
             return self._quantize(x)
-        if self._last is not None and self._last[0] is x:
-            _, result, remaining = self._last
+        last = self._last  # read once: another thread may run the same model
+        if last is not None and last[0] is x and last[1] == _version(x):
+            _, version, result, remaining = last
         else:
-            result, remaining = self._quantize(x), self.readers
-        self._last = (x, result, remaining - 1) if remaining > 1 else None
+            version, result, remaining = _version(x), self._quantize(x), self.readers
+        self._last = (x, version, result, remaining - 1) if remaining > 1 else None
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the last result."""
+        return self.__dict__ | {"_last": None}
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""

@@ -36,7 +36,7 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("weight", packed_like(rows, columns, EMBEDDING_BITS))
         scale = torch.empty(rows, 1, dtype=torch.bfloat16, device="meta")
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     def set_weight(self, quantized: QuantizedWeight) -> None:
         """Take over codes and scales."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class WeightSpec:
             stored["weight_zero_point"] = torch.empty_like(stored["weight_scale"], dtype=torch.int8)
         return stored
 
-    @property
+    @cached_property
     def stored_bits(self) -> int:
         """Bits that the weight takes with every scale and multiplier."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors().values())
@@ -219,7 +220,9 @@ class QuantizedLinear(nn.Module):
             return product
         # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.
         sums = x.float().reshape(-1, self.spec.groups, self.spec.grid.group_size).sum(-1)
-        return product - (sums @ self._shift.T).to(product.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            shifts = sums @ self._shift.T
+        return product - shifts.to(product.dtype)
 
     def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)

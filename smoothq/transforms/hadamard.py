@@ -132,7 +132,7 @@ class Hadamard:
     def _random_signs(self) -> torch.Tensor:
         """int8 (order,), entries ±1 from SHAKE-256: the same whatever the version of torch."""
         if self.seed is None:
-            return torch.ones(self.order, dtype=torch.int8)
+            return torch.ones(self.order, dtype=torch.int8, device="cpu")
         digest = hashlib.shake_256(f"smoothq:{self.order}:{self.seed}".encode())
         packed = np.frombuffer(digest.digest(math.ceil(self.order / 8)), dtype=np.uint8)
         bits = np.unpackbits(packed, count=self.order).astype(np.int8)
@@ -156,7 +156,7 @@ class Hadamard:
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """R itself, dense and orthogonal: (order, order) of the given floating dtype."""
-        return self.apply(torch.eye(self.order, dtype=dtype))
+        return self.apply(torch.eye(self.order, dtype=dtype, device="cpu"))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x R, without forming R.
@@ -294,17 +294,18 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 def _sylvester(order: int) -> torch.Tensor:
     """Sylvester's matrix, int8 (order, order), for a power of two."""
-    two = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
-    one = torch.ones(1, 1, dtype=torch.int8)
+    two = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
+    one = torch.ones(1, 1, dtype=torch.int8, device="cpu")
     return reduce(torch.kron, [two] * (order.bit_length() - 1), one)
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # it outlives the caller's mode
 def _base_matrix(base: int) -> torch.Tensor:
     """The matrix of a base order, int8 (base, base); shared between callers, never written to."""
     field = _paley_field(base) if base > 1 else None
     if field is None:
-        return torch.ones(1, 1, dtype=torch.int8)
+        return torch.ones(1, 1, dtype=torch.int8, device="cpu")
     conference = _conference_matrix(*field)
     if base == len(conference):
         # Paley I: C is skew, so that (C + I)(C + I)ᵀ = C Cᵀ + I.
