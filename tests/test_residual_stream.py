@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GotOcr2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, CTRLConfig, GotOcr2Config, PreTrainedModel
 
 from smoothq import Recipe, export, proof, quantize
 from smoothq.architectures import Family, family_of
 from smoothq.architectures.graph import text_config
 from smoothq.errors import CheckpointError
 from smoothq.evaluation.agreement import summed_divergence
+from smoothq.inference import infer_family, prove_family
 from smoothq.modules import rotate_ends, rotated_ends
 from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.rotation import rotate_entry
@@ -308,6 +309,16 @@ def test_the_entry_rotates_offline_with_its_embeddings(name) -> None:
     rotate_entry(model, parts, rotation)
     model(TOKENS)
     assert proof.deviation(seen[1], rotation.apply(seen[0])) < EXACT
+
+
+def test_positions_that_are_no_parameter_are_rotated_with_the_rest_or_not_at_all() -> None:
+    """CTRL adds sinusoids to its embeddings: no rotation of its tensors would rotate them."""
+    config = CTRLConfig(vocab_size=VOCABULARY, n_embd=32, dff=48, n_layer=2, n_head=2)
+    family, _ = infer_family(config)
+    assert not family.sums_at_entry
+    proven = prove_family(family, config)
+    assert proven["stream rotation"] < EXACT
+    assert "stream rotation, folded" not in proven
 
 
 @pytest.fixture
