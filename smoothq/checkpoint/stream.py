@@ -119,15 +119,11 @@ class CheckpointSource:
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
-        wanted, prefix = model.state_dict(), model.base_model_prefix
-        stored_specs = {
-            name: spec
-            for path in sorted(set(self.files.values()))
-            for name, spec in tensor_shapes(path).items()
-        }
+        wanted = model.state_dict()
+        prefix = model.base_model_prefix
         self._converted: dict[str, _Converted] = {}
         self._stored: dict[str, str] = {}
-        for stored in sorted(stored_specs, key=dot_natural_key):
+        for stored in sorted(self.files, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
             if name not in wanted and stored in wanted:
                 name, pattern = rename_source_key(stored, [], [], prefix, wanted)
