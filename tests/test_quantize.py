@@ -181,11 +181,14 @@ def refused(
 
 
 def test_refuses_an_architecture_whose_wiring_cannot_be_found(tmp_path) -> None:
-    from transformers import CTRLConfig, CTRLLMHeadModel
+    from transformers import NanoChatConfig, NanoChatForCausalLM
 
-    config = CTRLConfig(vocab_size=97, n_embd=16, dff=32, n_layer=1, n_head=2)
-    match = "'ctrl' has no file, and the wiring found for it is wrong"
-    refused(UnsupportedModelError, match, tmp_path, CTRLLMHeadModel(config), preset("w8a8", "rtn"))
+    config = NanoChatConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1
+    )
+    match = "'nanochat' has no file, and its wiring cannot be found: 0 norms behind its blocks"
+    model = NanoChatForCausalLM(config)
+    refused(UnsupportedModelError, match, tmp_path, model, preset("w8a8", "rtn"))
 
 
 def test_refuses_a_model_that_is_already_quantized(float_checkpoint, data, tmp_path) -> None:

@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CTRLConfig, GotOcr2Config, PreTrainedModel
 
 from smoothq import Recipe, export, proof, quantize
 from smoothq.architectures import Family, family_of
 from smoothq.architectures.graph import text_config
 from smoothq.errors import CheckpointError
 from smoothq.evaluation.agreement import summed_divergence
+from smoothq.inference import infer_family, prove_family
 from smoothq.modules import rotate_ends, rotated_ends
 from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.rotation import rotate_entry
@@ -148,13 +149,11 @@ def divergence(model: PreTrainedModel, inputs: dict[str, Tensor], reference: Ten
 
 
 WIRINGS = ["llama", "llama-untied", "gpt2", "bloom", "bloom-untied", "opt", "cohere", "gpt_neox"]
+WIRINGS_AND_EMBEDDINGS = [*((name, 16) for name in WIRINGS), ("llama", 8), ("llama-untied", 8)]
 
 
-@pytest.mark.parametrize("embeddings", [16, 8])
-@pytest.mark.parametrize("name", WIRINGS)
+@pytest.mark.parametrize(("name", "embeddings"), WIRINGS_AND_EMBEDDINGS)
 def test_soft_prompts_cost_a_quantized_model_what_tokens_do(made, name, embeddings) -> None:
-    if embeddings == 8 and name not in ("llama", "llama-untied"):
-        pytest.skip("held in 8 bits in the same way everywhere")
     original = tiny_model(name, torch.float32)
     model, _ = made(name, EIGHT_BITS.edit(embeddings=embeddings))
     ways = {"input_ids": TOKENS}, {"inputs_embeds": with_soft_prompt(original)}
@@ -190,9 +189,23 @@ def test_what_enters_the_stream_lies_in_the_file_as_it_was(made, name) -> None:
         assert torch.equal(stored[key], original.get_parameter(key))
 
 
-def test_the_rotation_is_of_the_model_not_of_its_tensors(made) -> None:
-    model, out = made("llama-untied")
-    assert model.state_dict().keys() == load_file(out / "model.safetensors").keys()
+@torch.no_grad()
+def test_image_features_enter_as_in_the_float_model(monkeypatch, data) -> None:
+    vision = {"hidden_size": 16, "output_channels": 32, "num_hidden_layers": 1, "mlp_dim": 32}
+    vision |= {"num_attention_heads": 2, "image_size": 64, "window_size": 2}
+    vision |= {"global_attn_indexes": [0]}
+    text = TINY["qwen2"]().to_dict() | {"model_type": "qwen2"}
+    config = GotOcr2Config(text_config=text, vision_config=vision, image_token_index=96)
+    monkeypatch.setitem(TINY, "got_ocr2", lambda: config)
+    original = tiny_model("got_ocr2", torch.float32)
+    model = quantize(original, EIGHT_BITS, data=data.clamp(max=90))
+    generator = torch.Generator().manual_seed(0)
+    tokens, images = TOKENS[:1].clamp(max=90), torch.randn(2, 3, 64, 64, generator=generator)
+    tokens[0, 4] = 96
+    inputs = [{"input_ids": tokens, "pixel_values": image[None]} for image in images]
+    first, second = (original(**each).logits for each in inputs)
+    assert proof.deviation(first, second) > 0.01
+    assert divergence(model, inputs[0], first) < 0.02
 
 
 class TestTheModule:
@@ -292,6 +305,16 @@ def test_the_entry_rotates_offline_with_its_embeddings(name) -> None:
     rotate_entry(model, parts, rotation)
     model(TOKENS)
     assert proof.deviation(seen[1], rotation.apply(seen[0])) < EXACT
+
+
+def test_positions_that_are_no_parameter_are_rotated_with_the_rest_or_not_at_all() -> None:
+    """CTRL adds sinusoids to its embeddings: no rotation of its tensors would rotate them."""
+    config = CTRLConfig(vocab_size=VOCABULARY, n_embd=32, dff=48, n_layer=2, n_head=2)
+    family, _ = infer_family(config)
+    assert not family.sums_at_entry
+    proven = prove_family(family, config)
+    assert proven["stream rotation"] < EXACT
+    assert "stream rotation, folded" not in proven
 
 
 @pytest.fixture

@@ -24,13 +24,14 @@ pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from smoothq import Recipe, quantize
 from smoothq.checkpoint.stream import empty_model
 from smoothq.errors import RecipeError, SmoothqError, UnsupportedModelError
 from smoothq.integrations.transformers import SmoothqConfig
-from smoothq.integrations.vllm import SmoothqMethod, SmoothqVllmConfig, skeleton
+from smoothq.integrations.vllm import RotatedEnd, SmoothqMethod, SmoothqVllmConfig, skeleton
 from smoothq.modules import QuantizedLinear
 from smoothq.plan import make_plan
 from tests.architectures import TINY, VOCABULARY, tiny_model
@@ -190,6 +191,26 @@ def test_a_kept_linear_is_vllms_own(method_of) -> None:
 def test_weights_that_differ_cannot_be_merged(method_of, edit) -> None:
     with pytest.raises(RecipeError, match="merges"):
         method_of("model.layers.0.mlp.gate_up_proj", **edit)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-untied"])
+@pytest.mark.parametrize("asked", [{"enable_prompt_embeds": True}, {"runner_type": "pooling"}, {}])
+def test_tokens_are_the_only_way_into_a_rotated_stream(monkeypatch, architecture, asked) -> None:
+    of_model = SimpleNamespace(**{"enable_prompt_embeds": False, "runner_type": "generate"} | asked)
+    serving = SimpleNamespace(model_config=of_model)
+    monkeypatch.setattr("smoothq.integrations.vllm.get_current_vllm_config", lambda: serving)
+    config = TINY[architecture]()
+    ours = SmoothqVllmConfig.from_config(quantization(config, RECIPES["w4a8"]))
+    ours.maybe_update_config("", config)
+    kinds = vocabulary.VocabParallelEmbedding, vocabulary.ParallelLMHead
+    embedding, head = (kind.__new__(kind) for kind in kinds)
+    if asked:
+        with pytest.raises(RecipeError, match="neither pooling nor prompt embeddings"):
+            ours.get_quant_method(embedding, "model.embed_tokens")
+        return
+    assert isinstance(ours.get_quant_method(embedding, "model.embed_tokens"), RotatedEnd)
+    rotates_back = isinstance(ours.get_quant_method(head, "lm_head"), RotatedEnd)
+    assert rotates_back == config.tie_word_embeddings
 
 
 def test_tensor_parallelism_is_refused(method_of) -> None:
