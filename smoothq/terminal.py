@@ -41,7 +41,7 @@ def show_what_can_be_shown() -> None:
 
 
 _REPLACEMENT = "smoothq.replace"
-_IN_ASCII = str.maketrans({"→": "->", "–": "-", "…": "...", "·": "*", "×": "x", "⌈": "[", "⌉": "]"})
+_IN_ASCII = str.maketrans({"→": "->", "…": "..."})
 
 
 def _replacement(error: UnicodeError) -> tuple[str, int]:

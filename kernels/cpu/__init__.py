@@ -16,7 +16,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -275,7 +275,7 @@ def group_gemm(
 ) -> Tensor:
     """As `reference.group_gemm`, the scaling and the sum over blocks in float32."""
     batch, length, width = codes.shape
-    floats = {"dtype": torch.float32, "device": codes.device}
+    floats: Any = {"dtype": torch.float32, "device": codes.device}
     result = torch.zeros(batch, length, weight.shape[0], **floats)
     factor = block_scale
     if factor is None:

@@ -15,28 +15,28 @@ class Mixin(nn.Module):
     two parents are importable, and by them a copy or a pickle finds it again.
     """
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """As the module's own, but for how the class is found."""
-        _, _, *state = super().__reduce_ex__(max(2, int(protocol)))
+        state: Any = super().__reduce_ex__(max(2, int(protocol)))[2:]
         mixin, stock = type(self).__bases__
         return (_bare, (mixin, stock), *state)
 
 
 @functools.cache
-def _mixed(mixin: type[Mixin], stock: type[nn.Module]) -> type[nn.Module]:
+def _mixed(mixin: Any, stock: Any) -> Any:
     return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
 
 
-def _bare(mixin: type[Mixin], stock: type[nn.Module]) -> nn.Module:
+def _bare(mixin: Any, stock: Any) -> Any:
     """A module of the mixed class without any state."""
     mixed = _mixed(mixin, stock)
-    module: nn.Module = mixed.__new__(mixed)
-    return module
+    return mixed.__new__(mixed)
 
 
 def mix_in(module: nn.Module, mixin: type[Mixin]) -> None:
     """Put a mixin in front of a module's class, in place."""
-    module.__class__ = _mixed(mixin, type(module))
+    both: Any = (mixin, type(module))
+    module.__class__ = _mixed(*both)
 
 
 def take_out(module: nn.Module) -> None:

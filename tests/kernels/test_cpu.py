@@ -204,3 +204,69 @@ class TestWithoutACompiler:
             exact = reference.int8_gemm(*operands, torch.float64)
             result = kernels.int8_gemm(*operands, torch.float32)
             assert_rounded_once(result, exact, torch.float32)
+
+
+class TestOperands:
+    """C++ believes the sizes that it is told: what does not fit them is refused by name."""
+
+    def operands(self) -> dict[str, object]:
+        draw = Draw(1)
+        return {
+            "codes": draw.codes(2, 64),
+            "scale": draw.scales(2, 1),
+            "weight": draw.codes(5, 64),
+            "weight_scale": draw.scales(5),
+            "bias": draw.floats(5),
+            "dtype": torch.float32,
+        }
+
+    @pytest.mark.parametrize("name", ["codes", "scale", "weight", "weight_scale", "bias"])
+    def test_a_product_names_what_is_too_short(self, name) -> None:
+        operands = self.operands()
+        short = operands[name].flatten()[:-1].clone() if name != "scale" else torch.ones(3)
+        operands[name] = short if short.dim() == operands[name].dim() else short[None]
+        with pytest.raises(ValueError, match=r"operand|not enough values"):
+            native.int8_gemm(**operands)
+
+    @pytest.mark.parametrize("name", ["codes", "weight"])
+    def test_codes_of_another_dtype_are_no_codes(self, name) -> None:
+        operands = self.operands()
+        operands[name] = operands[name].float()
+        with pytest.raises(ValueError, match=f"operand '{name}' is torch.float32"):
+            native.int8_gemm(**operands)
+
+    def test_a_tensor_on_another_device_is_refused(self) -> None:
+        operands = self.operands()
+        operands["weight_scale"] = operands["weight_scale"].to("meta")
+        with pytest.raises(ValueError, match=r"'weight_scale' .* on meta"):
+            native.int8_gemm(**operands)
+
+    def test_what_is_not_contiguous_is_read_in_order(self) -> None:
+        operands = self.operands()
+        expected = native.int8_gemm(**operands)
+        operands["weight"] = operands["weight"].t().contiguous().t()
+        assert torch.equal(native.int8_gemm(**operands), expected)
+
+    def test_quantizers_name_what_does_not_fit(self) -> None:
+        x = torch.randn(3, 96)
+        with pytest.raises(ValueError, match="'multiplier'"):
+            native.quantize(x, "smoothed", 4, multiplier=torch.ones(95, dtype=torch.int8))
+        with pytest.raises(ValueError, match="'scale' is missing"):
+            native.quantize(x, "static", 8)
+        with pytest.raises(ValueError, match="group_size 36 does not divide 96"):
+            native.quantize(x, "groups", 4, group_size=36)
+        with pytest.raises(ValueError, match="do not rotate rows of 96"):
+            native.rotate(
+                x, *(torch.ones(96, dtype=torch.int8), torch.ones(8, 8), torch.ones(8, 8))
+            )
+
+    def test_packed_codes_name_what_does_not_fit(self) -> None:
+        packed, x = torch.zeros(4, 32, dtype=torch.uint8), torch.randn(2, 64)
+        with pytest.raises(ValueError, match="'packed'"):
+            native.unpacked(packed, 128, None)
+        with pytest.raises(ValueError, match="'multiplier'"):
+            native.unpacked(packed, 64, torch.ones(3, 2, dtype=torch.int8))
+        with pytest.raises(ValueError, match=r"'packed' is torch.uint8"):
+            native.weight_only_gemm(x, packed, torch.ones(4, 1), None, None, 8)
+        with pytest.raises(ValueError, match="'weight_scale'"):
+            native.weight_only_gemm(x, packed, torch.ones(3, 1), None, None, 4)
