@@ -76,7 +76,8 @@ class BlockPlan:
     """One decoder block: its wiring, its sites, and the rotation of its values (or None).
 
     kept_elements: of the linears that the recipe keeps in float; kept_width: of the tensors that
-    only such linears read. new_biases: those of them that take in a norm's bias and had none.
+    only such linears read. new_biases: linears in float, such as routers, that take in a norm's
+    bias and had none.
     """
 
     graph: BlockGraph
@@ -171,11 +172,12 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     stored = stored_elements(model, parts)
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    graphs = [family.block(config, index) for index in range(len(layers))]
+    opened = _opened(layers)
+    graphs = [family.graph(config, index, block) for index, block in enumerate(opened)]
     rotatable = takes_rotation(graphs)
     blocks = tuple(
-        _plan_block(_opened(layer), graph, recipe, f"{parts.layers}.{index}", index, rotatable)
-        for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True))
+        _plan_block(block, graph, recipe, f"{parts.layers}.{index}", index, rotatable)
+        for index, (block, graph) in enumerate(zip(opened, graphs, strict=True))
     )
     if not _weight_specs(blocks):
         raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
@@ -197,11 +199,11 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         residual_rotation=rotation,
         folds_ends=rotation is not None and parts.fold(model),
         attention=attention,
-        bits=_count_bits(blocks, _stored_dtype(recipe, config), cached_bits(attention, config)),
+        bits=_count_bits(blocks, _stored_dtype(recipe, config), cached_bits(attention, graphs)),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=_stored_dtype(recipe, config),
         float_elements=stored
-        + _added_biases(layers, blocks)
+        + _added_biases(opened, blocks)
         - _quantized_elements(blocks)
         - sum(rows * columns for rows, columns in tables),
         tables=tables,
@@ -251,24 +253,33 @@ def _inferred(model: PreTrainedModel) -> Family:
     return family
 
 
-def _opened(layer: nn.Module) -> nn.Module:
-    """A block's opened form, on the meta device: the block itself stays as it is."""
-    opened = copy.deepcopy(layer).to("meta")
-    open_block(opened)
-    return opened
+def _opened(layers: nn.ModuleList) -> list[nn.Module]:
+    """Every block's opened form, on the meta device; blocks that are alike share one."""
+    forms: dict[tuple[object, ...], nn.Module] = {}
+
+    def opened(layer: nn.Module) -> nn.Module:
+        modules = tuple((name, type(module)) for name, module in layer.named_modules())
+        shapes = tuple((name, tensor.shape) for name, tensor in layer.named_parameters())
+        if (modules, shapes) not in forms:
+            form = copy.deepcopy(layer).to("meta")
+            open_block(form)
+            forms[modules, shapes] = form
+        return forms[modules, shapes]
+
+    return [opened(layer) for layer in layers]
 
 
-def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
+def _added_biases(opened: list[nn.Module], blocks: tuple[BlockPlan, ...]) -> int:
     """Numbers of the biases that linears get which had none."""
     return sum(
         spec.out_features
-        for layer, block in zip(layers, blocks, strict=True)
+        for layer, block in zip(opened, blocks, strict=True)
         for site in block.sites
         for module, spec in site.modules.items()
         if site.adds_bias and layer.get_submodule(module).bias is None
     ) + sum(
         layer.get_submodule(module).get_parameter("weight").shape[0]
-        for layer, block in zip(layers, blocks, strict=True)
+        for layer, block in zip(opened, blocks, strict=True)
         for module in block.new_biases
     )
 
@@ -463,11 +474,13 @@ def _plan_block(
     }
     weights = {module: layer.get_submodule(module).get_parameter("weight") for module in kept}
     widths = {site.name: weights[m].shape[1] for m, site in kept.items() if not site.readers}
-    new_biases = tuple(
-        module
-        for module, site in kept.items()
-        if _takes_bias(layer, site, recipe, rotatable) and layer.get_submodule(module).bias is None
+    floats = dict.fromkeys(
+        reader.module
+        for site in graph.sites
+        if _takes_bias(layer, site, recipe, rotatable)
+        for reader in site.float_readers
     )
+    new_biases = tuple(m for m in floats if layer.get_submodule(m).bias is None)
     value_rotation = None
     if recipe.rotation is not None and recipe.rotation.value_output and graph.value_output:
         heads = _value_heads(graph.value_output)

@@ -69,12 +69,12 @@ def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, 
     layers = model.get_submodule(family.parts(model).layers)
     config = text_config(model)
     for index, block in enumerate(layers.children()):
-        yield block, family.block(config, index)
+        yield block, family.graph(config, index, block)
 
 
 def open_blocks(model: PreTrainedModel, family: Family) -> None:
     """Give every matrix a linear of its own."""
-    for block, _ in graphs(model, family):
+    for block in model.get_submodule(family.parts(model).layers).children():
         open_block(block)
 
 
