@@ -338,8 +338,8 @@ def install_linear(
     linear = block.get_submodule(module)
     assert isinstance(linear, nn.Linear)
     has_bias = plan.adds_bias or linear.bias is not None
-    dtype = linear.weight.dtype if has_bias else None
-    quantized = QuantizedLinear(plan.modules[module], site_input, dtype)
+    spec = plan.modules[module]
+    quantized = QuantizedLinear(spec, site_input, linear.weight.dtype, has_bias)
     block.set_submodule(module, quantized)
     return quantized
 
@@ -395,8 +395,9 @@ def install_ends(model: PreTrainedModel, plan: Plan) -> None:
     site_input = InputQuantizer(f"{parts.head}.input", spec, 1, SequenceContext())
     if untied:
         head = model.get_submodule(parts.head)
-        bias = dtype if isinstance(head.bias, nn.Parameter) else None
-        linear = QuantizedLinear(WeightSpec(*untied[0], row_grid(columns)), site_input, bias)
+        has_bias = isinstance(head.bias, nn.Parameter)
+        spec = WeightSpec(*untied[0], row_grid(columns))
+        linear = QuantizedLinear(spec, site_input, dtype, has_bias)
         linear.add_module("input", site_input)
         model.set_submodule(parts.head, linear)
     else:

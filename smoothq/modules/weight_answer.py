@@ -1,0 +1,119 @@
+"""What `module.weight` answers where the weight is held as codes: its dtype and device, no values.
+
+Stock code asks a linear for the dtype or the device of its weight, to cast what it hands over, and
+gets those of the float weight that the codes stand for. Its values are not there to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UnsupportedModelError
+
+# What is asked of a tensor without its values.
+_ASKS = {
+    *(
+        getattr(Tensor, name)
+        for name in (
+            "size stride dim ndimension numel nelement element_size is_floating_point is_complex "
+            "is_contiguous is_signed is_inference is_pinned is_shared get_device storage_offset "
+            "data_ptr detach __len__ __hash__ new_empty new_zeros new_ones new_full new_tensor"
+        ).split()
+    ),
+    *(
+        getattr(torch, name)
+        for name in (
+            "is_floating_point is_complex is_signed is_inference numel result_type can_cast "
+            "empty_like zeros_like ones_like full_like rand_like randn_like"
+        ).split()
+    ),
+}
+# What asks nothing but dtype, device or shape of any tensor but the first.
+_ASKS_OTHERS = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are the values again
+
+
+def values_read(
+    function: Any, args: Iterable[Any], kwargs: Mapping[str, Any] | None
+) -> Iterator[Tensor]:
+    """The tensors whose values a torch function is called for: not those asked for their dtype."""
+    attribute = getattr(function, "__name__", "") == "__get__"
+    if function in _ASKS or (attribute and function.__self__.__name__ not in _VALUES):
+        return
+    first, *others = args if args else (None,)
+    asked = [first] if function in _ASKS_OTHERS else [first, *others, *(kwargs or {}).values()]
+    for leaf in tree_leaves(asked):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+class WeightAnswer(Tensor):
+    """A tensor of a float weight's shape, dtype and device that refuses to be read."""
+
+    _codes: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The answer for codes in the stored form. Inside of a compiled graph it is all NaN."""
+        nan = torch.full((), torch.nan, dtype=dtype, device=codes.device).expand(shape)
+        if torch.compiler.is_compiling():
+            return nan
+        answer = nan.as_subclass(cls)
+        answer._codes = codes
+        return answer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call what asks for no value; move as the codes do; refuse the rest."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in (Tensor.to, Tensor.cpu, Tensor.cuda) and isinstance(args[0], cls):
+                moved: Tensor = func(args[0]._codes, *args[1:], **(kwargs or {}))
+                if moved.dtype == args[0]._codes.dtype:
+                    return moved  # who moves a model's tensors one by one puts this in its place
+            if any(isinstance(tensor, cls) for tensor in values_read(func, args, kwargs)):
+                raise UnsupportedModelError(
+                    f"{getattr(func, '__name__', func)} reads a weight that is held as codes: give "
+                    "its linear to keep, so that it stays float, or dequantize the model first"
+                )
+            found = func(*args, **(kwargs or {}))
+            # `.data` and `detach()` are the tensor again.
+            again = isinstance(found, Tensor) and found.data_ptr() == args[0].data_ptr()
+            return args[0] if again else found
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Shape and dtype."""
+        return f"WeightAnswer({tuple(self.shape)}, {self.dtype}, {self.device}, held as codes)"
+
+
+class HoldsCodes(nn.Module):
+    """A module whose buffer `weight` is codes, which only its own code reads, as `codes`.
+
+    A subclass says what float weight they stand for: `weight_shape`, `weight_dtype`.
+    """
+
+    weight_shape: tuple[int, int]
+    weight_dtype: torch.dtype
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes as they are stored."""
+        codes = self._buffers["weight"]
+        assert codes is not None
+        return codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The answer for all other code; the codes themselves while they are still to be loaded."""
+        codes = self._buffers.get("weight")
+        if codes is None:
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        if codes.is_meta:
+            return codes
+        return WeightAnswer.of(codes, self.weight_shape, self.weight_dtype)
