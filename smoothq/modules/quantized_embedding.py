@@ -41,7 +41,7 @@ class QuantizedEmbedding(HoldsCodes):
 
     def set_weight(self, quantized: QuantizedWeight) -> None:
         """Take over codes and scales."""
-        self.weight = pack(quantized.codes, EMBEDDING_BITS)
+        self.hold(pack(quantized.codes, EMBEDDING_BITS))
         self.weight_scale = quantized.scales.scale.contiguous()
 
     def quantized_weight(self) -> QuantizedWeight:

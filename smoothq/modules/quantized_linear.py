@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
 from ..checkpoint.packing import pack, packed_like, unpack
@@ -116,9 +116,10 @@ class QuantizedLinear(HoldsCodes):
         spec: WeightSpec,
         site_input: InputQuantizer,
         dtype: torch.dtype,
-        has_bias: bool = False,
+        bias_dtype: torch.dtype | None = None,
     ) -> None:
-        """dtype: of the float weight that the codes stand for and of the bias, until it is cast.
+        """dtype: of the float weight that the codes stand for. bias_dtype: of the bias, or None for
+        a layer without one. Both until it is cast.
 
         All tensors start on the meta device: `set_weight` or a checkpoint brings them.
         """
@@ -132,8 +133,8 @@ class QuantizedLinear(HoldsCodes):
         self.register_buffer("weight_zero_point", None)
         for name, tensor in spec.tensors().items():
             self.register_buffer(name, tensor)
-        bias = torch.empty(spec.out_features, dtype=dtype, device="meta")
-        self.register_buffer("bias", bias if has_bias else None)
+        bias = torch.empty(spec.out_features, dtype=bias_dtype, device="meta")
+        self.register_buffer("bias", None if bias_dtype is None else bias)
         self.keeps_packed = False
         self._operand: Tensor | None = None
         self._row_scale: Tensor | None = None
@@ -144,7 +145,7 @@ class QuantizedLinear(HoldsCodes):
 
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Take over codes and scales (and a bias), and prepare to run."""
-        self.weight = pack(quantized.codes, self.spec.grid.bits)
+        self.hold(pack(quantized.codes, self.spec.grid.bits))
         scales = quantized.scales.map(Tensor.contiguous)
         self.weight_scale, self.weight_multiplier = scales.scale, scales.multiplier
         self.weight_zero_point = scales.zero

@@ -15,26 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModelError
 
-# What is asked of a tensor without its values.
-_ASKS = {
-    *(
-        getattr(Tensor, name)
-        for name in (
-            "size stride dim ndimension numel nelement element_size is_floating_point is_complex "
-            "is_contiguous is_signed is_inference is_pinned is_shared get_device storage_offset "
-            "data_ptr detach __len__ __hash__ new_empty new_zeros new_ones new_full new_tensor"
-        ).split()
-    ),
-    *(
-        getattr(torch, name)
-        for name in (
-            "is_floating_point is_complex is_signed is_inference numel result_type can_cast "
-            "empty_like zeros_like ones_like full_like rand_like randn_like"
-        ).split()
-    ),
-}
-# What asks nothing but dtype, device or shape of any tensor but the first.
-_ASKS_OTHERS = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+# Functions that ask a tensor for anything but its values, by name.
+_ASKS = frozenset(
+    """__len__ __hash__ can_cast data_ptr detach dim element_size empty_like full_like get_device
+    is_complex is_contiguous is_floating_point is_inference is_pinned is_shared is_signed ndimension
+    nelement new_empty new_full new_ones new_tensor new_zeros numel ones_like rand_like randn_like
+    result_type size storage_offset stride zeros_like""".split()  # noqa: SIM905 (it would fill a page)
+)
+# Those that ask every tensor but the first for its dtype, device or shape alone.
+_ASKS_OTHERS = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are the values again
 
 
@@ -42,11 +31,11 @@ def values_read(
     function: Any, args: Iterable[Any], kwargs: Mapping[str, Any] | None
 ) -> Iterator[Tensor]:
     """The tensors whose values a torch function is called for: not those asked for their dtype."""
-    attribute = getattr(function, "__name__", "") == "__get__"
-    if function in _ASKS or (attribute and function.__self__.__name__ not in _VALUES):
+    name = getattr(function, "__name__", "")
+    if name in _ASKS or (name == "__get__" and function.__self__.__name__ not in _VALUES):
         return
     first, *others = args if args else (None,)
-    asked = [first] if function in _ASKS_OTHERS else [first, *others, *(kwargs or {}).values()]
+    asked = [first] if name in _ASKS_OTHERS else [first, *others, *(kwargs or {}).values()]
     for leaf in tree_leaves(asked):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -82,12 +71,11 @@ class WeightAnswer(Tensor):
                     f"{getattr(func, '__name__', func)} reads a weight that is held as codes: give "
                     "its linear to keep, so that it stays float, or dequantize the model first"
                 )
-            found = func(*args, **(kwargs or {}))
-            # `.data` and `detach()` are the tensor again.
-            again = isinstance(found, Tensor) and found.data_ptr() == args[0].data_ptr()
-            return args[0] if again else found
+            if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]
+                return args[0]
+            return func(*args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         """Shape and dtype."""
         return f"WeightAnswer({tuple(self.shape)}, {self.dtype}, {self.device}, held as codes)"
 
@@ -100,6 +88,10 @@ class HoldsCodes(nn.Module):
 
     weight_shape: tuple[int, int]
     weight_dtype: torch.dtype
+
+    def hold(self, codes: Tensor) -> None:
+        """Take over codes in the stored form."""
+        self._buffers["weight"] = codes
 
     @property
     def codes(self) -> Tensor:
