@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UnsupportedModelError
 
 # Functions that ask a tensor for anything but its values, by name.
-_ASKS = frozenset(  # noqa: SIM905 (one a line would fill a page)
+_ASKS = frozenset(
+    # One a line would fill a page.
     """__len__ __hash__ can_cast data_ptr detach dim element_size empty_like full_like get_device
     is_complex is_contiguous is_floating_point is_inference is_pinned is_shared is_signed ndimension
     nelement new_empty new_full new_ones new_tensor new_zeros numel ones_like rand_like randn_like
-    result_type size storage_offset stride zeros_like""".split()
+    result_type size storage_offset stride zeros_like""".split()  # noqa: SIM905
 )
 # Those that ask every tensor but the first for its dtype, device or shape alone.
 _ASKS_OTHERS = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
