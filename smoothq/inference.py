@@ -76,12 +76,15 @@ def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
     of the largest logit is meant. Raises UnsupportedModelError where one moves more than 1e-9.
     """
     with torch.no_grad():
-        model = _example(config, _kinds_of_blocks(config))
+        model = example(config, _kinds_of_blocks(config))
         return _prove(model, family, f"the wiring given for '{config.model_type}'")
 
 
-def _example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
-    """A tiny model with every kind of block that the real one has."""
+def example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
+    """A tiny model, in float64, with every kind of block that the real one has.
+
+    kinds: as `kinds_of` has them. Raises whatever the model's own code makes of small widths.
+    """
     last = max(kinds.index(kind) for kind in set(kinds))
     return _tiny_model(config, max(2, last + 1))
 
@@ -89,7 +92,7 @@ def _example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
 def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
     kinds = _kinds_of_blocks(config)
     with torch.no_grad():
-        model = _example(config, kinds)
+        model = example(config, kinds)
         try:
             with proof.InFloat64():
                 written = _Writer(model, kinds).file()
@@ -139,8 +142,12 @@ def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
             f"'{config.model_type}' is no causal LM that transformers knows: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    return kinds_of(_layers(model)[1])
+
+
+def kinds_of(blocks: nn.ModuleList) -> list[int]:
+    """For each block a number; the same for blocks with the same parameters."""
     seen: dict[tuple[str, ...], int] = {}
-    blocks = _layers(model)[1]
     signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
     return [seen.setdefault(signature, len(seen)) for signature in signatures]
 

@@ -42,6 +42,7 @@ from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
 from .recipe import FLOAT_BITS, GroupSize, Recipe
 from .rounding.grid import IntegerGrid
 from .transforms.hadamard import Hadamard
+from .weight_reads import weights_read
 
 log = logging.getLogger("smoothq")
 
@@ -114,14 +115,14 @@ class Bits:
 class Plan:
     """A recipe resolved for one model.
 
-    parts: where the model's parts are. residual_rotation: R1, or None, as in families whose
-    stream takes none. folds_ends: R1 is folded into embedding and head, where otherwise it runs
-    online at both ends. attention: of every block, or None where it stays float. notes: what the
-    user should know.
-    stored_dtype: of most of what stays float, and of what is new; float_elements: how many numbers
-    stay float, float_bytes: their bytes, each in the dtype that it came in unless the recipe names
-    one. tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied
-    head.
+    recipe: as it was given, with what the model's own code asks for added to `keep`. parts: where
+    the model's parts are. residual_rotation: R1, or None, as in families whose stream takes none.
+    folds_ends: R1 is folded into embedding and head, where otherwise it runs online at both ends.
+    attention: of every block, or None where it stays float. notes: what the user should know.
+    stored_dtype: of most of what stays float, and of what is new; float_elements: how many
+    numbers stay float, float_bytes: their bytes, each in the dtype that it came in unless the
+    recipe names one. tables: rows of what is stored in 8 bits with a scale a row: the embedding,
+    and an untied head.
     """
 
     recipe: Recipe
@@ -179,6 +180,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     assert isinstance(layers, nn.ModuleList)
     opened = _opened(layers)
     graphs = [family.graph(config, index, block) for index, block in enumerate(opened)]
+    recipe, read = _keeping_what_is_read(model, recipe, graphs, parts)
     rotatable = takes_rotation(graphs)
     blocks = tuple(
         _plan_block(block, graph, recipe, f"{parts.layers}.{index}", index, rotatable)
@@ -196,7 +198,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     keys = None if attention is None else attention.rotation
     fallbacks = [r.fallback for r in [rotation, keys, *_site_rotations(blocks)] if r is not None]
     notes = [note for note in fallbacks if note] + _auto_group_notes(recipe, blocks)
-    notes += _wiring_notes(recipe, blocks, rotatable)
+    notes += _wiring_notes(recipe, blocks, rotatable) + read
     return Plan(
         recipe=recipe,
         family=family,
@@ -218,15 +220,41 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     )
 
 
-def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> None:
-    """Refuse patterns that match nothing: a typing error would quantize what was to be kept."""
+def _keeping_what_is_read(
+    model: PreTrainedModel, recipe: Recipe, graphs: list[BlockGraph], parts: Parts
+) -> tuple[Recipe, list[str]]:
+    """The recipe that also keeps the linears whose weights the model's code reads, and a note.
+
+    A quantized model's recipe says so already: its model is not watched again.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return recipe, []
+    is_read = weights_read(model, parts)
+    names = [name for name in _linears(graphs, parts) if is_read(name) and not recipe.keeps(name)]
+    if recipe.embeddings == FLOAT_BITS:
+        names = [name for name in names if name not in (parts.head, parts.embedding)]
+    if not names:
+        return recipe, []
+    note = (
+        f"{len(names)} linears stay in float, as the model's code reads their weights: {names[0]}"
+    )
+    return recipe.edit(keep=(*recipe.keep, *names)), [note + (", …" if len(names) > 1 else "")]
+
+
+def _linears(graphs: list[BlockGraph], parts: Parts) -> list[str]:
+    """The full names of all that a recipe may quantize."""
     names = [
         f"{parts.layers}.{index}.{module}"
         for index, graph in enumerate(graphs)
         for site in graph.sites
         for module in site.modules
     ]
-    names += [parts.head, parts.embedding]
+    return [*names, parts.head, parts.embedding]
+
+
+def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> None:
+    """Refuse patterns that match nothing: a typing error would quantize what was to be kept."""
+    names = _linears(graphs, parts)
     for pattern in (*recipe.keep, *(override.match for override in recipe.overrides)):
         if not fnmatch.filter(names, pattern):
             raise RecipeError(
