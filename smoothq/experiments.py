@@ -7,6 +7,7 @@ residual stream if a constant added to its output arrives there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,9 +133,11 @@ class BlockExperiments:
         hidden: Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        read: set[str],
     ) -> None:
+        """read: linears whose weights the block's own code reads, beside calling them or not."""
         self._config, self.module, self.hidden = config, module, hidden
-        self._args, self._kwargs = args, kwargs
+        self._args, self._kwargs, self._read = args, kwargs, read
         self.sites: list[FoundSite] = []
         self.stream_norms: list[NormFacts] = []
         self.writes_stream = True
@@ -175,6 +178,10 @@ class BlockExperiments:
                 by_key[call.key].floats.append(call.name)
         self.sites = list(by_key.values())
         self._check_explained(calls)
+        called = {call.name for call in calls}
+        self._uncalled = [
+            name for name in self._read if name not in called and self._is_linear(name)
+        ]
         for site in self.sites:
             if site.experts is not None:
                 small = [name for name in site.modules if self._rows(name) in (1, TINY_EXPERTS)]
@@ -196,6 +203,10 @@ class BlockExperiments:
             if site.reads != "stream"
             for name in site.modules
         ) and all(self._writes(name) for name in self._routed_downs())
+        if self._uncalled:
+            # What such a matrix reads and writes is not seen: the stream stays as it is.
+            self.writes_stream = False
+            self.sites += [FoundSite([name]) for name in self._uncalled]
 
     def _is_reader(self, call: Call) -> bool:
         routed = any(f".{matrix}." in call.name for matrix in EXPERT_MATRICES)
@@ -218,6 +229,7 @@ class BlockExperiments:
     def _check_explained(self, calls: list[Call]) -> None:
         """Refuse a block with matrices that no site accounts for."""
         known = {name for site in self.sites for name in site.modules + site.floats}
+        known |= self._read
         known |= {call.name for call in calls if own_weight(call.module) is not None}
         experts = tuple(f"{site.experts}." for site in self.sites if site.experts is not None)
         for name, parameter in self.module.named_parameters():
@@ -238,10 +250,33 @@ class BlockExperiments:
     def _behind_norm(self, site: FoundSite, norm: Call, silent: dict[str, Tensor]) -> None:
         facts = NormFacts.of(norm)
         offset = ", offset=1" if facts.offset else ""
-        site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
+        if not self._uncalled or self._absorbs(site, norm, facts.offset):
+            site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
         if _same(silent[norm.name], self.hidden):
             site.reads = "stream"
             self.stream_norms.append(facts)
+
+    def _absorbs(self, site: FoundSite, norm: Call, offset: int) -> bool:
+        """Whether a divisor of a norm's output is undone in a site's readers: no other reads it."""
+        readers = [*site.modules, *site.floats]
+        if site.experts is not None:
+            readers += [n for n in self._linears() if n.startswith(f"{site.experts}.gate_up_proj.")]
+        before, _ = self.run()
+        tried = copy.deepcopy(self.module)
+        scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
+        own: Any = tried.get_submodule(norm.name)
+        own.weight.copy_((own.weight + offset) * scale - offset)
+        if isinstance(getattr(own, "bias", None), Tensor):
+            own.bias.mul_(scale)
+        for name in readers:
+            tried.get_parameter(f"{name}.weight").div_(scale)
+        held, self.module = self.module, tried
+        after, _ = self.run()
+        self.module = held
+        return _same(after, before)
+
+    def _linears(self) -> list[str]:
+        return [n for n, module in self.module.named_modules() if isinstance(module, nn.Linear)]
 
     def _producer(self, site: FoundSite, readers: list[str]) -> None:
         """Find rows whose scale a site's channels follow, and whether tokens mix on the way."""
@@ -260,7 +295,7 @@ class BlockExperiments:
         site.reads = "inner" if alone else "values"
 
     def _is_linear(self, name: str) -> bool:
-        return isinstance(self.module.get_submodule(name), nn.Linear)
+        return name in self._linears()
 
     def _candidates(
         self, module: str, width: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from . import proof
-from .architectures import Family
+from .architectures import BlockGraph, Family
 from .architectures.graph import text_config
 from .architectures.layout import open_block
 from .checkpoint.stream import empty_model
@@ -34,6 +35,7 @@ from .experiments import (
     own_weight,
     text,
 )
+from .weight_watch import read_weights
 
 TOKENS = torch.tensor(
     [[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 9, 7], [2, 7, 18, 28, 1, 8, 2, 8, 4, 5, 9, 0]]
@@ -116,6 +118,7 @@ def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, flo
 
     wiring: what is on trial, for the message.
     """
+    family = _without_read(family, read_weights(model, TOKENS))
     changes = {}
     before = proof.logits(model, TOKENS)
     opened = copy.deepcopy(model)
@@ -131,6 +134,17 @@ def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, flo
                 f"{changes[claim]:.1e}"
             )
     return changes
+
+
+def _without_read(family: Family, read: frozenset[str]) -> Family:
+    """The family as a plan has it: weights that a model's own code reads stay in float."""
+
+    def block(config: PretrainedConfig, index: int) -> BlockGraph:
+        within = f".{family.layers}.{index}."
+        names = {name.partition(within)[2] for name in read}
+        return family.block(config, index).keeping(lambda module: module in names)
+
+    return replace(family, block=block) if read else family
 
 
 def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
@@ -235,6 +249,7 @@ class _Writer:
         self.attribute, self.layers = _layers(model)
         self.blocks: list[BlockExperiments] = []
         self.ends: list[Call] = []
+        self._read = read_weights(model, TOKENS)
         self._record()
 
     def _record(self) -> None:
@@ -244,20 +259,21 @@ class _Writer:
         for name, child in self.model.get_decoder().named_children():
             if child is not self.layers and isinstance(own_weight(child), Tensor):
                 handles.append(child.register_forward_hook(keep(self.ends, name)))
-        for layer, copied in zip(self.layers, opened, strict=True):
+        for index, (layer, copied) in enumerate(zip(self.layers, opened, strict=True)):
             open_block(copied)
-            entering = self._entering(copied)
+            within = f".{self.attribute}.{index}."
+            entering = self._entering(copied, {name.partition(within)[2] for name in self._read})
             handles.append(layer.register_forward_pre_hook(entering, with_kwargs=True))
         self.model(TOKENS, use_cache=False)
         for handle in handles:
             handle.remove()
 
-    def _entering(self, opened: nn.Module) -> Callable[..., None]:
+    def _entering(self, opened: nn.Module, read: set[str]) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.blocks:
                 self.before_blocks = len(self.ends)
             self.blocks.append(
-                BlockExperiments(self.config, opened, args[0].clone(), args[1:], kwargs)
+                BlockExperiments(self.config, opened, args[0].clone(), args[1:], kwargs, read)
             )
 
         return enter

@@ -11,7 +11,7 @@ import copy
 import fnmatch
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -509,17 +509,6 @@ def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool
     return notes
 
 
-def _without_kept(graph: BlockGraph, recipe: Recipe, name: str) -> BlockGraph:
-    """A graph in which what the recipe keeps in float is read as a router's weights are."""
-
-    def without(site: Site) -> Site:
-        kept = tuple(r for r in site.readers if recipe.keeps(f"{name}.{r.module}"))
-        readers = tuple(reader for reader in site.readers if reader not in kept)
-        return replace(site, readers=readers, float_readers=site.float_readers + kept)
-
-    return replace(graph, sites=tuple(without(site) for site in graph.sites))
-
-
 def _plan_block(
     layer: nn.Module,
     stock: BlockGraph,
@@ -528,7 +517,7 @@ def _plan_block(
     index: int,
     rotatable: bool,
 ) -> BlockPlan:
-    graph = _without_kept(stock, recipe, name)
+    graph = stock.keeping(lambda module: recipe.keeps(f"{name}.{module}"))
     planned = [site for site in graph.sites if site.readers]
     sites = tuple(_plan_site(layer, site, recipe, name, rotatable) for site in planned)
     pairs = zip(stock.sites, graph.sites, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -155,6 +155,16 @@ class BlockGraph:
 
     sites: tuple[Site, ...]
     residual_writers: tuple[WeightRef, ...]
+
+    def keeping(self, keeps: Callable[[str], bool]) -> BlockGraph:
+        """The graph in which some modules, told by name, are read as a router's weights are."""
+
+        def without(site: Site) -> Site:
+            kept = tuple(reader for reader in site.readers if keeps(reader.module))
+            readers = tuple(reader for reader in site.readers if reader not in kept)
+            return replace(site, readers=readers, float_readers=site.float_readers + kept)
+
+        return replace(self, sites=tuple(without(site) for site in self.sites))
 
     @property
     def value_output(self) -> Site | None:
