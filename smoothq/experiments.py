@@ -134,10 +134,15 @@ class BlockExperiments:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         read: set[str],
+        cautious: bool,
     ) -> None:
-        """read: linears whose weights the block's own code reads, beside calling them or not."""
+        """read: linears whose weights the block's own code reads, beside calling them or not.
+
+        cautious: nothing is to change those, where else it is tried what they bear.
+        """
         self._config, self.module, self.hidden = config, module, hidden
-        self._args, self._kwargs, self._read = args, kwargs, read
+        self._args, self._kwargs = args, kwargs
+        self._read, self._cautious = read, cautious
         self.sites: list[FoundSite] = []
         self.stream_norms: list[NormFacts] = []
         self.writes_stream = True
@@ -203,10 +208,10 @@ class BlockExperiments:
             if site.reads != "stream"
             for name in site.modules
         ) and all(self._writes(name) for name in self._routed_downs())
-        if self._uncalled:
-            # What such a matrix reads and writes is not seen: the stream stays as it is.
+        if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
+            # What is read raw may read or write the stream, unseen.
             self.writes_stream = False
-            self.sites += [FoundSite([name]) for name in self._uncalled]
+        self.sites += [FoundSite([name]) for name in self._uncalled]
 
     def _is_reader(self, call: Call) -> bool:
         routed = any(f".{matrix}." in call.name for matrix in EXPERT_MATRICES)
@@ -250,13 +255,13 @@ class BlockExperiments:
     def _behind_norm(self, site: FoundSite, norm: Call, silent: dict[str, Tensor]) -> None:
         facts = NormFacts.of(norm)
         offset = ", offset=1" if facts.offset else ""
-        if not self._uncalled or self._absorbs(site, norm, facts.offset):
+        if not self._is_read(site) and (not self._uncalled or self._absorbs(site, norm, facts)):
             site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
         if _same(silent[norm.name], self.hidden):
             site.reads = "stream"
             self.stream_norms.append(facts)
 
-    def _absorbs(self, site: FoundSite, norm: Call, offset: int) -> bool:
+    def _absorbs(self, site: FoundSite, norm: Call, facts: NormFacts) -> bool:
         """Whether a divisor of a norm's output is undone in a site's readers: no other reads it."""
         readers = [*site.modules, *site.floats]
         if site.experts is not None:
@@ -265,7 +270,7 @@ class BlockExperiments:
         tried = copy.deepcopy(self.module)
         scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
         own: Any = tried.get_submodule(norm.name)
-        own.weight.copy_((own.weight + offset) * scale - offset)
+        own.weight.copy_((own.weight + facts.offset) * scale - facts.offset)
         if isinstance(getattr(own, "bias", None), Tensor):
             own.bias.mul_(scale)
         for name in readers:
@@ -275,6 +280,10 @@ class BlockExperiments:
         self.module = held
         return _same(after, before)
 
+    def _is_read(self, site: FoundSite) -> bool:
+        """Whether nothing may change a site's weights, as the block's code reads one of them."""
+        return self._cautious and not self._read.isdisjoint(site.modules)
+
     def _linears(self) -> list[str]:
         return [n for n, module in self.module.named_modules() if isinstance(module, nn.Linear)]
 
@@ -283,7 +292,8 @@ class BlockExperiments:
         module = site.modules[0]
         width = self.module.get_parameter(f"{module}.weight").shape[1]
         earlier = [name for name in readers[: readers.index(module)] if self._is_linear(name)]
-        for name in earlier:
+        usable = [] if self._is_read(site) else [name for name in earlier if name not in self._read]
+        for name in usable:
             for made, rows, heads in self._candidates(name, width):
                 if self._follows(module, name, rows, heads):
                     mixes = self._mixes(name, module)

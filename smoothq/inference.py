@@ -95,13 +95,26 @@ def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
     kinds = _kinds_of_blocks(config)
     with torch.no_grad():
         model = example(config, kinds)
+        read = read_weights(model, TOKENS)
         try:
-            with proof.InFloat64():
-                written = _Writer(model, kinds).file()
-        except Unexplained as error:
-            raise _unexplained(model, str(error)) from error
-        family = _load(written)
-        _prove(model, family, f"architecture '{name}' has no file, and the wiring found for it")
+            return _proven(model, kinds, read, False, name)
+        except UnsupportedModelError:
+            if not read:
+                raise
+        return _proven(model, kinds, read, True, name)
+
+
+def _proven(
+    model: PreTrainedModel, kinds: list[int], read: frozenset[str], cautious: bool, name: str
+) -> tuple[Family, str]:
+    """The family that experiments find and its file, once it is proven."""
+    try:
+        with proof.InFloat64():
+            written = _Writer(model, kinds, read, cautious).file()
+    except Unexplained as error:
+        raise _unexplained(model, str(error)) from error
+    family = _load(written)
+    _prove(model, family, f"architecture '{name}' has no file, and the wiring found for it")
     return family, written
 
 
@@ -243,13 +256,16 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
 class _Writer:
     """Writes a family's file from experiments on a tiny model."""
 
-    def __init__(self, model: PreTrainedModel, kinds: list[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kinds: list[int], read: frozenset[str], cautious: bool
+    ) -> None:
+        """read, cautious: as of `BlockExperiments`, by full names."""
         self.model, self.kinds = model, kinds
+        self._read, self._cautious = read, cautious
         self.config = text_config(model)
         self.attribute, self.layers = _layers(model)
         self.blocks: list[BlockExperiments] = []
         self.ends: list[Call] = []
-        self._read = read_weights(model, TOKENS)
         self._record()
 
     def _record(self) -> None:
@@ -273,7 +289,9 @@ class _Writer:
             if not self.blocks:
                 self.before_blocks = len(self.ends)
             self.blocks.append(
-                BlockExperiments(self.config, opened, args[0].clone(), args[1:], kwargs, read)
+                BlockExperiments(
+                    self.config, opened, args[0].clone(), args[1:], kwargs, read, self._cautious
+                )
             )
 
         return enter
