@@ -23,11 +23,12 @@ from .transforms.smoothing import repeat_over_queries
 
 EXACT = 1e-9  # relative; what an experiment may deviate in float64
 TINY_EXPERTS = 4
+# All different: a config may hold a width that its model does not use.
 TINY_WIDTHS = {
     "intermediate_size": 80,
-    "ffn_dim": 80,
-    "ffn_hidden_size": 80,
-    "n_inner": 80,
+    "ffn_dim": 112,
+    "ffn_hidden_size": 160,
+    "n_inner": 144,
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 96,
 }
@@ -312,7 +313,7 @@ class BlockExperiments:
     ) -> Iterator[tuple[str, list[slice], Heads | None]]:
         """Layouts of a matrix under which some of its rows could make a site's channels."""
         rows, tensor = self._rows(module), f"{module}.weight"
-        for counted, heads in self._head_counts():
+        for counted, heads in self._head_counts(rows, width):
             values, fused = heads.key_value * heads.dim, heads.query + 2 * heads.key_value
             if heads.query * heads.dim != width:
                 continue
@@ -342,10 +343,18 @@ class BlockExperiments:
             if named and len(range(rows)[chosen]) == width:
                 yield layout.format(width=f"config.{sizes[0]}" if sizes else ""), chosen
 
-    def _head_counts(self) -> Iterator[tuple[str, Heads]]:
-        """Texts and values of the head counts that a block may have."""
+    def _head_counts(self, rows: int, width: int) -> Iterator[tuple[str, Heads]]:
+        """Texts and values of the head counts that a block may have.
+
+        rows, width: of the matrix that holds its values, and of what reads them.
+        """
         heads = attention_heads(self._config)
         yield "attention_heads(config)", heads
+        # What a config says and its model does not use, `Family.graph` puts right.
+        dim = width // heads.query
+        for values in (rows, (rows - width) // 2):
+            if dim and values > 0 and values % dim == 0:
+                yield "attention_heads(config)", Heads(heads.query, values // dim, dim)
         grouped = getattr(self._config, "num_kv_heads", None)
         for counted, count in (("config.num_kv_heads", grouped), ("1", 1)):
             if count and count != heads.key_value:
