@@ -527,15 +527,15 @@ class TestConfigFieldsThatAModelDoesNotUse:
         _, block, graph = first_block(name)
         assert family_named(name).graph(told, 0, block) == graph
 
-    @pytest.mark.slow
-    @settings(max_examples=3, deadline=None)
-    @given(fields=stray_fields)
-    def test_so_does_what_experiments_find(self, name, fields) -> None:
-        told = with_unused(TINY[name](), fields)
-        _, block, graph = first_block(name)
-        found, _ = infer_family(told)
-        theirs = found.graph(told.get_text_config(decoder=True), 0, block)
-        assert shape_of(theirs, block) == shape_of(graph, block)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "falcon", "mixtral"])
+def test_fields_that_a_model_does_not_use_mislead_no_experiment(name: str) -> None:
+    told = with_unused(TINY[name](), dict.fromkeys(STRAY, 2))
+    _, block, graph = first_block(name)
+    found, _ = infer_family(told)
+    theirs = found.graph(told.get_text_config(decoder=True), 0, block)
+    assert shape_of(theirs, block) == shape_of(graph, block)
 
 
 def test_a_config_that_no_reading_makes_fit_its_model_is_refused_by_name() -> None:
