@@ -33,6 +33,7 @@ def quantize(
     progress: Progress | None = None,
     on_block: OnBlock | None = None,
     probe: Probe | None = None,
+    check: bool = True,
 ) -> PreTrainedModel:
     """Quantize a causal LM and return it, ready to run.
 
@@ -43,6 +44,7 @@ def quantize(
     goes on where there is one. max_memory: bytes that the process may take while it quantizes.
     on_block: called with a `BlockDone` when a block is stored; what it raises stops the run, and
     with an output the same call goes on. probe: perplexity on some tokens every few blocks, for it.
+    check: load the output before it is placed and compare it with what was computed.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError or DeviceError) with one line on what was wrong and what to do.
@@ -55,6 +57,7 @@ def quantize(
             *(source, recipe, writer, tokenizer, data, device, progress, max_memory),
             on_block=on_block,
             probe=probe,
+            check=check,
         )
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 

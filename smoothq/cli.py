@@ -105,6 +105,13 @@ def quantize(
         float | None,
         typer.Option(help="Stop where perplexity is over so many times the float model's."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Load the output again before it is placed and compare it with what was computed.",
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it would come to and take, and stop.")
     ] = False,
@@ -189,6 +196,7 @@ def quantize(
             max_memory=limit,
             on_block=on_block,
             probe=probe,
+            check=check,
         )
     if not world.leads:
         return

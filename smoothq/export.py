@@ -20,6 +20,8 @@ from .report import served_card
 from .version import __version__
 
 Form = Literal["compressed-tensors", "gguf"]
+# Fields of configs that say how many layers predict further tokens.
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Exported:
 
     bytes_before: of the checkpoint's files. bytes_after: of all tensors. added_bytes: of the head
     that untying added. schemes: of how many linears each is, by a short name such as `W4A16 group
-    32`.
+    32`. left_out: tensors that read the model where it is rotated, and are not exported.
     """
 
     bytes_before: int
@@ -36,6 +38,7 @@ class Exported:
     added_bytes: int
     schemes: dict[str, int]
     seconds: float
+    left_out: tuple[str, ...] = ()
 
 
 def export(
@@ -96,12 +99,18 @@ def export_compressed_tensors(
         if folded.unties:
             for part in (config, config.get_text_config(decoder=True)):
                 part.tie_word_embeddings = False
+        if folded.left_out:
+            for part in (config, config.get_text_config(decoder=True)):
+                for field in PREDICTING:
+                    if getattr(part, field, 0):
+                        setattr(part, field, 0)
         exported = Exported(
             source.nbytes,
             nbytes,
             folded.added_bytes,
             dict(Counter(map(str, schemes.values()))),
             time.perf_counter() - start,
+            tuple(folded.left_out),
         )
         card = served_card(card_of(directory), exported)
         writer.assemble(config, source.tokenizer(), source.generation_config, card)

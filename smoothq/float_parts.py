@@ -21,7 +21,11 @@ from .checkpoint.stream import Source, check_weight, load_module, skeleton, unlo
 from .distributed import World
 from .errors import CalibrationError, CheckpointError, NumericsError
 from .hidden_states import HiddenStates
-from .plan import BlockPlan, Plan
+from .modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
+from .modules.quantized_embedding import row_grid
+from .plan import BlockPlan, Plan, install_ends
+from .rounding.grid import QuantizedWeight
+from .rounding.rtn import round_to_nearest
 from .transforms.norm_fusion import fuse_norms
 from .transforms.rotation import rotate_residual
 
@@ -46,11 +50,14 @@ def enter(
     tokens: Tensor,
     world: World,
     directory: Path | None = None,
+    as_stored: bool = False,
 ) -> HiddenStates:
     """Take tokens, int64 (samples, length), to the first block, rotated as the plan has it.
 
     model: the skeleton of the source, left as it is. directory: where hidden states are held in
-    files; None holds them in memory. Raises CalibrationError for a token without a row.
+    files; None holds them in memory. as_stored: as the loaded model does it, with the embedding's
+    rows in 8 bits where the plan stores them so, and the rotation's own operator.
+    Raises CalibrationError for a token without a row.
     """
     parts = plan.parts
     before = [name for name in (parts.positions, parts.entry_norm) if name]
@@ -59,8 +66,11 @@ def enter(
     embedding = model.get_submodule(parts.embedding)
     assert isinstance(embedding, nn.Embedding)
     empty = embedding.weight
-    ids = _load_rows(source, model, plan, embedding, tokens)
-    states = HiddenStates.enter(model, plan, ids, world, directory)
+    ids = _load_rows(source, model, plan, embedding, tokens, as_stored)
+    rotate = None
+    if as_stored and plan.residual_rotation is not None:
+        rotate = OnlineRotation(plan.residual_rotation)
+    states = HiddenStates.enter(model, plan, ids, world, directory, rotate)
     embedding.weight = empty
     for name in before:
         unload_module(model.get_submodule(name))
@@ -109,10 +119,10 @@ def float_rows(
         )
 
 
-def stored_rows(source: Source, name: str, checked: bool) -> Iterator[Tensor]:
-    """A tensor as it is stored, a large one in stretches of its rows.
+def stored_rows(source: Source, name: str, finite: bool = False) -> Iterator[Tensor]:
+    """A tensor of a source as it is stored, a large one in stretches of its rows.
 
-    Raises CheckpointError for a wrong shape and, where it is checked, NumericsError for NaN or Inf.
+    finite: raise NumericsError for NaN or Inf.
     """
     spec = source.specs.get(name) or source.extras[name]
     height, *others = spec.shape or (1,)
@@ -123,9 +133,21 @@ def stored_rows(source: Source, name: str, checked: bool) -> Iterator[Tensor]:
     else:
         stretches = source.rows(name, max(1, ROWS_ELEMENTS // max(1, width)))
     for rows in stretches:
-        if checked and not all_finite(rows):
+        if finite and not all_finite(rows):
             raise NumericsError(f"{source.name}: tensor '{name}' holds NaN or Inf")
         yield rows
+
+
+def coded_rows(source: Source, name: str) -> Iterator[QuantizedWeight]:
+    """An embedding or a head in 8 bits with a scale a row, in stretches of its rows.
+
+    Raises NumericsError for NaN or Inf.
+    """
+    return map(_coded, stored_rows(source, name, finite=True))
+
+
+def _coded(rows: Tensor) -> QuantizedWeight:
+    return round_to_nearest(rows, row_grid(rows.shape[1]))
 
 
 class ModelEnd:
@@ -135,8 +157,11 @@ class ModelEnd:
     held whole, in float32.
     """
 
-    def __init__(self, source: Source, plan: Plan, device: torch.device) -> None:
-        self._model, self._plan = skeleton(source), plan
+    def __init__(
+        self, source: Source, plan: Plan, device: torch.device, as_stored: bool = False
+    ) -> None:
+        """as_stored: as the loaded model does it, as of `enter`."""
+        self._model, self._plan, self._as_stored = skeleton(source), plan, as_stored
         model, parts = self._model, plan.parts
         last = parts.embedding if is_tied(model) else parts.head
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last):
@@ -145,10 +170,24 @@ class ModelEnd:
         if is_tied(model):
             weight = model.get_submodule(last).get_parameter("weight")
             model.get_submodule(parts.head).register_parameter("weight", weight)
+        if as_stored and plan.tables:
+            self._quantize_head(last)
         model.set_submodule(parts.layers, nn.ModuleList())
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last, parts.head):
             if name is not None:
                 model.get_submodule(name).to(device)
+
+    def _quantize_head(self, name: str) -> None:
+        """Codes in the place of the matrix that the head multiplies by. name: where it lies."""
+        model, parts = self._model, self._plan.parts
+        weight = model.get_submodule(name).get_parameter("weight")
+        bias = getattr(model.get_submodule(parts.head), "bias", None)
+        install_ends(model, self._plan)
+        quantized = model.get_submodule(name)
+        if isinstance(quantized, QuantizedEmbedding):
+            quantized.set_weight(_coded(weight))
+        elif isinstance(quantized, QuantizedLinear):
+            quantized.set_weight(_coded(weight), bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of what leaves the last block, rotated as the plan has it: float32 (…, vocabulary).
@@ -156,7 +195,11 @@ class ModelEnd:
         hidden: float32 (sequences, tokens, hidden_size).
         """
         rotation = self._plan.residual_rotation
-        end = hidden if rotation is None else rotation.apply_transposed(hidden)
+        end = hidden
+        if rotation is not None and self._as_stored:
+            end = OnlineRotation(rotation, transposed=True).to(hidden.device)(hidden)
+        elif rotation is not None:
+            end = rotation.apply_transposed(hidden)
         final_norm = self._model.get_submodule(self._plan.parts.final_norm)
         hook = final_norm.register_forward_pre_hook(lambda _, args: (end, *args[1:]))
         try:
@@ -167,7 +210,12 @@ class ModelEnd:
 
 
 def _load_rows(
-    source: Source, model: PreTrainedModel, plan: Plan, embedding: nn.Embedding, tokens: Tensor
+    source: Source,
+    model: PreTrainedModel,
+    plan: Plan,
+    embedding: nn.Embedding,
+    tokens: Tensor,
+    as_stored: bool,
 ) -> Tensor:
     """Load the rows of the embedding that tokens need, and no others; returns their new ids."""
     name = plan.parts.embedding
@@ -181,7 +229,9 @@ def _load_rows(
         first += len(rows)
     if len(used) and used[-1] >= first:
         raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    dtype = WORKING_DTYPE if plan.folds_ends else found[0].dtype
-    embedding.weight = nn.Parameter(torch.cat(found).to(dtype), requires_grad=False)
+    weight = torch.cat(found)
+    if as_stored and plan.tables:
+        weight = _coded(weight).dequantize(WORKING_DTYPE)
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
     embedding.padding_idx = None  # it is one of the old ids, and of no use here
     return ids

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from .architectures import Norm
 from .architectures.graph import is_tied
 from .checkpoint.packing import unpack
 from .checkpoint.stream import (
     CheckpointSource,
     load_module,
     read_tensor,
-    skeleton,
+    skeleton_of,
     unload_module,
 )
 from .errors import CheckpointError
 from .float_parts import WORKING_DTYPE, float_rows
-from .integrations.transformers import recipe_of
+from .integrations.transformers import quantization_of
 from .modules import InputSpec, WeightSpec
 from .pipeline import Progress
-from .plan import make_plan
 from .rounding.grid import QuantizedWeight, Scales
 from .servable import refuse_obstacles
-from .transforms.rotation import end_folds
+from .transforms.rotation import head_fold, rotate_input
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class FoldedFloat:
 class FoldedCheckpoint:
     """A directory that `quantize` wrote, opened for a format that others read.
 
-    A rotation that ran at both ends, because one matrix is both, is folded into an embedding and a
-    head of their own: `unties` says so.
+    The rotation of the residual stream is folded into the embeddings and into the head; a head that
+    was the embedding becomes a matrix of its own: `unties`.
     """
 
     def __init__(self, directory: Path, form: str) -> None:
@@ -69,11 +68,24 @@ class FoldedCheckpoint:
         """
         self.name = str(directory)
         self.source = CheckpointSource(directory, self.name)
-        recipe = recipe_of(self.source.config, self.name)
-        self.model = skeleton(self.source)
-        self.plan = make_plan(self.model, recipe)
+        quantization = quantization_of(self.source.config, self.name)
+        self.model = skeleton_of(self.source.config, self.name)
+        self.source.adopt(self.model)
+        self.plan = quantization.plan_for(self.model)
         refuse_obstacles(self.model, self.plan, self.name, form)
-        self.unties = self.plan.residual_rotation is not None and not self.plan.folds_ends
+        self.unties = self.plan.residual_rotation is not None and is_tied(self.model)
+
+    @property
+    def extras(self) -> list[str]:
+        """Tensors of modules that the model's class does not have, such as a tower, by name."""
+        linears = tuple(f"{name}." for _, name, *_ in self._linears())
+        known = set(self.model.state_dict()) | {scale for *_, scale in self._linears() if scale}
+        return [n for n in self.source.files if n not in known and not n.startswith(linears)]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Those that are not exported: all, where what they read of the model is rotated."""
+        return self.extras if self.plan.residual_rotation is not None else []
 
     @property
     def added_bytes(self) -> int:
@@ -90,9 +102,12 @@ class FoldedCheckpoint:
 
     @property
     def float_linears(self) -> list[str]:
-        """Full names of the linears that are not quantized, the head among them."""
+        """Full names of the linears that are not quantized, the head and extras among them."""
         specs = self.specs
-        linears = (n for n, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        linears = [n for n, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        if not self.left_out:
+            weights = (name for name in self.extras if name.endswith(".weight"))
+            linears += [name.removesuffix(".weight") for name in weights]
         return [name for name in linears if name not in specs]
 
     def linears(self, progress: Progress | None = None) -> Iterator[FoldedLinear]:
@@ -118,22 +133,27 @@ class FoldedCheckpoint:
 
     def floats(self) -> Iterator[FoldedFloat]:
         """Everything else, one by one."""
-        parts = self.plan.parts
+        parts, rotation = self.plan.parts, self.plan.residual_rotation
         taken = {f"{name}." for _, name, *_ in self._linears()}
         taken |= {scale for *_, scale in self._linears() if scale is not None}
-        if self.unties:
+        folds: dict[str, Callable[[Tensor], None]] = {}
+        if rotation is not None:
+            folds = dict.fromkeys(parts.entering, partial(rotate_input, rotation=rotation))
             norm = self.model.get_submodule(parts.final_norm)
             load_module(norm, parts.final_norm, self.source, WORKING_DTYPE)
-            rotation = self.plan.residual_rotation
-            assert rotation is not None
-            folds = end_folds(self.model, parts, rotation, self._norm_offset())
+            folds[parts.head] = head_fold(self.model, parts, rotation, self.plan.norm_offset)
             yield self._whole(f"{parts.final_norm}.weight", norm.get_parameter("weight"))
             unload_module(norm)
-            for name in (parts.embedding, parts.head):
-                yield self._by_rows(name, folds[name])
-            taken |= {f"{name}." for name in (parts.final_norm, parts.embedding, parts.head)}
+            taken.add(f"{parts.final_norm}.weight")
+        for name, fold in folds.items():
+            yield self._by_rows(name, fold)
+            taken.add(f"{name}.weight")
+        extras, left_out = set(self.extras), set(self.left_out)
         for name in self.source.files:
-            if not name.startswith(tuple(taken)):
+            if name in extras - left_out:
+                tensor = self._read(name)
+                yield FoldedFloat(name, [tensor], tuple(tensor.shape), tensor.nbytes)
+            elif name not in left_out and not name.startswith(tuple(taken)):
                 yield self._whole(name, self._read(name))
 
     def _linears(self) -> Iterator[tuple[int, str, WeightSpec, InputSpec, str | None]]:
@@ -152,16 +172,12 @@ class FoldedCheckpoint:
 
     def _by_rows(self, module: str, fold: Callable[[Tensor], None]) -> FoldedFloat:
         """An end, folded; a head is read from the embedding that it was tied to."""
-        read = self.plan.parts.embedding if is_tied(self.model) else module
+        parts = self.plan.parts
+        read = parts.embedding if module == parts.head and is_tied(self.model) else module
         shape = tuple(self.model.get_submodule(read).get_parameter("weight").shape)
         dtype = self.plan.stored_dtype
         rows = (each.to(dtype) for each in float_rows(self.source, self.model, read, fold))
         return FoldedFloat(f"{module}.weight", rows, shape, shape[0] * shape[1] * dtype.itemsize)
-
-    def _norm_offset(self) -> float:
-        """What this family's norms add to their weight."""
-        sites = (site for block in self.plan.blocks for site in block.graph.sites)
-        return next((s.producer.offset for s in sites if isinstance(s.producer, Norm)), 0.0)
 
     def _read(self, name: str) -> Tensor:
         if name not in self.source.files:

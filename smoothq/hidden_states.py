@@ -101,14 +101,18 @@ class HiddenStates:
         tokens: Tensor,
         world: World,
         directory: Path | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> HiddenStates:
         """Embed tokens, int64 (samples, length), and record what the decoder hands its blocks.
 
         What stands before the blocks must be loaded, unrotated; the blocks may be on the meta
         device. What stands before them runs on the CPU, in every process for all tokens.
         directory: where micro-batches are held in a file; None holds them in memory, on the device.
+        rotate: what rotates them; None does it in float64.
         """
-        parts, rotation = plan.parts, plan.residual_rotation
+        parts = plan.parts
+        if rotate is None and plan.residual_rotation is not None:
+            rotate = plan.residual_rotation.apply
         decoder, embedding = (
             model.get_submodule(name) for name in (parts.decoder, parts.embedding)
         )
@@ -125,7 +129,7 @@ class HiddenStates:
                 _run_until_stopped(decoder, inputs_embeds=embedded, use_cache=False)
                 entered = recorders[0].hidden
                 if world.owns(number):
-                    rotated = entered if rotation is None else rotation.apply(entered)
+                    rotated = entered if rotate is None else rotate(entered)
                     shelf.put(number, rotated.to(world.device))
         finally:
             decoder.set_submodule(attribute, blocks)

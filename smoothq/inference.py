@@ -35,6 +35,8 @@ from .experiments import (
     own_weight,
     text,
 )
+from .transforms.hadamard import Hadamard
+from .transforms.rotation import rotate_input
 from .weight_watch import read_weights
 
 TOKENS = torch.tensor(
@@ -338,21 +340,39 @@ class _Writer:
         yield f"layers={text(self.attribute)}"
         yield f"final_norm={text(final.name)}"
         embedding = self.model.get_input_embeddings()
+        tables: list[Any] = [embedding]
         for call in self.ends[: self.before_blocks]:
             if call.module is embedding:
                 continue
             if isinstance(call.module, nn.Embedding):
+                tables.append(call.module)
                 yield f"positions={text(call.name)}"
             elif own_weight(call.module).dim() == 1:
                 yield f"entry_norm={text(call.name)}"
             else:
                 raise Unexplained(f"'{call.name}' before its blocks")
+        if not self._sums_at_entry([table.weight for table in tables]):
+            yield "sums_at_entry=False"
         if centred:
             yield "centred=True"
         if self.blocks[0].returns_tuple:
             yield "returns_tuple=True"
         if any(block.flattens for block in self.blocks):
             yield "flattens=True"
+
+    def _sums_at_entry(self, tables: list[Tensor]) -> bool:
+        """Whether rotating the rows of embeddings rotates what enters the first block."""
+        rotation = Hadamard.of(self.config.hidden_size, seed=0)
+        entering: list[Tensor] = []
+        handle = self.layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+        held = [table.clone() for table in tables]
+        for table in tables:
+            rotate_input(table, rotation)
+        self.model(TOKENS, use_cache=False)
+        handle.remove()
+        for table, values in zip(tables, held, strict=True):
+            table.copy_(values)
+        return proof.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
 
 
 _FILE = '''"""{model_type}: wiring found by experiments on a tiny model."""

@@ -32,13 +32,13 @@ from .checkpoint.tensor_file import as_bytes
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
 from .distributed import World
 from .errors import CalibrationError
-from .float_parts import Block, enter, load_block, stored_rows
+from .float_parts import Block, coded_rows, enter, load_block, stored_rows
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .memory import give_back, peak_memory, steady_heap
 from .migration import search_alpha
 from .modules import InputQuantizer, SequenceContext
-from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
+from .modules.quantized_embedding import EMBEDDING_BITS
 from .observers import SecondMoment
 from .output import Output
 from .plan import (
@@ -57,6 +57,8 @@ from .report import model_card
 from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
+from .roundtrip import STREAM as ROUNDTRIP
+from .roundtrip import RoundTrip
 from .transforms.rotation import rotate_input, rotate_value_output
 from .transforms.smoothing import smooth
 from .tuning import tune
@@ -107,12 +109,14 @@ def quantize_checkpoint(
     max_memory: int | None = None,
     on_block: OnBlock | None = None,
     probe: Probe | None = None,
+    check: bool = True,
 ) -> Result:
     """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
 
     data: calibration tokens, int64 (samples, length); without it the recipe's text is read.
     max_memory: bytes that the process may take. on_block: called when a block is stored; what it
-    raises stops the run, which can be gone on with. probe: what is measured for it on the way. Of
+    raises stops the run, which can be gone on with. probe: what is measured for it on the way.
+    check: load the output again before it is placed and compare it with what was computed. Of
     several processes that a launcher started, all must call this: they share the work, and the
     first writes.
     Raises SmoothqError for whatever cannot be done, before any work where that can be known.
@@ -131,7 +135,9 @@ def quantize_checkpoint(
     with output, steady_heap():
         surroundings = Surroundings.here(world.device.type, world.size)
         begun = output.begin(_identity(source, recipe, tokens), surroundings)
-        job = _Job(source, plan, model, account, output, world, progress or _silent, on_block)
+        roundtrip = RoundTrip(source, model, plan, account, world) if check else None
+        shown = progress or _silent
+        job = _Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
         directory = writer.scratch if needs.states_on_disk else None
         _run(job, tokens, begun.blocks, directory, probe)
         result = Result(
@@ -146,8 +152,10 @@ def quantize_checkpoint(
             notes=(*plan.notes, *source.notes, *_dtype_note(source, plan)),
         )
         config = _config_of(source, model, plan)
-        output.assemble(config, tokenizer, source.generation_config, model_card(result))
+        final = output.assemble(config, tokenizer, source.generation_config, model_card(result))
         output.check(account)
+        if roundtrip is not None:
+            roundtrip.compare(final, needs.memory)
         output.place()
     return result
 
@@ -187,6 +195,7 @@ class _Job:
     world: World
     progress: Progress
     on_block: OnBlock | None
+    roundtrip: RoundTrip | None
 
 
 @torch.no_grad()
@@ -204,6 +213,8 @@ def _run(
     if probe is not None:
         probing = Probing(probe, job.source, job.model, plan, job.world)
         streams[STREAM] = probing.stream
+    if job.roundtrip is not None:
+        streams[ROUNDTRIP] = job.roundtrip.stream
     if not finished:
         _store_ends(job)
     for name, stream in streams.items() if finished else ():
@@ -214,7 +225,10 @@ def _run(
         stage = partial(_enter_stage, job, index)
         _quantize_block(block, job, streams.get("quantized"), streams.get("float"), stage)
         perplexity = None if probing is None else probing.follow(block.module, index)
-        output.add(_to_store(block, job.source, job.account))
+        stored = _to_store(block, job.source, job.account)
+        output.add(stored)
+        if job.roundtrip is not None:
+            job.roundtrip.follow(block, stored)
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
         if job.on_block is not None:
@@ -471,8 +485,7 @@ def _store_table(job: _Job, name: str) -> None:
     scales: list[Tensor] = []
 
     def packed() -> Iterator[Tensor]:
-        for each in stored_rows(job.source, f"{name}.weight", True):
-            rounded = round_to_nearest(each, row_grid(weight.shape[1]))
+        for rounded in coded_rows(job.source, f"{name}.weight"):
             scales.append(rounded.scales.scale)
             yield pack(rounded.codes, EMBEDDING_BITS)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
-from .architectures.graph import is_tied, takes_rotation, text_config
+from .architectures.graph import is_tied, norm_offset, takes_rotation, text_config
 from .architectures.layout import open_block
 from .attention_plan import cached_bits, plan_attention
 from .errors import DeviceError, RecipeError
@@ -116,13 +116,13 @@ class Plan:
     """A recipe resolved for one model.
 
     recipe: as it was given, with what the model's own code asks for added to `keep`. parts: where
-    the model's parts are. residual_rotation: R1, or None, as in families whose stream takes none.
-    folds_ends: R1 is folded into embedding and head, where otherwise it runs online at both ends.
-    attention: of every block, or None where it stays float. notes: what the user should know.
-    stored_dtype: of most of what stays float, and of what is new; float_elements: how many
-    numbers stay float, float_bytes: their bytes, each in the dtype that it came in unless the
-    recipe names one. tables: rows of what is stored in 8 bits with a scale a row: the embedding,
-    and an untied head.
+    the model's parts are. residual_rotation: R1, or None, as in families whose stream takes none;
+    it runs online where the stream enters the first block, and back before the final norm, so
+    that nothing outside the blocks knows of it. attention: of every block, or None where it stays
+    float. notes: what the user should know. stored_dtype: of most of what stays float, and of
+    what is new; float_elements: how many numbers stay float, float_bytes: their bytes, each in
+    the dtype that it came in unless the recipe names one. tables: rows of what is stored in 8
+    bits with a scale a row: the embedding, and an untied head.
     """
 
     recipe: Recipe
@@ -130,7 +130,6 @@ class Plan:
     parts: Parts
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
-    folds_ends: bool
     attention: AttentionSpec | None
     bits: Bits
     notes: tuple[str, ...]
@@ -142,12 +141,15 @@ class Plan:
     @property
     def online_rotations(self) -> list[Hadamard]:
         """Every rotation that runs with the model, each once."""
-        found = _site_rotations(self.blocks)
-        if not self.folds_ends:
-            found.append(self.residual_rotation)
+        found = [*_site_rotations(self.blocks), self.residual_rotation]
         if self.attention is not None:
             found.append(self.attention.rotation)
         return list(dict.fromkeys(rotation for rotation in found if rotation is not None))
+
+    @property
+    def norm_offset(self) -> float:
+        """What the model's norms add to their weight."""
+        return norm_offset(block.graph for block in self.blocks)
 
     @property
     def linear_bytes(self) -> int:
@@ -205,7 +207,6 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         parts=parts,
         blocks=blocks,
         residual_rotation=rotation,
-        folds_ends=rotation is not None and parts.fold(model),
         attention=attention,
         bits=_count_bits(blocks, dtype, cached_bits(attention, graphs)),
         notes=tuple(dict.fromkeys(notes)),
@@ -425,7 +426,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     install_ends(model, plan)
     if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
-    if plan.residual_rotation is not None and not plan.folds_ends:
+    if plan.residual_rotation is not None:
         rotate_ends(model, plan.parts, plan.residual_rotation)
     install_attention(model, plan)
 

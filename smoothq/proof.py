@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .architectures import BlockGraph, Edge, Family, Norm, Rows
-from .architectures.graph import takes_rotation, text_config
+from .architectures import BlockGraph, Edge, Family, Norm, Rows, WeightRef
+from .architectures.graph import is_tied, norm_offset, takes_rotation, text_config
 from .architectures.layout import open_block
 from .modules import rotate_ends
 from .transforms.hadamard import Hadamard
 from .transforms.norm_fusion import fuse_norms
 from .transforms.rotation import (
-    rotate_ends_offline,
+    head_fold,
+    rotate_entry,
     rotate_input,
     rotate_residual,
     rotate_value_output,
@@ -85,16 +86,30 @@ def fuse(model: PreTrainedModel, family: Family) -> None:
 
 
 def rotate_stream(model: PreTrainedModel, family: Family) -> None:
-    """R1 with the norm fusion that it needs, folded into the ends or running there."""
-    fuse(model, family)
+    """R1 with the norm fusion that it needs, running where the stream enters and leaves."""
+    rotate_ends(model, family.parts(model), _rotate_blocks(model, family))
+
+
+def rotate_stream_offline(model: PreTrainedModel, family: Family) -> None:
+    """The same folded into the embeddings and a head of its own: what exports for others hold."""
     parts = family.parts(model)
+    if is_tied(model):
+        weight = model.get_submodule(parts.head).get_parameter("weight")
+        untied = nn.Parameter(weight.clone(), requires_grad=False)
+        model.get_submodule(parts.head).register_parameter("weight", untied)
+    rotation = _rotate_blocks(model, family)
+    rotate_entry(model, parts, rotation)
+    offset = norm_offset(graph for _, graph in graphs(model, family))
+    fold = head_fold(model, parts, rotation, offset)
+    fold(WeightRef(f"{parts.head}.weight").view(model))
+
+
+def _rotate_blocks(model: PreTrainedModel, family: Family) -> Hadamard:
+    fuse(model, family)
     rotation = Hadamard.of(text_config(model).hidden_size, 5, family.centred)
     for block, graph in graphs(model, family):
         rotate_residual(block, graph, rotation)
-    folds = parts.fold(model)
-    rotate_ends_offline(model, parts, rotation, folds)
-    if not folds:
-        rotate_ends(model, parts, rotation)
+    return rotation
 
 
 def rotate_values(model: PreTrainedModel, family: Family) -> None:
@@ -153,6 +168,10 @@ def claims(model: PreTrainedModel, family: Family) -> dict[str, Rewrite]:
     possible: dict[str, tuple[Rewrite, bool]] = {
         "norm fusion": (fuse, any(isinstance(site.producer, Norm) for site in sites)),
         "stream rotation": (rotate_stream, takes_rotation(wiring)),
+        "stream rotation, folded": (
+            rotate_stream_offline,
+            takes_rotation(wiring) and family.folds_offline(model),
+        ),
         "value rotation": (rotate_values, "value_output" in edges),
         "input rotation": (rotate_inputs, True),
         "smoothing of norms": (smoothing("norms"), "norms" in edges),

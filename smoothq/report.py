@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.stream import families_of
 from .plan import Bits, Plan
 from .price import Needs, Price, as_text
 from .recipe import FLOAT_BITS, Recipe
@@ -156,7 +157,11 @@ def export_rows(exported: Exported) -> list[tuple[str, str]]:
     if exported.added_bytes:
         size += f", {exported.added_bytes / 1e6:.1f} MB of them a head of its own"
     schemes = ", ".join(f"{name}: {count}" for name, count in exported.schemes.items())
-    return [("linears", schemes), ("size", size), ("time", as_text(exported.seconds))]
+    rows = [("linears", schemes), ("size", size)]
+    if exported.left_out:
+        names = families_of(exported.left_out)
+        rows.append(("left out, for what it reads is rotated", f"{names}"))
+    return [*rows, ("time", as_text(exported.seconds))]
 
 
 def served_card(card: str, exported: Exported) -> str:

@@ -190,8 +190,8 @@ def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[Obstacle]:
         yield Obstacle("keys, values or their products are quantized by our attention", edit)
     if plan.tables:
         yield Obstacle("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
-    if plan.residual_rotation is not None and not plan.parts.folds_untied(model):
-        what = "the residual stream is rotated at both ends while the model runs"
+    if plan.residual_rotation is not None and not plan.family.folds_offline(model):
+        what = "the residual stream is rotated at its ends while the model runs"
         yield Obstacle(what, {"rotation__residual": False})
 
 

@@ -14,9 +14,9 @@ from .checkpoint.manifest import MANIFEST, Manifest, first_line, sha256_of
 from .checkpoint.stream import check_sizes, read_config, read_tensor, tensor_files
 from .checkpoint.tensor_file import as_bytes, is_intact
 from .errors import CheckpointError, SmoothqError
-from .integrations.transformers import check_tensors, recipe_of
+from .integrations.transformers import check_tensors, quantization_of
 from .kernels import largest_multiplier
-from .plan import install, make_plan
+from .plan import install
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def verify_checkpoint(
 
 def _empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
     """The quantized model of a config, on the meta device."""
-    recipe = recipe_of(config, name)
+    quantization = quantization_of(config, name)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        install(model, make_plan(model, recipe))
+        install(model, quantization.plan_for(model))
     except SmoothqError:
         raise
     except Exception as error:  # whatever transformers makes of a config that fits no model

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from smoothq import proof
 from smoothq.architectures import Edge, Heads, Norm, Rows, Site, WeightRef
 from smoothq.architectures.graph import is_tied
-from smoothq.modules import rotate_ends, stop_rotating
+from smoothq.modules import rotate_ends, rotated_ends, stop_rotating
 from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.norm_fusion import fuse_norm
 from smoothq.transforms.rotation import rotate_residual, rotate_value_output
@@ -116,23 +116,19 @@ class TestRotatedEnds:
     def test_stop_rotating_undoes_it(self, name: str) -> None:
         model = tiny_model(name)
         parts = family_named(name).parts(model)
-        ends = [model.get_submodule(end) for end in (parts.entry, parts.final_norm)]
-        classes, names = [type(end) for end in ends], list(model.state_dict())
+        names, classes = list(model.state_dict()), [type(module) for module in model.modules()]
         modules, logits = list(model.modules()), model(TOKENS).logits
-        rotate_ends(model, parts, Hadamard.of(model.config.hidden_size, seed=5))
-        assert all(type(end) is not stock for end, stock in zip(ends, classes, strict=True))
-        assert all(isinstance(end, stock) for end, stock in zip(ends, classes, strict=True))
-        for end in ends:
-            stop_rotating(end)
-        assert [type(end) for end in ends] == classes
+        rotation = Hadamard.of(model.config.hidden_size, seed=5)
+        rotate_ends(model, parts, rotation)
         assert list(model.state_dict()) == names
+        ends = {model.get_submodule(name) for name in (parts.first_block, parts.final_norm)}
+        assert {module for module, _ in rotated_ends(model)} == ends
+        assert not torch.equal(model(TOKENS).logits, logits)
+        stop_rotating(model)
         assert list(model.modules()) == modules
+        assert [type(module) for module in model.modules()] == classes
+        assert list(model.state_dict()) == names
         assert torch.equal(model(TOKENS).logits, logits)
-
-    def test_stop_rotating_leaves_other_modules_alone(self) -> None:
-        linear = nn.Linear(2, 2)
-        stop_rotating(linear)
-        assert type(linear) is nn.Linear
 
 
 def column(*values: float) -> Tensor:

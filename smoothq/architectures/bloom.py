@@ -32,5 +32,6 @@ FAMILY = Family(
     entry_norm="word_embeddings_layernorm",
     centred=True,
     returns_tuple=True,
+    sums_at_entry=False,
     refuses=_refuses,
 )

@@ -177,6 +177,12 @@ def takes_rotation(graphs: Iterable[BlockGraph]) -> bool:
     return all(graph.residual_writers for graph in graphs)
 
 
+def norm_offset(graphs: Iterable[BlockGraph]) -> float:
+    """What the norms of a model add to their weight, as those of its blocks do."""
+    sites = (site for graph in graphs for site in graph.sites)
+    return next((s.producer.offset for s in sites if isinstance(s.producer, Norm)), 0.0)
+
+
 @dataclass(frozen=True)
 class Parts:
     """The full names, in one causal LM, of what a pass over its blocks must find.
@@ -195,25 +201,21 @@ class Parts:
     entry_norm: str | None
 
     @property
-    def entry(self) -> str:
-        """The module whose output enters the stack of blocks, but for learned positions."""
-        return self.entry_norm or self.embedding
+    def first_block(self) -> str:
+        """The block that the residual stream enters, whatever way it came."""
+        return f"{self.layers}.0"
 
-    def fold(self, model: PreTrainedModel) -> bool:
-        """Whether a rotation of the residual stream folds into the weights at both of its ends.
+    @property
+    def entering(self) -> tuple[str, ...]:
+        """The embeddings whose rows are added up to what enters the first block."""
+        return (self.embedding, *([] if self.positions is None else [self.positions]))
 
-        Not where one matrix is both ends, or not even two would do.
+    def folds_head(self, model: PreTrainedModel) -> bool:
+        """Whether a head that is not the embedding can undo a rotation of the residual stream.
+
+        Not where the final norm has a bias.
         """
-        return not is_tied(model) and self.folds_untied(model)
-
-    def folds_untied(self, model: PreTrainedModel) -> bool:
-        """Whether it would with an embedding and a head of their own.
-
-        Not where a norm stands behind the embedding, or where the head has no bias to take the
-        final norm's.
-        """
-        bias = Norm(f"{self.final_norm}.weight").bias_view(model)
-        return self.entry_norm is None and bias is None
+        return Norm(f"{self.final_norm}.weight").bias_view(model) is None
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,9 @@ class Family:
     model_types: the config's `model_type` values. block: config and layer index → BlockGraph.
     centred: its norms subtract the mean. returns_tuple: a block returns its output inside a tuple.
     flattens: a block joins the tokens of all sequences in front of some of its linears. refuses:
-    config → why such a model cannot be quantized, or None. The other fields are names within the
-    decoder, as in `Parts`.
+    config → why such a model cannot be quantized, or None. sums_at_entry: what enters the first
+    block is a sum of multiples of `Parts.entering`, so that rotating those rotates it. The other
+    fields are names within the decoder, as in `Parts`.
     """
 
     model_types: tuple[str, ...]
@@ -236,6 +239,7 @@ class Family:
     centred: bool = False
     returns_tuple: bool = False
     flattens: bool = False
+    sums_at_entry: bool = True
     refuses: Callable[[PretrainedConfig], str | None] = lambda config: None
 
     def graph(self, config: PretrainedConfig, index: int, block: nn.Module) -> BlockGraph:
@@ -268,6 +272,10 @@ class Family:
             positions=within(self.positions),
             entry_norm=within(self.entry_norm),
         )
+
+    def folds_offline(self, model: PreTrainedModel) -> bool:
+        """Whether a rotation of the residual stream folds into embeddings and an untied head."""
+        return self.sums_at_entry and self.parts(model).folds_head(model)
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

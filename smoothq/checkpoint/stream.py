@@ -516,17 +516,17 @@ def _notes_on(extras: dict[str, Spec], useless: list[str]) -> list[str]:
     if extras:
         notes.append(
             f"{len(extras)} tensors that the model's class does not know are kept as they are: "
-            f"{_families_of(extras)}"
+            f"{families_of(extras)}"
         )
     if useless:
         notes.append(
             f"{len(useless)} stored tensors are left out, for the model's code does not use them: "
-            f"{_families_of(useless)}"
+            f"{families_of(useless)}"
         )
     return notes
 
 
-def _families_of(names: Iterable[str]) -> str:
+def families_of(names: Iterable[str]) -> str:
     """Names with `*` for every number in them, each once, a few of them."""
     kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
     return ", ".join(kinds[:NAMED]) + (f", … ({len(kinds)} kinds)" if len(kinds) > NAMED else "")

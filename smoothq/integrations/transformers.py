@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..architectures import WeightRef
-from ..architectures.graph import text_config
+from ..architectures.graph import is_tied, text_config
 from ..architectures.layout import close_block
 from ..checkpoint.stream import Spec, tensor_shapes
 from ..errors import CheckpointError
@@ -29,17 +29,18 @@ from ..modules import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizesAttention,
+    rotated_ends,
     stop_quantizing_attention,
     stop_rotating,
 )
-from ..modules.online_rotation import RotatesInput, RotatesOutput
 from ..plan import Plan, install, make_plan
 from ..recipe import Recipe, recipe_from_dict
 from ..transforms.hadamard import Hadamard
-from ..transforms.rotation import rotate_input, rotate_residual
+from ..transforms.rotation import rotate_residual
 
 METHOD = "smoothq"
-FORMAT = 2  # of the tensors: 4-bit codes packed by blocks of 64 columns
+FORMAT = 3  # of the tensors: the residual rotation is in none outside the blocks
+READABLE = (2, FORMAT)  # in 2 it was in the ends of some models: see `SmoothqConfig.plan_for`
 
 
 @register_quantization_config(METHOD)
@@ -76,25 +77,45 @@ class SmoothqConfig(QuantizationConfigMixin):
 
     def check_format(self) -> None:
         """Raise CheckpointError where the tensors lie as another version has them."""
-        if self.format != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint has format {self.format} (smoothq {self.version}), this one "
-                f"reads format {FORMAT}; quantize the model again, or load it with that version"
-            )
+        if self.format not in READABLE:
+            raise self._foreign()
+
+    def plan_for(self, model: PreTrainedModel) -> Plan:
+        """The plan that a checkpoint of this config was made by, for its float model's skeleton.
+
+        Raises CheckpointError where the checkpoint's tensors are not those of that plan.
+        """
+        self.check_format()
+        plan = make_plan(model, self.parsed_recipe())
+        parts, tied = plan.parts, is_tied(model)
+        folded = not tied and parts.entry_norm is None and parts.folds_head(model)
+        moved = plan.residual_rotation is not None and (folded or parts.positions is not None)
+        if self.format < FORMAT and moved:
+            raise self._foreign()
+        return plan
+
+    def _foreign(self) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint has format {self.format} (smoothq {self.version}), this one "
+            f"reads format {FORMAT}; quantize the model again, or load it with that version"
+        )
 
     def parsed_recipe(self) -> Recipe:
         """The recipe. Raises RecipeError naming the field at fault."""
         return recipe_from_dict(self.recipe)
 
 
-def recipe_of(config: PretrainedConfig, name: str) -> Recipe:
-    """The recipe of a checkpoint's config. Raises CheckpointError where it is none of ours."""
+def quantization_of(config: PretrainedConfig, name: str) -> SmoothqConfig:
+    """How a checkpoint's config says it is quantized.
+
+    Raises CheckpointError where it is none of ours, or one that is read no more.
+    """
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(f"{name} is not quantized by smoothq")
     stored = SmoothqConfig(**quantization)
     stored.check_format()
-    return stored.parsed_recipe()
+    return stored
 
 
 @register_quantizer(METHOD)
@@ -124,8 +145,7 @@ class SmoothqHfQuantizer(HfQuantizer):
     ) -> None:
         # transformers builds the model under a meta-device context; rotations must be real.
         with torch.device("cpu"):
-            self.quantization_config.check_format()
-            self.plan = make_plan(model, self.quantization_config.parsed_recipe())
+            self.plan = self.quantization_config.plan_for(model)
             self._check_rotations(self.plan)
             install(model, self.plan)
         if self.plan.tables:
@@ -141,6 +161,8 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _check_filled(model)
         prepare(model)
+        loaded: Any = model
+        loaded._weight_conversions = _OneWay(get_model_conversion_mapping(model))
 
     def _check_rotations(self, plan: Plan) -> None:
         stored = [Hadamard.from_dict(entry) for entry in self.quantization_config.rotations]
@@ -158,21 +180,27 @@ class SmoothqHfQuantizer(HfQuantizer):
         return model
 
 
-def prepare(model: PreTrainedModel) -> None:
+class _OneWay(list[Any]):
+    """Conversions from stored names, for what transformers loads later, as layers that predict
+    several tokens; saving asks for them in reverse, and our tensors have their names already."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return [] if index == slice(None, None, -1) else super().__getitem__(index)
+
+
+def prepare(model: nn.Module) -> None:
     """Derive everything that is not stored, on each module's device, after loading."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             if module.site_input.rotation is not None:
                 module.site_input.rotation.prepare(module.device)
             module.prepare()
-        elif isinstance(module, RotatesInput | RotatesOutput):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            module.online_rotation.prepare(weight.device)
         elif isinstance(module, QuantizesAttention):
             rotation = module.attention_quantizer.rotation
             if rotation is not None:
                 rotation.prepare(module.device)
+    for module, rotation in rotated_ends(model):
+        rotation.prepare(next(iter(module.state_dict().values())).device)
 
 
 def keep_packed(model: nn.Module) -> None:
@@ -206,20 +234,16 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
             assert isinstance(site_input, InputQuantizer)
             site_input.context.detach()
             delattr(block.get_submodule(parent), attribute)
-        if plan.residual_rotation is not None and not plan.folds_ends:
+        if plan.residual_rotation is not None:
             rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
         if plan.attention is not None:
             attention = block.get_submodule(block_plan.attention)
             stop_quantizing_attention(attention, text_config(model))
         close_block(block, stock.get_submodule(str(index)))
         block.to(dtype)
-    for end in (plan.parts.entry, plan.parts.final_norm):
-        stop_rotating(model.get_submodule(end))
+    stop_rotating(model)
     if plan.tables:
         _dequantize_tables(model, plan, dtype)
-    rotation, positions = plan.residual_rotation, plan.parts.positions
-    if rotation is not None and positions is not None and not plan.folds_ends:
-        rotate_input(WeightRef(f"{positions}.weight").view(model), rotation, inverse=True)
 
 
 def _dequantize_tables(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:

@@ -2,8 +2,9 @@
 
 vLLM loads it by its entry point in every process. The models are vLLM's own; what each of their
 layers gets is read off the skeleton that transformers would load into. Linears that vLLM merges (q,
-k and v; gate and up) read one tensor, so they are one QuantizedLinear of all their rows. Where R1
-runs online, the embedding rotates what it looks up. vLLM offers no hook at the final norm, but a
+k and v; gate and up) read one tensor, so they are one QuantizedLinear of all their rows. vLLM has
+no hook where the residual stream enters the blocks or leaves them. Its only way in here is the
+embedding (what enters beside it is refused), so that rotates what it looks up. At the other end a
 norm's division commutes with a rotation: the head rotates back and multiplies by the norm's weight,
 which is loaded there, while the norm itself keeps its ones.
 """
@@ -120,7 +121,7 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
         module: Any = model.get_submodule(plan.parts.head if head else plan.parts.embedding)
         quantized = isinstance(module, QuantizedEmbedding | QuantizedLinear | TiedHead)
         method = SmoothqMethod(module) if quantized else vocabulary.UnquantizedEmbeddingMethod()
-        if plan.residual_rotation is None or plan.folds_ends:
+        if plan.residual_rotation is None:
             return method
         asked = get_current_vllm_config().model_config
         if asked.runner_type == "pooling" or asked.enable_prompt_embeds:
@@ -155,7 +156,7 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear) and module.site_input.state_dict():
                 moved.setdefault(f"{module.site_input.name}.", f"{name}.input_")
-        if plan.residual_rotation is not None and not plan.folds_ends:
+        if plan.residual_rotation is not None:
             moved[f"{plan.parts.final_norm}.weight"] = f"{plan.parts.head}.norm_weight"
         return WeightsMapper(orig_to_new_substr=moved)
 

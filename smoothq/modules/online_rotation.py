@@ -1,13 +1,16 @@
-"""Hadamard rotations that run with the model: before down_proj, and where embeddings are tied.
+"""Hadamard rotations that run with the model: before down_proj, and at the residual stream's ends.
 
-With tied embeddings, folding R into the embedding and the final norm's weight into the head would
-make two matrices of one. Instead the embedding's output is rotated, and rotated back before the
-final norm; embedding, norm and head keep their tensors, names and tie.
+What enters the first block is rotated there, whatever way it came: from the embedding, as
+`inputs_embeds`, as soft prompts or image features. So all of these, and learned positions, are the
+float model's. An untied head takes in the final norm's weight and undoes the rotation. With a tied
+one that would make two matrices of one: instead what leaves the last block is rotated back before
+the final norm; embedding, norm and head keep their tensors, names and tie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -79,40 +82,52 @@ class OnlineRotation(nn.Module):
         return kernels.hadamard_quantize(x, *factors, bits, group_size, clip, full_range)
 
 
-class RotatesOutput(nn.Module):
-    """Mixed into what enters the residual stream: its output is multiplied by R."""
+class RotatedForward:
+    """A module's `forward` for an input that is rotated first: its own, called with x R or x Rᵀ.
 
-    online_rotation: OnlineRotation
+    Not a hook, so that hooks of others that record what the module is given, such as those behind
+    `output_hidden_states`, see it unrotated, and it is on the module's device when it is rotated.
+    """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's own output, (..., K), times R."""
-        return self.online_rotation(super().forward(*args, **kwargs))  # type: ignore[no-any-return]
+    def __init__(self, module: nn.Module) -> None:
+        """module: holds an `online_rotation`."""
+        self.module = module
 
-
-class RotatesInput(nn.Module):
-    """Mixed into a norm: its input is multiplied by Rᵀ first."""
-
-    online_rotation: OnlineRotation
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The norm's own output for x Rᵀ, (..., K)."""
-        return super().forward(self.online_rotation(x), *args, **kwargs)  # type: ignore[no-any-return]
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output for hidden_states (..., K), rotated."""
+        module: Any = self.module
+        return type(module).forward(module, module.online_rotation(hidden_states), *args, **kwargs)
 
 
 def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
-    """Make what enters the stack of blocks rotate and the final norm rotate back, in place.
+    """Make the first block rotate what it is given and the final norm rotate it back, in place.
 
     Tensors, names and types stay.
     """
-    for name, mixin in ((parts.entry, RotatesOutput), (parts.final_norm, RotatesInput)):
-        module = model.get_submodule(name)
-        stock = type(module)
-        module.__class__ = type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
-        module.online_rotation = OnlineRotation(rotation, transposed=mixin is RotatesInput)
+    _rotate_input(model.get_submodule(parts.first_block), OnlineRotation(rotation))
+    end = OnlineRotation(rotation, transposed=True)
+    _rotate_input(model.get_submodule(parts.final_norm), end)
 
 
-def stop_rotating(module: nn.Module) -> None:
-    """Undo `rotate_ends` for one of the two."""
-    if isinstance(module, RotatesOutput | RotatesInput):
+def _rotate_input(module: nn.Module, rotation: OnlineRotation) -> None:
+    module.add_module("online_rotation", rotation)
+    module.forward = RotatedForward(module)
+
+
+def rotated_ends(model: nn.Module) -> Iterator[tuple[nn.Module, OnlineRotation]]:
+    """The modules whose input `rotate_ends` made rotate, each with its rotation."""
+    for module in model.modules():
+        rotation = getattr(module, "online_rotation", None)
+        if isinstance(rotation, OnlineRotation):
+            yield module, rotation
+
+
+def stop_rotating(model: nn.Module) -> None:
+    """Undo `rotate_ends`, in place."""
+    module: Any
+    for module, _ in list(rotated_ends(model)):
         del module.online_rotation
-        module.__class__ = type(module).__mro__[2]
+        if isinstance(vars(module).get("forward"), RotatedForward):
+            del module.forward
+        else:  # accelerate dispatches the module, and calls by this name what it replaced
+            module._old_forward = MethodType(type(module).forward, module)

@@ -47,8 +47,9 @@ def rotate_residual(
 ) -> None:
     """Rotate the residual stream inside a block (R1): its readers and its writers.
 
-    The norms must be fused before (`fuse_norms`), and what enters and leaves the stack of blocks
-    must be rotated as well. Where the norms subtract the mean, the rotation must keep it.
+    The norms must be fused before (`fuse_norms`), and what enters the stack of blocks and what
+    leaves it must be rotated and rotated back. Where the norms subtract the mean, the rotation must
+    keep it.
     """
     for site in graph.sites:
         if site.reads == "stream":
@@ -58,31 +59,21 @@ def rotate_residual(
         rotate_output(writer.view(block), writer.bias_view(block), rotation, inverse)
 
 
-def rotate_ends_offline(model: nn.Module, parts: Parts, rotation: Hadamard, folds: bool) -> None:
-    """Fold R1 into what enters the stack of blocks and, if it folds there, what reads its end.
-
-    Learned positions are rotated always, embedding and head with `folds` only: else they stay, and
-    the rotation must run at both ends.
-    """
-    if parts.positions is not None:
-        rotate_input(WeightRef(f"{parts.positions}.weight").view(model), rotation)
-    if folds:
-        for name, fold in end_folds(model, parts, rotation).items():
-            fold(WeightRef(f"{name}.weight").view(model))
+def rotate_entry(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
+    """Rotate what enters the stack of blocks offline, in the embeddings that it is the sum of."""
+    for name in parts.entering:
+        rotate_input(WeightRef(f"{name}.weight").view(model), rotation)
 
 
-def end_folds(
-    model: nn.Module, parts: Parts, rotation: Hadamard, offset: float = 0.0
-) -> dict[str, Callable[[Tensor], None]]:
-    """What folds R1 into rows of the embedding and of the head, by module.
+def head_fold(
+    model: nn.Module, parts: Parts, rotation: Hadamard, offset: float
+) -> Callable[[Tensor], None]:
+    """What undoes R1 in rows of the head: W ← W diag(γ) R, where γ is the final norm's weight.
 
-    The final norm's weight, which must be there, goes into the head; offset: as of a `Norm`.
+    The final norm is left with 1, and must have no bias. offset: as of a `Norm`.
     """
     gain = take_norm(model, parts.final_norm, offset)
-    return {
-        parts.embedding: partial(rotate_input, rotation=rotation),
-        parts.head: partial(rotate_reader, gain=gain, rotation=rotation),
-    }
+    return partial(rotate_reader, gain=gain, rotation=rotation)
 
 
 def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> None:
