@@ -315,7 +315,7 @@ class BlockExperiments:
         rows, tensor = self._rows(module), f"{module}.weight"
         for counted, heads in self._head_counts(rows, width):
             values, fused = heads.key_value * heads.dim, heads.query + 2 * heads.key_value
-            if heads.query * heads.dim != width:
+            if heads.query * heads.dim != width or heads.query % heads.key_value:
                 continue
             if rows == values:
                 yield f"Rows({_weights([module])}, {counted})", [slice(None)], heads

@@ -320,7 +320,7 @@ def _heads_of_tensors(
     if width % query or key_values <= 0 or key_values % (width // query):
         return None
     dim = width // query
-    return Heads(query, key_values // dim, dim)
+    return None if query % (key_values // dim) else Heads(query, key_values // dim, dim)
 
 
 def _with_heads(config: PretrainedConfig, heads: Heads) -> PretrainedConfig:
