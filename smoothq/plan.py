@@ -533,6 +533,12 @@ def _plan_block(
         if _takes_bias(layer, site, recipe, rotatable)
         for reader in site.float_readers
     )
+    for module in floats:
+        if not isinstance(layer.get_submodule(module), nn.Linear):
+            raise UnsupportedModelError(
+                f"{name}.{module} is no linear that could take in the bias of the norm before it: "
+                "leave rotation out of the recipe"
+            )
     new_biases = tuple(m for m in floats if layer.get_submodule(m).bias is None)
     value_rotation = None
     if recipe.rotation is not None and recipe.rotation.value_output and graph.value_output:
