@@ -22,7 +22,7 @@ from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, f
 from .architectures.graph import is_tied, norm_offset, takes_rotation, text_config
 from .architectures.layout import open_block
 from .attention_plan import cached_bits, plan_attention
-from .errors import DeviceError, RecipeError
+from .errors import DeviceError, RecipeError, UnsupportedModelError
 from .inference import infer_family
 from .kernels import runs_on
 from .modules import (

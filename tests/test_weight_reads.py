@@ -126,6 +126,7 @@ class TestRun:
         assert all(isinstance(layer.mlp.down_proj, QuantizedLinear) for layer in made.model.layers)
         assert distance(made, model) < 0.06
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("recipe", [W8A8, preset("w8a8"), preset("w4a16", effort="fast")])
     @pytest.mark.parametrize("name", RAW)
     def test_what_is_read_stays_float_and_the_rest_is_quantized(
