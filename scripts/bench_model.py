@@ -210,7 +210,7 @@ def bytes_read(model: PreTrainedModel, context: int) -> int:
         if isinstance(module, QuantizedLinear):
             total += module.bytes_read(tokens=1)
         elif isinstance(module, TiedHead):
-            total += module.weight.nbytes + module.embedding.weight_scale.nbytes
+            total += module.embedding.codes.nbytes + module.embedding.weight_scale.nbytes
         elif not isinstance(module, nn.Embedding):
             total += sum(tensor.nbytes for tensor in module.parameters(recurse=False))
     size = config.hidden_size // config.num_attention_heads

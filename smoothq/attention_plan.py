@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .architectures import BlockGraph
+from .architectures import BlockGraph, Rows
 from .architectures.attention import unquantizable_attention
-from .architectures.graph import attention_heads, text_config
+from .architectures.graph import text_config
 from .errors import RecipeError, UnsupportedModelError
 from .modules import AttentionSpec, CacheFormat
 from .recipe import FLOAT_BITS, KvCache, Recipe
@@ -18,7 +18,7 @@ AUTO_HEAD_GROUPS = (32, 16, 8)  # of a 4-bit KV cache
 
 
 def plan_attention(
-    model: PreTrainedModel, graphs: Iterable[BlockGraph], recipe: Recipe
+    model: PreTrainedModel, graphs: Sequence[BlockGraph], recipe: Recipe
 ) -> AttentionSpec | None:
     """The settings of a model's attention, or None where the recipe leaves it float.
 
@@ -38,18 +38,27 @@ def plan_attention(
         )
     if recipe.kv_cache is None:
         return AttentionSpec(product=recipe.attention)
-    width, wanted = attention_heads(config).dim, recipe.kv_cache
+    width, wanted = _head_width(graphs), recipe.kv_cache
     rotated = wanted.bits == 4 if wanted.rotate_keys == "auto" else wanted.rotate_keys
     cache = CacheFormat(wanted.bits, _head_group(recipe, wanted, width), wanted.float_tokens)
     rotation = Hadamard.of(width, recipe.seed) if rotated else None
     return AttentionSpec(cache, recipe.attention, rotation)
 
 
-def cached_bits(attention: AttentionSpec | None, config: PretrainedConfig) -> float:
+def cached_bits(attention: AttentionSpec | None, graphs: Sequence[BlockGraph]) -> float:
     """Bits of a cached key or value, with its share of scales and offsets."""
     if attention is None or attention.cache is None:
         return FLOAT_BITS
-    return attention.cache.stored_bits(attention_heads(config).dim)
+    return attention.cache.stored_bits(_head_width(graphs))
+
+
+def _head_width(graphs: Sequence[BlockGraph]) -> int:
+    """Numbers of a head, by a model's tensors."""
+    site = graphs[0].value_output
+    assert site is not None
+    assert isinstance(site.producer, Rows)
+    assert site.producer.heads is not None
+    return site.producer.heads.dim
 
 
 def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:

@@ -7,6 +7,7 @@ residual stream if a constant added to its output arrives there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,12 @@ from .transforms.smoothing import repeat_over_queries
 
 EXACT = 1e-9  # relative; what an experiment may deviate in float64
 TINY_EXPERTS = 4
+# All different: a config may hold a width that its model does not use.
 TINY_WIDTHS = {
     "intermediate_size": 80,
-    "ffn_dim": 80,
-    "ffn_hidden_size": 80,
-    "n_inner": 80,
+    "ffn_dim": 112,
+    "ffn_hidden_size": 160,
+    "n_inner": 144,
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 96,
 }
@@ -132,9 +134,16 @@ class BlockExperiments:
         hidden: Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        read: set[str],
+        cautious: bool,
     ) -> None:
+        """read: linears whose weights the block's own code reads, beside calling them or not.
+
+        cautious: nothing is to change those, where else it is tried what they bear.
+        """
         self._config, self.module, self.hidden = config, module, hidden
         self._args, self._kwargs = args, kwargs
+        self._read, self._cautious = read, cautious
         self.sites: list[FoundSite] = []
         self.stream_norms: list[NormFacts] = []
         self.writes_stream = True
@@ -175,6 +184,10 @@ class BlockExperiments:
                 by_key[call.key].floats.append(call.name)
         self.sites = list(by_key.values())
         self._check_explained(calls)
+        called = {call.name for call in calls}
+        self._uncalled = [
+            name for name in self._read if name not in called and self._is_linear(name)
+        ]
         for site in self.sites:
             if site.experts is not None:
                 small = [name for name in site.modules if self._rows(name) in (1, TINY_EXPERTS)]
@@ -196,6 +209,10 @@ class BlockExperiments:
             if site.reads != "stream"
             for name in site.modules
         ) and all(self._writes(name) for name in self._routed_downs())
+        if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
+            # What is read raw may read or write the stream, unseen.
+            self.writes_stream = False
+        self.sites += [FoundSite([name]) for name in self._uncalled]
 
     def _is_reader(self, call: Call) -> bool:
         routed = any(f".{matrix}." in call.name for matrix in EXPERT_MATRICES)
@@ -218,6 +235,7 @@ class BlockExperiments:
     def _check_explained(self, calls: list[Call]) -> None:
         """Refuse a block with matrices that no site accounts for."""
         known = {name for site in self.sites for name in site.modules + site.floats}
+        known |= self._read
         known |= {call.name for call in calls if own_weight(call.module) is not None}
         experts = tuple(f"{site.experts}." for site in self.sites if site.experts is not None)
         for name, parameter in self.module.named_parameters():
@@ -238,17 +256,45 @@ class BlockExperiments:
     def _behind_norm(self, site: FoundSite, norm: Call, silent: dict[str, Tensor]) -> None:
         facts = NormFacts.of(norm)
         offset = ", offset=1" if facts.offset else ""
-        site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
+        if not self._is_read(site) and (not self._uncalled or self._absorbs(site, norm, facts)):
+            site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
         if _same(silent[norm.name], self.hidden):
             site.reads = "stream"
             self.stream_norms.append(facts)
+
+    def _absorbs(self, site: FoundSite, norm: Call, facts: NormFacts) -> bool:
+        """Whether a divisor of a norm's output is undone in a site's readers: no other reads it."""
+        readers = [*site.modules, *site.floats]
+        if site.experts is not None:
+            readers += [n for n in self._linears() if n.startswith(f"{site.experts}.gate_up_proj.")]
+        before, _ = self.run()
+        tried = copy.deepcopy(self.module)
+        scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
+        own: Any = tried.get_submodule(norm.name)
+        own.weight.copy_((own.weight + facts.offset) * scale - facts.offset)
+        if isinstance(getattr(own, "bias", None), Tensor):
+            own.bias.mul_(scale)
+        for name in readers:
+            tried.get_parameter(f"{name}.weight").div_(scale)
+        held, self.module = self.module, tried
+        after, _ = self.run()
+        self.module = held
+        return _same(after, before)
+
+    def _is_read(self, site: FoundSite) -> bool:
+        """Whether nothing may change a site's weights, as the block's code reads one of them."""
+        return self._cautious and not self._read.isdisjoint(site.modules)
+
+    def _linears(self) -> list[str]:
+        return [n for n, module in self.module.named_modules() if isinstance(module, nn.Linear)]
 
     def _producer(self, site: FoundSite, readers: list[str]) -> None:
         """Find rows whose scale a site's channels follow, and whether tokens mix on the way."""
         module = site.modules[0]
         width = self.module.get_parameter(f"{module}.weight").shape[1]
         earlier = [name for name in readers[: readers.index(module)] if self._is_linear(name)]
-        for name in earlier:
+        usable = [] if self._is_read(site) else [name for name in earlier if name not in self._read]
+        for name in usable:
             for made, rows, heads in self._candidates(name, width):
                 if self._follows(module, name, rows, heads):
                     mixes = self._mixes(name, module)
@@ -260,16 +306,16 @@ class BlockExperiments:
         site.reads = "inner" if alone else "values"
 
     def _is_linear(self, name: str) -> bool:
-        return isinstance(self.module.get_submodule(name), nn.Linear)
+        return name in self._linears()
 
     def _candidates(
         self, module: str, width: int
     ) -> Iterator[tuple[str, list[slice], Heads | None]]:
         """Layouts of a matrix under which some of its rows could make a site's channels."""
         rows, tensor = self._rows(module), f"{module}.weight"
-        for counted, heads in self._head_counts():
+        for counted, heads in self._head_counts(rows, width):
             values, fused = heads.key_value * heads.dim, heads.query + 2 * heads.key_value
-            if heads.query * heads.dim != width:
+            if heads.query * heads.dim != width or heads.query % heads.key_value:
                 continue
             if rows == values:
                 yield f"Rows({_weights([module])}, {counted})", [slice(None)], heads
@@ -297,10 +343,18 @@ class BlockExperiments:
             if named and len(range(rows)[chosen]) == width:
                 yield layout.format(width=f"config.{sizes[0]}" if sizes else ""), chosen
 
-    def _head_counts(self) -> Iterator[tuple[str, Heads]]:
-        """Texts and values of the head counts that a block may have."""
+    def _head_counts(self, rows: int, width: int) -> Iterator[tuple[str, Heads]]:
+        """Texts and values of the head counts that a block may have.
+
+        rows, width: of the matrix that holds its values, and of what reads them.
+        """
         heads = attention_heads(self._config)
         yield "attention_heads(config)", heads
+        # What a config says and its model does not use, `Family.graph` puts right.
+        dim = width // heads.query
+        for values in (rows, (rows - width) // 2):
+            if dim and values > 0 and values % dim == 0:
+                yield "attention_heads(config)", Heads(heads.query, values // dim, dim)
         grouped = getattr(self._config, "num_kv_heads", None)
         for counted, count in (("config.num_kv_heads", grouped), ("1", 1)):
             if count and count != heads.key_value:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from . import proof
-from .architectures import Family
+from .architectures import BlockGraph, Family
 from .architectures.graph import text_config
 from .architectures.layout import open_block
 from .checkpoint.stream import empty_model
@@ -37,6 +37,7 @@ from .experiments import (
 )
 from .transforms.hadamard import Hadamard
 from .transforms.rotation import rotate_input
+from .weight_watch import read_weights
 
 TOKENS = torch.tensor(
     [[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 9, 7], [2, 7, 18, 28, 1, 8, 2, 8, 4, 5, 9, 0]], device="cpu"
@@ -79,12 +80,15 @@ def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
     of the largest logit is meant. Raises UnsupportedModelError where one moves more than 1e-9.
     """
     with torch.no_grad():
-        model = _example(config, _kinds_of_blocks(config))
+        model = example(config, _kinds_of_blocks(config))
         return _prove(model, family, f"the wiring given for '{config.model_type}'")
 
 
-def _example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
-    """A tiny model with every kind of block that the real one has."""
+def example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
+    """A tiny model, in float64, with every kind of block that the real one has.
+
+    kinds: as `kinds_of` has them. Raises whatever the model's own code makes of small widths.
+    """
     last = max(kinds.index(kind) for kind in set(kinds))
     return _tiny_model(config, max(2, last + 1))
 
@@ -92,14 +96,27 @@ def _example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
 def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
     kinds = _kinds_of_blocks(config)
     with torch.no_grad():
-        model = _example(config, kinds)
+        model = example(config, kinds)
+        read = read_weights(model, TOKENS)
         try:
-            with proof.InFloat64():
-                written = _Writer(model, kinds).file()
-        except Unexplained as error:
-            raise _unexplained(model, str(error)) from error
-        family = _load(written)
-        _prove(model, family, f"architecture '{name}' has no file, and the wiring found for it")
+            return _proven(model, kinds, read, False, name)
+        except UnsupportedModelError:
+            if not read:
+                raise
+        return _proven(model, kinds, read, True, name)
+
+
+def _proven(
+    model: PreTrainedModel, kinds: list[int], read: frozenset[str], cautious: bool, name: str
+) -> tuple[Family, str]:
+    """The family that experiments find and its file, once it is proven."""
+    try:
+        with proof.InFloat64():
+            written = _Writer(model, kinds, read, cautious).file()
+    except Unexplained as error:
+        raise _unexplained(model, str(error)) from error
+    family = _load(written)
+    _prove(model, family, f"architecture '{name}' has no file, and the wiring found for it")
     return family, written
 
 
@@ -128,6 +145,7 @@ def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, flo
 
     wiring: what is on trial, for the message.
     """
+    family = _without_read(family, read_weights(model, TOKENS))
     changes = {}
     before = proof.logits(model, TOKENS)
     opened = copy.deepcopy(model)
@@ -145,6 +163,17 @@ def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, flo
     return changes
 
 
+def _without_read(family: Family, read: frozenset[str]) -> Family:
+    """The family as a plan has it: weights that a model's own code reads stay in float."""
+
+    def block(config: PretrainedConfig, index: int) -> BlockGraph:
+        within = f".{family.layers}.{index}."
+        names = {name.partition(within)[2] for name in read}
+        return family.block(config, index).keeping(lambda module: module in names)
+
+    return replace(family, block=block) if read else family
+
+
 def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
     """For each block of the real model a number; the same for blocks with the same parameters."""
     try:
@@ -154,8 +183,12 @@ def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
             f"'{config.model_type}' is no causal LM that transformers knows: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    return kinds_of(_layers(model)[1])
+
+
+def kinds_of(blocks: nn.ModuleList) -> list[int]:
+    """For each block a number; the same for blocks with the same parameters."""
     seen: dict[tuple[str, ...], int] = {}
-    blocks = _layers(model)[1]
     signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
     return [seen.setdefault(signature, len(seen)) for signature in signatures]
 
@@ -237,8 +270,12 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
 class _Writer:
     """Writes a family's file from experiments on a tiny model."""
 
-    def __init__(self, model: PreTrainedModel, kinds: list[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kinds: list[int], read: frozenset[str], cautious: bool
+    ) -> None:
+        """read, cautious: as of `BlockExperiments`, by full names."""
         self.model, self.kinds = model, kinds
+        self._read, self._cautious = read, cautious
         self.config = text_config(model)
         self.attribute, self.layers = _layers(model)
         self.blocks: list[BlockExperiments] = []
@@ -252,20 +289,23 @@ class _Writer:
         for name, child in self.model.get_decoder().named_children():
             if child is not self.layers and isinstance(own_weight(child), Tensor):
                 handles.append(child.register_forward_hook(keep(self.ends, name)))
-        for layer, copied in zip(self.layers, opened, strict=True):
+        for index, (layer, copied) in enumerate(zip(self.layers, opened, strict=True)):
             open_block(copied)
-            entering = self._entering(copied)
+            within = f".{self.attribute}.{index}."
+            entering = self._entering(copied, {name.partition(within)[2] for name in self._read})
             handles.append(layer.register_forward_pre_hook(entering, with_kwargs=True))
         self.model(TOKENS, use_cache=False)
         for handle in handles:
             handle.remove()
 
-    def _entering(self, opened: nn.Module) -> Callable[..., None]:
+    def _entering(self, opened: nn.Module, read: set[str]) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.blocks:
                 self.before_blocks = len(self.ends)
             self.blocks.append(
-                BlockExperiments(self.config, opened, args[0].clone(), args[1:], kwargs)
+                BlockExperiments(
+                    self.config, opened, args[0].clone(), args[1:], kwargs, read, self._cautious
+                )
             )
 
         return enter

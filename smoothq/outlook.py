@@ -240,7 +240,7 @@ def _timed(site: SitePlan) -> tuple[float, float]:
     site_input = InputQuantizer("timed", site.input, 1, SequenceContext())
     if site_input.rotation is not None:
         site_input.rotation.prepare(weight.device)
-    quantized = QuantizedLinear(WeightSpec(rows, width, grid), site_input, None)
+    quantized = QuantizedLinear(WeightSpec(rows, width, grid), site_input, weight.dtype)
     quantized.set_weight(round_to_nearest(weight, grid), None)
     dense = nn.Linear(width, rows, bias=False, dtype=torch.float32)
     dense.weight.data = weight

@@ -144,7 +144,7 @@ def quantize_checkpoint(
         _run(job, tokens, begun.blocks, directory, probe)
         result = Result(
             name=source.name,
-            recipe=recipe,
+            recipe=plan.recipe,
             bits=plan.bits,
             bytes_before=source.nbytes,
             bytes_after=nbytes_of(account),

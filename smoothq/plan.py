@@ -11,19 +11,18 @@ import copy
 import fnmatch
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
 from .architectures.graph import is_tied, norm_offset, takes_rotation, text_config
 from .architectures.layout import open_block
 from .attention_plan import cached_bits, plan_attention
-from .errors import DeviceError, RecipeError
+from .errors import DeviceError, RecipeError, UnsupportedModelError
 from .inference import infer_family
 from .kernels import runs_on
 from .modules import (
@@ -43,6 +42,7 @@ from .modules.quantized_embedding import EMBEDDING_BITS, row_grid
 from .recipe import FLOAT_BITS, GroupSize, Recipe
 from .rounding.grid import IntegerGrid
 from .transforms.hadamard import Hadamard
+from .weight_reads import weights_read
 
 log = logging.getLogger("smoothq")
 
@@ -79,7 +79,8 @@ class BlockPlan:
 
     unquantized_bytes: of the weights of its sites, as they come.
     kept_elements: of the linears that the recipe keeps in float; kept_width: of the tensors that
-    only such linears read. new_biases: those of them that take in a norm's bias and had none.
+    only such linears read. new_biases: linears in float, such as routers, that take in a norm's
+    bias and had none.
     """
 
     graph: BlockGraph
@@ -114,14 +115,14 @@ class Bits:
 class Plan:
     """A recipe resolved for one model.
 
-    parts: where the model's parts are. residual_rotation: R1, or None, as in families whose
-    stream takes none; it runs online where the stream enters the first block, and back before the
-    final norm, so that nothing outside the blocks knows of it. attention: of every block, or None
-    where it stays float. notes: what the user should know.
-    stored_dtype: of most of what stays float, and of what is new; float_elements: how many numbers
-    stay float, float_bytes: their bytes, each in the dtype that it came in unless the recipe names
-    one. tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied
-    head.
+    recipe: as it was given, with what the model's own code asks for added to `keep`. parts: where
+    the model's parts are. residual_rotation: R1, or None, as in families whose stream takes none;
+    it runs online where the stream enters the first block, and back before the final norm, so
+    that nothing outside the blocks knows of it. attention: of every block, or None where it stays
+    float. notes: what the user should know. stored_dtype: of most of what stays float, and of
+    what is new; float_elements: how many numbers stay float, float_bytes: their bytes, each in
+    the dtype that it came in unless the recipe names one. tables: rows of what is stored in 8
+    bits with a scale a row: the embedding, and an untied head.
     """
 
     recipe: Recipe
@@ -179,14 +180,16 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         )
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    graphs = _each_once(family.block(config, index) for index in range(len(layers)))
+    opened = _opened(layers)
+    graphs = _graphs(family, config, opened)
+    recipe, read = _keeping_what_is_read(model, recipe, graphs, parts)
     rotatable = takes_rotation(graphs)
-    blocks = _plan_blocks(layers, graphs, recipe, parts.layers, rotatable)
+    blocks = _plan_blocks(opened, graphs, recipe, parts.layers, rotatable)
     if not _weight_specs(blocks):
         raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
     _check_patterns(recipe, graphs, parts)
     tables = _tables(model, parts, recipe)
-    dtype, added = _stored_dtype(recipe, model), _added_biases(layers, blocks)
+    dtype, added = _stored_dtype(recipe, model), _added_biases(opened, blocks)
     rotation = None
     if rotatable and recipe.rotation is not None and recipe.rotation.residual:
         rotation = Hadamard.of(config.hidden_size, recipe.seed, family.centred)
@@ -194,7 +197,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     keys = None if attention is None else attention.rotation
     fallbacks = [r.fallback for r in [rotation, keys, *_site_rotations(blocks)] if r is not None]
     notes = [note for note in fallbacks if note] + _auto_group_notes(recipe, blocks)
-    notes += _wiring_notes(recipe, blocks, rotatable)
+    notes += _wiring_notes(recipe, blocks, rotatable) + read
     return Plan(
         recipe=recipe,
         family=family,
@@ -202,7 +205,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=blocks,
         residual_rotation=rotation,
         attention=attention,
-        bits=_count_bits(blocks, dtype, cached_bits(attention, config)),
+        bits=_count_bits(blocks, dtype, cached_bits(attention, graphs)),
         notes=tuple(dict.fromkeys(notes)),
         stored_dtype=dtype,
         float_elements=stored_elements(model)
@@ -215,15 +218,41 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     )
 
 
-def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> None:
-    """Refuse patterns that match nothing: a typing error would quantize what was to be kept."""
+def _keeping_what_is_read(
+    model: PreTrainedModel, recipe: Recipe, graphs: list[BlockGraph], parts: Parts
+) -> tuple[Recipe, list[str]]:
+    """The recipe that also keeps the linears whose weights the model's code reads, and a note.
+
+    A quantized model's recipe says so already: its model is not watched again.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return recipe, []
+    is_read = weights_read(model, parts)
+    names = [name for name in _linears(graphs, parts) if is_read(name) and not recipe.keeps(name)]
+    if recipe.embeddings == FLOAT_BITS:
+        names = [name for name in names if name not in (parts.head, parts.embedding)]
+    if not names:
+        return recipe, []
+    note = (
+        f"{len(names)} linears stay in float, as the model's code reads their weights: {names[0]}"
+    )
+    return recipe.edit(keep=(*recipe.keep, *names)), [note + (", …" if len(names) > 1 else "")]
+
+
+def _linears(graphs: list[BlockGraph], parts: Parts) -> list[str]:
+    """The full names of all that a recipe may quantize."""
     names = [
         f"{parts.layers}.{index}.{module}"
         for index, graph in enumerate(graphs)
         for site in graph.sites
         for module in site.modules
     ]
-    names += [parts.head, parts.embedding]
+    return [*names, parts.head, parts.embedding]
+
+
+def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> None:
+    """Refuse patterns that match nothing: a typing error would quantize what was to be kept."""
+    names = _linears(graphs, parts)
     for pattern in (*recipe.keep, *(override.match for override in recipe.overrides)):
         if not fnmatch.filter(names, pattern):
             raise RecipeError(
@@ -258,36 +287,53 @@ def _inferred(model: PreTrainedModel) -> Family:
     return family
 
 
-def _each_once(graphs: Iterable[BlockGraph]) -> list[BlockGraph]:
-    """The same graphs, of equal ones always the first: a model of many experts has large ones."""
-    kinds: list[BlockGraph] = []
-    found = []
-    for graph in graphs:
-        kind = next((known for known in kinds if known == graph), None)
-        if kind is None:
-            kinds.append(kind := graph)
-        found.append(kind)
-    return found
+def _graphs(family: Family, config: PretrainedConfig, opened: list[nn.Module]) -> list[BlockGraph]:
+    """The wiring of every block; those of one form and one wiring share it.
+
+    A model of many experts has large ones.
+    """
+    known: list[tuple[nn.Module, BlockGraph, BlockGraph]] = []
+    graphs = []
+    for index, block in enumerate(opened):
+        stock = family.block(config, index)
+        same = (graph for form, other, graph in known if form is block and other == stock)
+        graph = next(same, None)
+        if graph is None:
+            graph = family.graph(config, index, block)
+            known.append((block, stock, graph))
+        graphs.append(graph)
+    return graphs
 
 
-def _opened(layer: nn.Module) -> nn.Module:
-    """A block's opened form, on the meta device: the block itself stays as it is."""
-    opened = copy.deepcopy(layer).to("meta")
-    open_block(opened)
-    return opened
+def _opened(layers: nn.ModuleList) -> list[nn.Module]:
+    """Every block's opened form, on the meta device; blocks that are alike share one."""
+    forms: dict[tuple[object, ...], nn.Module] = {}
+
+    def opened(layer: nn.Module) -> nn.Module:
+        modules = tuple((name, type(module)) for name, module in layer.named_modules())
+        shapes = tuple(
+            (name, tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()
+        )
+        if (modules, shapes) not in forms:
+            form = copy.deepcopy(layer).to("meta")
+            open_block(form)
+            forms[modules, shapes] = form
+        return forms[modules, shapes]
+
+    return [opened(layer) for layer in layers]
 
 
-def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
+def _added_biases(opened: list[nn.Module], blocks: tuple[BlockPlan, ...]) -> int:
     """Numbers of the biases that linears get which had none."""
     return sum(
         spec.out_features
-        for layer, block in zip(layers, blocks, strict=True)
+        for layer, block in zip(opened, blocks, strict=True)
         for site in block.sites
         for module, spec in site.modules.items()
         if site.adds_bias and layer.get_submodule(module).bias is None
     ) + sum(
         layer.get_submodule(module).get_parameter("weight").shape[0]
-        for layer, block in zip(layers, blocks, strict=True)
+        for layer, block in zip(opened, blocks, strict=True)
         for module in block.new_biases
     )
 
@@ -371,7 +417,7 @@ def install_linear(
     if bias is None and plan.adds_bias:
         bias = linear.weight
     dtype = None if bias is None else bias.dtype
-    quantized = QuantizedLinear(plan.modules[module], site_input, dtype)
+    quantized = QuantizedLinear(plan.modules[module], site_input, linear.weight.dtype, dtype)
     block.set_submodule(module, quantized)
     return quantized
 
@@ -428,7 +474,8 @@ def install_ends(model: PreTrainedModel, plan: Plan) -> None:
     if untied:
         head = model.get_submodule(parts.head)
         bias = dtype if isinstance(head.bias, nn.Parameter) else None
-        linear = QuantizedLinear(WeightSpec(*untied[0], row_grid(columns)), site_input, bias)
+        rows_spec = WeightSpec(*untied[0], row_grid(columns))
+        linear = QuantizedLinear(rows_spec, site_input, dtype, bias)
         linear.add_module("input", site_input)
         model.set_submodule(parts.head, linear)
     else:
@@ -478,36 +525,21 @@ def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool
     return notes
 
 
-def _without_kept(graph: BlockGraph, recipe: Recipe, name: str) -> BlockGraph:
-    """A graph in which what the recipe keeps in float is read as a router's weights are."""
-
-    def without(site: Site) -> Site:
-        kept = tuple(r for r in site.readers if recipe.keeps(f"{name}.{r.module}"))
-        readers = tuple(reader for reader in site.readers if reader not in kept)
-        return replace(site, readers=readers, float_readers=site.float_readers + kept)
-
-    return replace(graph, sites=tuple(without(site) for site in graph.sites))
-
-
 def _plan_blocks(
-    layers: nn.ModuleList, graphs: list[BlockGraph], recipe: Recipe, name: str, rotatable: bool
+    opened: list[nn.Module], graphs: list[BlockGraph], recipe: Recipe, name: str, rotatable: bool
 ) -> tuple[BlockPlan, ...]:
     """The plan of every block; those that differ in nothing but their place share what it is of."""
     plans: list[BlockPlan] = []
     known: list[tuple[object, BlockPlan]] = []
-    for index, (layer, graph) in enumerate(zip(layers, graphs, strict=True)):
+    for index, (block, graph) in enumerate(zip(opened, graphs, strict=True)):
         where = f"{name}.{index}"
         modules = [module for site in graph.sites for module in site.modules]
         named = [f"{where}.{module}" for module in modules] if recipe.names_modules else []
-        kind = (
-            id(graph),  # equal graphs are one, and live as long as `graphs`
-            [(key, type(module)) for key, module in layer.named_modules()],
-            [(key, weight.shape, weight.dtype) for key, weight in layer.named_parameters()],
-            [(recipe.keeps(each), recipe.override(each)) for each in named],
-        )
+        # Forms and graphs that are alike are one object, and live as long as these lists.
+        kind = id(block), id(graph), [(recipe.keeps(each), recipe.override(each)) for each in named]
         plan = next((plan for other, plan in known if other == kind), None)
         if plan is None:
-            plan = _plan_block(_opened(layer), graph, recipe, where, rotatable)
+            plan = _plan_block(block, graph, recipe, where, rotatable)
             known.append((kind, plan))
         plans.append(replace(plan, value_rotation=_value_rotation(plan.graph, recipe, index)))
     return tuple(plans)
@@ -529,7 +561,7 @@ def _plan_block(
     rotatable: bool,
 ) -> BlockPlan:
     """A block's plan but for the rotation of its values, which is each block's own."""
-    graph = _without_kept(stock, recipe, name)
+    graph = stock.keeping(lambda module: recipe.keeps(f"{name}.{module}"))
     planned = [site for site in graph.sites if site.readers]
     sites = tuple(_plan_site(layer, site, recipe, name, rotatable) for site in planned)
     pairs = zip(stock.sites, graph.sites, strict=True)
@@ -538,11 +570,19 @@ def _plan_block(
     }
     weights = {module: layer.get_submodule(module).get_parameter("weight") for module in kept}
     widths = {site.name: weights[m].shape[1] for m, site in kept.items() if not site.readers}
-    new_biases = tuple(
-        module
-        for module, site in kept.items()
-        if _takes_bias(layer, site, recipe, rotatable) and layer.get_submodule(module).bias is None
+    floats = dict.fromkeys(
+        reader.module
+        for site in graph.sites
+        if _takes_bias(layer, site, recipe, rotatable)
+        for reader in site.float_readers
     )
+    for module in floats:
+        if not isinstance(layer.get_submodule(module), nn.Linear):
+            raise UnsupportedModelError(
+                f"{name}.{module} is no linear that could take in the bias of the norm before it: "
+                "leave rotation out of the recipe"
+            )
+    new_biases = tuple(m for m in floats if layer.get_submodule(m).bias is None)
     return BlockPlan(
         graph,
         sites,

@@ -70,12 +70,12 @@ def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, 
     layers = model.get_submodule(family.parts(model).layers)
     config = text_config(model)
     for index, block in enumerate(layers.children()):
-        yield block, family.block(config, index)
+        yield block, family.graph(config, index, block)
 
 
 def open_blocks(model: PreTrainedModel, family: Family) -> None:
     """Give every matrix a linear of its own."""
-    for block, _ in graphs(model, family):
+    for block in model.get_submodule(family.parts(model).layers).children():
         open_block(block)
 
 
@@ -126,7 +126,8 @@ def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
     rotatable = takes_rotation([graph for _, graph in wiring])
     for block, graph in wiring:
         for site in graph.sites:
-            if site.reads == "inner" or (site.reads == "stream" and not rotatable):
+            online = site.reads == "inner" or (site.reads == "stream" and not rotatable)
+            if online and site.readers:
                 rotation = Hadamard.of(site.readers[0].view(block).shape[1], 7)
                 for reader in site.readers:
                     rotate_input(reader.view(block), rotation)
@@ -141,7 +142,7 @@ def smoothing(*edges: Edge) -> Rewrite:
         generator = torch.Generator().manual_seed(3)
         for block, graph in graphs(model, family):
             for site in graph.sites:
-                if site.edge in edges:
+                if site.edge in edges and site.readers:
                     width = site.readers[0].view(block).shape[1]
                     spread = torch.randn(width, generator=generator, dtype=torch.float64)
                     smooth(block, site, torch.exp(spread), alpha=0.5)

@@ -1,5 +1,6 @@
 """Every family: its graphs name the real weights, its transforms keep the function, it runs."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +45,7 @@ from smoothq.architectures import (
 from smoothq.architectures.graph import takes_rotation, text_config
 from smoothq.architectures.layout import close_block, open_block
 from smoothq.calibration import TextSource, evaluation_tokens
+from smoothq.checkpoint.stream import empty_model
 from smoothq.errors import RecipeError, UnsupportedModelError
 from smoothq.evaluation.agreement import agreement
 from smoothq.inference import infer_family, prove_family
@@ -487,6 +491,58 @@ class TestInference:
         )
         with pytest.raises(UnsupportedModelError, match=r"qwen3_next.*cannot be found"):
             infer_family(config)
+
+
+STRAY = ("head_dim", "num_key_value_heads", "num_kv_heads", "kv_channels", "intermediate_size")
+STRAY += ("n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "num_local_experts")
+STRAY += ("num_experts", "n_routed_experts")
+stray_fields = st.dictionaries(st.sampled_from(STRAY), st.sampled_from([1, 2, 3, 4, 8, 32, 64]))
+
+
+def shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
+
+
+def with_unused(config: PretrainedConfig, fields: dict[str, int]) -> PretrainedConfig:
+    """A config with those of some fields that change no tensor of its model."""
+    told, before = copy.deepcopy(config), shapes(config)
+    for name, value in fields.items():
+        tried = copy.deepcopy(told)
+        try:
+            setattr(tried.get_text_config(decoder=True), name, value)
+            unused = shapes(tried) == before
+        except Exception:  # a field that the model uses, in a way that this value does not fit
+            unused = False
+        told = tried if unused else told
+    return told
+
+
+@pytest.mark.parametrize("name", TINY)
+class TestConfigFieldsThatAModelDoesNotUse:
+    @settings(max_examples=8, deadline=None)
+    @given(fields=stray_fields)
+    def test_a_familys_file_goes_by_the_models_tensors(self, name, fields) -> None:
+        told = with_unused(TINY[name](), fields).get_text_config(decoder=True)
+        _, block, graph = first_block(name)
+        assert family_named(name).graph(told, 0, block) == graph
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "falcon", "mixtral"])
+def test_fields_that_a_model_does_not_use_mislead_no_experiment(name: str) -> None:
+    told = with_unused(TINY[name](), dict.fromkeys(STRAY, 2))
+    _, block, graph = first_block(name)
+    found, _ = infer_family(told)
+    theirs = found.graph(told.get_text_config(decoder=True), 0, block)
+    assert shape_of(theirs, block) == shape_of(graph, block)
+
+
+def test_a_config_that_no_reading_makes_fit_its_model_is_refused_by_name() -> None:
+    model, block, _ = first_block("phi3")
+    config = copy.deepcopy(text_config(model))
+    config.intermediate_size = 64
+    with pytest.raises(UnsupportedModelError, match=r"block 0 is not what its config says: down"):
+        family_named("phi3").graph(config, 0, block)
 
 
 class TestRefusals:

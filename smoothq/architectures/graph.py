@@ -9,13 +9,16 @@ The names are those of an opened block (`layout.open_block`), in which every mat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import UnsupportedModelError
 
 Edge = Literal["norms", "up_down", "value_output"]
 Reads = Literal["stream", "values", "inner"]
@@ -153,6 +156,16 @@ class BlockGraph:
     sites: tuple[Site, ...]
     residual_writers: tuple[WeightRef, ...]
 
+    def keeping(self, keeps: Callable[[str], bool]) -> BlockGraph:
+        """The graph in which some modules, told by name, are read as a router's weights are."""
+
+        def without(site: Site) -> Site:
+            kept = tuple(reader for reader in site.readers if keeps(reader.module))
+            readers = tuple(reader for reader in site.readers if reader not in kept)
+            return replace(site, readers=readers, float_readers=site.float_readers + kept)
+
+        return replace(self, sites=tuple(without(site) for site in self.sites))
+
     @property
     def value_output(self) -> Site | None:
         """The site between attention and its output projection, if values reach it unchanged."""
@@ -233,6 +246,19 @@ class Family:
     sums_at_entry: bool = True
     refuses: Callable[[PretrainedConfig], str | None] = _refuses_none
 
+    def graph(self, config: PretrainedConfig, index: int, block: nn.Module) -> BlockGraph:
+        """The wiring of a model's own block, opened, on any device.
+
+        Head counts are those of its tensors: a config may hold fields that its model does not use.
+        Raises UnsupportedModelError where config and tensors do not fit in another way.
+        """
+        graph = self.block(config, index)
+        heads = _heads_of_tensors(graph, config, block)
+        if heads is not None:
+            graph = self.block(_with_heads(config, heads), index)
+        _check_fits(graph, config, index, block)
+        return graph
+
     def parts(self, model: PreTrainedModel) -> Parts:
         """Where this family's parts are in a model."""
         names = {id(module): name for name, module in model.named_modules()}
@@ -270,10 +296,95 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:
-    """Head counts and width from the config; `head_dim` need not be hidden_size / heads."""
+    """Head counts and width from the config; `head_dim` need not be hidden_size / heads.
+
+    What the model has may differ: `Family.graph` goes by its tensors.
+    """
     query = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // query
     return Heads(query, getattr(config, "num_key_value_heads", None) or query, dim)
+
+
+def _heads_of_tensors(
+    graph: BlockGraph, config: PretrainedConfig, block: nn.Module
+) -> Heads | None:
+    """Head counts by the shapes of values and output projection; None where they do not tell."""
+    site = graph.value_output
+    if site is None or not isinstance(site.producer, Rows):
+        return None
+    try:
+        width = site.all_readers[0].view(block).shape[1]
+        values = len(block.get_parameter(site.producer.refs[0].tensor))
+    except AttributeError:  # a name that the block does not have, which `_check_fits` refuses
+        return None
+    query = config.num_attention_heads
+    # Of q, k and v in one matrix, what is not q is k and v, in equal shares.
+    fused = site.producer.refs[0].rows is not None
+    key_values = (values - width) // 2 if fused else values
+    if width % query or key_values <= 0 or key_values % (width // query):
+        return None
+    dim = width // query
+    return None if query % (key_values // dim) else Heads(query, key_values // dim, dim)
+
+
+def _with_heads(config: PretrainedConfig, heads: Heads) -> PretrainedConfig:
+    """A config that says so; itself where it does."""
+    if attention_heads(config) == heads:
+        return config
+    told: Any = copy.copy(config)
+    if attention_heads(config).dim != heads.dim and hasattr(config, "head_dim"):
+        told.head_dim = heads.dim
+    told.num_key_value_heads = heads.key_value
+    made: PretrainedConfig = told
+    return made
+
+
+def _check_fits(graph: BlockGraph, config: PretrainedConfig, index: int, block: nn.Module) -> None:
+    """Raise UnsupportedModelError where a graph, made from a config, is not a block's own."""
+    for site in graph.sites:
+        what = _misfit(site, block)
+        if what is not None:
+            raise UnsupportedModelError(
+                f"{config.model_type}: block {index} is not what its config says: {what}; "
+                "correct config.json, or take out the field that its model does not use"
+            )
+
+
+def _misfit(site: Site, block: nn.Module) -> str | None:
+    """How a site differs from a block's tensors, or None."""
+    try:
+        widths = {reader.view(block).shape[1] for reader in site.all_readers}
+        made = _channels(site, block)
+    except AttributeError as error:
+        return f"{site.name}: {error}"
+    if len(widths) != 1:
+        return f"what reads {site.name} has {sorted(widths)} input channels"
+    (width,) = widths
+    if made is not None and made != width:
+        return f"{site.name} has {width} input channels, and {made} are made for it"
+    routed = [reader.module for reader in site.readers if reader.routed]
+    stacks = {module.rpartition(".")[0] for module in routed if module[-1].isdigit()}
+    held = sum(len(list(block.get_submodule(stack).children())) for stack in stacks)
+    if site.reads == "stream" and held > len(routed):
+        return f"{held} experts where {len(routed)} are expected"
+    return None
+
+
+def _channels(site: Site, block: nn.Module) -> int | None:
+    """The input channels of a site that its producer makes, or None where it has none."""
+    producer = site.producer
+    if producer is None:
+        return None
+    if isinstance(producer, Norm):
+        return block.get_parameter(producer.weight).numel()
+    rows = sum(len(ref.view(block)) for ref in producer.refs)
+    if producer.heads is None:
+        return rows
+    heads, last = producer.heads, producer.refs[-1]
+    # Rows that stop short of a matrix's end were counted with heads that it does not have.
+    end = len(block.get_parameter(last.tensor))
+    reached = last.rows is None or last.rows.stop in (None, end)
+    return heads.query * heads.dim if reached and rows == heads.key_value * heads.dim else 0
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -195,7 +195,7 @@ def prepare(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             if module.site_input.rotation is not None:
-                module.site_input.rotation.prepare(module.weight.device)
+                module.site_input.rotation.prepare(module.device)
             module.prepare()
         elif isinstance(module, QuantizesAttention):
             rotation = module.attention_quantizer.rotation
@@ -329,5 +329,5 @@ def _check_filled(model: nn.Module) -> None:
             continue
         persistent = [key for key in module.state_dict() if "." not in key]
         for key in persistent:
-            if not getattr(module.get_buffer(key), "_is_hf_initialized", False):
+            if not getattr(module._buffers[key], "_is_hf_initialized", False):
                 raise CheckpointError(f"tensor '{name}.{key}' is missing in the checkpoint")

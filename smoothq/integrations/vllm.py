@@ -271,7 +271,7 @@ def _empty_like(
     grid = row_grid(part.in_features) if isinstance(part, TiedHead) else part.spec.grid
     source = part.site_input
     site_input = InputQuantizer(source.name, source.spec, 1, source.context)
-    linear = QuantizedLinear(WeightSpec(rows, part.in_features, grid), site_input, None)
+    linear = QuantizedLinear(WeightSpec(rows, part.in_features, grid), site_input, dtype)
     linear.add_module("input", site_input)
     return linear
 

@@ -10,6 +10,7 @@ from ..checkpoint.packing import pack, packed_like, unpack
 from ..kernels import QuantizedInput
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from .input_quantizer import InputQuantizer
+from .weight_answer import HoldsCodes
 
 EMBEDDING_BITS = 8
 
@@ -19,13 +20,12 @@ def row_grid(columns: int) -> IntegerGrid:
     return IntegerGrid(EMBEDDING_BITS, "group", columns, multiplier=False, clip=False)
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(HoldsCodes):
     """Rows of a table of codes: token ids int64 (...) → float (..., K).
 
     Persistent: `weight`, the codes in the stored form, and `weight_scale`, bfloat16 (V, 1).
     """
 
-    weight: Tensor
     weight_scale: Tensor
     like: Tensor
 
@@ -33,6 +33,7 @@ class QuantizedEmbedding(nn.Module):
         """dtype: of the output, until the module is cast. All tensors start on the meta device."""
         super().__init__()
         self.num_embeddings, self.embedding_dim = rows, columns
+        self.weight_shape = (rows, columns)
         self.register_buffer("weight", packed_like(rows, columns, EMBEDDING_BITS))
         scale = torch.empty(rows, 1, dtype=torch.bfloat16, device="meta")
         self.register_buffer("weight_scale", scale)
@@ -40,17 +41,22 @@ class QuantizedEmbedding(nn.Module):
 
     def set_weight(self, quantized: QuantizedWeight) -> None:
         """Take over codes and scales."""
-        self.weight = pack(quantized.codes, EMBEDDING_BITS)
+        self.hold(pack(quantized.codes, EMBEDDING_BITS))
         self.weight_scale = quantized.scales.scale.contiguous()
 
     def quantized_weight(self) -> QuantizedWeight:
         """The stored codes, int8 (V, K), and their scales."""
-        codes = unpack(self.weight, self.embedding_dim, EMBEDDING_BITS)
+        codes = unpack(self.codes, self.embedding_dim, EMBEDDING_BITS)
         return QuantizedWeight(codes, Scales(self.weight_scale, None))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the output."""
+        return self.like.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of token ids, dequantized."""
-        codes = self.weight[ids].squeeze(-1)
+        codes = self.codes[ids].squeeze(-1)
         return (codes.float() * self.weight_scale[ids].float()).to(self.like.dtype)
 
 
@@ -68,7 +74,7 @@ class TiedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The embedding's codes, in the stored form."""
+        """What the embedding answers."""
         return self.embedding.weight
 
     @weight.setter
@@ -78,7 +84,7 @@ class TiedHead(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the codes lie."""
-        return self.weight.device
+        return self.embedding.codes.device
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
@@ -87,7 +93,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (..., K) → logits (..., V) in x's dtype."""
-        codes, scale = self.weight.squeeze(-1), self.embedding.weight_scale.float()
+        codes, scale = self.embedding.codes.squeeze(-1), self.embedding.weight_scale.float()
         quantized = self.site_input(x)
         logits: Tensor
         if isinstance(quantized, QuantizedInput):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
 from ..checkpoint.packing import pack, packed_like, unpack
@@ -21,6 +21,7 @@ from ..kernels import QuantizedInput
 from ..kernels.reference import multiplied_weight
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from .input_quantizer import InputQuantizer, InputSpec
+from .weight_answer import HoldsCodes
 
 
 @dataclass(frozen=True)
@@ -99,29 +100,34 @@ class WeightSpec:
         return (*inputs, *few, "int8_gemm")
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(HoldsCodes):
     """y = x Ŵᵀ + b, with the input's codes from a shared InputQuantizer.
 
     Persistent: `weight` (packed codes), `weight_scale`, `weight_multiplier` and `weight_zero_point`
     where the grid has them, `bias`. forward: float (..., K) → the same dtype (..., N).
     """
 
-    weight: Tensor
     weight_scale: Tensor
     weight_multiplier: Tensor | None
     weight_zero_point: Tensor | None
     bias: Tensor | None
 
     def __init__(
-        self, spec: WeightSpec, site_input: InputQuantizer, bias_dtype: torch.dtype | None
+        self,
+        spec: WeightSpec,
+        site_input: InputQuantizer,
+        dtype: torch.dtype,
+        bias_dtype: torch.dtype | None = None,
     ) -> None:
-        """bias_dtype: the dtype of the bias, or None for a layer without one.
+        """dtype: of the float weight that the codes stand for. bias_dtype: of the bias, or None for
+        a layer without one. Both until it is cast.
 
         All tensors start on the meta device: `set_weight` or a checkpoint brings them.
         """
         super().__init__()
         self.spec = spec
         self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.weight_shape, self.weight_dtype = (spec.out_features, spec.in_features), dtype
         # The site owns its InputQuantizer; a reader refers to it without registering it again.
         object.__setattr__(self, "site_input", site_input)
         self.register_buffer("weight_multiplier", None)
@@ -140,7 +146,7 @@ class QuantizedLinear(nn.Module):
 
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Take over codes and scales (and a bias), and prepare to run."""
-        self.weight = pack(quantized.codes, self.spec.grid.bits)
+        self.hold(pack(quantized.codes, self.spec.grid.bits))
         scales = quantized.scales.map(Tensor.contiguous)
         self.weight_scale, self.weight_multiplier = scales.scale, scales.multiplier
         self.weight_zero_point = scales.zero
@@ -150,14 +156,14 @@ class QuantizedLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The stored codes and scales, unpacked."""
-        codes = unpack(self.weight, self.in_features, self.spec.grid.bits)
+        codes = unpack(self.codes, self.in_features, self.spec.grid.bits)
         scales = Scales(self.weight_scale, self.weight_multiplier, self.weight_zero_point)
         return QuantizedWeight(codes, scales)
 
     @property
     def device(self) -> torch.device:
         """Where the weight lies."""
-        return self.weight.device
+        return self.codes.device
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
@@ -171,7 +177,7 @@ class QuantizedLinear(nn.Module):
         int8.
         """
         self._operand = self._row_scale = self._shift = None
-        if self.weight.is_meta:
+        if self.codes.is_meta:
             return
         if self.weight_zero_point is not None:
             self._shift = self.weight_zero_point.float() * self.weight_scale.float()
@@ -181,7 +187,7 @@ class QuantizedLinear(nn.Module):
         self._packed_tokens = self.spec.packed_tokens(source, self.device, self.keeps_packed)
         if self._packed_tokens == sys.maxsize:
             return
-        operand = unpack(self.weight, self.in_features, self.spec.grid.bits)
+        operand = unpack(self.codes, self.in_features, self.spec.grid.bits)
         if source.mode != "float":
             operand = multiplied_weight(operand, self.weight_multiplier)
         self._operand = operand
@@ -202,7 +208,7 @@ class QuantizedLinear(nn.Module):
     def bytes_read(self, tokens: int) -> int:
         """What a product of so many tokens reads of the weight, its scales and multipliers."""
         packed = self._operand is None or tokens <= self._packed_tokens
-        codes = self.weight if packed else self._operand
+        codes = self.codes if packed else self._operand
         multiplier = self.weight_multiplier if packed else None
         tensors = (codes, self.weight_scale, multiplier, self.weight_zero_point, self.bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -210,7 +216,7 @@ class QuantizedLinear(nn.Module):
     def _float_product(self, x: Tensor) -> Tensor:
         product: Tensor = kernels.weight_only_gemm(
             x.reshape(-1, self.in_features),
-            self.weight if self._operand is None else self._operand,
+            self.codes if self._operand is None else self._operand,
             self.weight_scale,
             self.weight_multiplier,
             self.bias,
@@ -231,7 +237,7 @@ class QuantizedLinear(nn.Module):
         if operand is None or codes.shape[0] <= self._packed_tokens:
             multiplier = self.weight_multiplier
             product = kernels.int4_gemm(
-                codes, scale, self.weight, row_scale, multiplier, self.bias, dtype
+                codes, scale, self.codes, row_scale, multiplier, self.bias, dtype
             )
         else:
             product = kernels.int8_gemm(codes, scale, operand, row_scale, self.bias, dtype)
@@ -256,6 +262,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         scale = self.weight_scale
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:
             # `.to(dtype)` is about activations; a scale that lost bits would move every weight.
