@@ -520,16 +520,20 @@ def evaluate(
     """
     from .calibration import TextSource
     from .evaluation.evaluate import evaluate as measure
-    from .evaluation.loading import load_model
+    from .evaluation.loading import check_stored_vocabularies, load_model
 
     _silence_transformers()
+    if against is not None:
+        check_stored_vocabularies(against, model)
     named = [] if tasks is None else tasks.split(",")
     if named:
         _needs_package("lm_eval", "eval")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = text or ([] if named else ["wikitext2"])
     loaded, tokenizer = load_model(model, dtype, device, memory)
-    reference = None if against is None else load_model(against, dtype, device, memory)[0]
+    reference, its_tokenizer = (
+        (None, None) if against is None else load_model(against, dtype, device, memory)
+    )
     with progress() as update:
         found = measure(
             loaded,
@@ -538,6 +542,7 @@ def evaluate(
             name=model,
             reference=reference,
             reference_name=against,
+            reference_tokenizer=its_tokenizer,
             windows=windows,
             sequence_length=sequence_length,
             batch_size=batch_size,
@@ -608,7 +613,9 @@ def compare(
     if as_markdown:
         print(side_by_side.markdown(found))
         return
-    title = f"{windows} windows of {sequence_length} tokens of {text}; tokens a second, batch 1"
+    measured = found[0].evaluation.texts[0].own
+    sizes = f"{measured.windows} windows of {measured.sequence_length} tokens"
+    title = f"{sizes} of {text}; tokens a second, batch 1"
     out.print(columns(title, side_by_side.HEADER, side_by_side.rows(found)), soft_wrap=False)
     differing = [(name, *values) for name, values in side_by_side.differences(found).items()]
     if differing:
