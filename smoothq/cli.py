@@ -319,7 +319,7 @@ def plan(
         recipe = _servable(empty, recipe, True)
     made = make_plan(empty, recipe)
     needs = needs_of(made, None if max_memory is None else _bytes(max_memory))
-    before = float_bytes(empty, made.parts)
+    before = float_bytes(empty)
     estimate = price(made, torch.device(device))
     ahead = outlook(empty, made)
     if as_json:

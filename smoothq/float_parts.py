@@ -6,6 +6,7 @@ An embedding or a head may be larger than any block, so those to be stored come 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures.graph import is_tied
+from .architectures.graph import all_finite, is_tied
 from .architectures.layout import open_block
 from .checkpoint.stream import Source, check_weight, load_module, skeleton, unload_module
 from .distributed import World
-from .errors import CalibrationError, CheckpointError
+from .errors import CalibrationError, CheckpointError, NumericsError
 from .hidden_states import HiddenStates
 from .plan import BlockPlan, Plan
 from .transforms.norm_fusion import fuse_norms
@@ -106,6 +107,25 @@ def float_rows(
             f"{source.name}: tensor '{tensor}' has {height - left} rows, the config asks for "
             f"{height}"
         )
+
+
+def stored_rows(source: Source, name: str, checked: bool) -> Iterator[Tensor]:
+    """A tensor as it is stored, a large one in stretches of its rows.
+
+    Raises CheckpointError for a wrong shape and, where it is checked, NumericsError for NaN or Inf.
+    """
+    spec = source.specs.get(name) or source.extras[name]
+    height, *others = spec.shape or (1,)
+    width = math.prod(others)
+    stretches: Iterator[Tensor]
+    if height * width <= ROWS_ELEMENTS or name in source.extras:
+        stretches = (tensor for _, tensor in source.tensors([name]))
+    else:
+        stretches = source.rows(name, max(1, ROWS_ELEMENTS // max(1, width)))
+    for rows in stretches:
+        if checked and not all_finite(rows):
+            raise NumericsError(f"{source.name}: tensor '{name}' holds NaN or Inf")
+        yield rows
 
 
 class ModelEnd:

@@ -21,7 +21,7 @@ from .architectures.graph import is_tied, text_config
 from .errors import RecipeError, SmoothqError, UnsupportedModelError
 from .experiments import EXPERT_COUNTS
 from .modules import InputQuantizer, QuantizedLinear, SequenceContext, WeightSpec
-from .plan import Plan, SitePlan, float_bytes, make_plan, stored_elements
+from .plan import Plan, SitePlan, float_bytes, make_plan
 from .recipe import FLOAT_BITS, Preset, preset
 from .rounding.rtn import round_to_nearest
 from .servable import obstacles, refuse_in_plugin
@@ -157,8 +157,7 @@ def _processor() -> str:
 
 def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
     """Of the model as it is."""
-    nbytes = float_bytes(model, plan.parts)
-    size = nbytes // stored_elements(model, plan.parts)
+    nbytes, size = float_bytes(model), plan.stored_dtype.itemsize
     linears = 2.0 * PROMPT * sum(_elements(site, model) for site in _sites(plan))
     embedding = model.get_submodule(plan.parts.embedding).get_parameter("weight").numel()
     resting = sum(

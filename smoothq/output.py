@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from .account import Account, check_files
 from .checkpoint.writer import CheckpointWriter, Identity, State, Surroundings
 from .distributed import World
 from .hidden_states import HiddenStates
@@ -67,12 +69,21 @@ class Output:
             for number in range(len(stream)):
                 stream.batch(number)  # every process hands over its share
 
-    def finish(
+    def assemble(
         self,
         config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         generation_config: GenerationConfig | None,
         card: str,
-    ) -> None:
-        """Complete the checkpoint; it is in place when this returns, in any process."""
-        self._world.share(lambda: self._writer.finish(config, tokenizer, generation_config, card))
+    ) -> Path:
+        """The whole checkpoint, in a directory that is not the output yet; known to all."""
+        parts = (config, tokenizer, generation_config, card)
+        return self._world.share(lambda: self._writer.assemble(*parts))
+
+    def check(self, account: Account) -> None:
+        """Raise OutputError unless what was assembled holds what an account says."""
+        self._world.share(lambda: check_files(account, self._writer.final))
+
+    def place(self) -> None:
+        """Make what was assembled the output; it is in place when this returns, in any process."""
+        self._world.share(self._writer.place)

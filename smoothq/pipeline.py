@@ -21,17 +21,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .account import Account, account_of, nbytes_of
 from .architectures.graph import is_tied
 from .calibration import TextSource, calibration_tokens
 from .calibration_data import tokens_of
 from .checkpoint.packing import pack, packed_like
-from .checkpoint.stream import Source, load_module, skeleton, unload_module
+from .checkpoint.stream import Source, skeleton, unload_module
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
 from .distributed import World
 from .errors import CalibrationError
-from .float_parts import WORKING_DTYPE, Block, enter, float_rows, load_block
+from .float_parts import Block, enter, load_block, stored_rows
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
 from .memory import give_back, peak_memory, steady_heap
@@ -58,7 +59,7 @@ from .rounding.gptq import Factor, factorise, gptq
 from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
 from .tokens import Tokens
-from .transforms.rotation import end_folds, rotate_input, rotate_value_output
+from .transforms.rotation import rotate_input, rotate_value_output
 from .transforms.smoothing import smooth
 from .tuning import tune
 from .version import __version__
@@ -125,6 +126,7 @@ def quantize_checkpoint(
     plan = make_plan(model, recipe)
     tokenizer = tokenizer or source.tokenizer()
     tokens = _calibration_tokens(plan, source, model, tokenizer, data)
+    account = account_of(model, plan, source)
     held = 0 if tokens is None else tokens.count
     needs = needs_of(plan, max_memory, writer.every, held)
     world.share(lambda: writer.check(needs.disk))
@@ -132,7 +134,7 @@ def quantize_checkpoint(
     with output, steady_heap():
         surroundings = Surroundings.here(world.device.type, world.size)
         begun = output.begin(_identity(source, recipe, tokens), surroundings)
-        job = _Job(source, plan, model, output, world, progress or _silent, on_block)
+        job = _Job(source, plan, model, account, output, world, progress or _silent, on_block)
         directory = writer.scratch if needs.states_on_disk else None
         _run(job, tokens, begun.blocks, directory, probe)
         result = Result(
@@ -140,27 +142,50 @@ def quantize_checkpoint(
             recipe=recipe,
             bits=plan.bits,
             bytes_before=source.nbytes,
-            bytes_after=plan.total_bytes,
+            bytes_after=nbytes_of(account),
             linear_bytes=plan.linear_bytes,
             seconds=time.perf_counter() - start,
             peak_memory=peak_memory(),
-            notes=plan.notes,
+            notes=(*plan.notes, *source.notes, *_dtype_note(source, plan)),
         )
-        config = copy.deepcopy(source.config)
-        config.architectures = [type(model).__name__]
-        config.dtype = plan.stored_dtype
-        config.quantization_config = SmoothqConfig.of(plan, __version__)
-        output.finish(config, tokenizer, source.generation_config, model_card(result))
+        config = _config_of(source, model, plan)
+        output.assemble(config, tokenizer, source.generation_config, model_card(result))
+        output.check(account)
+        output.place()
     return result
+
+
+def _config_of(source: Source, model: PreTrainedModel, plan: Plan) -> PretrainedConfig:
+    """The config of the output: the source's, true to what is stored."""
+    config = copy.deepcopy(source.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = plan.stored_dtype
+    if not is_tied(model):
+        for part in (config, config.get_text_config(decoder=True)):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+    config.quantization_config = SmoothqConfig.of(plan, __version__)
+    return config
+
+
+def _dtype_note(source: Source, plan: Plan) -> Iterator[str]:
+    """A line where a config names another dtype than the tensors have."""
+    named = source.config.dtype
+    if named is not None and plan.recipe.dtype == "auto" and plan.stored_dtype != named:
+        yield f"its config says {named}, its tensors are {plan.stored_dtype}: stored as they are"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a pass works with: where weights come from, what is done, and where they go."""
+    """What a pass works with: where weights come from, what is done, and where they go.
+
+    account: all that the output will hold.
+    """
 
     source: Source
     plan: Plan
     model: PreTrainedModel
+    account: Account
     output: Output
     world: World
     progress: Progress
@@ -192,7 +217,7 @@ def _run(
         stage = partial(_enter_stage, job, index)
         _quantize_block(block, job, streams.get("quantized"), streams.get("float"), stage)
         perplexity = None if probing is None else probing.follow(block.module, index)
-        output.add(_to_store(block.module, block.name, plan.stored_dtype))
+        output.add(_to_store(block, job.source, job.account))
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
         if job.on_block is not None:
@@ -425,52 +450,32 @@ def _streams(job: _Job, tokens: Tokens | None, directory: Path | None) -> dict[s
 
 
 def _store_ends(job: _Job) -> None:
-    """Store embedding, head, positions, norms and all else that is not a block.
-
-    Where the residual stream is rotated offline the rotation is folded in; embedding and head are
-    read, worked on and written in stretches of their rows.
-    """
-    plan, model, output, rotation = job.plan, job.model, job.output, job.plan.residual_rotation
+    """Store all that is not in a block: embedding, head, positions, norms, towers, and extras."""
+    plan, source = job.plan, job.source
     parts = plan.parts
-    large = [parts.embedding, *([] if is_tied(model) else [parts.head])]
-    small = [name for name in (parts.positions, parts.entry_norm, parts.final_norm) if name]
-    for name in small:
-        load_module(model.get_submodule(name), name, job.source, WORKING_DTYPE)
-    folds: dict[str, Callable[[Tensor], None] | None] = dict.fromkeys(large)
-    if rotation is not None and plan.folds_ends:
-        folds |= end_folds(model, parts, rotation)
-    if rotation is not None and parts.positions is not None:
-        positions = model.get_submodule(parts.positions)
-        rotate_input(positions.get_parameter("weight").data, rotation)
-    for name in large:
-        _store_matrix(job, name, folds[name])
-    for name in small:
-        module = model.get_submodule(name)
-        output.add(_to_store(module, name, plan.stored_dtype))
-        unload_module(module)
-    held = (*small, parts.layers, *(f"{name}.weight" for name in (*large, parts.head)))
-    rest = [
-        name
-        for name, _ in model.named_parameters()
-        if not any(f"{name}.".startswith(f"{module}.") for module in held)
-    ]
-    for name, tensor in job.source.tensors(rest):
-        output.add({name: tensor.to(plan.stored_dtype)})
+    tables = {f"{name}.weight": name for name in (parts.embedding, parts.head) if plan.tables}
+    checked = (parts.embedding, parts.head, parts.final_norm, parts.positions, parts.entry_norm)
+    for name, spec in job.account.items():
+        if name.startswith(f"{parts.layers}.") and name not in source.extras:
+            continue
+        if name in tables:
+            _store_table(job, tables[name])
+        elif name in source.specs or name in source.extras:
+            rows = stored_rows(source, name, name.rpartition(".")[0] in checked)
+            cast = (each.to("cpu", spec.dtype) for each in rows)
+            nbytes = nbytes_of({name: spec})
+            job.output.add_rows(name, cast, spec.shape, nbytes)
+        elif name.rpartition(".")[0] not in tables.values():
+            job.output.add({name: job.model.get_buffer(name).to(spec.dtype)})
 
 
-def _store_matrix(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -> None:
-    """Store an embedding or a head, row by row: float, or codes with a scale a row."""
-    plan, weight = job.plan, job.model.get_submodule(name).get_parameter("weight")
-    rows = float_rows(job.source, job.model, name, fold)
-    if not plan.tables:
-        cast = (each.to(plan.stored_dtype) for each in rows)
-        nbytes = weight.numel() * plan.stored_dtype.itemsize
-        job.output.add_rows(f"{name}.weight", cast, tuple(weight.shape), nbytes)
-        return
+def _store_table(job: _Job, name: str) -> None:
+    """Store an embedding or a head as codes with a scale a row, row by row."""
+    weight = job.model.get_submodule(name).get_parameter("weight")
     scales: list[Tensor] = []
 
     def packed() -> Iterator[Tensor]:
-        for each in rows:
+        for each in stored_rows(job.source, f"{name}.weight", True):
             rounded = round_to_nearest(each, row_grid(weight.shape[1]))
             scales.append(rounded.scales.scale)
             yield pack(rounded.codes, EMBEDDING_BITS)
@@ -481,13 +486,18 @@ def _store_matrix(job: _Job, name: str, fold: Callable[[Tensor], None] | None) -
         job.output.add({f"{name}.weight_scale": torch.cat(scales)})
 
 
-def _to_store(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A module's tensors by full name; what transformers casts on loading is in `dtype`."""
+def _to_store(block: Block, source: Source, account: Account) -> dict[str, Tensor]:
+    """A block's tensors by full name, each in the dtype of the account."""
     stored = {}
-    for key, tensor in module.state_dict().items():
-        scale = key.rpartition(".")[2] in ("weight_scale", "scale")
-        cast = tensor.is_floating_point() and not scale
-        stored[f"{name}.{key}"] = tensor.to("cpu", dtype if cast else tensor.dtype)
+    for key, tensor in block.module.state_dict().items():
+        name = f"{block.name}.{key}"
+        dtype = account[name].dtype
+        if dtype == torch.float64 and name in source.specs:
+            # Blocks are worked on in float32: what no transform touched keeps all its digits.
+            ((_, original),) = source.tensors([name])
+            if torch.equal(original.to(tensor.dtype), tensor.cpu()):
+                tensor = original
+        stored[name] = tensor.to("cpu", dtype)
     return stored
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 import copy
 import fnmatch
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .architectures import BlockGraph, Family, Heads, Norm, Parts, Rows, Site, family_of
 from .architectures.graph import is_tied, takes_rotation, text_config
 from .architectures.layout import open_block
 from .attention_plan import cached_bits, plan_attention
-from .errors import DeviceError, RecipeError, UnsupportedModelError
+from .errors import DeviceError, RecipeError
 from .inference import infer_family
 from .kernels import runs_on
 from .modules import (
@@ -75,6 +76,7 @@ class SitePlan:
 class BlockPlan:
     """One decoder block: its wiring, its sites, and the rotation of its values (or None).
 
+    unquantized_bytes: of the weights of its sites, as they come.
     kept_elements: of the linears that the recipe keeps in float; kept_width: of the tensors that
     only such linears read. new_biases: those of them that take in a norm's bias and had none.
     """
@@ -82,6 +84,7 @@ class BlockPlan:
     graph: BlockGraph
     sites: tuple[SitePlan, ...]
     value_rotation: Hadamard | None
+    unquantized_bytes: int
     kept_elements: int
     kept_width: int
     new_biases: tuple[str, ...]
@@ -114,8 +117,10 @@ class Plan:
     stream takes none. folds_ends: R1 is folded into embedding and head, where otherwise it runs
     online at both ends. attention: of every block, or None where it stays float. notes: what the
     user should know.
-    stored_dtype: of everything that stays float; float_elements: how many numbers that is.
-    tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied head.
+    stored_dtype: of most of what stays float, and of what is new; float_elements: how many numbers
+    stay float, float_bytes: their bytes, each in the dtype that it came in unless the recipe names
+    one. tables: rows of what is stored in 8 bits with a scale a row: the embedding, and an untied
+    head.
     """
 
     recipe: Recipe
@@ -129,6 +134,7 @@ class Plan:
     notes: tuple[str, ...]
     stored_dtype: torch.dtype
     float_elements: int
+    float_bytes: int
     tables: tuple[tuple[int, int], ...]
 
     @property
@@ -150,7 +156,7 @@ class Plan:
     def total_bytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
         tables = sum(rows * (columns + 2) for rows, columns in self.tables)
-        return self.linear_bytes + tables + self.float_elements * self.stored_dtype.itemsize
+        return self.linear_bytes + tables + self.float_bytes
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
@@ -168,7 +174,6 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
             f"{config.model_type}: live runtime smoothing needs whole sequences, and its blocks "
             "join the tokens of all sequences before some linears; use --smooth-scope token"
         )
-    stored = stored_elements(model, parts)
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     graphs = [family.block(config, index) for index in range(len(layers))]
@@ -181,6 +186,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
     _check_patterns(recipe, graphs, parts)
     tables = _tables(model, parts, recipe)
+    dtype, added = _stored_dtype(recipe, model), _added_biases(layers, blocks)
     rotation = None
     if rotatable and recipe.rotation is not None and recipe.rotation.residual:
         rotation = Hadamard.of(config.hidden_size, recipe.seed, family.centred)
@@ -197,13 +203,15 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         residual_rotation=rotation,
         folds_ends=rotation is not None and parts.fold(model),
         attention=attention,
-        bits=_count_bits(blocks, _stored_dtype(recipe, config), cached_bits(attention, config)),
+        bits=_count_bits(blocks, dtype, cached_bits(attention, config)),
         notes=tuple(dict.fromkeys(notes)),
-        stored_dtype=_stored_dtype(recipe, config),
-        float_elements=stored
-        + _added_biases(layers, blocks)
+        stored_dtype=dtype,
+        float_elements=stored_elements(model)
+        + added
         - _quantized_elements(blocks)
         - sum(rows * columns for rows, columns in tables),
+        float_bytes=_float_bytes(model, parts, recipe, blocks, bool(tables))
+        + added * dtype.itemsize,
         tables=tables,
     )
 
@@ -273,26 +281,48 @@ def _added_biases(layers: nn.ModuleList, blocks: tuple[BlockPlan, ...]) -> int:
     )
 
 
-def stored_elements(model: PreTrainedModel, parts: Parts) -> int:
-    """Numbers that a checkpoint holds: a head that is tied to the embedding is not stored."""
-    tied = f"{parts.head}." if is_tied(model) else None
-    named = model.named_parameters()
-    return sum(p.numel() for name, p in named if tied is None or not name.startswith(tied))
+def stored_elements(model: PreTrainedModel) -> int:
+    """Numbers that a float model's checkpoint holds."""
+    return sum(tensor.numel() for tensor in stored_tensors(model).values())
 
 
-def float_bytes(model: PreTrainedModel, parts: Parts) -> int:
-    """Bytes of a float model's checkpoint, in the dtype that its config names."""
-    return stored_elements(model, parts) * _stored_dtype(Recipe(), text_config(model)).itemsize
+def float_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a float model's checkpoint, in the dtypes that its tensors have."""
+    return sum(tensor.nbytes for tensor in stored_tensors(model).values())
 
 
-def _stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
+def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's parameters and persistent buffers by name; of tied ones the first alone."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _float_bytes(
+    model: PreTrainedModel,
+    parts: Parts,
+    recipe: Recipe,
+    blocks: tuple[BlockPlan, ...],
+    tables: bool,
+) -> int:
+    """Bytes of what of a model stays float. tables: whether embedding and head do not."""
+    coded = {f"{name}.weight" for name in (parts.embedding, parts.head) if tables}
+    kept = [tensor for name, tensor in stored_tensors(model).items() if name not in coded]
+    if recipe.dtype == "auto":
+        nbytes = sum(tensor.nbytes for tensor in kept)
+        return nbytes - sum(block.unquantized_bytes for block in blocks)
+    elements = sum(tensor.numel() for tensor in kept) - _quantized_elements(blocks)
+    return elements * _stored_dtype(recipe, model).itemsize
+
+
+def _stored_dtype(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
+    """The recipe's dtype, or that of most of a model's floats."""
     if recipe.dtype != "auto":
         return getattr(torch, recipe.dtype)  # type: ignore[no-any-return]
-    named = config.dtype or torch.float32
-    dtype = getattr(torch, named, None) if isinstance(named, str) else named
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UnsupportedModelError(f"{config.model_type}: its config says dtype = {named}")
-    return dtype
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            elements[parameter.dtype] += parameter.numel()
+    return elements.most_common(1)[0][0]
 
 
 def check_device(device: str) -> None:
@@ -326,8 +356,10 @@ def install_linear(
     """Replace one linear of an opened block by an empty QuantizedLinear, and return it."""
     linear = block.get_submodule(module)
     assert isinstance(linear, nn.Linear)
-    has_bias = plan.adds_bias or linear.bias is not None
-    dtype = linear.weight.dtype if has_bias else None
+    bias: Tensor | None = linear.bias
+    if bias is None and plan.adds_bias:
+        bias = linear.weight
+    dtype = None if bias is None else bias.dtype
     quantized = QuantizedLinear(plan.modules[module], site_input, dtype)
     block.set_submodule(module, quantized)
     return quantized
@@ -477,6 +509,11 @@ def _plan_block(
         graph,
         sites,
         value_rotation,
+        unquantized_bytes=sum(
+            layer.get_submodule(module).get_parameter("weight").nbytes
+            for site in sites
+            for module in site.modules
+        ),
         kept_elements=sum(weight.numel() for weight in weights.values()),
         kept_width=sum(widths.values()),
         new_biases=new_biases,

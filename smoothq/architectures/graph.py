@@ -250,9 +250,11 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head is the embedding."""
-    configs = (model.config, text_config(model))
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    """Whether the head is the embedding, whatever the config says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = model.all_tied_weights_keys
+    return tied.get(f"{names[id(head)]}.weight") == f"{names[id(embedding)]}.weight"
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:

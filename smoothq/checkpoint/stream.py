@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -55,35 +56,66 @@ HUB = "hf://"  # before an id of the hub
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 LARGEST_SIZE = 1 << 28  # of a number in a config: beyond any model's
 END_BYTES = 4096  # of either end of a tensor, where a fingerprint is taken
-DTYPES = {
+COMPARED_ROWS = 4096  # of two tensors that may be the same, at a time
+NAMED = 4  # kinds of tensors that a note names
+PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {  # of safetensors, by the names that stand in a file's header
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "U16": torch.uint16,
     "I16": torch.int16,
+    "U32": torch.uint32,
     "I32": torch.int32,
+    "U64": torch.uint64,
     "I64": torch.int64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
+class Spec(NamedTuple):
+    """The shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Source(Protocol):
-    """A float causal LM that can be read tensor by tensor."""
+    """A float causal LM that can be read tensor by tensor.
+
+    specs: what it has for the model that it was adopted for, by the model's names: parameters and
+    persistent buffers. extras: tensors that the model's class does not know, by their own names;
+    they are kept. notes: what else of it the user should know.
+    """
 
     name: str
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     nbytes: int
+    specs: dict[str, Spec]
+    extras: dict[str, Spec]
+    notes: list[str]
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Learn how the stored tensors make the parameters of a model, which may be on meta."""
+        """Learn how the stored tensors make those of a model, which may be on meta.
+
+        The model takes their dtypes, and those ties that they do not contradict.
+        """
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, in their stored dtype, one by one. Raises CheckpointError if missing."""
+        """Tensors of the model, as they are stored, one by one. Raises CheckpointError if missing.
+
+        names: of the model's tensors, or of extras.
+        """
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """A parameter in stretches of so many rows, without ever holding more of it."""
@@ -119,31 +151,85 @@ class CheckpointSource:
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
-        wanted = model.state_dict()
-        prefix = model.base_model_prefix
-        self._converted: dict[str, _Converted] = {}
+        wanted, prefix = model.state_dict(), model.base_model_prefix
+        stored_specs = {
+            name: spec
+            for path in sorted(set(self.files.values()))
+            for name, spec in tensor_shapes(path).items()
+        }
+        self._model = model
         self._stored: dict[str, str] = {}
-        for stored in sorted(self.files, key=dot_natural_key):
+        self._converted: dict[str, _Converted] = {}
+        unnamed: dict[str, str] = {}
+        for stored in sorted(stored_specs, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
             if name not in wanted and stored in wanted:
                 name, pattern = rename_source_key(stored, [], [], prefix, wanted)
-            if name not in wanted:
-                continue
-            if pattern is None:
+            if name not in wanted or (pattern is None and name in self._stored):
+                unnamed[stored] = name
+            elif pattern is None:
                 self._stored[name] = stored
             else:
-                made = _Converted(by_pattern[pattern], [])
+                made = _Converted(name, by_pattern[pattern], [])
                 self._converted.setdefault(name, made).parts.append((pattern, stored))
+        self.specs = {name: stored_specs[stored] for name, stored in self._stored.items()}
+        for converted in list(self._converted.values()):
+            # A converter says which tensors it makes by making them, here without values.
+            empty = {
+                stored: torch.empty(shape, dtype=dtype, device="meta")
+                for stored, (shape, dtype) in (
+                    (stored, stored_specs[stored]) for _, stored in converted.parts
+                )
+            }
+            for name, tensor in self._convert(converted, empty).items():
+                if name in wanted:
+                    self._converted[name] = converted
+                    self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
+        self._settle_ties(model)
+        _take_dtypes(model, self.specs)
+        self.extras, useless = _sorted_out(model, unnamed, stored_specs)
+        self.notes = _notes_on(self.extras, useless)
+
+    def _settle_ties(self, model: PreTrainedModel) -> None:
+        """Tie what transformers would: a stored tensor that differs from its twin stays its own."""
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if target in self._stored and source not in self.specs:
+                self.specs[source] = self.specs.pop(target)
+                self._stored[source] = self._stored.pop(target)
+            elif target in self.specs and not self._same(target, source):
+                untie(model, target)
+            else:
+                self.specs.pop(target, None)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two stored tensors hold the same numbers."""
+        if self.specs[one].shape != self.specs[other].shape:
+            return False
+        pairs = zip(self.rows(one, COMPARED_ROWS), self.rows(other, COMPARED_ROWS), strict=True)
+        return all(torch.equal(left, right) for left, right in pairs)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors mapped from the file, or made of several: keep copies of the mapped."""
         names = list(names)
-        for name in names:
+        stored = {name: name for name in names if name in self.extras}
+        left = dict.fromkeys(name for name in names if name not in stored)
+        while left:
+            name = next(iter(left))
             if name in self._converted:
-                yield name, self._convert(name)
-            elif name not in self._stored:
+                converted = self._converted[name]
+                made = self._convert(converted, dict(self._read(s for _, s in converted.parts)))
+                for each in [each for each in left if each in made]:
+                    del left[each]
+                    yield each, made[each]
+                if name in left:
+                    raise CheckpointError(
+                        f"{self.name}: '{name}' cannot be made of the stored tensors"
+                    )
+            elif name in self._stored:
+                stored[self._stored[name]] = name
+                del left[name]
+            else:
                 raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
-        stored = {self._stored[name]: name for name in names if name in self._stored}
         for key, tensor in self._read(stored):
             yield stored[key], tensor
 
@@ -156,7 +242,8 @@ class CheckpointSource:
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """A parameter in stretches of so many rows, without ever holding more of it."""
         if name in self._converted:
-            yield from self._convert(name).split(count)
+            ((_, tensor),) = self.tensors([name])
+            yield from tensor.split(count)
             return
         if name not in self._stored:
             raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
@@ -182,18 +269,22 @@ class CheckpointSource:
                             digest.update(file.read(min(END_BYTES, end - first)))
         return digest.hexdigest()
 
-    def _convert(self, name: str) -> Tensor:
-        """A parameter that is stored in several tensors, such as one an expert."""
-        converted = self._converted[name]
+    def _convert(self, converted: _Converted, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What transformers makes of several stored tensors, or several of one, by name."""
         converter: Any = copy.deepcopy(converted.converter)
-        tensors = dict(self._read(stored for _, stored in converted.parts))
         for pattern, stored in converted.parts:
-            converter.add_tensor(name, stored, pattern, lambda stored=stored: tensors[stored])
-        made = converter.convert(name, config=self.config)
-        if name not in made:
-            raise CheckpointError(f"{self.name}: '{name}' cannot be made of the stored tensors")
-        tensor: Tensor = made[name][0] if isinstance(made[name], list) else made[name]
-        return tensor
+            read = partial(tensors.__getitem__, stored)
+            converter.add_tensor(converted.name, stored, pattern, read)
+        try:
+            made = converter.convert(converted.name, model=self._model, config=self._model.config)
+        except Exception as error:  # whatever transformers' conversions make of foreign tensors
+            raise CheckpointError(
+                f"{self.name}: '{converted.name}' cannot be made of the stored tensors: "
+                f"{first_line(error)}"
+            ) from error
+        return {
+            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
+        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
@@ -210,8 +301,12 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class _Converted:
-    """What transformers makes one parameter of: a converter, and (pattern, stored name) pairs."""
+    """How transformers makes parameters of stored tensors that are cut otherwise.
 
+    name: of the first parameter made. parts: (pattern, stored name) pairs.
+    """
+
+    name: str
     converter: WeightConverter
     parts: list[tuple[str, str]]
 
@@ -220,17 +315,47 @@ class ModuleSource:
     """A model in memory. It is read, never changed."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """dtype: of its floats once they are stored; None is their own."""
         self.name, self.config = name, model.config
         self.generation_config = getattr(model, "generation_config", None)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._dtype = tokenizer, dtype
         self._tensors = model.state_dict()
         storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self._tensors.values()}
         self.nbytes = sum(storages.values())
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Nothing to learn: the names are the model's own."""
+        """Learn which of the tensors a model names: the names are its own."""
+        wanted = model.state_dict()
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if target in self._tensors and source in self._tensors:
+                left, right = self._tensors[target], self._tensors[source]
+                if left.data_ptr() != right.data_ptr() and not torch.equal(left, right):
+                    untie(model, target)
+        tied = model.all_tied_weights_keys
+        self.specs, unnamed = {}, dict[str, str]()
+        stored_specs = {
+            name: Spec(tuple(tensor.shape), self._stored_dtype(tensor))
+            for name, tensor in self._tensors.items()
+        }
+        for name, spec in stored_specs.items():
+            if name in tied:
+                continue
+            if name in wanted:
+                self.specs[name] = spec
+            else:
+                unnamed[name] = name
+        _take_dtypes(model, self.specs)
+        self.extras, useless = _sorted_out(model, unnamed, stored_specs)
+        self.notes = _notes_on(self.extras, useless)
+
+    def _stored_dtype(self, tensor: Tensor) -> torch.dtype:
+        return self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the model, shared with it."""
@@ -342,11 +467,103 @@ def parse_hub_id(text: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
+def untie(model: PreTrainedModel, target: str) -> None:
+    """Give a parameter that its config ties to another a place of its own, in place."""
+    del model.all_tied_weights_keys[target]
+    _set_tensor(model, target, torch.empty_like(model.get_parameter(target), device="meta"))
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer in the place of another."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _take_dtypes(model: PreTrainedModel, specs: dict[str, Spec]) -> None:
+    """Give a skeleton's floats the dtypes that they are stored in."""
+    for name, tensor in model.state_dict().items():
+        if name in specs and tensor.is_floating_point() and specs[name].dtype.is_floating_point:
+            _set_tensor(model, name, tensor.to(specs[name].dtype))
+    for target, source in model.all_tied_weights_keys.items():
+        owner, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+
+
+def _sorted_out(
+    model: PreTrainedModel, unnamed: dict[str, str], specs: dict[str, Spec]
+) -> tuple[dict[str, Spec], list[str]]:
+    """Of tensors that no parameter is made of: what belongs to modules that the class does not
+    have, such as those that predict several tokens, and what a module that it has does not use.
+
+    unnamed: stored name → the name that transformers gives it.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    extras, useless = {}, []
+    for stored, name in unnamed.items():
+        if {stored.rpartition(".")[0], name.rpartition(".")[0]} & modules:
+            useless.append(stored)
+        else:
+            extras[stored] = specs[stored]
+    return extras, useless
+
+
+def _notes_on(extras: dict[str, Spec], useless: list[str]) -> list[str]:
+    notes = []
+    if extras:
+        notes.append(
+            f"{len(extras)} tensors that the model's class does not know are kept as they are: "
+            f"{_families_of(extras)}"
+        )
+    if useless:
+        notes.append(
+            f"{len(useless)} stored tensors are left out, for the model's code does not use them: "
+            f"{_families_of(useless)}"
+        )
+    return notes
+
+
+def _families_of(names: Iterable[str]) -> str:
+    """Names with `*` for every number in them, each once, a few of them."""
+    kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+    return ", ".join(kinds[:NAMED]) + (f", … ({len(kinds)} kinds)" if len(kinds) > NAMED else "")
+
+
 def skeleton(source: Source) -> PreTrainedModel:
-    """The model of a source with its parameters on the meta device and its buffers real."""
+    """The model of a source with its parameters on the meta device and its buffers real.
+
+    Its tensors have the dtypes of the source's, and its ties are those that the source has.
+    Raises CheckpointError, before any work, for a tensor that is missing or has another shape,
+    UnsupportedModelError for one in a number format that means nothing without its scales.
+    """
     model = skeleton_of(source.config, source.name)
     source.adopt(model)
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in model.state_dict().items():
+        if name in source.specs:
+            _check_spec(source.specs[name], name, tensor, source.name)
+        elif name in buffers:
+            source.notes.append(f"{name} is not stored: it is as the model's class makes it")
+        elif name not in model.all_tied_weights_keys:
+            raise CheckpointError(f"{source.name}: the checkpoint has no tensor '{name}'")
     return model
+
+
+def _check_spec(spec: Spec, name: str, wanted: Tensor, model: str) -> None:
+    """Raise CheckpointError for a wrong shape, UnsupportedModelError for a wrong dtype."""
+    if spec.shape != wanted.shape:
+        raise CheckpointError(
+            f"{model}: tensor '{name}' has shape {spec.shape}, the config asks for "
+            f"{tuple(wanted.shape)}"
+        )
+    if wanted.is_floating_point() and spec.dtype not in PLAIN_FLOATS:
+        raise UnsupportedModelError(
+            f"{model}: tensor '{name}' is stored as {spec.dtype}, and no quantization_config says "
+            "what its numbers stand for; quantize the float model"
+        )
 
 
 def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
@@ -362,8 +579,22 @@ def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
         ) from error
     # Building it named the working dtype there; the plan wants the checkpoint's own.
     model.config.dtype = config.dtype
+    named = dtype_named_by(config)
+    _take_dtypes(model, {n: Spec(tuple(p.shape), named) for n, p in model.named_parameters()})
     model.eval()
     return model
+
+
+def dtype_named_by(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a config names, float32 where it names none.
+
+    Raises UnsupportedModelError for one that is no float.
+    """
+    named = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UnsupportedModelError(f"{config.model_type}: its config says dtype = {named}")
+    return dtype
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -380,17 +611,20 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
-    """Fill a module's parameters from a source, in `dtype` (None: as stored).
+    """Fill a module's parameters and persistent buffers from a source.
 
+    dtype: of the floats (None: as stored). A buffer that is not stored stays as the class makes it.
     Raises CheckpointError for a missing tensor or a wrong shape, NumericsError for NaN or Inf.
     """
+    held = module.state_dict()
+    unstored = {n for n, _ in module.named_buffers() if f"{prefix}.{n}" not in source.specs}
+    names = {f"{prefix}.{name}": name for name in held if name not in unstored}
     loaded = {}
-    names = {f"{prefix}.{name}": name for name, _ in module.named_parameters()}
     for full, tensor in source.tensors(names):
-        shape = tuple(module.get_parameter(names[full]).shape)
-        check_weight(tensor, full, shape, source.name)
+        check_weight(tensor, full, tuple(held[names[full]].shape), source.name)
         # A copy, never a view: transforms write in place.
-        loaded[names[full]] = tensor.to(dtype or tensor.dtype, copy=True)
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        loaded[names[full]] = tensor.to(wanted, copy=True)
     module.load_state_dict(loaded, strict=False, assign=True)
     module.requires_grad_(False)
 
@@ -459,14 +693,21 @@ def tensor_files(directory: Path, name: str) -> dict[str, Path]:
     return dict.fromkeys(tensor_shapes(single), single)
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The shape and dtype of every tensor in a safetensors file; no data is read."""
+def tensor_shapes(path: Path) -> dict[str, Spec]:
+    """The shape and dtype of every tensor in a safetensors file; no data is read.
+
+    Raises CheckpointError for a file that cannot be read or a dtype that PyTorch does not have.
+    """
     file = _open_safetensors(path)
     headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return {
-        name: (tuple(header.get_shape()), DTYPES[header.get_dtype()])
-        for name, header in headers.items()
-    }
+    specs = {}
+    for name, header in headers.items():
+        if header.get_dtype() not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has dtype {header.get_dtype()}, which cannot be read"
+            )
+        specs[name] = Spec(tuple(header.get_shape()), DTYPES[header.get_dtype()])
+    return specs
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
@@ -498,5 +739,4 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
         raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error
     # Dequantized by transformers: what is left is a float model, of which few want 32 bits.
     del float_model.config.quantization_config
-    float_model.config.dtype = torch.bfloat16
-    return ModuleSource(float_model, tokenizer, gguf_file)
+    return ModuleSource(float_model, tokenizer, gguf_file, torch.bfloat16)

@@ -43,7 +43,8 @@ def perplexity(
     """exp of the mean negative log-likelihood of all predicted tokens.
 
     The text is cut into windows of `sequence_length`, or of the model's positions where they are
-    fewer, from its start, and each predicts all of its tokens but the first. A last incomplete window is dropped, unless it is the only one.
+    fewer, from its start, and each predicts all of its tokens but the first. A last incomplete
+    window is dropped, unless it is the only one.
     Log-softmax is float32 on a few rows of logits at a time and the sum is float64, so that memory
     is bounded by the model's own logits and the batch size changes the result by rounding only.
     The model runs in eval mode and gets its mode back.

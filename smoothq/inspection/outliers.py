@@ -55,10 +55,10 @@ class Profile:
     """What a site is fed, under one method.
 
     largest, median: of the magnitudes; medians are of 512 tokens at most. kurtosis: of all values;
-    3 is a normal distribution's, 0 stands for values that are all the same. channels, spikes: how many outliers of either kind. massive:
-    tokens, by their number in the text. error: ‖ŷ − y‖ / ‖y‖ of what the site's linears make of a
-    token, weights rounded to nearest and inputs quantized. surface: largest magnitudes of (tokens,
-    channels), in at most 128 stretches of each.
+    3 is a normal distribution's, 0 stands for values that are all the same. channels, spikes: how
+    many outliers of either kind. massive: tokens, by their number in the text. error: ‖ŷ − y‖ / ‖y‖
+    of what the site's linears make of a token, weights rounded to nearest and inputs quantized.
+    surface: largest magnitudes of (tokens, channels), in at most 128 stretches of each.
     """
 
     largest: float
@@ -286,5 +286,4 @@ def _output_error(
             difference = difference + (quantized @ rounded.t() - wanted).square().sum(1)
             size = size + wanted.square().sum(1)
         errors.append(relative(difference, size))
-    relative: Tensor = torch.cat(errors).mean().sqrt()
-    return relative.item()
+    return float(torch.cat(errors).mean().sqrt())

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..architectures import WeightRef
 from ..architectures.graph import text_config
 from ..architectures.layout import close_block
-from ..checkpoint.stream import tensor_shapes
+from ..checkpoint.stream import Spec, tensor_shapes
 from ..errors import CheckpointError
 from ..modules import (
     InputQuantizer,
@@ -256,22 +256,28 @@ def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
 
 
 def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
-    """Raise CheckpointError unless the files hold exactly the tensors that the model needs."""
+    """Raise CheckpointError unless the files hold the tensors that the model needs.
+
+    Beside them they may hold those of modules that the model's class does not have, never others of
+    its own modules.
+    """
     expected = dict(model.state_dict())
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    stored: dict[str, Spec] = {}
     for file in files:
         stored |= tensor_shapes(Path(file))
     missing = sorted(set(expected) - set(stored) - tied)
-    extra = sorted(set(stored) - set(expected))
+    modules = {name for name, _ in model.named_modules()}
+    foreign = sorted(set(stored) - set(expected))
+    extra = [name for name in foreign if name.rpartition(".")[0] in modules]
     if missing or extra:
         what, names = ("missing", missing) if missing else ("unknown", extra)
         raise CheckpointError(
             f"{len(names)} tensors are {what} in the checkpoint, the first '{names[0]}'; "
             "it is incomplete, edited, or of another version of smoothq"
         )
-    for name, (shape, dtype) in stored.items():
-        wanted: Tensor = expected[name]
+    for name in sorted(set(stored) & set(expected)):
+        (shape, dtype), wanted = stored[name], expected[name]
         floats = dtype.is_floating_point and wanted.dtype.is_floating_point
         if shape != tuple(wanted.shape) or not (floats or dtype == wanted.dtype):
             raise CheckpointError(
