@@ -685,13 +685,14 @@ def families(
 
 
 def _bytes(text: str) -> int:
-    """A number of bytes: `8GB`, `500 MB`, `7.5e9`."""
-    found = re.fullmatch(r"([0-9.eE+]+)\s*([kKMGT]?)i?B?", text.strip())
+    """A number of bytes: `8GB`, `8GiB` of powers of 1024, `500 MB`, `7.5e9`."""
+    found = re.fullmatch(r"([0-9.e+]+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     try:
         if found is None:
             raise ValueError(text)
-        return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
-    except ValueError as error:
+        unit = 1024 if found[3] else 1000
+        return int(float(found[1]) * unit ** " kmgt".index(found[2] or " "))
+    except (ValueError, OverflowError) as error:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
 
 
