@@ -130,8 +130,8 @@ class _Reader:
                 yield from self._chat(document, where)
             else:
                 raise CalibrationError(
-                    f"{where} has {', '.join(map(str, columns))}, and no input_ids, no text and no "
-                    "messages among them: rename the column"
+                    f"{where} has {', '.join(map(repr, columns))}, and no input_ids, no text and "
+                    "no messages among them: rename the column"
                 )
 
     def _chat(self, messages: Any, where: str) -> Iterator[Tensor]:

@@ -643,6 +643,7 @@ def generate(
     from transformers import TextStreamer
 
     from .evaluation.loading import load_model
+    from .positions import positions_of
 
     _silence_transformers()
     loaded: Any
@@ -655,6 +656,14 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    limit, length = positions_of(loaded), inputs["input_ids"].shape[1]
+    if limit is not None and length >= limit:
+        raise CalibrationError(
+            f"the prompt has {length} tokens, and {model} has {limit} positions: shorten it"
+        )
+    if limit is not None and length + max_new_tokens > limit:
+        max_new_tokens = limit - length
+        log.warning("%d new tokens at most: the model has %d positions", max_new_tokens, limit)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     loaded.generate(
         **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
