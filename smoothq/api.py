@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint.stream import open_source
@@ -22,7 +21,7 @@ def quantize(
     model: str | Path | PreTrainedModel,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    data: Tensor | None = None,
+    data: Any = None,
     output: str | Path | None = None,
     *,
     gguf_file: str | None = None,
@@ -38,11 +37,15 @@ def quantize(
 ) -> PreTrainedModel:
     """Quantize a causal LM and return it, ready to run.
 
-    model: a directory, a hub id, or a model in memory (which is left as it is). data: calibration
-    tokens, int64 (samples, length), in place of the recipe's text. output: where the checkpoint
-    goes; without it a temporary directory serves. dtype: of everything that stays float in the
-    returned model. resume: True demands an unfinished run to go on with, False begins anew, None
-    goes on where there is one. max_memory: bytes that the process may take while it quantizes.
+    model: a directory, a hub id, or a model in memory (which is left as it is; compiled or in data
+    parallel is taken for what it wraps). data: in place of the recipe's text. Token ids: an int
+    tensor or array, (samples, length) or (length,), or lists of them, of any lengths. Texts: a list
+    of strings or of chats. A `datasets.Dataset` or any iterable of rows or batches that name their
+    columns: `input_ids`, with an `attention_mask` if some tokens are not to count, `messages` or
+    `text`. Ids are taken all, and of texts as many and as long as the recipe says. output: where
+    the checkpoint goes; without it a temporary directory serves. dtype: of everything that stays
+    float in the returned model. resume: True demands an unfinished run to go on with, False begins
+    anew, None goes on where there is one. max_memory: bytes that the process may take on the way.
     on_block: called with a `BlockDone` when a block is stored; what it raises stops the run, and
     with an output the same call goes on. probe: perplexity on some tokens every few blocks, for it.
     check: load the output before it is placed and compare it with what was computed.

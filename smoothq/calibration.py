@@ -63,7 +63,7 @@ _NAMED = {
 _RUNNING_TEXT = ("wikitext2", "ptb", "builtin")
 _TABLE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_SUFFIXES = (*_TABLE_BUILDERS, ".txt", ".raw", ".tokens", ".text", ".md", ".rst")
-_TEXT_COLUMNS = ("text", "sentence", "content")
+TEXT_COLUMNS = ("text", "sentence", "content")
 # GPTQ's C4 perplexity takes the first 1100 validation documents (datautils.py).
 _C4_EVALUATION_DOCUMENTS = 1100
 # Read more documents than the windows need, so that the seed chooses among them.
@@ -135,7 +135,7 @@ def calibration_tokens(
     documents: Iterable[str] = load_texts(source, "calibration", tokenizer)
     if source.name in _RUNNING_TEXT:
         documents = ["\n\n".join(documents)]
-    tokens = _tokenize(tokenizer, documents, enough=_STREAM_MARGIN * samples * sequence_length)
+    tokens = tokenize(tokenizer, documents, enough=_STREAM_MARGIN * samples * sequence_length)
     if not tokens:
         raise _no_text(source)
     available = len(tokens) // sequence_length
@@ -173,13 +173,13 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: TextSource) ->
     """
     separator = " " if source.name == "c4" else "\n\n"
     text = separator.join(load_texts(source, "evaluation", tokenizer))
-    tokens = _tokenize(tokenizer, [text])
+    tokens = tokenize(tokenizer, [text])
     if not tokens:
         raise _no_text(source)
     return torch.LongTensor(torch.tensor([tokens], device="cpu"))
 
 
-def _tokenize(
+def tokenize(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], enough: int | None = None
 ) -> list[int]:
     """Tokenise documents one by one and put them end to end, until there are `enough` tokens."""
@@ -279,7 +279,7 @@ def _texts(
             column = _text_column(row, source)
         value = row[column]
         if isinstance(value, list):
-            yield _render_chat(value, index, source, tokenizer)
+            yield render_chat(value, f"row {index} of {source.name!r}", tokenizer)
         elif isinstance(value, str):
             yield value
         elif value is not None:
@@ -311,7 +311,7 @@ def _text_column(row: Row, source: TextSource) -> str:
         return "messages"
     else:
         strings = [name for name, value in row.items() if isinstance(value, str)]
-        for name in _TEXT_COLUMNS:
+        for name in TEXT_COLUMNS:
             if name in row:
                 return name
         if len(strings) == 1:
@@ -323,18 +323,15 @@ def _text_column(row: Row, source: TextSource) -> str:
     )
 
 
-def _render_chat(
-    messages: list[dict[str, str]],
-    index: int,
-    source: TextSource,
-    tokenizer: PreTrainedTokenizerBase,
+def render_chat(
+    messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """A chat as the model sees it, through the tokenizer's own template."""
+    """A chat as the model sees it, through the tokenizer's own template. where: it stands."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template may raise anything that Jinja can
         raise CalibrationError(
-            f"the tokenizer's chat template cannot render row {index} of {source.name!r} "
+            f"the tokenizer's chat template cannot render {where} "
             f"({_reason(error)}): use a chat model's tokenizer or name another text_column"
         ) from error
 

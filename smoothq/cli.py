@@ -538,16 +538,20 @@ def evaluate(
     """
     from .calibration import TextSource
     from .evaluation.evaluate import evaluate as measure
-    from .evaluation.loading import load_model
+    from .evaluation.loading import check_stored_vocabularies, load_model
 
     _silence_transformers()
+    if against is not None:
+        check_stored_vocabularies(against, model)
     named = [] if tasks is None else tasks.split(",")
     if named:
         _needs_package("lm_eval", "eval")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = text or ([] if named else ["wikitext2"])
     loaded, tokenizer = load_model(model, dtype, device, memory)
-    reference = None if against is None else load_model(against, dtype, device, memory)[0]
+    reference, its_tokenizer = (
+        (None, None) if against is None else load_model(against, dtype, device, memory)
+    )
     with progress() as update:
         found = measure(
             loaded,
@@ -556,6 +560,7 @@ def evaluate(
             name=model,
             reference=reference,
             reference_name=against,
+            reference_tokenizer=its_tokenizer,
             windows=windows,
             sequence_length=sequence_length,
             batch_size=batch_size,
@@ -626,7 +631,9 @@ def compare(
     if as_markdown:
         print(side_by_side.markdown(found))
         return
-    title = f"{windows} windows of {sequence_length} tokens of {text}; tokens a second, batch 1"
+    measured = found[0].evaluation.texts[0].own
+    sizes = f"{measured.windows} windows of {measured.sequence_length} tokens"
+    title = f"{sizes} of {text}; tokens a second, batch 1"
     out.print(columns(title, side_by_side.HEADER, side_by_side.rows(found)), soft_wrap=False)
     differing = [(name, *values) for name, values in side_by_side.differences(found).items()]
     if differing:
@@ -654,6 +661,7 @@ def generate(
     from transformers import TextStreamer
 
     from .evaluation.loading import load_model
+    from .positions import positions_of
 
     _silence_transformers()
     loaded: Any
@@ -666,6 +674,14 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    limit, length = positions_of(loaded), inputs["input_ids"].shape[1]
+    if limit is not None and length >= limit:
+        raise CalibrationError(
+            f"the prompt has {length} tokens, and {model} has {limit} positions: shorten it"
+        )
+    if limit is not None and length + max_new_tokens > limit:
+        max_new_tokens = limit - length
+        log.warning("%d new tokens at most: the model has %d positions", max_new_tokens, limit)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     loaded.generate(
         **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
@@ -696,13 +712,14 @@ def families(
 
 
 def _bytes(text: str) -> int:
-    """A number of bytes: `8GB`, `500 MB`, `7.5e9`."""
-    found = re.fullmatch(r"([0-9.eE+]+)\s*([kKMGT]?)i?B?", text.strip())
+    """A number of bytes: `8GB`, `8GiB` of powers of 1024, `500 MB`, `7.5e9`."""
+    found = re.fullmatch(r"([0-9.e+]+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     try:
         if found is None:
             raise ValueError(text)
-        return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
-    except ValueError as error:
+        unit = 1024 if found[3] else 1000
+        return int(float(found[1]) * unit ** " kmgt".index(found[2] or " "))
+    except (ValueError, OverflowError) as error:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
 
 

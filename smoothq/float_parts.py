@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +47,13 @@ def enter(
     source: Source,
     model: PreTrainedModel,
     plan: Plan,
-    tokens: Tensor,
+    batches: Sequence[Tensor],
     world: World,
     directory: Path | None = None,
     as_stored: bool = False,
     rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:
-    """Take tokens, int64 (samples, length), to the first block, rotated as the plan has it.
+    """Take micro-batches, int64 (sequences, length), to the first block, rotated as planned.
 
     model: the skeleton of the source, left as it is. directory: where hidden states are held in
     files; None holds them in memory. as_stored: with the embedding's rows in 8 bits, where the plan
@@ -67,7 +67,7 @@ def enter(
     embedding = model.get_submodule(parts.embedding)
     assert isinstance(embedding, nn.Embedding)
     empty = embedding.weight
-    ids = _load_rows(source, model, plan, embedding, tokens, as_stored)
+    ids = _load_rows(source, model, plan, embedding, batches, as_stored)
     states = HiddenStates.enter(model, plan, ids, world, directory, rotate)
     embedding.weight = empty
     for name in before:
@@ -213,14 +213,16 @@ def _load_rows(
     model: PreTrainedModel,
     plan: Plan,
     embedding: nn.Embedding,
-    tokens: Tensor,
+    tokens: Sequence[Tensor],
     as_stored: bool,
-) -> Tensor:
+) -> list[Tensor]:
     """Load the rows of the embedding that tokens need, and no others; returns their new ids."""
     name = plan.parts.embedding
     used: Tensor
     ids: Tensor
-    used, ids = tokens.unique(return_inverse=True)
+    used, ids = torch.cat([batch.flatten() for batch in tokens]).unique(return_inverse=True)
+    if len(used) and used[0] < 0:
+        raise CalibrationError(f"token {int(used[0])} is no row of {name}: ids begin with 0")
     first, found = 0, list[Tensor]()
     for rows in float_rows(source, model, name):
         here = used[(used >= first) & (used < first + len(rows))] - first
@@ -233,4 +235,5 @@ def _load_rows(
         weight = _coded(weight).dequantize(WORKING_DTYPE)
     embedding.weight = nn.Parameter(weight, requires_grad=False)
     embedding.padding_idx = None  # it is one of the old ids, and of no use here
-    return ids
+    split = ids.split([batch.numel() for batch in tokens])
+    return [each.view_as(batch) for each, batch in zip(split, tokens, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from .memory import busy_heap
 from .modules import InputQuantizer
 from .observers import AbsMax, AbsQuantile, Observer, SecondMoment
 from .plan import Plan
-
-MICRO_BATCH_TOKENS = 2048  # tokens that one calibration forward takes
+from .tokens import MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,12 @@ class _Call:
 class _Run:
     """What all hidden states of a run have in common.
 
-    batches, tokens: how many there are in all processes. calls: for each block, by micro-batch
-    size, what else its forward takes.
+    sizes: tokens of each micro-batch, of all processes. calls: for each block, by the sequences and
+    tokens of a micro-batch, what else its forward takes.
     """
 
-    batches: int
-    tokens: int
-    calls: list[dict[int, _Call]]
+    sizes: tuple[int, ...]
+    calls: list[dict[tuple[int, int], _Call]]
     world: World
 
 
@@ -98,12 +96,12 @@ class HiddenStates:
         cls,
         model: PreTrainedModel,
         plan: Plan,
-        tokens: Tensor,
+        batches: Sequence[Tensor],
         world: World,
         directory: Path | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> HiddenStates:
-        """Embed tokens, int64 (samples, length), and record what the decoder hands its blocks.
+        """Embed micro-batches, int64 (sequences, length), and record what the blocks are handed.
 
         What stands before the blocks must be loaded, unrotated; the blocks may be on the meta
         device. What stands before them runs on the CPU, in every process for all tokens.
@@ -122,7 +120,7 @@ class HiddenStates:
         returns_tuple = plan.family.returns_tuple
         recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
         decoder.set_submodule(attribute, nn.ModuleList(recorders))
-        shelf, batches = _Shelf(directory), micro_batches(tokens)
+        shelf = _Shelf(directory)
         try:
             for number, batch in enumerate(batches):
                 embedded = embedding(batch).float()
@@ -142,7 +140,7 @@ class HiddenStates:
             }
             for recorder in recorders
         ]
-        return cls(shelf, _Run(len(batches), tokens.numel(), calls, world))
+        return cls(shelf, _Run(tuple(batch.numel() for batch in batches), calls, world))
 
     def copy(self) -> HiddenStates:
         """The same states, to be moved through other blocks."""
@@ -151,7 +149,7 @@ class HiddenStates:
     def replace(self, batches: Iterator[Tensor] | None) -> None:
         """Take other states in their place, which the leading process reads in order."""
         shelf, world = _Shelf(self._shelf.directory), self._run.world
-        for number in range(self._run.batches):
+        for number in range(len(self)):
             batch = world.share(lambda: next(batches))  # type: ignore[arg-type]
             if world.owns(number):
                 shelf.put(number, batch.to(world.device))
@@ -159,7 +157,26 @@ class HiddenStates:
 
     def __iter__(self) -> Iterator[Tensor]:
         """All micro-batches in order, in all processes."""
-        return (self.batch(number) for number in range(self._run.batches))
+        return (self.batch(number) for number in range(len(self)))
+
+    def turns(self) -> list[list[tuple[int, float]]]:
+        """Micro-batches that go together, as many as hold a forward's tokens, in order.
+
+        Sequences of one length fill a micro-batch, which then goes alone; those of many lengths
+        make small ones. Each comes by its number, with its share of the tokens of its turn.
+        """
+        turns: list[list[int]] = []
+        for number, size in enumerate(self._run.sizes):
+            held = sum(self._run.sizes[each] for each in turns[-1]) if turns else 0
+            if turns and held + size <= MICRO_BATCH_TOKENS:
+                turns[-1].append(number)
+            else:
+                turns.append([number])
+        sizes = self._run.sizes
+        return [
+            [(each, sizes[each] / sum(sizes[one] for one in turn)) for each in turn]
+            for turn in turns
+        ]
 
     def maxima(
         self,
@@ -181,7 +198,7 @@ class HiddenStates:
         for site in sites:
             width = block.get_submodule(site.modules[0]).get_parameter("weight").shape[1]
             seen[site.name] = (
-                AbsMax(width) if share == 1 else AbsQuantile(width, share, self._run.tokens)
+                AbsMax(width) if share == 1 else AbsQuantile(width, share, sum(self._run.sizes))
             )
             watched |= {lane[0]: seen[site.name].update for lane in site.lanes}
         self.watch(block, index, watched, advance)
@@ -235,7 +252,7 @@ class HiddenStates:
 
     def __len__(self) -> int:
         """Micro-batches, of all processes."""
-        return self._run.batches
+        return len(self._run.sizes)
 
     def batch(self, number: int) -> Tensor:
         """A micro-batch, float32 (sequences, tokens, hidden_size), in all processes."""
@@ -244,7 +261,7 @@ class HiddenStates:
 
     def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
         """A block's output for one micro-batch."""
-        call = self._run.calls[index][batch.shape[0]]
+        call = self._run.calls[index][batch.shape[0], batch.shape[1]]
         output = block(batch, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
@@ -292,12 +309,6 @@ class HiddenStates:
                 handle.remove()
 
 
-def micro_batches(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Calibration tokens, int64 (samples, length), in the stretches that one forward takes."""
-    batches: tuple[Tensor, ...] = tokens.split(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]))
-    return batches
-
-
 class _Stopped(Exception):
     """Ends a forward whose rest is not needed."""
 
@@ -310,7 +321,7 @@ def _run_until_stopped(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block and keeps what it is called with, by micro-batch size."""
+    """Stands in for a block and keeps what it is called with, by the micro-batch's shape."""
 
     hidden: Tensor
 
@@ -318,7 +329,7 @@ class _Recorder(nn.Module):
         super().__init__()
         object.__setattr__(self, "_block", block)
         self._last, self._returns_tuple = last, returns_tuple
-        self.calls: dict[int, _Call] = {}
+        self.calls: dict[tuple[int, int], _Call] = {}
 
     def __getattr__(self, name: str) -> Any:
         # What a decoder asks of a block beside calling it, such as its kind of attention.
@@ -326,7 +337,7 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden = hidden
-        self.calls[hidden.shape[0]] = _Call(args, kwargs)
+        self.calls[hidden.shape[0], hidden.shape[1]] = _Call(args, kwargs)
         if self._last:
             raise _Stopped
         return (hidden, None) if self._returns_tuple else hidden

@@ -7,11 +7,13 @@ SmoothQuant (arXiv 2211.10438, section 5) finds alpha by a grid search over a wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import NumericsError
 from .hidden_states import HiddenStates
 from .modules import InputQuantizer, SequenceContext
 from .plan import SitePlan
@@ -29,25 +31,34 @@ def search_alpha(
     """The candidate under which quantizing one site moves a block's output least.
 
     block: float, left as it is. maxima: max_t |x_tk| of the site's input, float (K,). stream: what
-    enters the block; its first micro-batch is used. Scales that calibration or the whole sequence
-    would give are taken per token here.
+    enters the block; as much as one forward takes is used. Scales that calibration or the whole
+    sequence would give are taken per token here. Raises NumericsError where no error is finite.
     """
     spec = plan.input
     if spec.mode not in ("float", "token", "groups"):
         spec = replace(spec, mode="token", group_size=1, normalise=False)
     site_input = InputQuantizer(plan.site.name, spec, 1, SequenceContext()).to(maxima.device)
-    batch = stream.batch(0)
-    wanted = stream.forward(block, index, batch)
+    some = [(stream.batch(number), share) for number, share in stream.turns()[0]]
+    wanted = [stream.forward(block, index, batch) for batch, _ in some]
     held = {name: parameter.clone() for name, parameter in block.named_parameters()}
     errors = {}
     for alpha in CANDIDATES:
         smooth(block, plan.site, maxima, alpha)
         hooks = [quantize_linear(block, module, plan, site_input) for module in plan.modules]
-        errors[alpha] = relative_error(stream.forward(block, index, batch), wanted).item()
+        error = sum(
+            share * relative_error(stream.forward(block, index, batch), float_output).item()
+            for (batch, share), float_output in zip(some, wanted, strict=True)
+        )
+        if math.isfinite(error):
+            errors[alpha] = error
         for hook in hooks:
             hook.remove()
         for name, parameter in block.named_parameters():
             parameter.copy_(held[name])
+    if not errors:
+        raise NumericsError(
+            f"layer {index}, {plan.site.name}: no alpha leaves its output finite; give a number"
+        )
     return min(errors, key=lambda alpha: errors[alpha])
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .account import Account, account_of, nbytes_of
 from .architectures.graph import is_tied
 from .calibration import TextSource, calibration_tokens
+from .calibration_data import tokens_of
 from .checkpoint.packing import pack, packed_like
 from .checkpoint.stream import Source, skeleton, unload_module
-from .checkpoint.tensor_file import as_bytes
 from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
 from .distributed import World
 from .errors import CalibrationError
@@ -50,6 +50,7 @@ from .plan import (
     install_linear,
     make_plan,
 )
+from .positions import positions_of, within_positions
 from .price import needs_of
 from .probe import STREAM, BlockDone, Probe, Probing
 from .process import settled
@@ -60,6 +61,7 @@ from .rounding.grid import QuantizedWeight
 from .rounding.rtn import round_to_nearest
 from .roundtrip import STREAM as ROUNDTRIP
 from .roundtrip import RoundTrip
+from .tokens import Tokens
 from .transforms.rotation import rotate_input, rotate_value_output
 from .transforms.smoothing import smooth
 from .tuning import tune
@@ -105,7 +107,7 @@ def quantize_checkpoint(
     recipe: Recipe,
     writer: CheckpointWriter,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    data: Tensor | None = None,
+    data: Any = None,
     device: str = "cpu",
     progress: Progress | None = None,
     max_memory: int | None = None,
@@ -115,7 +117,7 @@ def quantize_checkpoint(
 ) -> Result:
     """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
 
-    data: calibration tokens, int64 (samples, length); without it the recipe's text is read.
+    data: what to calibrate on, as for `quantize`; without it the recipe's text is read.
     max_memory: bytes that the process may take. on_block: called when a block is stored; what it
     raises stops the run, which can be gone on with. probe: what is measured for it on the way.
     check: load the output again before it is placed and compare it with what was computed. Of
@@ -129,9 +131,10 @@ def quantize_checkpoint(
     model = skeleton(source)
     plan = make_plan(model, recipe)
     tokenizer = tokenizer or source.tokenizer()
-    tokens = _calibration_tokens(recipe, source, tokenizer, data)
+    tokens = _calibration_tokens(plan, source, model, tokenizer, data)
     account = account_of(model, plan, source)
-    needs = needs_of(plan, max_memory, writer.every)
+    held = 0 if tokens is None else tokens.count
+    needs = needs_of(plan, max_memory, writer.every, held)
     world.share(lambda: writer.check(needs.disk))
     output = Output(writer, world)
     with output, steady_heap():
@@ -202,7 +205,7 @@ class _Job:
 
 @torch.no_grad()
 def _run(
-    job: _Job, tokens: Tensor | None, finished: int, directory: Path | None, probe: Probe | None
+    job: _Job, tokens: Tokens | None, finished: int, directory: Path | None, probe: Probe | None
 ) -> None:
     """The pass: what enters the blocks, each block, and what is stored of them.
 
@@ -448,13 +451,14 @@ def _round(
     return rounded if recipe.tuning is not None else replace(rounded, unrounded=None)
 
 
-def _streams(job: _Job, tokens: Tensor | None, directory: Path | None) -> dict[str, HiddenStates]:
+def _streams(job: _Job, tokens: Tokens | None, directory: Path | None) -> dict[str, HiddenStates]:
     """The hidden states: `quantized`, which will see the quantized blocks, and, where the recipe
     tunes blocks towards the float model, `float`; none without tokens.
     """
     if tokens is None:
         return {}
-    entered = enter(job.source, job.model, job.plan, tokens, job.world, directory)
+    batches = tokens.micro_batches
+    entered = enter(job.source, job.model, job.plan, batches, job.world, directory)
     streams = {"quantized": entered}
     if job.plan.recipe.tuning is not None:
         streams["float"] = entered.copy()
@@ -513,37 +517,40 @@ def _to_store(block: Block, source: Source, account: Account) -> dict[str, Tenso
 
 
 def _calibration_tokens(
-    recipe: Recipe,
+    plan: Plan,
     source: Source,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    data: Tensor | None,
-) -> Tensor | None:
+    data: Any,
+) -> Tokens | None:
+    """What to calibrate on: the caller's data, or the recipe's text; no longer than positions."""
+    recipe, text = plan.recipe, plan.recipe.calibration
     if not recipe.calibrates:
         return None
     if data is not None:
-        return data
+        rows = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape[0]
+        return tokens_of(data, text, tokenizer, rows, positions_of(model))
     if tokenizer is None:
         raise CalibrationError(
             f"{source.name} has no tokenizer for calibration text; pass a tokenizer, or data"
         )
-    text = recipe.calibration
-    return calibration_tokens(
+    windows = calibration_tokens(
         tokenizer,
         TextSource(text.source, text.split, text.text_column),
         text.samples,
-        text.sequence_length,
+        within_positions(model, text.sequence_length, "calibration sequences"),
         recipe.seed,
     )
+    return Tokens((windows,))
 
 
-def _identity(source: Source, recipe: Recipe, tokens: Tensor | None) -> Identity:
+def _identity(source: Source, recipe: Recipe, tokens: Tokens | None) -> Identity:
     """What the bytes of a checkpoint follow from, by hash."""
-    text = b"" if tokens is None else as_bytes(tokens)
     return Identity(
         version=__version__,
         recipe=hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
         model=source.fingerprint(),
-        calibration=hashlib.sha256(text).hexdigest(),
+        calibration=(tokens or Tokens(())).fingerprint(),
     )
 
 

@@ -18,12 +18,12 @@ import torch
 
 from .checkpoint.shards import SHARD_BYTES
 from .errors import RecipeError
-from .hidden_states import MICRO_BATCH_TOKENS
 from .kernels import largest_multiplier
 from .memory import peak_memory
 from .plan import BlockPlan, Plan
 from .rounding.gptq import WORK_ELEMENTS
 from .rounding.grid import CLIP_RATIOS
+from .tokens import MICRO_BATCH_TOKENS
 
 DOUBLE = 2  # a float64 operation in float32 ones
 HANDLED = 1500.0  # operations that go by while one weight is read, folded, rounded and written
@@ -125,14 +125,18 @@ class Needs:
     states_on_disk: bool
 
 
-def needs_of(plan: Plan, max_memory: int | None = None, every: int = 1) -> Needs:
+def needs_of(
+    plan: Plan, max_memory: int | None = None, every: int = 1, tokens: int | None = None
+) -> Needs:
     """What a plan takes of memory and disk. every: blocks between two states that are kept.
 
-    max_memory: bytes that the process may take. Raises RecipeError where that is too little.
+    max_memory: bytes that the process may take. tokens: to calibrate on; None for as many as the
+    recipe's text. Raises RecipeError where that is too little.
     """
     recipe = plan.recipe
     text, streams = recipe.calibration, 1 + (recipe.tuning is not None)
-    tokens = text.samples * text.sequence_length if recipe.calibrates else 0
+    if tokens is None:
+        tokens = text.samples * text.sequence_length if recipe.calibrates else 0
     sites = [site for block in plan.blocks for site in block.sites]
     stream = [site for site in sites if site.site.reads == "stream"]
     width = max(site.input.width for site in stream or sites)

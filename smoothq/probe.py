@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,8 +13,10 @@ from .distributed import World
 from .errors import CalibrationError
 from .evaluation.perplexity import perplexity_of, window_loss
 from .float_parts import ModelEnd, enter, load_block
-from .hidden_states import HiddenStates, micro_batches
+from .hidden_states import HiddenStates
 from .plan import Plan
+from .positions import within_positions
+from .tokens import micro_batches
 
 STREAM = "probe"  # the name of its hidden states in a state to go on from
 
@@ -26,6 +29,8 @@ class Probe:
     every: int = 1
 
     def __post_init__(self) -> None:
+        if self.tokens.is_floating_point() or self.tokens.dtype == torch.bool:
+            raise CalibrationError(f"a probe's tokens must be ids, not {self.tokens.dtype}")
         if self.tokens.dim() != 2 or not len(self.tokens) or self.tokens.shape[1] < 2:
             raise CalibrationError(
                 f"a probe's tokens must be (windows, 2 or more), not {tuple(self.tokens.shape)}"
@@ -58,16 +63,17 @@ class Probing:
         self, probe: Probe, source: Source, model: PreTrainedModel, plan: Plan, world: World
     ) -> None:
         """model: the skeleton of the source, left as it is."""
-        self._probe, self._source, self._model = probe, source, model
-        self._plan, self._world = plan, world
-        self.stream = enter(source, model, plan, probe.tokens, world)
+        length = within_positions(model, probe.tokens.shape[1], "the probe's windows")
+        self._tokens, self._every = probe.tokens[:, :length].long(), probe.every
+        self._source, self._model, self._plan, self._world = source, model, plan, world
+        self.stream = enter(source, model, plan, micro_batches(self._tokens), world)
         self._end = ModelEnd(source, plan, world.device)
         self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
 
     def follow(self, block: nn.Module, index: int) -> float | None:
         """Move past a quantized block; the perplexity, where it is time for it."""
         self.stream.advance(block, index)
-        if (index + 1) % self._probe.every and index + 1 < len(self._plan.blocks):
+        if (index + 1) % self._every and index + 1 < len(self._plan.blocks):
             return None
         return self._perplexity(self.stream.copy(), index + 1)
 
@@ -78,8 +84,8 @@ class Probing:
             unload_module(block.module)
         losses = [
             window_loss(self._end.logits(states.unsqueeze(0))[0], window)
-            for hidden, tokens in zip(stream, micro_batches(self._probe.tokens), strict=True)
+            for hidden, tokens in zip(stream, micro_batches(self._tokens), strict=True)
             for states, window in zip(hidden, tokens, strict=True)
         ]
-        windows, length = self._probe.tokens.shape
+        windows, length = self._tokens.shape
         return perplexity_of(sum(losses), windows * (length - 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,7 @@ Edge = Literal["norms", "up_down", "value_output"]
 Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
 Attention = Literal["float", "int8", "int8-centred"]
 GroupSize = int | Literal["auto"]
+Choice = TypeVar("Choice", bound=str)
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
 
@@ -324,6 +325,7 @@ class Recipe(_Frozen):
     def edit(self, **fields: Any) -> Recipe:
         """A copy with fields replaced; `section__field=value` reaches into a section.
 
+        A dict for a section that is there replaces those of its fields that the dict names.
         Raises RecipeError for an unknown field or a value that does not fit.
         """
         values: dict[str, Any] = self.model_dump()
@@ -336,7 +338,8 @@ class Recipe(_Frozen):
                     raise RecipeError(
                         f"recipe '{self.name}' has no {section.replace('_', ' ')} to set {leaf} of"
                     )
-            target[leaf] = value
+            merges = not sections and isinstance(value, dict) and isinstance(target.get(leaf), dict)
+            target[leaf] = target[leaf] | value if merges else value
         return _validated(values)
 
     def to_yaml(self) -> str:
@@ -404,8 +407,12 @@ def preset(
     scope: where runtime smoothing takes its scale from, for recipes that have it: by default
     `token`; `live` is RRS as published. effort: how much calibration text and how many steps of
     tuning, for 4-bit weights without a method. Raises RecipeError where they have no meaning
-    together.
+    together. Upper and lower case are the same.
     """
+    name = _one_of(name, "preset", get_args(Preset))
+    method = None if method is None else _one_of(method, "method", get_args(Method))
+    scope = None if scope is None else _one_of(scope, "scope", get_args(Scope))
+    effort = _one_of(effort, "effort", get_args(Effort))
     w_bits, a_bits = _BITS[name]
     if method is not None or name == "w8a8":
         if effort != "default":
@@ -424,6 +431,14 @@ def preset(
             )
         values["runtime_smoothing"] = _SCOPES[scope]
     return _validated(values)
+
+
+def _one_of(given: object, kind: str, known: tuple[Choice, ...]) -> Choice:
+    """The known name that was given, in whatever case. Raises RecipeError naming all of them."""
+    for each in known:
+        if isinstance(given, str) and given.lower() == each:
+            return each
+    raise RecipeError(f"no {kind} {given!r}: there are {', '.join(known)}")
 
 
 def _best(name: Preset, a_bits: int) -> dict[str, Any]:

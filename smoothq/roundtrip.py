@@ -30,6 +30,7 @@ from .integrations.transformers import prepare
 from .modules import OnlineRotation, quantize_attention, stop_quantizing_attention
 from .modules.quantized_embedding import EMBEDDING_BITS
 from .plan import Plan, install
+from .positions import positions_of
 
 STREAM = "roundtrip"  # the name of its hidden states in a state to go on from
 SEQUENCES, LENGTH = 2, 64
@@ -55,8 +56,8 @@ class RoundTrip:
 
     def _enter(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
         stored: Any = _Stored(self._source, self._account)
-        into = (stored, self._model, self._plan, self._ids, world)
-        return enter(*into, as_stored=True, rotate=rotate)
+        model, plan, batches = self._model, self._plan, [self._ids]
+        return enter(stored, model, plan, batches, world, as_stored=True, rotate=rotate)
 
     @torch.no_grad()
     def follow(self, block: Block, stored: dict[str, Tensor]) -> None:
@@ -231,7 +232,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     }
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     plain = torch.tensor([token for token in range(rows) if token not in special] or [0])
-    length = min(LENGTH, getattr(text_config(model), "max_position_embeddings", None) or LENGTH)
+    length = min(LENGTH, positions_of(model) or LENGTH)
     generator = torch.Generator().manual_seed(0)
     return plain[torch.randint(len(plain), (SEQUENCES, length), generator=generator)]
 

@@ -28,6 +28,7 @@ from .rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from .transforms.hadamard import Hadamard
 
 WARM_UP = 5  # steps over which the learning rate rises
+NOISE = 1e-12  # of the largest ‖y‖²: below it a token's output is what rounding leaves of zero
 EDGE = 0.499  # a code's start lies no farther from it, so that it rounds to the code chosen so far
 
 
@@ -69,21 +70,22 @@ def tune(
         lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - step / settings.steps),
     )
     generator = torch.Generator().manual_seed(index)
-    order: list[int] = []
+    turns, order = stream.turns(), list[int]()
     with torch.enable_grad(), busy_heap():
         for _ in range(settings.steps):
-            order = order or torch.randperm(len(stream), generator=generator, device="cpu").tolist()
-            batch = order.pop()
-            wanted = target.batch(batch)
-            loss = relative_error(stream.forward(block, index, stream.batch(batch)), wanted)
-            if not torch.isfinite(loss):
-                raise NumericsError(f"layer {index}: the loss of tuning is {loss.item()}")
-            loss.backward()
+            if not order:
+                order = torch.randperm(len(turns), generator=generator, device="cpu").tolist()
+            for batch, share in turns[order.pop()]:
+                output = stream.forward(block, index, stream.batch(batch))
+                loss = share * relative_error(output, target.batch(batch))
+                if not torch.isfinite(loss):
+                    raise NumericsError(f"layer {index}: the loss of tuning is {loss.item()}")
+                loss.backward()
+                for shared in inputs.values():
+                    shared.forget()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            for shared in inputs.values():
-                shared.forget()
     for module, linear in linears.items():
         block.set_submodule(module, linear.finish())
 
@@ -91,10 +93,16 @@ def tune(
 def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     """Mean over tokens of ‖y − ŷ‖² / ‖y‖², float (): every token weighs alike.
 
-    A squared error alone would be that of the few tokens with massive activations.
+    A squared error alone would be that of the few tokens with massive activations. A token whose
+    y is zero, such as that of a padding row of the embedding, adds nothing.
     """
-    error = (output - wanted).square().sum(-1) / wanted.square().sum(-1)
-    return error.mean()
+    return relative((output - wanted).square().sum(-1), wanted.square().sum(-1)).mean()
+
+
+def relative(error: Tensor, size: Tensor) -> Tensor:
+    """error / size by token, ‖y − ŷ‖² and ‖y‖²; zero where the size is, beside that of others."""
+    nothing = size <= NOISE * size.max()
+    return error / size.masked_fill(nothing, torch.inf)
 
 
 class _Rotate(torch.autograd.Function):

@@ -607,3 +607,42 @@ def test_push_needs_json_of_an_evaluation(run, model, tmp_path) -> None:
     code, _, log = run("push", model, "owner/name", "--eval", tmp_path / "figures")
     assert code == 1
     assert "cannot be read as JSON" in log
+
+
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_a_reference_of_another_vocabulary_is_refused_before_work(
+    run, model, tmp_path, command
+) -> None:
+    other = AutoModelForCausalLM.from_pretrained(model)
+    other.resize_token_embeddings(104)
+    other.save_pretrained(tmp_path / "other")
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "other")
+    text = ("--text", "builtin", "--windows", 1, "--sequence-length", 32)
+    code, out, log = run(command, model, "--against", tmp_path / "other", *text)
+    assert (code, out) == (1, "")
+    assert "predicts 97 tokens and" in log
+    assert "Traceback" not in log
+
+
+def test_a_reference_that_reads_text_otherwise_is_refused(run, model, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    text = ("--text", "builtin", "--windows", 1, "--sequence-length", 32)
+    code, _, log = run("eval", model, "--against", other, *text)
+    assert code == 1
+    assert "compared between models of one vocabulary" in " ".join(log.split())
+
+
+def test_generation_ends_with_the_models_positions(run, float_checkpoint) -> None:
+    model = float_checkpoint("gpt2")
+    code, _, log = run("generate", model, "x" * 60, "--no-chat", "--max-new-tokens", 9)
+    assert code == 0, log
+    assert "4 new tokens at most" in log
+    code, _, log = run("generate", model, "x" * 70, "--no-chat", "--max-new-tokens", 9)
+    assert code == 1
+    assert "the prompt has 70 tokens" in log

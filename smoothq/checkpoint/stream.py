@@ -47,6 +47,7 @@ from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
 from ..memory import give_back
 from ..process import building, settled
+from .in_memory import held_bytes, tensors_of, unwrapped
 from .manifest import first_line
 from .tensor_file import as_bytes
 
@@ -325,9 +326,8 @@ class ModuleSource:
         self.name, self.config = name, model.config
         self.generation_config = getattr(model, "generation_config", None)
         self._tokenizer, self._dtype = tokenizer, dtype
-        self._tensors = model.state_dict()
-        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self._tensors.values()}
-        self.nbytes = sum(storages.values())
+        self._tensors = tensors_of(model)
+        self.nbytes = held_bytes(self._tensors)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Learn which of the tensors a model names: the names are its own."""
@@ -392,9 +392,10 @@ def open_source(
     """Open a hub id, a local directory, a GGUF file in either, or a model in memory.
 
     Raises CheckpointError where nothing is found, UnsupportedModelError for a model that is
-    already quantized.
+    already quantized, or none.
     """
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, str | Path):
+        model = unwrapped(model)
         refuse_quantized(model.config, type(model).__name__)
         return ModuleSource(model, tokenizer, model.config.name_or_path or type(model).__name__)
     if gguf_file is not None:
@@ -430,8 +431,11 @@ def resolve_directory(model: str, weights: bool = True) -> Path:
     model: a directory, an id, or `hf://owner/name[@revision]`. weights: whether they are wanted.
     """
     path = Path(model)
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # such as a name of more letters than a name can have
+        raise CheckpointError(f"model '{model[:40]}…' is no directory: {error.strerror}") from error
     odd = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
     if odd and not model.startswith(HUB):
         raise CheckpointError(f"model '{model}' is not a directory; give a directory or a hub id")
@@ -768,4 +772,5 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
         raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error
     # Dequantized by transformers: what is left is a float model, of which few want 32 bits.
     del float_model.config.quantization_config
+    float_model.config.dtype = torch.bfloat16
     return ModuleSource(float_model, tokenizer, gguf_file, torch.bfloat16)

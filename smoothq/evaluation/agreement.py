@@ -1,6 +1,6 @@
 """How far a quantized model's predictions are from another's, and from its own token by token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,27 @@ class Agreement:
     divergence: float
     top1: float
     tokens: int
+
+
+def check_vocabularies(sizes: Mapping[str, int]) -> None:
+    """Raise CalibrationError where models predict tokens of different vocabularies.
+
+    sizes: logits of each model, by its name, the reference first.
+    """
+    (first, wanted), *others = sizes.items()
+    for name, size in others:
+        if size != wanted:
+            raise CalibrationError(
+                f"{name} predicts {size} tokens and {first} {wanted}: predictions are compared "
+                "between models of one vocabulary"
+            )
+
+
+def logits_count(model: PreTrainedModel) -> int:
+    """How many tokens a model predicts: rows of its head."""
+    head = model.get_output_embeddings()
+    out_features = getattr(head, "out_features", None)
+    return int(out_features or model.config.get_text_config(decoder=True).vocab_size)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +16,14 @@ from transformers import PreTrainedModel
 
 from .. import terminal
 from ..calibration import TextSource
-from ..checkpoint.stream import resolve_directory
+from ..checkpoint.stream import read_config, resolve_directory
 from ..errors import CalibrationError
 from ..plan import Bits, Plan
+from ..positions import named_positions, positions_of
 from .evaluate import Evaluation, OnWindow, evaluate
-from .loading import load_model
+from .loading import check_stored_vocabularies, load_model
+
+log = logging.getLogger("smoothq")
 
 PROMPT, DECODED, REPETITIONS = 512, 16, 3
 HEADER = ("model", "MB", "held", "bits", "inputs", "perplexity", "KL", "prefill", "decode")
@@ -67,11 +71,22 @@ def compare(
 ) -> list[Contender]:
     """Measure models one after the other, on the same text and against the same reference.
 
-    Raises SmoothqError for a model that cannot be loaded, CalibrationError for a name given twice.
+    Raises SmoothqError for a model that cannot be loaded, CalibrationError for a name given twice
+    and for a model of another vocabulary than the reference's.
     """
     if len(set(models)) < len(models):
         raise CalibrationError("a model is named twice: give each once")
-    reference = None if against is None else load_model(against, dtype, device)[0]
+    if against is not None:
+        check_stored_vocabularies(against, *models)
+    # The same windows for all of them, else their perplexities would not compare.
+    named = [named_positions(read_config(name)) for name in filter(None, (against, *models))]
+    positions = min((number for number in named if number is not None), default=sequence_length)
+    if positions < sequence_length:
+        log.warning("windows are shortened to %d tokens: a model has no more", positions)
+        sequence_length = positions
+    reference, its_tokenizer = (
+        (None, None) if against is None else load_model(against, dtype, device)
+    )
     found = []
     for name in models:
         model, tokenizer = load_model(name, dtype, device)
@@ -80,6 +95,7 @@ def compare(
             name=name,
             reference=reference,
             reference_name=against,
+            reference_tokenizer=its_tokenizer,
             windows=windows,
             sequence_length=sequence_length,
             on_window=on_window,
@@ -128,8 +144,9 @@ def held_bytes(model: PreTrainedModel) -> int:
 def _speed(model: PreTrainedModel) -> tuple[float, float]:
     """Tokens a second, medians: a prompt's, and decoded ones' behind it. Batch 1."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length = min(PROMPT, (limit or PROMPT) - DECODED - 1)
+    limit = positions_of(model)
+    decoded = DECODED if limit is None else min(DECODED, limit // 2)
+    length = PROMPT if limit is None else min(PROMPT, limit - decoded)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, length), generator=generator, device="cpu").to(
         model.device
@@ -138,7 +155,7 @@ def _speed(model: PreTrainedModel) -> tuple[float, float]:
     for turn in range(REPETITIONS + 1):
         output, spent = _timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
         prefills += [spent] if turn else []  # the first compiles and fills caches
-        for step in range(DECODED if turn else 1):
+        for step in range(decoded if turn else 1):
             token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             output, spent = _timed(
                 lambda token=token, cache=cache: model(  # type: ignore[misc]

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import terminal
 from ..calibration import TextSource, evaluation_tokens
 from ..errors import CalibrationError
-from .agreement import Agreement, agreement, prefill_and_decode
+from ..positions import within_positions
+from .agreement import (
+    Agreement,
+    agreement,
+    check_vocabularies,
+    logits_count,
+    prefill_and_decode,
+)
 from .harness import TaskResults, run_tasks
 from .perplexity import Perplexity, perplexity, windows_of
 
@@ -112,6 +120,7 @@ def evaluate(
     name: str = "model",
     reference: PreTrainedModel | None = None,
     reference_name: str | None = None,
+    reference_tokenizer: PreTrainedTokenizerBase | None = None,
     windows: int | None = None,
     sequence_length: int = 2048,
     batch_size: int = 1,
@@ -125,15 +134,26 @@ def evaluate(
     """Measure a model: perplexity on texts, agreement with another, with itself, and tasks.
 
     reference: a model of the same vocabulary, mostly the float one; `agreement` takes the same
-    windows as the perplexity. decode_tokens: so many tokens of the first text are decoded one by
-    one and compared with their prefill. tasks, include_path, limit, num_fewshot: as for
+    windows as the perplexity, of no more tokens than either model has positions.
+    reference_tokenizer: what the reference reads text with, to see that ids mean the same to it.
+    decode_tokens: so many tokens of the first text are decoded one by one and compared with their
+    prefill. tasks, include_path, limit, num_fewshot: as for
     `run_tasks`. Raises CalibrationError for what cannot be measured.
     """
     if (reference is not None or decode_tokens) and not texts:
         raise CalibrationError("agreement needs a text to be measured on: give one")
+    read = [(source, evaluation_tokens(tokenizer, source)) for source in texts]
+    models = [model] if reference is None else [model, reference]
+    if reference is not None:
+        named = reference_name or "the reference"
+        check_vocabularies({named: logits_count(reference), name: logits_count(model)})
+        if reference_tokenizer is not None:
+            _check_meaning(tokenizer, reference_tokenizer, [tokens for _, tokens in read], named)
+    for each in models if texts else ():
+        sequence_length = within_positions(each, sequence_length, "windows")
+        decode_tokens = within_positions(each, decode_tokens, "tokens to decode")
     results, decoded = [], None
-    for source in texts:
-        tokens = evaluation_tokens(tokenizer, source)
+    for source, tokens in read:
         own = perplexity(model, tokens, sequence_length, windows, batch_size, on_window)
         theirs = against = None
         if reference is not None:
@@ -151,3 +171,20 @@ def evaluate(
             num_fewshot=num_fewshot,
         )
     return Evaluation(name, reference_name, tuple(results), decoded, done)
+
+
+def _check_meaning(
+    ours: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase,
+    texts: Sequence[Tensor],
+    reference: str,
+) -> None:
+    """Raise CalibrationError where an id in the texts is another token to the reference."""
+    used = torch.cat([tokens.flatten() for tokens in texts]).unique().tolist()
+    pairs = zip(ours.convert_ids_to_tokens(used), theirs.convert_ids_to_tokens(used), strict=True)
+    for number, (own, other) in zip(used, pairs, strict=True):
+        if own != other:
+            raise CalibrationError(
+                f"token {number} is {own!r}, and {other!r} to {reference}: predictions are "
+                "compared between models of one vocabulary"
+            )

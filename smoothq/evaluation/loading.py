@@ -10,8 +10,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from smoothq.checkpoint.stream import resolve_directory
+from smoothq.checkpoint.stream import read_config, resolve_directory
 from smoothq.errors import CheckpointError
+from smoothq.evaluation.agreement import check_vocabularies
 from smoothq.integrations.transformers import keep_packed
 from smoothq.plan import check_device
 from smoothq.process import building
@@ -40,3 +41,14 @@ def load_model(
     if memory == "low":
         keep_packed(loaded)
     return loaded.to(device), tokenizer
+
+
+def check_stored_vocabularies(reference: str, *models: str) -> None:
+    """Raise CalibrationError where a model predicts another number of tokens than the reference.
+
+    Only their configs are read.
+    """
+    configs = {name: read_config(name) for name in (reference, *models)}
+    check_vocabularies(
+        {name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()}
+    )

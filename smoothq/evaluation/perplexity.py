@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from smoothq.errors import CalibrationError, NumericsError
+from smoothq.positions import within_positions
 
 # Logits turned to float32 at a time: 128 MiB, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25
@@ -41,8 +42,9 @@ def perplexity(
 ) -> Perplexity:
     """exp of the mean negative log-likelihood of all predicted tokens.
 
-    The text is cut into windows of `sequence_length` from its start, and each predicts all of its
-    tokens but the first. A last incomplete window is dropped, unless it is the only one.
+    The text is cut into windows of `sequence_length`, or of the model's positions where they are
+    fewer, from its start, and each predicts all of its tokens but the first. A last incomplete
+    window is dropped, unless it is the only one.
     Log-softmax is float32 on a few rows of logits at a time and the sum is float64, so that memory
     is bounded by the model's own logits and the batch size changes the result by rounding only.
     The model runs in eval mode and gets its mode back.
@@ -65,7 +67,8 @@ def perplexity(
             "a window needs 2 tokens, the others must be at least 1"
         )
     start = time.perf_counter()
-    grid = windows_of(tokens, sequence_length, windows)
+    longest = min(sequence_length, tokens.shape[1])
+    grid = windows_of(tokens, within_positions(model, longest, "windows"), windows)
     count, length = grid.shape
 
     total = 0.0

@@ -26,10 +26,13 @@ from ..kernels.reference import group_multipliers
 from ..modules import InputQuantizer, SequenceContext
 from ..pipeline import Progress, transform_block
 from ..plan import Plan, SitePlan, make_plan
+from ..positions import within_positions
 from ..recipe import Method, Preset, preset
 from ..rounding.rtn import round_to_nearest
+from ..tokens import micro_batches
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
+from ..tuning import relative
 
 METHODS: dict[Method, str] = {
     "rtn": "as it is",
@@ -52,10 +55,10 @@ class Profile:
     """What a site is fed, under one method.
 
     largest, median: of the magnitudes; medians are of 512 tokens at most. kurtosis: of all values;
-    3 is a normal distribution's. channels, spikes: how many outliers of either kind. massive:
-    tokens, by their number in the text. error: ‖ŷ − y‖ / ‖y‖ of what the site's linears make of a
-    token, weights rounded to nearest and inputs quantized. surface: largest magnitudes of (tokens,
-    channels), in at most 128 stretches of each.
+    3 is a normal distribution's, 0 stands for values that are all the same. channels, spikes: how
+    many outliers of either kind. massive: tokens, by their number in the text. error: ‖ŷ − y‖ / ‖y‖
+    of what the site's linears make of a token, weights rounded to nearest and inputs quantized.
+    surface: largest magnitudes of (tokens, channels), in at most 128 stretches of each.
     """
 
     largest: float
@@ -140,13 +143,15 @@ def inspect_model(
     """
     world = World.join(device)
     model = skeleton(source)
+    tokens = tokens[:, : within_positions(model, tokens.shape[1], "sequences")]
     views: list[_View] = []
     entered: dict[Hadamard | None, HiddenStates] = {}
     for method in _methods(bits):
         recipe = preset(bits, method).edit(seed=seed, weights__rounding="rtn", weights__clip=False)
         plan = make_plan(model, recipe)
         if plan.residual_rotation not in entered:
-            entered[plan.residual_rotation] = enter(source, model, plan, tokens, world)
+            batches = micro_batches(tokens)
+            entered[plan.residual_rotation] = enter(source, model, plan, batches, world)
         stream = entered[plan.residual_rotation].copy()
         views.append(_View(method, source, model, plan, stream, world.device))
     sites: list[SiteReport] = []
@@ -248,10 +253,11 @@ def _as_quantized(quantizer: InputQuantizer, x: Tensor) -> Tensor:
 
 
 def _kurtosis(x: Tensor) -> float:
-    """E (x − μ)⁴ / σ⁴ of all values."""
+    """E (x − μ)⁴ / σ⁴ of all values; 0 where all are the same."""
     centred = x - x.mean()
     square = centred.square()
-    return float(square.square().mean() / square.mean().square())
+    variance = square.mean().square()
+    return float(square.square().mean() / variance) if variance > 0 else 0.0
 
 
 def pooled(magnitudes: Tensor, cells: int = SURFACE) -> Tensor:
@@ -279,6 +285,5 @@ def _output_error(
             wanted = rotated @ weight.t()
             difference = difference + (quantized @ rounded.t() - wanted).square().sum(1)
             size = size + wanted.square().sum(1)
-        errors.append(difference / size.clamp(min=torch.finfo(size.dtype).tiny))
-    relative: Tensor = torch.cat(errors).mean().sqrt()
-    return relative.item()
+        errors.append(relative(difference, size))
+    return float(torch.cat(errors).mean().sqrt())

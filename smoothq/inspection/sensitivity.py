@@ -22,13 +22,15 @@ from ..checkpoint.stream import Source, skeleton
 from ..distributed import World
 from ..errors import CalibrationError, NumericsError, RecipeError
 from ..evaluation.agreement import summed_divergence
+from ..evaluation.perplexity import perplexity_of
 from ..float_parts import ModelEnd, enter, load_block
-from ..hidden_states import micro_batches
 from ..migration import quantize_linear
 from ..modules import InputQuantizer, SequenceContext
 from ..pipeline import Progress, transform_block
 from ..plan import Plan, SitePlan, check_device, make_plan
+from ..positions import within_positions
 from ..recipe import Activations, Override, Recipe, Weights
+from ..tokens import micro_batches
 
 RICH_BITS = 8
 CHUNK_ELEMENTS = 1 << 22  # probabilities that are compared at a time
@@ -119,6 +121,7 @@ def measure(
             f"tokens must be (windows, length of 2 or more), not {tuple(tokens.shape)}"
         )
     model = skeleton(source)
+    tokens = tokens[:, : within_positions(model, tokens.shape[1], "windows")]
     plan = make_plan(model, recipe)
     rich = make_plan(model, recipe.edit(overrides=(_rich(recipe, "*"), *recipe.overrides)))
     if progress is not None:
@@ -150,7 +153,7 @@ def measure(
         units=tuple(units),
         elements=sum(unit.elements for unit in units) + kept,
         bits=sum(unit.bits for unit in units) + 8 * plan.stored_dtype.itemsize * kept,
-        perplexity=math.exp(floats.loss),
+        perplexity=perplexity_of(floats.loss, 1),
         tokens=tokens.numel(),
     )
 
@@ -216,12 +219,12 @@ class _FloatModel:
 
     def __init__(self, source: Source, plan: Plan, tokens: Tensor, device: torch.device) -> None:
         self._plan, self._device = plan, device
+        batches = micro_batches(tokens)
         self._targets = [
-            F.pad(batch[:, 1:], (0, 1), value=NO_TARGET).flatten().to(device)
-            for batch in micro_batches(tokens)
+            F.pad(batch[:, 1:], (0, 1), value=NO_TARGET).flatten().to(device) for batch in batches
         ]
         model = skeleton(source)
-        stream = enter(source, model, plan, tokens, World(0, 1, device))
+        stream = enter(source, model, plan, batches, World(0, 1, device))
         self._entering = [stream]
         self._blocks: list[nn.Module] = []
         for index in range(len(plan.blocks)):
@@ -256,7 +259,7 @@ class _FloatModel:
             hook.remove()
         for name, weight in weights.items():
             weight.copy_(held[name])
-        return divergence, math.exp(loss - self.loss)
+        return divergence, perplexity_of(loss - self.loss, 1)
 
     def _compared(self, first: int) -> tuple[float, float]:
         """Blocks from `first` on against the float model: the divergence, and the loss as such."""
