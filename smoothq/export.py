@@ -104,7 +104,8 @@ def export_compressed_tensors(
             time.perf_counter() - start,
         )
         card = served_card(card_of(directory), exported)
-        writer.finish(config, source.tokenizer(), source.generation_config, card)
+        writer.assemble(config, source.tokenizer(), source.generation_config, card)
+        writer.place()
     return exported
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -67,12 +68,17 @@ class Output:
             for number in range(len(stream)):
                 stream.batch(number)  # every process hands over its share
 
-    def finish(
+    def assemble(
         self,
         config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         generation_config: GenerationConfig | None,
         card: str,
-    ) -> None:
-        """Complete the checkpoint; it is in place when this returns, in any process."""
-        self._world.share(lambda: self._writer.finish(config, tokenizer, generation_config, card))
+    ) -> Path:
+        """The whole checkpoint, in a directory that is not the output yet; known to all."""
+        parts = (config, tokenizer, generation_config, card)
+        return self._world.share(lambda: self._writer.assemble(*parts))
+
+    def place(self) -> None:
+        """Make what was assembled the output; it is in place when this returns, in any process."""
+        self._world.share(self._writer.place)

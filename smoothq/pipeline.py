@@ -147,7 +147,8 @@ def quantize_checkpoint(
         config.architectures = [type(model).__name__]
         config.dtype = plan.stored_dtype
         config.quantization_config = SmoothqConfig.of(plan, __version__)
-        output.finish(config, tokenizer, source.generation_config, model_card(result))
+        output.assemble(config, tokenizer, source.generation_config, model_card(result))
+        output.place()
     return result
 
 

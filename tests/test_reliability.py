@@ -137,12 +137,12 @@ def test_a_stop_at_any_step_on_the_disk_loses_nothing(run, whole, tmp_path, monk
 def test_a_stop_before_the_last_act_and_another_soon_after_lose_nothing(
     run, whole, monkeypatch
 ) -> None:
-    def stop(self: CheckpointWriter, final: Path) -> None:
+    def stop(self: CheckpointWriter) -> None:
         (self.partial / "placing").touch()
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(CheckpointWriter, "_place", stop)
+        patched.setattr(CheckpointWriter, "place", stop)
         with pytest.raises(Killed):
             run()
     with pytest.raises(Killed):

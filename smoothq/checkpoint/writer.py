@@ -242,16 +242,21 @@ class CheckpointWriter:
                 path.unlink(missing_ok=True)
             self._shards.forget_copied()
 
-    def finish(
+    @property
+    def final(self) -> Path:
+        """Where the checkpoint is assembled."""
+        return self.partial / "final"
+
+    def assemble(
         self,
         config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         generation_config: GenerationConfig | None,
         card: str,
-    ) -> None:
-        """Write the last shard, the index and the metadata, and move everything into place."""
+    ) -> Path:
+        """The whole checkpoint on the disk, in a directory that is not the output yet."""
         assert self._shards is not None
-        final = self.partial / "final"
+        final = self.final
         with self._writing():
             final.mkdir()
             self._shards.finish(final)
@@ -265,20 +270,21 @@ class CheckpointWriter:
             self._manifest(final).write(final)
             for path in (*final.iterdir(), final):
                 _sync(path)
-            self._place(final)
+        return final
 
-    def _place(self, final: Path) -> None:
-        """Put the whole checkpoint where it is looked for, and remove all else."""
-        (self.partial / "placing").touch()
-        if self.out.exists():
-            os.replace(self.out, self.partial / "replaced")
-        os.replace(final, self.out)
-        _sync(self.out.parent)
-        shutil.rmtree(self.partial)
+    def place(self) -> None:
+        """Put what was assembled where it is looked for, and remove all else."""
+        with self._writing():
+            (self.partial / "placing").touch()
+            if self.out.exists():
+                os.replace(self.out, self.partial / "replaced")
+            os.replace(self.final, self.out)
+            _sync(self.out.parent)
+            shutil.rmtree(self.partial)
 
     def _is_placed(self) -> bool:
         """Whether `OUT.partial` is what a run left that was stopped after its last act but one."""
-        return (self.partial / "placing").exists() and not (self.partial / "final").exists()
+        return (self.partial / "placing").exists() and not self.final.exists()
 
     def _manifest(self, final: Path) -> Manifest:
         assert self._shards is not None
@@ -325,7 +331,7 @@ class CheckpointWriter:
             )
         # The mark goes first: with it and without what was assembled, work would count as done.
         (self.partial / "placing").unlink(missing_ok=True)
-        ShardWriter.take_back(self.partial / "final", self.partial / "model")
+        ShardWriter.take_back(self.final, self.partial / "model")
         return state
 
     def _clear(self) -> None:
