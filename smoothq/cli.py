@@ -131,15 +131,20 @@ def quantize(
     final = flags.chosen()
     limit = None if max_memory is None else _bytes(max_memory)
     world = World.join(device)
-    own = output
+    own, exporter = output, None
     if form != "smoothq":
         exporter = CheckpointWriter(output, overwrite, resume=False)
         world.share(lambda: exporter.check(0))
-        own = output.with_name(f"{output.name}.smoothq")
-    writer = CheckpointWriter(own, overwrite, resume=resume, every=checkpoint_every)
+        own = exporter.beside("smoothq")
+    writer = CheckpointWriter(
+        own, overwrite, resume=resume, every=checkpoint_every, export=exporter
+    )
     world.share(lambda: writer.check(0))
     check_device(device)
     source = open_source(model, gguf_file=gguf_file)
+    world.share(lambda: writer.check(0, source.paths))
+    if exporter is not None:
+        world.share(lambda: exporter.check(0, source.paths))
     empty = skeleton(source)
     if servable:
         final = _servable(empty, final, world.leads)
@@ -193,13 +198,16 @@ def quantize(
     if not world.leads:
         return
     figures, table = report.as_dict(result), report.rows(result)
-    if form != "smoothq":
+    if exporter is not None and own.is_dir():  # it is gone where the export was finished before
         exported = export_compressed_tensors(own, exporter)
         shutil.rmtree(own)
         figures |= {"export": asdict(exported)}
         table += [(f"{form}, {label}", text) for label, text in report.export_rows(exported)]
     if as_json:
         print(json.dumps(figures | {"output": str(output)}))
+        return
+    if result.repeated:
+        out.print(f"{output} is done: this command made it before, and it is whole")
         return
     out.print(pairs(f"{model} → {output}", table))
     for line in report.remarks(result, model):

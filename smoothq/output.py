@@ -8,9 +8,11 @@ from types import TracebackType
 from typing import Self
 
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from .checkpoint.writer import CheckpointWriter, Identity, State, Surroundings
+from .checkpoint.manifest import Identity
+from .checkpoint.side_files import SideFiles
+from .checkpoint.writer import CheckpointWriter, State, Surroundings
 from .distributed import World
 from .hidden_states import HiddenStates
 
@@ -68,16 +70,15 @@ class Output:
             for number in range(len(stream)):
                 stream.batch(number)  # every process hands over its share
 
-    def assemble(
-        self,
-        config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-        generation_config: GenerationConfig | None,
-        card: str,
-    ) -> Path:
+    def is_finished(
+        self, identity: Identity, config: PretrainedConfig, side_files: SideFiles
+    ) -> bool:
+        """Whether the output is there already, whole and made of just this."""
+        return self._world.share(lambda: self._writer.is_finished(identity, config, side_files))
+
+    def assemble(self, config: PretrainedConfig, side_files: SideFiles, card: str) -> Path:
         """The whole checkpoint, in a directory that is not the output yet; known to all."""
-        parts = (config, tokenizer, generation_config, card)
-        return self._world.share(lambda: self._writer.assemble(*parts))
+        return self._world.share(lambda: self._writer.assemble(config, side_files, card))
 
     def place(self) -> None:
         """Make what was assembled the output; it is in place when this returns, in any process."""

@@ -25,10 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures.graph import is_tied
 from .calibration import TextSource, calibration_tokens
+from .checkpoint.manifest import Identity
 from .checkpoint.packing import pack, packed_like
 from .checkpoint.stream import Source, load_module, skeleton, unload_module
 from .checkpoint.tensor_file import as_bytes
-from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
+from .checkpoint.writer import CheckpointWriter, Surroundings
 from .distributed import World
 from .errors import CalibrationError
 from .float_parts import WORKING_DTYPE, Block, enter, float_rows, load_block
@@ -81,7 +82,8 @@ class Result:
     """What a quantization came to: the figures of the closing table.
 
     bytes_before, bytes_after: all tensors of the model; linear_bytes: the quantized ones.
-    peak_memory: bytes of the whole process, libraries included.
+    peak_memory: bytes of the whole process, libraries included. repeated: the output was there,
+    made of just this, and nothing was done.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Result:
     seconds: float
     peak_memory: int
     notes: tuple[str, ...]
+    repeated: bool = False
 
 
 def quantize_checkpoint(
@@ -114,6 +117,7 @@ def quantize_checkpoint(
     raises stops the run, which can be gone on with. probe: what is measured for it on the way. Of
     several processes that a launcher started, all must call this: they share the work, and the
     first writes.
+    An output that is there, whole and made of just this, stays as it is.
     Raises SmoothqError for whatever cannot be done, before any work where that can be known.
     """
     start = time.perf_counter()
@@ -121,33 +125,47 @@ def quantize_checkpoint(
     world = World.join(device)
     model = skeleton(source)
     plan = make_plan(model, recipe)
+    side_files = source.side_files().with_tokenizer(tokenizer)
     tokenizer = tokenizer or source.tokenizer()
     tokens = _calibration_tokens(recipe, source, tokenizer, data)
     needs = needs_of(plan, max_memory, writer.every)
-    world.share(lambda: writer.check(needs.disk))
+    world.share(lambda: writer.check(needs.disk + side_files.nbytes, source.paths))
     output = Output(writer, world)
+    identity = _identity(source, recipe, tokens)
+    config = copy.deepcopy(source.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = plan.stored_dtype
+    config.quantization_config = SmoothqConfig.of(plan, __version__)
+    result = Result(
+        name=source.name,
+        recipe=recipe,
+        bits=plan.bits,
+        bytes_before=source.nbytes,
+        bytes_after=plan.total_bytes,
+        linear_bytes=plan.linear_bytes,
+        seconds=0.0,
+        peak_memory=peak_memory(),
+        notes=plan.notes,
+        repeated=True,
+    )
+    if output.is_finished(identity, config, side_files):
+        return result
+    ours = (f"{writer.out.name}/", f"{writer.partial.name}/")
+    left_out = [name for name in side_files.left_out if name not in ours]
+    if world.leads and left_out:
+        log.info("not copied from %s: %s", source.name, ", ".join(left_out))
     with output, steady_heap():
-        surroundings = Surroundings.here(world.device.type, world.size)
-        begun = output.begin(_identity(source, recipe, tokens), surroundings)
+        begun = output.begin(identity, Surroundings.here(world.device.type, world.size))
         job = _Job(source, plan, model, output, world, progress or _silent, on_block)
         directory = writer.scratch if needs.states_on_disk else None
         _run(job, tokens, begun.blocks, directory, probe)
-        result = Result(
-            name=source.name,
-            recipe=recipe,
-            bits=plan.bits,
-            bytes_before=source.nbytes,
-            bytes_after=plan.total_bytes,
-            linear_bytes=plan.linear_bytes,
+        result = replace(
+            result,
             seconds=time.perf_counter() - start,
             peak_memory=peak_memory(),
-            notes=plan.notes,
+            repeated=False,
         )
-        config = copy.deepcopy(source.config)
-        config.architectures = [type(model).__name__]
-        config.dtype = plan.stored_dtype
-        config.quantization_config = SmoothqConfig.of(plan, __version__)
-        output.assemble(config, tokenizer, source.generation_config, model_card(result))
+        output.assemble(config, side_files, model_card(result))
         output.place()
     return result
 
