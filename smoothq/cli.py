@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DONE_BEFORE = "the same command made it before, and it is whole"
 WORST_SITES = 12  # that are printed
 PROBE_WINDOWS = (4, 512)  # windows of tokens that `quantize --probe-every` measures on
 
@@ -207,7 +208,7 @@ def quantize(
         print(json.dumps(figures | {"output": str(output)}))
         return
     if result.repeated:
-        out.print(f"{output} is done: this command made it before, and it is whole")
+        out.print(f"{output} is done: {DONE_BEFORE}")
         return
     out.print(pairs(f"{model} → {output}", table))
     for line in report.remarks(result, model):
@@ -239,6 +240,9 @@ def export(
         exported = export_to(directory, output, form, overwrite=overwrite, progress=update)
     if as_json:
         print(json.dumps(asdict(exported) | {"output": str(output)}))
+        return
+    if exported.repeated:
+        out.print(f"{output} is done: {DONE_BEFORE}")
         return
     out.print(pairs(f"{directory} → {output}, {form}", report.export_rows(exported)))
     if form != "gguf":
@@ -643,23 +647,20 @@ def generate(
     """
     from transformers import TextStreamer
 
+    from .checkpoint.tokenizer import encode_prompt, in_one_line
     from .evaluation.loading import load_model
 
     _silence_transformers()
     loaded: Any
     tokenizer: Any
     loaded, tokenizer = load_model(model, dtype, device, memory)
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    inputs = encode_prompt(tokenizer, prompt, chat and bool(tokenizer.chat_template), rows)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    loaded.generate(
-        **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
-    )
+    with in_one_line(f"{model} cannot generate"):  # its generation config may be damaged too
+        loaded.generate(
+            **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
+        )
 
 
 @app.command()

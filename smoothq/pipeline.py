@@ -31,7 +31,7 @@ from .checkpoint.stream import Source, load_module, skeleton, unload_module
 from .checkpoint.tensor_file import as_bytes
 from .checkpoint.writer import CheckpointWriter, Surroundings
 from .distributed import World
-from .errors import CalibrationError
+from .errors import CalibrationError, CheckpointError
 from .float_parts import WORKING_DTYPE, Block, enter, float_rows, load_block
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
@@ -126,7 +126,6 @@ def quantize_checkpoint(
     model = skeleton(source)
     plan = make_plan(model, recipe)
     side_files = source.side_files().with_tokenizer(tokenizer)
-    tokenizer = tokenizer or source.tokenizer()
     tokens = _calibration_tokens(recipe, source, tokenizer, data)
     needs = needs_of(plan, max_memory, writer.every)
     world.share(lambda: writer.check(needs.disk + side_files.nbytes, source.paths))
@@ -512,10 +511,15 @@ def _calibration_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     data: Tensor | None,
 ) -> Tensor | None:
-    if not recipe.calibrates:
-        return None
-    if data is not None:
-        return data
+    needed = recipe.calibrates and data is None
+    try:
+        tokenizer = tokenizer or source.tokenizer()
+    except CheckpointError as error:
+        if needed:
+            raise
+        log.warning("%s; its files are copied as they are", error)
+    if not needed:
+        return data if recipe.calibrates else None
     if tokenizer is None:
         raise CalibrationError(
             f"{source.name} has no tokenizer for calibration text; pass a tokenizer, or data"

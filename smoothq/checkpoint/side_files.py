@@ -130,8 +130,8 @@ class SideFiles:
 def goes_along(name: str) -> bool:
     """Whether a file of this name, relative to its folder, goes along with the weights."""
     directory, _, file = name.rpartition("/")
-    if directory:
-        return directory in DIRECTORIES
+    if directory and directory not in DIRECTORIES:
+        return False
     suffix = Path(file).suffix.lower()
     if suffix in _WEIGHTS or any(fnmatchcase(file, pattern) for pattern in _LEFT):
         return False

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -229,7 +229,16 @@ class CheckpointSource:
 
     def side_files(self) -> SideFiles:
         """What goes along of the directory."""
-        return SideFiles.of(self.directory)
+        found = SideFiles.of(self.directory)
+        if GENERATION_CONFIG in found.files:
+            return found
+        # Older configs hold generation parameters, which transformers reads there, but drops of a
+        # config that it loads and writes.
+        held = GenerationConfig.from_model_config(
+            json.loads((self.directory / CONFIG).read_bytes())
+        )
+        kept = GenerationConfig.from_model_config(copy.deepcopy(self.config))
+        return found if held == kept else replace(found, generation_config=held)
 
 
 @dataclass(frozen=True)
@@ -251,8 +260,17 @@ class ModuleSource:
         paths: Iterable[Path] = (),
         files: Mapping[str, Path] | None = None,
     ) -> None:
-        """paths: what the model was read from. files: those of its side files that are files."""
+        """paths: what the model was read from. files: those of its side files that are files.
+
+        Raises CheckpointError for a config that cannot be written.
+        """
         self.name, self.config = name, model.config
+        try:
+            model.config.to_json_string()
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: its config cannot be written as JSON: {first_line(error)}"
+            ) from error
         self.paths = list(paths)
         generation_config = getattr(model, "generation_config", None)
         self._side_files = SideFiles(dict(files or {}), (), tokenizer, generation_config)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import terminal
 from ..calibration import TextSource, evaluation_tokens
+from ..checkpoint.tokenizer import check_tokens
 from ..errors import CalibrationError
 from .agreement import Agreement, agreement, prefill_and_decode
 from .harness import TaskResults, run_tasks
@@ -127,13 +128,16 @@ def evaluate(
     reference: a model of the same vocabulary, mostly the float one; `agreement` takes the same
     windows as the perplexity. decode_tokens: so many tokens of the first text are decoded one by
     one and compared with their prefill. tasks, include_path, limit, num_fewshot: as for
-    `run_tasks`. Raises CalibrationError for what cannot be measured.
+    `run_tasks`. Raises CalibrationError for what cannot be measured, CheckpointError for a
+    tokenizer whose tokens the model does not have.
     """
     if (reference is not None or decode_tokens) and not texts:
         raise CalibrationError("agreement needs a text to be measured on: give one")
     results, decoded = [], None
     for source in texts:
         tokens = evaluation_tokens(tokenizer, source)
+        embedding: Any = model.get_input_embeddings()
+        check_tokens(tokens, embedding.weight.shape[0], name)
         own = perplexity(model, tokens, sequence_length, windows, batch_size, on_window)
         theirs = against = None
         if reference is not None:

@@ -3,15 +3,12 @@
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from smoothq.checkpoint.manifest import first_line
 from smoothq.checkpoint.stream import resolve_directory
-from smoothq.errors import CheckpointError
+from smoothq.checkpoint.tokenizer import load_tokenizer
+from smoothq.errors import CheckpointError, SmoothqError
 from smoothq.integrations.transformers import keep_packed
 from smoothq.plan import check_device
 
@@ -30,11 +27,15 @@ def load_model(
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
+    tokenizer = load_tokenizer(directory, model)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
+    except SmoothqError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise CheckpointError(
+            f"{model}: transformers cannot load it: {first_line(error)}"
+        ) from error
     if memory == "low":
         keep_packed(loaded)
     return loaded.to(device), tokenizer
