@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,10 +40,10 @@ _LEFT = (
     *("*quant*config.json", "adapter_config.json", "zero_to_fp32.py"),
     *("trainer_state.json", "training_args.json", "*_results.json"),
 )
+_VOCABULARY = ("tokenizer*", "vocab*", "*.tiktoken", "*.model", "*.spm", "tekken.json")
 _TOKENIZER = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("*.tiktoken", "*.model", "*.spm", "*.bpe", "tekken.json", "chat_template.jinja"),
-    f"{TEMPLATES}/*",
+    *(*_VOCABULARY, "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.bpe"),
+    *("chat_template.jinja", f"{TEMPLATES}/*"),
 )
 # Of these it is no news that they stay behind.
 _EXPECTED = (CONFIG, CARD, MANIFEST, "*.index.json", "*.safetensors", "pytorch_model*.bin")
@@ -77,7 +77,7 @@ class SideFiles:
                 if not os.access(path, os.R_OK):
                     raise CheckpointError(f"{path} goes along with the model, but cannot be read")
                 files[name] = path
-            elif not any(fnmatchcase(name, pattern) for pattern in _EXPECTED):
+            elif not _is_one_of(name, _EXPECTED):
                 left_out.append(name)
         return cls(files, tuple(left_out))
 
@@ -133,7 +133,7 @@ def goes_along(name: str) -> bool:
     if directory and directory not in DIRECTORIES:
         return False
     suffix = Path(file).suffix.lower()
-    if suffix in _WEIGHTS or any(fnmatchcase(file, pattern) for pattern in _LEFT):
+    if suffix in _WEIGHTS or _is_one_of(file, _LEFT):
         return False
     return suffix in SUFFIXES or is_legal(file)
 
@@ -145,12 +145,16 @@ def is_legal(name: str) -> bool:
 
 def is_of_tokenizer(name: str) -> bool:
     """Whether a file belongs to the tokenizer, not to a processor or to the model."""
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
+    return _is_one_of(name, _TOKENIZER)
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a folder holds any file that a tokenizer could be made of."""
-    return any(is_of_tokenizer(path.name) for path in directory.iterdir())
+    return any(_is_one_of(path.name, _VOCABULARY) for path in directory.iterdir())
+
+
+def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _entries(directory: Path) -> Iterator[tuple[str, Path]]:
