@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -22,6 +23,7 @@ from smoothq import preset, quantize
 from smoothq.checkpoint import placing, side_files
 from smoothq.checkpoint.manifest import MANIFEST, Manifest
 from smoothq.checkpoint.placing import Place
+from smoothq.checkpoint.side_files import SideFiles
 from smoothq.checkpoint.stream import open_source, skeleton
 from smoothq.checkpoint.tokenizer import encode_prompt
 from smoothq.checkpoint.writer import CheckpointWriter
@@ -33,12 +35,6 @@ from smoothq.verify import verify_checkpoint
 from tests.architectures import VOCABULARY, tiny_model
 
 RTN = preset("w8a8", "rtn")
-FEW = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 class Killed(BaseException):
@@ -90,27 +86,33 @@ def put(directory: Path, names: list[str]) -> None:
         path.write_text(json.dumps({"of": name}))
 
 
-@FEW
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(along=st.sets(st.sampled_from(ALONG)), left=st.sets(st.sampled_from(LEFT)))
-def test_all_that_a_loader_may_want_arrives_and_nothing_else(
-    float_checkpoint, tmp_path_factory, along, left
-) -> None:
-    directory = tmp_path_factory.mktemp("files")
-    source = Path(shutil.copytree(float_checkpoint("llama"), directory / "model"))
-    put(source, [*along, *left])
-    run(source, directory / "out")
-    export(directory / "out", directory / "export")
-    before = contents(source)
+def test_all_that_a_loader_may_want_goes_along_and_nothing_else(along, left) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch, "model"), Path(scratch, "out")
+        put(source, ["config.json", *along, *left])
+        out.mkdir()
+        SideFiles.of(source).write(out)
+        before = contents(source)
+        assert contents(out) == {name: before[name] for name in along}
+
+
+def test_it_arrives_in_the_output_and_in_its_export(model, tmp_path) -> None:
+    put(model, [*ALONG, *LEFT])
+    (model / "model.safetensors.index.json").write_text("an earlier save's")
+    run(model, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "export")
+    before = contents(model)
     own = {"config.json", "README.md", "manifest.json", "model.safetensors"}
-    beside = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    beside = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *ALONG}
     for made in ("out", "export"):
-        after = contents(directory / made)
-        assert set(after) == {*own, *beside, *along}
-        assert all(after[name] == before[name] for name in (*beside, *along))
-    assert set(Manifest.read(directory / "out").files) == {*own, *beside, *along} - {
-        "manifest.json",
-        "model.safetensors",
-    }
+        after = contents(tmp_path / made)
+        assert set(after) == own | beside
+        assert all(after[name] == before[name] for name in beside)
+        hashed = set(Manifest.read(tmp_path / made).files)
+        assert hashed == {"config.json", "README.md"} | beside
+    verify_checkpoint(tmp_path / "out")
 
 
 def test_what_stays_behind_is_named_but_what_everybody_expects(model, tmp_path, caplog) -> None:

@@ -27,7 +27,6 @@ def load_model(
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
-    tokenizer = load_tokenizer(directory, model)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
     except SmoothqError:
@@ -36,6 +35,7 @@ def load_model(
         raise CheckpointError(
             f"{model}: transformers cannot load it: {first_line(error)}"
         ) from error
+    tokenizer = load_tokenizer(directory, model)
     if memory == "low":
         keep_packed(loaded)
     return loaded.to(device), tokenizer
