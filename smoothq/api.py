@@ -38,9 +38,10 @@ def quantize(
 
     model: a directory, a hub id, or a model in memory (which is left as it is). data: calibration
     tokens, int64 (samples, length), in place of the recipe's text. output: where the checkpoint
-    goes; without it a temporary directory serves. dtype: of everything that stays float in the
-    returned model. resume: True demands an unfinished run to go on with, False begins anew, None
-    goes on where there is one. max_memory: bytes that the process may take while it quantizes.
+    goes; without it a temporary directory serves; one that is there, whole and made of just this,
+    is loaded as it is. dtype: of everything that stays float in the returned model. resume: True
+    demands an unfinished run to go on with, False begins anew, None goes on where there is one.
+    max_memory: bytes that the process may take while it quantizes.
     on_block: called with a `BlockDone` when a block is stored; what it raises stops the run, and
     with an output the same call goes on. probe: perplexity on some tokens every few blocks, for it.
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from pydantic import TypeAdapter, ValidationError
 
 from .checkpoint.manifest import MANIFEST, Manifest, first_line
+from .checkpoint.placing import Place
 from .checkpoint.stream import HUB_ID, tensor_files
 from .errors import CheckpointError
 from .evaluation.agreement import Agreement
@@ -104,8 +105,8 @@ def push_to_hub(
 
 def _manifest(directory: Path) -> Manifest:
     """A finished checkpoint's. Raises CheckpointError where the directory is not one."""
-    partial = directory.with_name(directory.name + ".partial")
-    if directory.suffix == ".partial" or (partial.is_dir() and not directory.exists()):
+    begun = Place(directory).partial.is_dir() and not (directory / "config.json").exists()
+    if directory.suffix == ".partial" or begun:
         raise CheckpointError(
             f"'{directory}' is not finished; give the command that began it again to go on"
         )

@@ -132,6 +132,23 @@ def test_huge_files_stay_behind(model, monkeypatch) -> None:
     assert "vocab.txt" in found.left_out
 
 
+def test_a_file_that_cannot_be_read_is_found_before_the_first_block(
+    model, tmp_path, monkeypatch
+) -> None:
+    put(model, ["LICENSE"])
+    opened = Path.open
+
+    def refusing(path: Path, *how: object, **more: object) -> object:
+        if path.name == "LICENSE":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(CheckpointError, match=r"LICENSE goes along.*Permission denied"):
+        run(model, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_several_chat_templates_arrive_from_memory_too(tokenizer, tmp_path) -> None:
     several = AutoTokenizer.from_pretrained(save(tokenizer, tmp_path / "tokenizer"))
     several.chat_template = {"default": "D{{ messages }}", "tool_use": "T{{ messages }}"}

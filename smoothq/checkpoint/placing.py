@@ -152,6 +152,8 @@ class Place:
             for path in self.partial.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
+                elif path.name not in MARKS:
+                    path.unlink()
             shutil.rmtree(self.partial)
 
 

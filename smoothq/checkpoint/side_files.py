@@ -9,7 +9,6 @@ written anew stay behind. Code is copied, never run.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -74,8 +73,7 @@ class SideFiles:
         files, left_out = {}, []
         for name, path in _entries(directory):
             if goes_along(name) and path.is_file() and path.stat().st_size <= LARGEST_BYTES:
-                if not os.access(path, os.R_OK):
-                    raise CheckpointError(f"{path} goes along with the model, but cannot be read")
+                _refuse_unreadable(path)
                 files[name] = path
             elif not _is_one_of(name, _EXPECTED):
                 left_out.append(name)
@@ -151,6 +149,15 @@ def is_of_tokenizer(name: str) -> bool:
 def has_tokenizer(directory: Path) -> bool:
     """Whether a folder holds any file that a tokenizer could be made of."""
     return any(_is_one_of(path.name, _VOCABULARY) for path in directory.iterdir())
+
+
+def _refuse_unreadable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} goes along with the model, but cannot be read: {error.strerror}"
+        ) from error
 
 
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, get_num_threads
 from torch import __version__ as torch_version
 from transformers import PretrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import CheckpointError, OutputError, SmoothqError, StoppedError
 from .compressed_tensors import METHOD
@@ -168,7 +169,6 @@ class CheckpointWriter:
             other.append("side files")
         if other:
             raise self._not_empty(other)
-        self._place.remove()
         return True
 
     def _finished(self) -> Manifest | None:
@@ -412,6 +412,8 @@ def _write_config(config: PretrainedConfig, directory: Path) -> None:
     written = copy.deepcopy(config)
     if hasattr(written, "transformers_weights"):
         del written.transformers_weights  # the name of a file that is not ours
+    if written._auto_class is not None:
+        custom_object_save(written, directory, config=written)  # the code of its class
     written.to_json_file(directory / CONFIG, use_diff=True)
 
 
