@@ -497,6 +497,18 @@ def test_a_mount_point_is_filled_from_within(model, tmp_path, mounted) -> None:
     assert run(model, out)
 
 
+def test_an_export_into_a_mount_point_is_made_of_what_lies_in_it(model, tmp_path, mounted) -> None:
+    out = tmp_path / "out"
+    mounted(out)
+    own = CheckpointWriter(out).beside("smoothq")
+    assert own.parent == out
+    run(model, own)
+    made = contents(own)
+    export(own, out)
+    assert contents(own) == made
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+
+
 def test_what_is_mounted_below_an_output_is_not_removed(model, tmp_path, mounted) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -413,7 +413,7 @@ def _write_config(config: PretrainedConfig, directory: Path) -> None:
     if hasattr(written, "transformers_weights"):
         del written.transformers_weights  # the name of a file that is not ours
     if written._auto_class is not None:
-        custom_object_save(written, directory, config=written)  # the code of its class
+        custom_object_save(written, directory, config=written)  # type: ignore[arg-type]
     written.to_json_file(directory / CONFIG, use_diff=True)
 
 
