@@ -43,9 +43,10 @@ def quantize(
     of strings or of chats. A `datasets.Dataset` or any iterable of rows or batches that name their
     columns: `input_ids`, with an `attention_mask` if some tokens are not to count, `messages` or
     `text`. Ids are taken all, and of texts as many and as long as the recipe says. output: where
-    the checkpoint goes; without it a temporary directory serves. dtype: of everything that stays
-    float in the returned model. resume: True demands an unfinished run to go on with, False begins
-    anew, None goes on where there is one. max_memory: bytes that the process may take on the way.
+    the checkpoint goes; without it a temporary directory serves; one that is there, whole and made
+    of just this, is loaded as it is. dtype: of everything that stays float in the returned model.
+    resume: True demands an unfinished run to go on with, False begins anew, None goes on where
+    there is one. max_memory: bytes that the process may take on the way.
     on_block: called with a `BlockDone` when a block is stored; what it raises stops the run, and
     with an output the same call goes on. probe: perplexity on some tokens every few blocks, for it.
     check: load the output before it is placed and compare it with what was computed.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from smoothq.checkpoint.tokenizer import in_one_line
 from smoothq.errors import CalibrationError
 
 logger = logging.getLogger("smoothq")
@@ -191,12 +192,13 @@ def tokenize(
         begun = bool(tokens) or (
             bool(tokenizer.bos_token) and document.startswith(str(tokenizer.bos_token))
         )
-        encoded = tokenizer(
-            document,
-            add_special_tokens=not begun,
-            return_special_tokens_mask=True,
-            verbose=False,  # the text is meant to be longer than the model's window
-        )
+        with in_one_line(f"{tokenizer.name_or_path}: its tokenizer cannot encode text"):
+            encoded = tokenizer(
+                document,
+                add_special_tokens=not begun,
+                return_special_tokens_mask=True,
+                verbose=False,  # the text is meant to be longer than the model's window
+            )
         added_at_end = takewhile(bool, reversed(encoded["special_tokens_mask"]))
         tokens += encoded["input_ids"][: len(encoded["input_ids"]) - sum(1 for _ in added_at_end)]
         if enough is not None and len(tokens) >= enough:

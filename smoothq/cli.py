@@ -44,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DONE_BEFORE = "the same command made it before, and it is whole"
 WORST_SITES = 12  # that are printed
 PROBE_WINDOWS = (4, 512)  # windows of tokens that `quantize --probe-every` measures on
 
@@ -148,15 +149,20 @@ def quantize(
     final = flags.chosen()
     limit = None if max_memory is None else _bytes(max_memory)
     world = World.join(device)
-    own = output
+    own, exporter = output, None
     if form != "smoothq":
         exporter = CheckpointWriter(output, overwrite, resume=False)
         world.share(lambda: exporter.check(0))
-        own = output.with_name(f"{output.name}.smoothq")
-    writer = CheckpointWriter(own, overwrite, resume=resume, every=checkpoint_every)
+        own = exporter.beside("smoothq")
+    writer = CheckpointWriter(
+        own, overwrite, resume=resume, every=checkpoint_every, export=exporter
+    )
     world.share(lambda: writer.check(0))
     check_device(device)
     source = open_source(model, gguf_file=gguf_file)
+    world.share(lambda: writer.check(0, source.paths))
+    if exporter is not None:
+        world.share(lambda: exporter.check(0, source.paths))
     empty = skeleton(source)
     if servable:
         final = _servable(empty, final, world.leads)
@@ -211,13 +217,16 @@ def quantize(
     if not world.leads:
         return
     figures, table = report.as_dict(result), report.rows(result)
-    if form != "smoothq":
+    if exporter is not None and own.is_dir():  # it is gone where the export was finished before
         exported = export_compressed_tensors(own, exporter)
         shutil.rmtree(own)
         figures |= {"export": asdict(exported)}
         table += [(f"{form}, {label}", text) for label, text in report.export_rows(exported)]
     if as_json:
         print(json.dumps(figures | {"output": str(output)}))
+        return
+    if result.repeated:
+        out.print(f"{output} is done: {DONE_BEFORE}")
         return
     out.print(pairs(f"{model} → {output}", table))
     for line in report.remarks(result, model):
@@ -249,6 +258,9 @@ def export(
         exported = export_to(directory, output, form, overwrite=overwrite, progress=update)
     if as_json:
         print(json.dumps(asdict(exported) | {"output": str(output)}))
+        return
+    if exported.repeated:
+        out.print(f"{output} is done: {DONE_BEFORE}")
         return
     out.print(pairs(f"{directory} → {output}, {form}", report.export_rows(exported)))
     if form != "gguf":
@@ -660,6 +672,7 @@ def generate(
     """
     from transformers import TextStreamer
 
+    from .checkpoint.tokenizer import encode_prompt, in_one_line
     from .evaluation.loading import load_model
     from .positions import positions_of
 
@@ -667,13 +680,8 @@ def generate(
     loaded: Any
     tokenizer: Any
     loaded, tokenizer = load_model(model, dtype, device, memory)
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    inputs = encode_prompt(tokenizer, prompt, chat and bool(tokenizer.chat_template), rows)
     limit, length = positions_of(loaded), inputs["input_ids"].shape[1]
     if limit is not None and length >= limit:
         raise CalibrationError(
@@ -683,9 +691,10 @@ def generate(
         max_new_tokens = limit - length
         log.warning("%d new tokens at most: the model has %d positions", max_new_tokens, limit)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    loaded.generate(
-        **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
-    )
+    with in_one_line(f"{model} cannot generate"):  # its generation config may be damaged too
+        loaded.generate(
+            **inputs.to(device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
+        )
 
 
 @app.command()

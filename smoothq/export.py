@@ -6,13 +6,14 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from .checkpoint.compressed_tensors import METHOD, Scheme, quantization_config
-from .checkpoint.manifest import MANIFEST, sha256_of
-from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
+from .checkpoint.manifest import MANIFEST, Identity, Manifest, sha256_of
+from .checkpoint.stream import CheckpointSource
+from .checkpoint.writer import CheckpointWriter, Surroundings
 from .folded import FoldedCheckpoint
 from .modules import InputSpec, WeightSpec
 from .pipeline import Progress
@@ -30,7 +31,8 @@ class Exported:
 
     bytes_before: of the checkpoint's files. bytes_after: of all tensors. added_bytes: of the head
     that untying added. schemes: of how many linears each is, by a short name such as `W4A16 group
-    32`. left_out: tensors that read the model where it is rotated, and are not exported.
+    32`. left_out: tensors that read the model where it is rotated, and are not exported. repeated:
+    the output was there, made of just this, and nothing was done.
     """
 
     bytes_before: int
@@ -39,6 +41,7 @@ class Exported:
     schemes: dict[str, int]
     seconds: float
     left_out: tuple[str, ...] = ()
+    repeated: bool = False
 
 
 def export(
@@ -77,43 +80,49 @@ def export_compressed_tensors(
     """
     start = time.perf_counter()
     folded = FoldedCheckpoint(directory, METHOD)
-    writer.check(folded.source.nbytes + folded.added_bytes)
-    schemes: dict[str, Scheme] = {}
-    nbytes, dtype = 0, folded.plan.stored_dtype
+    source = folded.source
+    side_files = source.side_files()
+    needed = source.nbytes + folded.added_bytes + side_files.nbytes
+    writer.check(needed, source.paths)
+    schemes = {name: scheme_of(*of_linear) for name, of_linear in folded.forms.items()}
+    config = copy.deepcopy(source.config)
+    config.quantization_config = quantization_config(schemes, folded.float_linears)
+    if folded.unties:
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = False
+    if folded.left_out:
+        for part in (config, config.get_text_config(decoder=True)):
+            for field in PREDICTING:
+                if getattr(part, field, 0):
+                    setattr(part, field, 0)
+    identity, dtype = _identity(directory), folded.plan.stored_dtype
+    exported = Exported(
+        source.nbytes,
+        0,
+        folded.added_bytes,
+        dict(Counter(map(str, schemes.values()))),
+        0.0,
+        tuple(folded.left_out),
+        repeated=True,
+    )
+    if writer.is_finished(identity, config, side_files):
+        return replace(exported, bytes_after=CheckpointSource(writer.out, str(writer.out)).nbytes)
+    nbytes = 0
     with writer:
-        writer.begin(_identity(directory), Surroundings.here("cpu", 1))
+        writer.begin(identity, Surroundings.here("cpu", 1))
         for linear in folded.linears(progress):
-            scheme = scheme_of(linear.spec, linear.input)
+            scheme = schemes[linear.name]
             tensors = scheme.tensors(linear.weight, dtype, linear.input_scale)
             if linear.bias is not None:
                 tensors["bias"] = linear.bias
             writer.add({f"{linear.name}.{key}": tensor for key, tensor in tensors.items()})
             nbytes += sum(tensor.nbytes for tensor in tensors.values())
-            schemes[linear.name] = scheme
         for each in folded.floats():
             writer.add_rows(each.name, each.rows, each.shape, each.nbytes)
             nbytes += each.nbytes
-        source = folded.source
-        config = copy.deepcopy(source.config)
-        config.quantization_config = quantization_config(schemes, folded.float_linears)
-        if folded.unties:
-            for part in (config, config.get_text_config(decoder=True)):
-                part.tie_word_embeddings = False
-        if folded.left_out:
-            for part in (config, config.get_text_config(decoder=True)):
-                for field in PREDICTING:
-                    if getattr(part, field, 0):
-                        setattr(part, field, 0)
-        exported = Exported(
-            source.nbytes,
-            nbytes,
-            folded.added_bytes,
-            dict(Counter(map(str, schemes.values()))),
-            time.perf_counter() - start,
-            tuple(folded.left_out),
-        )
-        card = served_card(card_of(directory), exported)
-        writer.assemble(config, source.tokenizer(), source.generation_config, card)
+        seconds = time.perf_counter() - start
+        exported = replace(exported, bytes_after=nbytes, seconds=seconds, repeated=False)
+        writer.assemble(config, side_files, served_card(card_of(directory), exported))
         writer.place()
     return exported
 
@@ -140,7 +149,11 @@ def card_of(directory: Path) -> str:
 
 
 def _identity(directory: Path) -> Identity:
-    manifest = directory / MANIFEST
-    digest = sha256_of(manifest) if manifest.is_file() else ""
-    empty = hashlib.sha256(b"").hexdigest()
-    return Identity(version=__version__, recipe=empty, model=digest, calibration=empty)
+    """What an export follows from: what its checkpoint does, else the manifest of that."""
+    path = directory / MANIFEST
+    run = Manifest.read(directory).run if path.is_file() else None
+    if run is None:
+        digest = sha256_of(path) if path.is_file() else ""
+        empty = hashlib.sha256(b"").hexdigest()
+        run = Identity(version=__version__, recipe=empty, model=digest, calibration=empty)
+    return run.model_copy(update={"form": METHOD, "version": __version__})

@@ -6,14 +6,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
 from .checkpoint.gguf import (
@@ -26,7 +26,11 @@ from .checkpoint.gguf import (
     vocabulary,
     with_rows,
 )
+from .checkpoint.manifest import MANIFEST, sha256_of
+from .checkpoint.placing import is_mounted
+from .checkpoint.stream import CheckpointSource
 from .checkpoint.tensor_file import as_bytes
+from .checkpoint.tokenizer import in_one_line
 from .errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
 from .export import Exported
 from .folded import FoldedCheckpoint
@@ -35,6 +39,7 @@ from .pipeline import Progress
 from .version import __version__
 
 FORMAT = "GGUF"
+MADE_FROM = "smoothq.made_from"  # of a file's keys
 FILE_TYPES = {
     GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
@@ -112,14 +117,30 @@ def export_gguf(
     a tokenizer that is not llama.cpp's, OutputError where the disk refuses.
     """
     start = time.perf_counter()
-    _refuse_output(output, overwrite)
+    _refuse_output(output)
     folded = FoldedCheckpoint(directory, FORMAT)
+    _refuse_source(output, folded.source)
     names = _Names(folded)
     infos = list(_infos(folded, names))
-    partial = output.with_name(f"{output.name}.partial")
+    kinds = Counter(_kind(name, spec) for name, spec in folded.specs.items())
+    exported = Exported(
+        folded.source.nbytes,
+        sum(info.nbytes for info in infos),
+        folded.added_bytes,
+        {kind.name: count for kind, count in kinds.items()},
+        0.0,
+        repeated=True,
+    )
+    made_from = _made_from(directory)
+    if output.exists() and not overwrite:
+        if made_from is not None and made_from == _said_in(output):
+            return exported
+        raise CheckpointError(f"output '{output}' exists; use --overwrite to replace it")
+    partial = _partial(output)
     writer = GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[names.family.arch])
     _describe(writer, folded, names.family)
-    kinds = Counter(_kind(name, spec) for name, spec in folded.specs.items())
+    if made_from is not None:
+        writer.add_string(MADE_FROM, made_from)
     writer.add_file_type(FILE_TYPES[kinds.most_common(1)[0][0]])
     for info in infos:
         writer.add_tensor_info(
@@ -144,20 +165,44 @@ def export_gguf(
         writer.close()
         if partial.exists():
             partial.unlink()
-    return Exported(
-        folded.source.nbytes,
-        sum(info.nbytes for info in infos),
-        folded.added_bytes,
-        {kind.name: count for kind, count in kinds.items()},
-        time.perf_counter() - start,
-    )
+    return replace(exported, seconds=time.perf_counter() - start, repeated=False)
 
 
-def _refuse_output(output: Path, overwrite: bool) -> None:
+def _refuse_output(output: Path) -> None:
     if output.is_dir():
         raise CheckpointError(f"output '{output}' is a directory; give a file, such as MODEL.gguf")
-    if output.exists() and not overwrite:
-        raise CheckpointError(f"output '{output}' exists; use --overwrite to replace it")
+    if output.exists() and is_mounted(output):
+        raise CheckpointError(f"output '{output}' is mounted, and cannot be replaced; give another")
+
+
+def _refuse_source(output: Path, source: CheckpointSource) -> None:
+    """Raise CheckpointError where writing would replace a file of the checkpoint."""
+    partial = _partial(output)
+    for path in source.directory.iterdir():
+        for ours in (output, partial):
+            if ours.exists() and path.suffix != ".gguf" and os.path.samefile(ours, path):
+                raise CheckpointError(
+                    f"output '{ours}' is a file of the checkpoint itself; give another output"
+                )
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _made_from(directory: Path) -> str | None:
+    """What a file follows from: the checkpoint's manifest and this version; None without one."""
+    manifest = directory / MANIFEST
+    return f"{sha256_of(manifest)} {__version__}" if manifest.is_file() else None
+
+
+def _said_in(output: Path) -> str | None:
+    """What a whole GGUF file of ours says that it was made from."""
+    try:
+        field = GGUFReader(output).get_field(MADE_FROM)
+    except Exception:  # whatever the library makes of a file that is none, or damaged
+        return None
+    return None if field is None else str(field.contents())
 
 
 class _Names:
@@ -338,7 +383,8 @@ def _describe_tokenizer(writer: GGUFWriter, folded: FoldedCheckpoint) -> None:
     tokenizer, config = folded.source.tokenizer(), folded.source.config
     if tokenizer is None:
         raise CheckpointError(f"{folded.name}: it has no tokenizer, and llama.cpp needs one")
-    vocab = vocabulary(tokenizer, config.vocab_size)
+    with in_one_line(f"{folded.name}: its tokenizer cannot be described"):
+        vocab = vocabulary(tokenizer, config.vocab_size)
     writer.add_tokenizer_model(vocab.model)
     writer.add_tokenizer_pre(vocab.pre)
     writer.add_token_list(vocab.tokens)
@@ -355,7 +401,8 @@ def _describe_tokenizer(writer: GGUFWriter, folded: FoldedCheckpoint) -> None:
                 getattr(writer, f"add_{kind}_token_id")(token)
     if "eos" not in ids:
         raise CheckpointError(f"{folded.name}: its tokenizer names no token that ends a text")
-    encoded = tokenizer("a").input_ids
+    with in_one_line(f"{folded.name}: its tokenizer cannot encode text"):
+        encoded = tokenizer("a").input_ids
     writer.add_add_bos_token(encoded[:1] == [ids.get("bos")])
     writer.add_add_eos_token(encoded[-1:] == [ids["eos"]])
     template = tokenizer.chat_template

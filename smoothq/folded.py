@@ -101,6 +101,11 @@ class FoldedCheckpoint:
         return {name: spec for _, name, spec, *_ in self._linears()}
 
     @property
+    def forms(self) -> dict[str, tuple[WeightSpec, InputSpec]]:
+        """The forms of the quantized linears and their inputs, in the order of `linears`."""
+        return {name: (spec, fed) for _, name, spec, fed, _ in self._linears()}
+
+    @property
     def float_linears(self) -> list[str]:
         """Full names of the linears that are not quantized, the head and extras among them."""
         specs = self.specs

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from pydantic import TypeAdapter, ValidationError
 
 from .checkpoint.manifest import MANIFEST, Manifest, first_line
+from .checkpoint.placing import Place
 from .checkpoint.stream import HUB_ID, tensor_files
 from .errors import CheckpointError
 from .evaluation.agreement import Agreement
@@ -32,7 +33,10 @@ from .report import LOADING
 from .version import __version__
 
 CARD = "README.md"
-_WEIGHTS = re.compile(r"model[^/]*\.safetensors(\.index\.json)?")
+# What would be read of an earlier push, if it stayed.
+_STALE = re.compile(
+    r"model[^/]*\.safetensors(\.index\.json)?|(additional_chat_templates/.*|chat_template)\.jinja"
+)
 
 
 def push_to_hub(
@@ -48,8 +52,8 @@ def push_to_hub(
     """Publish a directory that `smoothq quantize` or an export wrote, in one commit.
 
     Returns the URL. What goes up is the directory, with its model card made fit for the hub, and
-    its manifest for that card; the directory stays as it is. Weights of an earlier push that it
-    has not are removed.
+    its manifest for that card; the directory stays as it is. Weights and chat templates of an
+    earlier push that it has not are removed.
 
     private: make a new repo private; without it, it is as its owner's default says.
     revision: a branch that exists, instead of the main one.
@@ -79,7 +83,7 @@ def push_to_hub(
         stale = [
             sibling.rfilename
             for sibling in there.siblings or []
-            if _WEIGHTS.fullmatch(sibling.rfilename) and sibling.rfilename not in files
+            if _STALE.fullmatch(sibling.rfilename) and sibling.rfilename not in files
         ]
         # Not `upload_folder`: it makes several commits of a long upload, and until the last of them
         # the repo holds one model's config beside another's weights.
@@ -101,8 +105,8 @@ def push_to_hub(
 
 def _manifest(directory: Path) -> Manifest:
     """A finished checkpoint's. Raises CheckpointError where the directory is not one."""
-    partial = directory.with_name(directory.name + ".partial")
-    if directory.suffix == ".partial" or (partial.is_dir() and not directory.exists()):
+    begun = Place(directory).partial.is_dir() and not (directory / "config.json").exists()
+    if directory.suffix == ".partial" or begun:
         raise CheckpointError(
             f"'{directory}' is not finished; give the command that began it again to go on"
         )

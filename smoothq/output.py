@@ -8,10 +8,12 @@ from types import TracebackType
 from typing import Self
 
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from .account import Account, check_files
-from .checkpoint.writer import CheckpointWriter, Identity, State, Surroundings
+from .checkpoint.manifest import Identity
+from .checkpoint.side_files import SideFiles
+from .checkpoint.writer import CheckpointWriter, State, Surroundings
 from .distributed import World
 from .hidden_states import HiddenStates
 
@@ -69,20 +71,19 @@ class Output:
             for number in range(len(stream)):
                 stream.batch(number)  # every process hands over its share
 
-    def assemble(
-        self,
-        config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-        generation_config: GenerationConfig | None,
-        card: str,
-    ) -> Path:
-        """The whole checkpoint, in a directory that is not the output yet; known to all."""
-        parts = (config, tokenizer, generation_config, card)
-        return self._world.share(lambda: self._writer.assemble(*parts))
+    def is_finished(
+        self, identity: Identity, config: PretrainedConfig, side_files: SideFiles
+    ) -> bool:
+        """Whether the output is there already, whole and made of just this."""
+        return self._world.share(lambda: self._writer.is_finished(identity, config, side_files))
 
-    def check(self, account: Account) -> None:
+    def assemble(self, config: PretrainedConfig, side_files: SideFiles, card: str) -> Path:
+        """The whole checkpoint, in a directory that is not the output yet; known to all."""
+        return self._world.share(lambda: self._writer.assemble(config, side_files, card))
+
+    def check(self, account: Account, assembled: Path) -> None:
         """Raise OutputError unless what was assembled holds what an account says."""
-        self._world.share(lambda: check_files(account, self._writer.final))
+        self._world.share(lambda: check_files(account, assembled))
 
     def place(self) -> None:
         """Make what was assembled the output; it is in place when this returns, in any process."""

@@ -27,11 +27,12 @@ from .account import Account, account_of, nbytes_of
 from .architectures.graph import is_tied
 from .calibration import TextSource, calibration_tokens
 from .calibration_data import tokens_of
+from .checkpoint.manifest import Identity
 from .checkpoint.packing import pack, packed_like
 from .checkpoint.stream import Source, skeleton, unload_module
-from .checkpoint.writer import CheckpointWriter, Identity, Surroundings
+from .checkpoint.writer import CheckpointWriter, Surroundings
 from .distributed import World
-from .errors import CalibrationError
+from .errors import CalibrationError, CheckpointError
 from .float_parts import Block, coded_rows, enter, load_block, stored_rows
 from .hidden_states import HiddenStates
 from .integrations.transformers import SmoothqConfig
@@ -87,7 +88,8 @@ class Result:
     """What a quantization came to: the figures of the closing table.
 
     bytes_before, bytes_after: all tensors of the model; linear_bytes: the quantized ones.
-    peak_memory: bytes of the whole process, libraries included.
+    peak_memory: bytes of the whole process, libraries included. repeated: the output was there,
+    made of just this, and nothing was done.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Result:
     seconds: float
     peak_memory: int
     notes: tuple[str, ...]
+    repeated: bool = False
 
 
 @settled()
@@ -123,6 +126,7 @@ def quantize_checkpoint(
     check: load the output again before it is placed and compare it with what was computed. Of
     several processes that a launcher started, all must call this: they share the work, and the
     first writes.
+    An output that is there, whole and made of just this, stays as it is.
     Raises SmoothqError for whatever cannot be done, before any work where that can be known.
     """
     start = time.perf_counter()
@@ -130,35 +134,47 @@ def quantize_checkpoint(
     world = World.join(device)
     model = skeleton(source)
     plan = make_plan(model, recipe)
-    tokenizer = tokenizer or source.tokenizer()
+    side_files = source.side_files().with_tokenizer(tokenizer)
     tokens = _calibration_tokens(plan, source, model, tokenizer, data)
     account = account_of(model, plan, source)
-    held = 0 if tokens is None else tokens.count
-    needs = needs_of(plan, max_memory, writer.every, held)
-    world.share(lambda: writer.check(needs.disk))
+    needs = needs_of(plan, max_memory, writer.every, 0 if tokens is None else tokens.count)
+    world.share(lambda: writer.check(needs.disk + side_files.nbytes, source.paths))
     output = Output(writer, world)
+    identity = _identity(source, recipe, tokens)
+    config = _config_of(source, model, plan)
+    result = Result(
+        name=source.name,
+        recipe=plan.recipe,
+        bits=plan.bits,
+        bytes_before=source.nbytes,
+        bytes_after=nbytes_of(account),
+        linear_bytes=plan.linear_bytes,
+        seconds=0.0,
+        peak_memory=peak_memory(),
+        notes=(*plan.notes, *source.notes, *_dtype_note(source, plan)),
+        repeated=True,
+    )
+    if output.is_finished(identity, config, side_files):
+        return result
+    ours = (f"{writer.out.name}/", f"{writer.partial.name}/")
+    left_out = [name for name in side_files.left_out if name not in ours]
+    if world.leads and left_out:
+        log.info("not copied from %s: %s", source.name, ", ".join(left_out))
     with output, steady_heap():
-        surroundings = Surroundings.here(world.device.type, world.size)
-        begun = output.begin(_identity(source, recipe, tokens), surroundings)
+        begun = output.begin(identity, Surroundings.here(world.device.type, world.size))
         roundtrip = RoundTrip(source, model, plan, account, world) if check else None
         shown = progress or _silent
         job = _Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
         directory = writer.scratch if needs.states_on_disk else None
         _run(job, tokens, begun.blocks, directory, probe)
-        result = Result(
-            name=source.name,
-            recipe=plan.recipe,
-            bits=plan.bits,
-            bytes_before=source.nbytes,
-            bytes_after=nbytes_of(account),
-            linear_bytes=plan.linear_bytes,
+        result = replace(
+            result,
             seconds=time.perf_counter() - start,
             peak_memory=peak_memory(),
-            notes=(*plan.notes, *source.notes, *_dtype_note(source, plan)),
+            repeated=False,
         )
-        config = _config_of(source, model, plan)
-        final = output.assemble(config, tokenizer, source.generation_config, model_card(result))
-        output.check(account)
+        final = output.assemble(config, side_files, model_card(result))
+        output.check(account, final)
         if roundtrip is not None:
             roundtrip.compare(final, needs.memory)
         output.place()
@@ -527,6 +543,12 @@ def _calibration_tokens(
     recipe, text = plan.recipe, plan.recipe.calibration
     if not recipe.calibrates:
         return None
+    try:
+        tokenizer = tokenizer or source.tokenizer()
+    except CheckpointError as error:
+        if data is None:
+            raise
+        log.warning("%s; its files are copied as they are", error)
     if data is not None:
         rows = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape[0]
         return tokens_of(data, text, tokenizer, rows, positions_of(model))

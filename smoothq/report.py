@@ -28,6 +28,7 @@ def as_dict(result: Result) -> dict[str, Any]:
     return _figures(result, result.name, result.bytes_before, result.bytes_after) | {
         "seconds": round(result.seconds, 1),
         "peak_memory_bytes": result.peak_memory,
+        "repeated": result.repeated,
     }
 
 

@@ -577,7 +577,10 @@ def test_quantize_straight_into_the_format(run, model, tmp_path) -> None:
     for text in ("vllm serve PATH", "W4A4 group 16: 21", "bits per weight", "runtime_smoothing"):
         assert text in card
     assert "import smoothq" not in card
-    code, _, log = run(*arguments, "--servable")
+    code, text, log = run(*arguments, "--servable")
+    assert code == 0, log
+    assert "is done" in text
+    code, _, log = run(*arguments, "--servable", "--seed", 1)
     assert code == 1
     assert "not empty" in log
 

@@ -517,10 +517,18 @@ def test_an_output_is_replaced_only_when_asked(ours, tmp_path) -> None:
     export(ours, out, "gguf", progress=lambda *step: steps.append(step))
     assert steps == [(number, 2, "export") for number in range(2)]
     held = out.read_bytes()
-    with pytest.raises(CheckpointError, match="exists; use --overwrite"):
-        export_gguf(ours, out)
+    again = export_gguf(ours, out)  # it is done
+    assert again.repeated
+    assert out.read_bytes() == held
     export_gguf(ours, out, overwrite=True)
     assert out.read_bytes() == held
+    other = tmp_path / "other.gguf"
+    other.write_bytes(held[:-64])
+    with pytest.raises(CheckpointError, match="exists; use --overwrite"):
+        export_gguf(ours, other)
+    (ours / "manifest.json").write_text((ours / "manifest.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match="exists; use --overwrite"):
+        export_gguf(ours, out)
     with pytest.raises(CheckpointError, match="is a directory"):
         export_gguf(ours, tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="cannot write"):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, snapshot_download
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -197,6 +198,16 @@ def test_the_weights_of_an_earlier_push_do_not_stay(
     assert hub.contents(REPO).keys() == {*contents(checkpoint), ".gitattributes"}
 
 
+def test_the_chat_templates_of_an_earlier_push_do_not_stay(hub, checkpoint, copied) -> None:
+    (copied / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (copied / name).write_text("{{ messages }}")
+    push_to_hub(copied, REPO)
+    assert "additional_chat_templates/tool_use.jinja" in hub.contents(REPO)
+    push_to_hub(checkpoint, REPO)
+    assert hub.contents(REPO).keys() == {*contents(checkpoint), ".gitattributes"}
+
+
 def test_hidden_files_stay_here(hub, copied) -> None:
     (copied / ".env").write_text("SECRET=1")
     (copied / ".cache").mkdir()
@@ -250,6 +261,32 @@ def test_patterns_choose_what_is_taken(hub, checkpoint) -> None:
     there = Path(snapshot_download(REPO, allow_patterns=["*.json"]))
     names = {path.name for path in there.iterdir()}
     assert names == {name for name in contents(checkpoint) if name.endswith(".json")}
+
+
+@pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin", "both"])
+def test_a_float_model_comes_with_what_lies_beside_its_weights(
+    hub, float_checkpoint, tmp_path, stored
+) -> None:
+    there = Path(shutil.copytree(float_checkpoint("llama"), tmp_path / "float"))
+    beside = ["LICENSE", "preprocessor_config.json", "additional_chat_templates/tool_use.jinja"]
+    beside += ["modeling_own.py", "chat_template.jinja", "tokenizer.model", "Notice.pdf"]
+    (there / "additional_chat_templates").mkdir()
+    for name in [*beside, "model.onnx"]:
+        (there / name).write_text("{}")
+    if stored != "model.safetensors":
+        torch.save(load_file(there / "model.safetensors"), there / "pytorch_model.bin")
+    if stored == "pytorch_model.bin":
+        (there / "model.safetensors").unlink()
+    HfApi().create_repo("somebody/float")
+    files = [path for path in sorted(there.rglob("*")) if path.is_file()]
+    operations = [CommitOperationAdd(str(path.relative_to(there)), path) for path in files]
+    HfApi().create_commit("somebody/float", operations, commit_message="float")
+    source = open_source("hf://somebody/float")
+    assert set(beside) <= set(source.side_files().files)
+    read = "model.safetensors" if stored == "both" else stored
+    assert {path.name for path in set(source.files.values())} == {read}
+    taken = {path.name for path in source.directory.iterdir()}
+    assert not taken & ({"model.onnx", "pytorch_model.bin", "model.safetensors"} - {read})
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,37 @@ from .tensor_file import COPY_BYTES, Entry
 MANIFEST = "manifest.json"
 
 
+class Identity(BaseModel, frozen=True):
+    """What a run's bytes follow from: to go on with the work of another is refused.
+
+    form: of the output, our own or an export's.
+    """
+
+    version: str
+    recipe: str
+    model: str
+    calibration: str
+    form: str = "smoothq"
+
+
 class Manifest(BaseModel):
-    """The hash of every tensor's bytes, as in `Entry`, by dtype and name, and of other files."""
+    """The hash of every tensor's bytes, as in `Entry`, by dtype and name, and of other files.
+
+    files: by name, with `/` before what lies in a directory. run: what made the checkpoint;
+    manifests of earlier versions do not say.
+    """
 
     tensors: dict[str, dict[str, str]]
     files: dict[str, str]
+    run: Identity | None = None
 
     @classmethod
-    def of(cls, tensors: dict[str, Entry], files: list[Path]) -> Manifest:
-        """What a checkpoint of these tensors and other files consists of."""
+    def of(cls, directory: Path, tensors: dict[str, Entry], run: Identity) -> Manifest:
+        """What a checkpoint of these tensors in a directory consists of."""
         by_dtype: dict[str, dict[str, str]] = {}
         for name, entry in tensors.items():
             by_dtype.setdefault(entry.dtype, {})[name] = entry.sha256
-        return cls(tensors=by_dtype, files={path.name: sha256_of(path) for path in files})
+        return cls(tensors=by_dtype, files=hashes_of(directory), run=run)
 
     def write(self, directory: Path) -> None:
         """Put it into a checkpoint."""
@@ -43,6 +61,13 @@ class Manifest(BaseModel):
             raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
 
+def hashes_of(directory: Path) -> dict[str, str]:
+    """Of every file in a directory and below that is not weights, by name."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    others = [path for path in paths if path.suffix != ".safetensors"]
+    return {path.relative_to(directory).as_posix(): sha256_of(path) for path in others}
+
+
 def sha256_of(path: Path) -> str:
     """Of a file's bytes."""
     digest = hashlib.sha256()
@@ -52,6 +77,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

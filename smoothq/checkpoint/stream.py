@@ -10,8 +10,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -49,10 +48,22 @@ from ..memory import give_back
 from ..process import building, settled
 from .in_memory import held_bytes, tensors_of, unwrapped
 from .manifest import first_line
+from .side_files import (
+    CONFIG,
+    DOWNLOADED,
+    GENERATION_CONFIG,
+    SideFiles,
+    has_tokenizer,
+    is_legal,
+)
 from .tensor_file import as_bytes
+from .tokenizer import load_tokenizer
+from .torch_file import is_bin, open_bin
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
 HUB = "hf://"  # before an id of the hub
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 LARGEST_SIZE = 1 << 28  # of a number in a config: beyond any model's
@@ -100,11 +111,14 @@ class Source(Protocol):
 
     name: str
     config: PretrainedConfig
-    generation_config: GenerationConfig | None
     nbytes: int
     specs: dict[str, Spec]
     extras: dict[str, Spec]
     notes: list[str]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The directories and files that it is read from."""
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Learn how the stored tensors make those of a model, which may be on meta.
@@ -127,6 +141,9 @@ class Source(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
 
+    def side_files(self) -> SideFiles:
+        """What goes along with the weights into an output. Raises CheckpointError if unreadable."""
+
 
 class CheckpointSource:
     """A directory of safetensors with a config.json, opened lazily."""
@@ -137,14 +154,18 @@ class CheckpointSource:
         self.files = tensor_files(directory, name)
         check_sizes(self.config, self.files, name)
         self.nbytes = sum(path.stat().st_size for path in set(self.files.values()))
-        self.generation_config: GenerationConfig | None = None
-        if (directory / "generation_config.json").is_file():
+        if (directory / GENERATION_CONFIG).is_file():
             try:
-                self.generation_config = GenerationConfig.from_pretrained(directory)
+                GenerationConfig.from_pretrained(directory)
             except Exception as error:  # whatever transformers makes of a damaged file
                 raise CheckpointError(
-                    f"{name}: generation_config.json cannot be read: {first_line(error)}"
+                    f"{name}: {GENERATION_CONFIG} cannot be read: {first_line(error)}"
                 ) from error
+
+    @property
+    def paths(self) -> list[Path]:
+        """The directory, and the files, which may be links to others."""
+        return [self.directory, *set(self.files.values()), *self.side_files().files.values()]
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Learn the names and conversions under which transformers loads this checkpoint."""
@@ -250,6 +271,10 @@ class CheckpointSource:
             raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
         key = self._stored[name]
         path = self.files[key]
+        if is_bin(path):
+            for first in range(0, len(read_tensor(path, key)), count):
+                yield read_tensor(path, key)[first : first + count]
+            return
         for first in range(0, _open_safetensors(path).get_slice(key).get_shape()[0], count):
             yield _open_safetensors(path).get_slice(key)[first : first + count]
 
@@ -258,6 +283,9 @@ class CheckpointSource:
         digest = hashlib.sha256(self.config.to_json_string().encode())
         for path in sorted(set(self.files.values())):
             digest.update(path.name.encode())
+            if is_bin(path):
+                _digest_tensors(digest, open_bin(path))
+                continue
             with open(path, "rb") as file:
                 header = file.read(int.from_bytes(file.read(8), "little"))
                 digest.update(header)
@@ -289,15 +317,20 @@ class CheckpointSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
-        if not any(self.directory.glob("tokenizer*")):
-            return None
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.directory)
-        except Exception as error:  # whatever transformers makes of a damaged file
-            raise CheckpointError(
-                f"{self.name}: its tokenizer cannot be read: {first_line(error)}"
-            ) from error
-        return tokenizer
+        return load_tokenizer(self.directory, self.name) if has_tokenizer(self.directory) else None
+
+    def side_files(self) -> SideFiles:
+        """What goes along of the directory."""
+        found = SideFiles.of(self.directory)
+        if GENERATION_CONFIG in found.files:
+            return found
+        # Older configs hold generation parameters, which transformers reads there, but drops of a
+        # config that it loads and writes.
+        held = GenerationConfig.from_model_config(
+            json.loads((self.directory / CONFIG).read_bytes())
+        )
+        kept = GenerationConfig.from_model_config(copy.deepcopy(self.config))
+        return found if held == kept else replace(found, generation_config=held)
 
 
 @dataclass(frozen=True)
@@ -320,12 +353,25 @@ class ModuleSource:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
+        paths: Iterable[Path] = (),
+        files: Mapping[str, Path] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """dtype: of its floats once they are stored; None is their own."""
+        """paths: what the model was read from. files: those of its side files that are files.
+
+        dtype: of its floats once they are stored; None is their own. Raises CheckpointError for a
+        config that cannot be written.
+        """
         self.name, self.config = name, model.config
-        self.generation_config = getattr(model, "generation_config", None)
-        self._tokenizer, self._dtype = tokenizer, dtype
+        try:
+            model.config.to_json_string()
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: its config cannot be written as JSON: {first_line(error)}"
+            ) from error
+        self.paths, self._dtype = list(paths), dtype
+        generation_config = getattr(model, "generation_config", None)
+        self._side_files = SideFiles(dict(files or {}), (), tokenizer, generation_config)
         self._tensors = tensors_of(model)
         self.nbytes = held_bytes(self._tensors)
 
@@ -372,16 +418,25 @@ class ModuleSource:
     def fingerprint(self) -> str:
         """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
-        for name, tensor in self._tensors.items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1)
-            for end in (flat[:END_BYTES], flat[-END_BYTES:]):
-                digest.update(as_bytes(end))
+        _digest_tensors(digest, self._tensors)
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that came with the model, if one did."""
-        return self._tokenizer
+        return self._side_files.tokenizer
+
+    def side_files(self) -> SideFiles:
+        """The tokenizer and the generation config."""
+        return self._side_files
+
+
+def _digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add every tensor's name, shape and dtype, and its two ends, to a hash."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        for end in (flat[:END_BYTES], flat[-END_BYTES:]):
+            digest.update(as_bytes(end))
 
 
 def open_source(
@@ -397,7 +452,9 @@ def open_source(
     if not isinstance(model, str | Path):
         model = unwrapped(model)
         refuse_quantized(model.config, type(model).__name__)
-        return ModuleSource(model, tokenizer, model.config.name_or_path or type(model).__name__)
+        read = model.config.name_or_path
+        paths = [Path(read)] if read and Path(read).is_dir() else []
+        return ModuleSource(model, tokenizer, read or type(model).__name__, paths)
     if gguf_file is not None:
         return _open_gguf(str(model), gguf_file)
     directory = resolve_directory(str(model))
@@ -440,15 +497,13 @@ def resolve_directory(model: str, weights: bool = True) -> Path:
     if odd and not model.startswith(HUB):
         raise CheckpointError(f"model '{model}' is not a directory; give a directory or a hub id")
     repo_id, revision = parse_hub_id(model)
-    wanted = ["*.json", "*.model", "*.txt", "*.md", "*.jinja"]
+    patterns = [*DOWNLOADED, *(["*.safetensors"] if weights else [])]
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=[*wanted, *(["*.safetensors"] if weights else [])],
-            )
-        )
+        directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        if weights and not any((directory / file).is_file() for file in (SINGLE, INDEX)):
+            bins = ["pytorch_model*.bin"]
+            snapshot_download(repo_id, revision=revision, allow_patterns=bins)
+        return directory
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo_id}' has no revision '{revision}' on the hub") from error
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -679,6 +734,12 @@ def unload_module(module: nn.Module) -> None:
 
 
 def _read_config(directory: Path, name: str) -> PretrainedConfig:
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{name} holds an adapter, not a whole model; merge it and quantize that: "
+            f"from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("
+            f"'{directory}', dtype='auto').merge_and_unload().save_pretrained('MERGED')"
+        )
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
     try:
@@ -707,30 +768,71 @@ def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -
 
 
 def tensor_files(directory: Path, name: str) -> dict[str, Path]:
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            names: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = {tensor: directory / file for tensor, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{name}: {INDEX} cannot be read: {first_line(error)}") from error
-        if not all(Path(file).name == file for file in names.values()):
-            raise CheckpointError(f"{name}: {INDEX} names a file that lies elsewhere")
-        for path in sorted(set(files.values())):
-            if not path.is_file():
-                raise CheckpointError(f"{name}: shard {path.name} is missing")
-        return files
-    single = directory / SINGLE
-    if not single.is_file():
-        raise CheckpointError(f"{name}: no {SINGLE} or {INDEX} in {directory}")
-    return dict.fromkeys(tensor_shapes(single), single)
+    """The file of every stored tensor: of the files that transformers would load, in its order."""
+    for file in (_named_in_config(directory), *WEIGHTS):
+        if file is not None and (directory / file).is_file():
+            break
+    else:
+        raise CheckpointError(f"{name}: no {SINGLE} or {INDEX} in {directory}{_other(directory)}")
+    paths = [directory / file]
+    if file.endswith(".index.json"):
+        paths = [directory / shard for shard in _shards(directory / file, name)]
+    # What the files hold, not what an index says: so transformers loads, the last of a name wins.
+    return {tensor: path for path in paths for tensor in tensor_names(path)}
+
+
+def _named_in_config(directory: Path) -> str | None:
+    """The file of weights that a config names, if it does."""
+    try:
+        named = json.loads((directory / CONFIG).read_bytes())["transformers_weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) and Path(named).name == named else None
+
+
+def _shards(index: Path, name: str) -> list[str]:
+    """The files that an index names."""
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+        elsewhere = not all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: {index.name} cannot be read: {first_line(error)}"
+        ) from error
+    if elsewhere:
+        raise CheckpointError(f"{name}: {index.name} names a file that lies elsewhere")
+    for file in files:
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{name}: shard {file} is missing")
+    return files
+
+
+def _other(directory: Path) -> str:
+    """What a directory without weights of ours has instead, and what makes them of it."""
+    variants = sorted(path.name for path in directory.glob("model*.*.safetensors*"))
+    if variants:
+        variant = variants[0].split(".")[1]
+        return (
+            f", only the variant '{variant}'; save it as the main one: from transformers import "
+            f"AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('{directory}', "
+            f"variant='{variant}', dtype='auto').save_pretrained('{directory}')"
+        )
+    return ""
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of all tensors in a file of weights; no data is read."""
+    return list(open_bin(path)) if is_bin(path) else list(_open_safetensors(path).keys())
 
 
 def tensor_shapes(path: Path) -> dict[str, Spec]:
-    """The shape and dtype of every tensor in a safetensors file; no data is read.
+    """The shape and dtype of every tensor in a file of weights; no data is read.
 
     Raises CheckpointError for a file that cannot be read or a dtype that PyTorch does not have.
     """
+    if is_bin(path):
+        return {name: Spec(tuple(held.shape), held.dtype) for name, held in open_bin(path).items()}
     file = _open_safetensors(path)
     headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     specs = {}
@@ -744,7 +846,9 @@ def tensor_shapes(path: Path) -> dict[str, Spec]:
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
-    """A tensor of a safetensors file, mapped while it lives. Raises CheckpointError."""
+    """A tensor of a file of weights, mapped while it lives. Raises CheckpointError."""
+    if is_bin(path):
+        return open_bin(path)[key]
     try:
         tensor: Tensor = _open_safetensors(path).get_tensor(key)
     except SafetensorError as error:
@@ -764,7 +868,7 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
     if not (directory / gguf_file).is_file():
         raise CheckpointError(f"{directory} has no GGUF file '{gguf_file}'")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
+        tokenizer = load_tokenizer(directory, gguf_file, gguf_file)
         float_model = AutoModelForCausalLM.from_pretrained(
             directory, gguf_file=gguf_file, dtype=torch.float32
         )
@@ -773,4 +877,12 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
     # Dequantized by transformers: what is left is a float model, of which few want 32 bits.
     del float_model.config.quantization_config
     float_model.config.dtype = torch.bfloat16
-    return ModuleSource(float_model, tokenizer, gguf_file, torch.bfloat16)
+    beside = SideFiles.of(directory).files.items()
+    return ModuleSource(
+        float_model,
+        tokenizer,
+        gguf_file,
+        paths=[directory, directory / gguf_file],
+        files={name: path for name, path in beside if is_legal(name)},
+        dtype=torch.bfloat16,
+    )

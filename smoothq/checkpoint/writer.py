@@ -4,11 +4,12 @@ All work goes to `OUT.partial`: the tensors to `model/`, the calibration's hidde
 and `state.json` says how much of both is whole and what it was made of. A state is written to the
 disk after what it speaks of, and takes the place of the one before at once; so whatever ends a run,
 the next goes on from the last state. The whole checkpoint is assembled in `final/`, and the last
-act is renaming that to `OUT`.
+act is making that `OUT`, as `placing` says.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import hashlib
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,26 +28,22 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, get_num_threads
 from torch import __version__ as torch_version
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import CheckpointError, OutputError, SmoothqError, StoppedError
-from .manifest import Manifest, first_line
+from .compressed_tensors import METHOD
+from .manifest import Identity, Manifest, first_line, hashes_of, sha256_of
+from .placing import Place, sync
 from .shards import SHARD_BYTES, ShardState, ShardWriter
+from .side_files import CARD, CONFIG, SideFiles, goes_along
+from .stream import tensor_files
 from .tensor_file import Entry, TensorFile, is_intact
 
 log = logging.getLogger("smoothq")
 
 STATE_FORMAT = 1
 RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tensors
-
-
-class Identity(BaseModel, frozen=True):
-    """What a run's bytes follow from: to go on with the work of another is refused."""
-
-    version: str
-    recipe: str
-    model: str
-    calibration: str
 
 
 class Surroundings(BaseModel, frozen=True):
@@ -92,13 +90,17 @@ class CheckpointWriter:
         shard_bytes: int = SHARD_BYTES,
         resume: bool | None = None,
         every: int = 1,
+        export: CheckpointWriter | None = None,
     ) -> None:
         """resume: True demands work to go on with, False begins anew, None goes on where it can.
 
-        every: blocks between two states.
+        every: blocks between two states. export: the writer of what is made of this output, which
+        then goes; where that is finished, this is.
         """
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self._place = Place(out)
+        self.out, self.partial = self._place.out, self._place.partial
         self.every = every
+        self._export = export
         self._overwrite, self._shard_bytes, self._resume = overwrite, shard_bytes, resume
         self._lock: IO[str] | None = None
         self._state: State | None = None
@@ -109,42 +111,111 @@ class CheckpointWriter:
         """A directory for what does not outlive the run."""
         return self.partial / "scratch"
 
-    def check(self, expected_bytes: int) -> None:
-        """Refuse, before any work, an output that cannot be written to or is too small a disk."""
-        for path in (self.out, self.partial):
-            if path.is_symlink():
-                raise CheckpointError(f"'{path}' is a symbolic link; give what it leads to")
-            if path.exists() and not path.is_dir():
-                raise CheckpointError(f"output '{path}' exists and is not a directory")
-        if self._is_placed():
-            shutil.rmtree(self.partial, ignore_errors=True)
-        if self.out.is_dir() and any(self.out.iterdir()) and not self._overwrite:
-            raise CheckpointError(
-                f"output directory '{self.out}' is not empty; use --overwrite to replace it"
-            )
-        parent = next(path for path in self.out.absolute().parents if path.exists())
-        for directory in (parent, self.out, self.partial):
-            if directory.exists() and not os.access(directory, os.W_OK):
-                raise CheckpointError(f"no permission to write to '{directory}'")
-        free = shutil.disk_usage(parent).free + _size_of(self.partial)
+    def beside(self, name: str) -> Path:
+        """A directory on the output's disk for another step's work: `OUT.name`, where it can be."""
+        return self._place.beside(name)
+
+    def check(self, expected_bytes: int, sources: Iterable[Path] = ()) -> None:
+        """Refuse, before any work, an output that cannot be written to or is too small a disk.
+
+        sources: what the model is read from. A finished checkpoint that says what made it passes:
+        `is_finished` looks at that.
+        """
+        if self._place.was_stopped and not self._place.partial.is_symlink():
+            with self._writing(), self._locked():
+                self._place.undo()
+        self._place.refuse_unfit(self._overwrite)
+        self._place.refuse_sources(sources)
+        if self._place.content and not self._overwrite and self._finished() is None:
+            raise self._not_empty()
+        free = shutil.disk_usage(self._place.disk).free + _size_of(self.partial)
         if free < expected_bytes + RESERVE_BYTES:
             raise CheckpointError(
                 f"'{self.out}' needs about {expected_bytes / 1e9:.2f} GB of disk, "
                 f"{free / 1e9:.2f} GB are free"
             )
 
+    def is_finished(
+        self, identity: Identity, config: PretrainedConfig, side_files: SideFiles
+    ) -> bool:
+        """Whether the output is there already, whole and made of just this.
+
+        All that will be written of objects is written for that, once: what cannot be is refused
+        here, before any work. Raises CheckpointError for the finished output of another run.
+        """
+        with self._writing(), tempfile.TemporaryDirectory(prefix="smoothq-") as scratch:
+            _write_config(config, Path(scratch))
+            side_files.write_objects(Path(scratch))
+            hashes = hashes_of(Path(scratch))
+            hashes |= {name: sha256_of(path) for name, path in side_files.files.items()}
+        if self._export is not None and self._export.is_made_of(
+            identity.model_copy(update={"form": METHOD}), hashes
+        ):
+            return True
+        return self.is_made_of(identity, hashes)
+
+    def is_made_of(self, identity: Identity, side_files: Mapping[str, str]) -> bool:
+        """Whether the output is whole and was made by a run, with side files of these hashes."""
+        made = None if self._overwrite else self._finished()
+        if made is None:
+            return False
+        run = {} if made.run is None else made.run.model_dump()
+        other = [name for name, value in identity.model_dump().items() if run.get(name) != value]
+        own, wanted = (
+            {name: digest for name, digest in hashes.items() if goes_along(name)}
+            for hashes in (made.files, side_files)
+        )
+        if own != wanted:
+            other.append("side files")
+        if other:
+            raise self._not_empty(other)
+        return True
+
+    def _finished(self) -> Manifest | None:
+        """The output's manifest, if that is a whole checkpoint and says what made it."""
+        try:
+            manifest = Manifest.read(self.out)
+            stored = tensor_files(self.out, str(self.out))
+            changed = any(
+                sha256_of(self.out / name) != digest for name, digest in manifest.files.items()
+            )
+        except (CheckpointError, OSError):
+            return None
+        tensors = {name for names in manifest.tensors.values() for name in names}
+        return None if manifest.run is None or changed or tensors != set(stored) else manifest
+
+    def _not_empty(self, other: list[str] | None = None) -> CheckpointError:
+        which = ""
+        if other:
+            which = f" and of another run ({', '.join(other)} {_differ(other)})"
+        return CheckpointError(
+            f"output directory '{self.out}' is not empty{which}; use --overwrite to replace it"
+        )
+
     def __enter__(self) -> Self:
         with self._writing():
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.partial / "lock", "w")
+            self._lock = self._take_lock()
+        return self
+
+    def _take_lock(self) -> IO[str]:
+        lock = open(self.partial / "lock", "w")  # noqa: SIM115 (held as long as it is open)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._lock.close()
+            lock.close()
             raise CheckpointError(
                 f"another process is writing '{self.out}'; wait for it, or give another output"
             ) from error
-        return self
+        return lock
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self._take_lock()
+        try:
+            yield
+        finally:
+            lock.close()
 
     def __exit__(
         self,
@@ -235,68 +306,40 @@ class CheckpointWriter:
             held = {"format": STATE_FORMAT, "sha256": digest, "state": text}
             fresh = self.partial / "state.json.new"
             fresh.write_text(json.dumps(held), encoding="utf-8")
-            _sync(fresh)
+            sync(fresh)
             os.replace(fresh, self.partial / "state.json")
-            _sync(self.partial)
+            sync(self.partial)
             for path in before:
                 path.unlink(missing_ok=True)
             self._shards.forget_copied()
 
-    @property
-    def final(self) -> Path:
-        """Where the checkpoint is assembled."""
-        return self.partial / "final"
-
-    def assemble(
-        self,
-        config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-        generation_config: GenerationConfig | None,
-        card: str,
-    ) -> Path:
+    def assemble(self, config: PretrainedConfig, side_files: SideFiles, card: str) -> Path:
         """The whole checkpoint on the disk, in a directory that is not the output yet."""
         assert self._shards is not None
-        final = self.final
+        assert self._state is not None
+        final = self._place.final
         with self._writing():
             final.mkdir()
             self._shards.finish(final)
-            config.save_pretrained(final)
-            if generation_config is not None:
-                generation_config.save_pretrained(final)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(final)
-                _without_spaces(final / "tokenizer.json")
-            (final / "README.md").write_text(card, encoding="utf-8")
-            self._manifest(final).write(final)
-            for path in (*final.iterdir(), final):
-                _sync(path)
+            side_files.write(final)
+            _write_config(config, final)
+            (final / CARD).write_text(card, encoding="utf-8")
+            shards = self._shards.state.shards
+            tensors = {name: entry for shard in shards for name, entry in shard.items()}
+            Manifest.of(final, tensors, self._state.identity).write(final)
+            for path in (*final.rglob("*"), final):
+                sync(path)
         return final
 
     def place(self) -> None:
-        """Put what was assembled where it is looked for, and remove all else."""
+        """Make what was assembled the output, and remove all else."""
         with self._writing():
-            (self.partial / "placing").touch()
-            if self.out.exists():
-                os.replace(self.out, self.partial / "replaced")
-            os.replace(self.final, self.out)
-            _sync(self.out.parent)
-            shutil.rmtree(self.partial)
-
-    def _is_placed(self) -> bool:
-        """Whether `OUT.partial` is what a run left that was stopped after its last act but one."""
-        return (self.partial / "placing").exists() and not self.final.exists()
-
-    def _manifest(self, final: Path) -> Manifest:
-        assert self._shards is not None
-        shards = self._shards.state.shards
-        tensors = {name: entry for shard in shards for name, entry in shard.items()}
-        others = sorted(path for path in final.iterdir() if path.suffix != ".safetensors")
-        return Manifest.of(tensors, others)
+            self._place.put()
 
     def _found(self, identity: Identity, surroundings: Surroundings) -> State | None:
         """The state of the work in `OUT.partial`, if there is any, and it is ours."""
         path = self.partial / "state.json"
-        if not path.exists() or self._is_placed():
+        if not path.exists():
             if self._resume:
                 raise CheckpointError(
                     f"'{self.partial}' holds no finished block to go on from; leave --resume out"
@@ -320,7 +363,7 @@ class CheckpointWriter:
         if other:
             raise CheckpointError(
                 f"'{self.partial}' holds {state.blocks} finished blocks of another run: its "
-                f"{' and '.join(other)} {'differ' if len(other) > 1 else 'differs'}; give the same "
+                f"{' and '.join(other)} {_differ(other)}; give the same "
                 f"command to go on, or {anew}"
             )
         if surroundings != state.surroundings:
@@ -329,9 +372,7 @@ class CheckpointWriter:
                 "result may differ from those of one run",
                 state.surroundings,
             )
-        # The mark goes first: with it and without what was assembled, work would count as done.
-        (self.partial / "placing").unlink(missing_ok=True)
-        ShardWriter.take_back(self.final, self.partial / "model")
+        ShardWriter.take_back(self._place.final, self.partial / "model")
         return state
 
     def _clear(self) -> None:
@@ -363,22 +404,22 @@ class CheckpointWriter:
             raise OutputError(f"cannot write '{self.out}': {reason}") from error
 
 
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or a directory's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_config(config: PretrainedConfig, directory: Path) -> None:
+    """Write a model's config as it is.
+
+    Not by `save_pretrained`, which refuses generation parameters that older configs hold.
+    """
+    written = copy.deepcopy(config)
+    if hasattr(written, "transformers_weights"):
+        del written.transformers_weights  # the name of a file that is not ours
+    if written._auto_class is not None:
+        custom_object_save(written, directory, config=written)  # type: ignore[arg-type]
+    written.to_json_file(directory / CONFIG, use_diff=True)
+
+
+def _differ(names: list[str]) -> str:
+    return "differ" if len(names) > 1 or names[0].endswith("s") else "differs"
 
 
 def _size_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def _without_spaces(path: Path) -> None:
-    """Write a JSON file again without the whitespace, which is half of a tokenizer's."""
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-        path.write_text(compact, encoding="utf-8")

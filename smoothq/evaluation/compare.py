@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import terminal
 from ..calibration import TextSource
-from ..checkpoint.stream import read_config, resolve_directory
+from ..checkpoint.stream import read_config, resolve_directory, tensor_files
 from ..errors import CalibrationError
 from ..plan import Bits, Plan
 from ..positions import named_positions, positions_of
@@ -101,7 +101,7 @@ def compare(
             on_window=on_window,
         )
         plan: Plan | None = getattr(getattr(model, "hf_quantizer", None), "plan", None)
-        files = resolve_directory(name).glob("*.safetensors")
+        files = set(tensor_files(resolve_directory(name), name).values())
         prefill, decode = _speed(model)
         found.append(
             Contender(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import terminal
 from ..calibration import TextSource, evaluation_tokens
+from ..checkpoint.tokenizer import check_tokens
 from ..errors import CalibrationError
 from ..positions import within_positions
 from .agreement import (
@@ -138,7 +139,8 @@ def evaluate(
     reference_tokenizer: what the reference reads text with, to see that ids mean the same to it.
     decode_tokens: so many tokens of the first text are decoded one by one and compared with their
     prefill. tasks, include_path, limit, num_fewshot: as for
-    `run_tasks`. Raises CalibrationError for what cannot be measured.
+    `run_tasks`. Raises CalibrationError for what cannot be measured, CheckpointError for a
+    tokenizer whose tokens the model does not have.
     """
     if (reference is not None or decode_tokens) and not texts:
         raise CalibrationError("agreement needs a text to be measured on: give one")
@@ -154,6 +156,8 @@ def evaluate(
         decode_tokens = within_positions(each, decode_tokens, "tokens to decode")
     results, decoded = [], None
     for source, tokens in read:
+        embedding: Any = model.get_input_embeddings()
+        check_tokens(tokens, embedding.weight.shape[0], name)
         own = perplexity(model, tokens, sequence_length, windows, batch_size, on_window)
         theirs = against = None
         if reference is not None:

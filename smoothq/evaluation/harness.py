@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoothq.checkpoint.manifest import first_line
-from smoothq.errors import CalibrationError
+from smoothq.errors import CalibrationError, SmoothqError
 
 _FAST_TRANSFERS = "HF_XET_HIGH_PERFORMANCE"
 
@@ -130,7 +130,9 @@ def run_tasks(
             num_fewshot=num_fewshot,
             log_samples=False,
         )
-    except ValueError as error:
+    except SmoothqError:
+        raise
+    except Exception as error:  # of the tasks' code, the model's or its tokenizer's
         reason = first_line(error)
         raise CalibrationError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
     finally:

@@ -3,15 +3,12 @@
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from smoothq.checkpoint.manifest import first_line
 from smoothq.checkpoint.stream import read_config, resolve_directory
-from smoothq.errors import CheckpointError
+from smoothq.checkpoint.tokenizer import load_tokenizer
+from smoothq.errors import CheckpointError, SmoothqError
 from smoothq.evaluation.agreement import check_vocabularies
 from smoothq.integrations.transformers import keep_packed
 from smoothq.plan import check_device
@@ -35,9 +32,13 @@ def load_model(
     try:
         with building:
             loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: transformers cannot load it: {error}") from error
+    except SmoothqError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise CheckpointError(
+            f"{model}: transformers cannot load it: {first_line(error)}"
+        ) from error
+    tokenizer = load_tokenizer(directory, model)
     if memory == "low":
         keep_packed(loaded)
     return loaded.to(device), tokenizer

@@ -1,0 +1,44 @@
+"""Weights as `torch.save` wrote them, `pytorch_model*.bin`: mapped, and never run as code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .manifest import first_line
+
+
+def is_bin(path: Path) -> bool:
+    """Whether a file of weights is one of PyTorch's own."""
+    return path.suffix == ".bin"
+
+
+def open_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, mapped while they live.
+
+    Raises CheckpointError for one that cannot be mapped, with what converts it, and for one that
+    holds anything but tensors.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # pickle, zip and PyTorch each raise their own
+        raise CheckpointError(
+            f"{path} cannot be mapped ({first_line(error)}){_advice(path)}"
+        ) from error
+    if not isinstance(held, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    ):
+        raise CheckpointError(f"{path} holds more than tensors by name{_advice(path)}")
+    return held
+
+
+def _advice(path: Path) -> str:
+    return (
+        "; if transformers loads it, convert it: from transformers import AutoModelForCausalLM, "
+        f"AutoTokenizer; AutoModelForCausalLM.from_pretrained('{path.parent}', dtype='auto')"
+        f".save_pretrained('CONVERTED'); AutoTokenizer.from_pretrained('{path.parent}')"
+        ".save_pretrained('CONVERTED')"
+    )
