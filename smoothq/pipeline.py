@@ -541,14 +541,14 @@ def _calibration_tokens(
 ) -> Tokens | None:
     """What to calibrate on: the caller's data, or the recipe's text; no longer than positions."""
     recipe, text = plan.recipe, plan.recipe.calibration
-    if not recipe.calibrates:
-        return None
     try:
         tokenizer = tokenizer or source.tokenizer()
     except CheckpointError as error:
-        if data is None:
+        if recipe.calibrates and data is None:
             raise
         log.warning("%s; its files are copied as they are", error)
+    if not recipe.calibrates:
+        return None
     if data is not None:
         rows = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape[0]
         return tokens_of(data, text, tokenizer, rows, positions_of(model))
