@@ -31,6 +31,7 @@ from .modules import OnlineRotation, quantize_attention, stop_quantizing_attenti
 from .modules.quantized_embedding import EMBEDDING_BITS
 from .plan import Plan, install
 from .positions import positions_of
+from .process import building
 
 STREAM = "roundtrip"  # the name of its hidden states in a state to go on from
 SEQUENCES, LENGTH = 2, 64
@@ -68,7 +69,7 @@ class RoundTrip:
         for key, tensor in block.module.state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(stored[f"{block.name}.{key}"])
-        with _attention_as_planned(block, self._plan):
+        with _attention_as_planned(block, self._plan, self._world.device):
             self.stream.advance(block.module, block.index)
         self._sketches[block.index] = _sketch(self.stream.batch(0))
 
@@ -87,7 +88,8 @@ class RoundTrip:
         self._world.share(lambda: compare(directory, hidden))
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=WORKING_DTYPE)
+        with building:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=WORKING_DTYPE)
         loaded.to(self._world.device)
         stored: Any = _Stored(self._source, self._account)
         end = ModelEnd(stored, self._plan, self._world.device, as_stored=True)
@@ -238,13 +240,12 @@ def _tokens(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def _attention_as_planned(block: Block, plan: Plan) -> Iterator[None]:
+def _attention_as_planned(block: Block, plan: Plan, device: torch.device) -> Iterator[None]:
     """Within it a block's attention is what the loaded model's will be."""
     if plan.attention is None:
         yield
         return
     attention: Any = block.module.get_submodule(block.plan.attention)
-    device = next(block.module.parameters(), torch.empty(0)).device
     quantize_attention([attention], plan.attention, attention.config)
     attention.attention_quantizer.to(device)
     try:

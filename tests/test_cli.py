@@ -188,7 +188,6 @@ def test_exactly_one_preset_is_wanted(run, model, tmp_path, presets) -> None:
         (("--w8a8", "--a-bits", "3"), "activations.bits"),
         (("--w8a8", "--device", "cuda"), "cuda"),
         (("--w8a8", "--calibration", "no-such-file.txt"), "no-such-file.txt"),
-        (("--w8a8", "--calibration", "builtin", "--sequence-length", "100000000"), "100000000"),
         (("--recipe", "no-such-recipe.yaml"), "no-such-recipe.yaml"),
     ],
 )
