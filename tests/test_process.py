@@ -158,7 +158,7 @@ def test_no_tensor_has_the_default_dtype(path) -> None:
 class TestCopies:
     @pytest.mark.parametrize("recipe", RECIPES)
     def test_a_pickle_and_a_copy_compute_the_same(self, checkpoint, recipe) -> None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint(recipe, "llama-untied"))
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(recipe))
         self.check(model)
 
     @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gpt2", "bloom", "falcon", "qwen3_moe"])
