@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint.stream import Source, Spec, tensor_shapes
@@ -24,13 +25,7 @@ def account_of(model: PreTrainedModel, plan: Plan, source: Source) -> Account:
     """What a plan's checkpoint holds by name. model: the skeleton of the source, left as it is."""
     quantized = copy.deepcopy(model)
     install(quantized, plan)
-    codes = {
-        f"{name}.{key}"
-        for name, module in quantized.named_modules()
-        if isinstance(module, QuantizedLinear | InputQuantizer | QuantizedEmbedding)
-        for key, _ in module.named_buffers(recurse=False)
-        if key != "bias"
-    }
+    codes = codes_of(quantized)
 
     def dtype(name: str, tensor: torch.Tensor) -> torch.dtype:
         cast = plan.recipe.dtype != "auto" and tensor.is_floating_point() and name not in codes
@@ -39,6 +34,17 @@ def account_of(model: PreTrainedModel, plan: Plan, source: Source) -> Account:
     tensors = stored_tensors(quantized)
     held = {name: Spec(tuple(t.shape), dtype(name, t)) for name, t in tensors.items()}
     return held | source.extras
+
+
+def codes_of(model: nn.Module) -> set[str]:
+    """The names of a quantized model's codes, scales and multipliers."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear | InputQuantizer | QuantizedEmbedding)
+        for key, _ in module.named_buffers(recurse=False)
+        if key != "bias"
+    }
 
 
 def nbytes_of(account: Account) -> int:

@@ -222,6 +222,20 @@ class TestWhatTheClassDoesNotKnow:
         assert "mtp.layers.*.eh_proj.weight" in (out / "README.md").read_text()
         assert verify_checkpoint(out).tensors == len(stored)
 
+    def test_may_hold_anything(self, llama: Path) -> None:
+        odd = {
+            "tower.mask": torch.tensor([float("-inf"), float("nan"), 0.0]),
+            "tower.table": torch.arange(4),
+            "tower.flags": torch.tensor([True, False]),
+            "tower.codes": torch.ones(2, 2).to(torch.float8_e4m3fn),
+            "tower.scalar": torch.tensor(2.5, dtype=torch.float64),
+        }
+        with_tensors(llama, **odd)
+        quantize(llama, RTN, output=llama.parent / "out")
+        stored = tensors_of(llama.parent / "out")
+        assert all(same_bits(stored[name], tensor) for name, tensor in odd.items())
+        assert verify_checkpoint(llama.parent / "out").tensors == len(stored)
+
     def test_of_its_own_modules_is_named_and_left_out(self, llama: Path) -> None:
         stray = {"model.layers.0.self_attn.masked_bias": torch.ones(1)}
         with_tensors(llama, **stray)
