@@ -138,7 +138,8 @@ def quantize_checkpoint(
     tokens = _calibration_tokens(plan, source, model, tokenizer, data)
     account = account_of(model, plan, source)
     needs = needs_of(plan, max_memory, writer.every, 0 if tokens is None else tokens.count)
-    world.share(lambda: writer.check(needs.disk + side_files.nbytes, source.paths))
+    disk = needs.disk + side_files.nbytes + nbytes_of(source.extras)
+    world.share(lambda: writer.check(disk, source.paths))
     output = Output(writer, world)
     identity = _identity(source, recipe, tokens)
     config = _config_of(source, model, plan)
@@ -167,18 +168,13 @@ def quantize_checkpoint(
         job = _Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
         directory = writer.scratch if needs.states_on_disk else None
         _run(job, tokens, begun.blocks, directory, probe)
-        result = replace(
-            result,
-            seconds=time.perf_counter() - start,
-            peak_memory=peak_memory(),
-            repeated=False,
-        )
         final = output.assemble(config, side_files, model_card(result))
         output.check(account, final)
         if roundtrip is not None:
             roundtrip.compare(final, needs.memory)
         output.place()
-    return result
+    seconds = time.perf_counter() - start
+    return replace(result, seconds=seconds, peak_memory=peak_memory(), repeated=False)
 
 
 def _config_of(source: Source, model: PreTrainedModel, plan: Plan) -> PretrainedConfig:
