@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .pipeline import OnBlock, Progress, quantize_checkpoint
 from .probe import Probe
 from .process import building, settled
 from .recipe import Recipe
+
+log = logging.getLogger("smoothq")
 
 
 def quantize(
@@ -64,6 +67,8 @@ def quantize(
             probe=probe,
             check=check,
         )
+        for note in source.notes:
+            log.warning("%s: %s", source.name, note)
         with building, settled():
             return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 

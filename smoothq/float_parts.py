@@ -230,7 +230,8 @@ def _load_rows(
         first += len(rows)
     if len(used) and used[-1] >= first:
         raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    weight = torch.cat(found)
+    # In the working dtype: an embedding may round its product with a factor to its own (Gemma).
+    weight = torch.cat(found).to(WORKING_DTYPE)
     if as_stored and plan.tables:
         weight = _coded(weight).dequantize(WORKING_DTYPE)
     embedding.weight = nn.Parameter(weight, requires_grad=False)

@@ -66,9 +66,9 @@ class SitePlan:
     @property
     def input_name(self) -> str:
         """The name of the site's InputQuantizer within the block: beside its first reader."""
-        parent = next(iter(self.modules)).rpartition(".")[0]
-        if self.site.readers[0].routed:
-            parent = parent.rpartition(".")[0]  # beside the list of experts, not in it
+        parent, _, leaf = next(iter(self.modules)).rpartition(".")
+        if leaf.isdigit():
+            parent = parent.rpartition(".")[0]  # beside a list or a sequence, not in it
         name = f"{self.site.name.replace('.', '_')}_input"
         return f"{parent}.{name}" if parent else name
 

@@ -77,15 +77,21 @@ class RoundTrip:
     def compare(self, directory: Path, most_bytes: int) -> None:
         """Raise OutputError, naming the first block that differs, unless an output is as computed.
 
-        most_bytes: what may be held of it at a time. A larger one is gone through block by block,
-        and what lies outside the blocks is compared with the source, number by number.
+        What lies outside the blocks is compared with the source, number by number. most_bytes: what
+        may be held of the output at a time; a larger one is gone through block by block.
         """
         plan, hidden = self._plan, self.stream.batch(0)
         sites = [site for block in plan.blocks for site in block.sites]
         codes = sum(spec.elements for site in sites for spec in site.modules.values())
         whole = 4 * plan.float_elements + 2 * codes <= most_bytes
         compare = self._compare_whole if whole else self._compare_by_blocks
-        self._world.share(lambda: compare(directory, hidden))
+        files = tensor_files(directory, str(directory))
+
+        def compared() -> None:
+            self._compare_ends(files)
+            compare(directory, hidden)
+
+        self._world.share(compared)
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
         with building:
@@ -124,7 +130,6 @@ class RoundTrip:
 
     def _compare_by_blocks(self, directory: Path, hidden: Tensor) -> None:
         files = tensor_files(directory, str(directory))
-        self._compare_ends(files)
         model = skeleton_of(self._source.config, self._source.name)
         install(model, self._plan)
         # The first block rotates what it is given by itself.

@@ -308,6 +308,31 @@ class TestOneStoredTensorMakesSeveral:
         assert error.norm() < 0.05 * model(TOKENS).logits.norm()
 
 
+class TestInMemory:
+    """A model in memory is quantized as it is, or what is not its class's is refused by name."""
+
+    @pytest.mark.parametrize(
+        ("name", "module"),
+        [
+            ("model.layers.0.self_attn.v_proj", torch.nn.Linear(48, 32, bias=True)),
+            ("model.layers.1.mlp.act_fn", torch.nn.ReLU()),
+            ("model.norm", torch.nn.LayerNorm(48)),
+            ("lm_head", torch.nn.Linear(48, 97, bias=True)),
+        ],
+    )
+    def test_a_module_of_another_kind_is_refused(self, name: str, module: torch.nn.Module) -> None:
+        model = tiny_model("llama", torch.float32)
+        model.set_submodule(name, module)
+        with pytest.raises(UnsupportedModelError, match=name):
+            quantize(model, RTN)
+
+    def test_its_notes_are_told(self, llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with_tensors(llama, weird=torch.ones(3), **MTP)
+        quantize(llama, RTN, output=llama.parent / "out")
+        assert "kept as they are: " in caplog.text
+        assert "weird" in tensors_of(llama.parent / "out")
+
+
 class TestMissing:
     def test_a_tensor_is_named_before_any_work(self, llama: Path) -> None:
         with_tensors(llama, **{"model.layers.2.mlp.up_proj.weight": None})
@@ -359,6 +384,11 @@ class TestTheLastLook:
     ) -> None:
         self._hold_little(monkeypatch, whole)
         quantize(tiny_model(name, torch.float32), RECIPES[recipe], data=data)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["gemma2", "llama", "opt"])
+    def test_passes_models_of_16_bits(self, data: Tensor, name: str, dtype: torch.dtype) -> None:
+        quantize(tiny_model(name, dtype), RECIPES["w8a8"], data=data)
 
     @pytest.mark.parametrize("whole", [True, False])
     def test_passes_8_bit_embeddings(

@@ -301,8 +301,13 @@ def attention_heads(config: PretrainedConfig) -> Heads:
     What the model has may differ: `Family.graph` goes by its tensors.
     """
     query = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // query
-    return Heads(query, getattr(config, "num_key_value_heads", None) or query, dim)
+
+    def named(field: str, otherwise: int) -> int:
+        value = getattr(config, field, None)
+        return value if isinstance(value, int) and value > 0 else otherwise
+
+    dim = named("head_dim", config.hidden_size // query)
+    return Heads(query, named("num_key_value_heads", query), dim)
 
 
 def _heads_of_tensors(

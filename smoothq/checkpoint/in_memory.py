@@ -51,6 +51,12 @@ def tensors_of(model: PreTrainedModel) -> Mapping[str, Tensor]:
     return _Offloading(held, offloaded) if offloaded else held
 
 
+def module_types(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """The type of every module by name, of what torch.compile wraps its own."""
+    names = {f"{name}.": module for name, module in model.named_modules()}
+    return {_plain(name).rstrip("."): type(module) for name, module in names.items()}
+
+
 def held_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a model's tensors; what shares memory counts once."""
     if isinstance(tensors, _Offloading):

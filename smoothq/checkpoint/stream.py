@@ -46,7 +46,7 @@ from ..architectures.graph import all_finite
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError
 from ..memory import give_back
 from ..process import building, settled
-from .in_memory import held_bytes, tensors_of, unwrapped
+from .in_memory import held_bytes, module_types, tensors_of, unwrapped
 from .manifest import first_line
 from .side_files import (
     CONFIG,
@@ -370,14 +370,25 @@ class ModuleSource:
                 f"{name}: its config cannot be written as JSON: {first_line(error)}"
             ) from error
         self.paths, self._dtype = list(paths), dtype
+        self._types = module_types(model)
         generation_config = getattr(model, "generation_config", None)
         self._side_files = SideFiles(dict(files or {}), (), tokenizer, generation_config)
         self._tensors = tensors_of(model)
         self.nbytes = held_bytes(self._tensors)
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Learn which of the tensors a model names: the names are its own."""
+        """Learn which of the tensors a model names: the names are its own.
+
+        Raises UnsupportedModelError where a module was put in the place of its class's own: what is
+        quantized is what the class makes.
+        """
         wanted = model.state_dict()
+        for name, kind in module_types(model).items():
+            if self._types.get(name, kind) is not kind:
+                raise UnsupportedModelError(
+                    f"{self.name}: '{name}' is a {self._types[name].__name__}, its class has a "
+                    f"{kind.__name__} there: save the model under a class that has it"
+                )
         for target, source in list(model.all_tied_weights_keys.items()):
             if target in self._tensors and source in self._tensors:
                 left, right = self._tensors[target], self._tensors[source]
@@ -398,6 +409,11 @@ class ModuleSource:
                 unnamed[name] = name
         _take_dtypes(model, self.specs)
         self.extras, useless = _sorted_out(model, unnamed, stored_specs)
+        if useless:
+            raise UnsupportedModelError(
+                f"{self.name}: its class has no tensor '{useless[0]}', so the model in memory is "
+                "another than it makes: save the model under a class that has it"
+            )
         self.notes = _notes_on(self.extras, useless)
 
     def _stored_dtype(self, tensor: Tensor) -> torch.dtype:
@@ -560,7 +576,7 @@ def _sorted_out(
 
     unnamed: stored name → the name that transformers gives it.
     """
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in model.named_modules() if name}
     extras, useless = {}, []
     for stored, name in unnamed.items():
         if {stored.rpartition(".")[0], name.rpartition(".")[0]} & modules:

@@ -176,9 +176,11 @@ class SmoothqHfQuantizer(HfQuantizer):
             )
 
     def _dequantize(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
-        dequantize(model, self.plan, dtype or model.dtype)
+        # A config that was written holds a name.
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize(model, self.plan, wanted or model.dtype)
         return model
 
 
@@ -293,7 +295,7 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     for file in files:
         stored |= tensor_shapes(Path(file))
     missing = sorted(set(expected) - set(stored) - tied)
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in model.named_modules() if name}
     foreign = sorted(set(stored) - set(expected))
     extra = [name for name in foreign if name.rpartition(".")[0] in modules]
     if missing or extra:
