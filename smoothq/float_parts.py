@@ -167,8 +167,12 @@ class ModelEnd:
             if name is not None:
                 load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
         if is_tied(model):
-            weight = model.get_submodule(last).get_parameter("weight")
-            model.get_submodule(parts.head).register_parameter("weight", weight)
+            head = model.get_submodule(parts.head)
+            own = [f"{parts.head}.{name}" for name in head.state_dict() if name != "weight"]
+            for name, tensor in source.tensors(own):  # a bias: it is tied to nothing
+                bias = nn.Parameter(tensor.to(WORKING_DTYPE, copy=True), requires_grad=False)
+                head.register_parameter(name.rpartition(".")[2], bias)
+            head.register_parameter("weight", model.get_submodule(last).get_parameter("weight"))
         if as_stored and plan.tables:
             self._quantize_head(last)
         model.set_submodule(parts.layers, nn.ModuleList())
