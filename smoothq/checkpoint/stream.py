@@ -576,7 +576,7 @@ def _sorted_out(
 
     unnamed: stored name → the name that transformers gives it.
     """
-    modules = {name for name, _ in model.named_modules() if name}
+    modules = {name for name, _ in model.named_modules()}
     extras, useless = {}, []
     for stored, name in unnamed.items():
         if {stored.rpartition(".")[0], name.rpartition(".")[0]} & modules:

@@ -295,7 +295,7 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     for file in files:
         stored |= tensor_shapes(Path(file))
     missing = sorted(set(expected) - set(stored) - tied)
-    modules = {name for name, _ in model.named_modules() if name}
+    modules = {name for name, _ in model.named_modules()}
     foreign = sorted(set(stored) - set(expected))
     extra = [name for name in foreign if name.rpartition(".")[0] in modules]
     if missing or extra:
