@@ -22,6 +22,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
+def spare_memory() -> int:
+    """Bytes that this process can take without taking more than it once had; 0 where unknown."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            held = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+    return max(0, peak_memory() - held)
+
+
 def give_back() -> None:
     """Return freed memory to the system."""
     trim = _of_libc("malloc_trim")

@@ -171,7 +171,7 @@ def quantize_checkpoint(
         final = output.assemble(config, side_files, model_card(result))
         output.check(account, final)
         if roundtrip is not None:
-            roundtrip.compare(final, needs.memory)
+            roundtrip.compare(final)
         output.place()
     seconds = time.perf_counter() - start
     return replace(result, seconds=seconds, peak_memory=peak_memory(), repeated=False)

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .account import Account
 from .architectures.graph import text_config
 from .checkpoint.packing import pack
-from .checkpoint.stream import Source, read_tensor, skeleton_of, tensor_files
+from .checkpoint.stream import Source, read_config, read_tensor, skeleton_of, tensor_files
 from .checkpoint.tensor_file import as_bytes
 from .distributed import World
 from .errors import OutputError
 from .float_parts import WORKING_DTYPE, Block, ModelEnd, coded_rows, enter, stored_rows
 from .hidden_states import HiddenStates
-from .integrations.transformers import prepare
+from .integrations.transformers import check_tensors, prepare, quantization_of
+from .memory import give_back, spare_memory
 from .modules import OnlineRotation, quantize_attention, stop_quantizing_attention
 from .modules.quantized_embedding import EMBEDDING_BITS
 from .plan import Plan, install
@@ -38,6 +39,7 @@ SEQUENCES, LENGTH = 2, 64
 CHANGE = 1e-6  # of the embedding, relative
 CHANGES = 8  # that are tried before an output counts as another
 MARGIN = 4.0  # each is but a sample of what such changes do
+SMALL_BYTES = 32 << 20  # which are taken in any case
 ROUNDING = 1e-5  # relative; what float32 takes in any case
 
 
@@ -74,16 +76,15 @@ class RoundTrip:
         self._sketches[block.index] = _sketch(self.stream.batch(0))
 
     @torch.no_grad()
-    def compare(self, directory: Path, most_bytes: int) -> None:
+    def compare(self, directory: Path) -> None:
         """Raise OutputError, naming the first block that differs, unless an output is as computed.
 
-        What lies outside the blocks is compared with the source, number by number. most_bytes: what
-        may be held of the output at a time; a larger one is gone through block by block.
+        What lies outside the blocks is compared with the source, number by number. The output is
+        loaded whole where that takes no more memory than the pass did, else block by block.
         """
-        plan, hidden = self._plan, self.stream.batch(0)
-        sites = [site for block in plan.blocks for site in block.sites]
-        codes = sum(spec.elements for site in sites for spec in site.modules.values())
-        whole = 4 * plan.float_elements + 2 * codes <= most_bytes
+        hidden = self.stream.batch(0)
+        give_back()
+        whole = self._whole_bytes() <= max(SMALL_BYTES, spare_memory())
         compare = self._compare_whole if whole else self._compare_by_blocks
         files = tensor_files(directory, str(directory))
 
@@ -92,6 +93,14 @@ class RoundTrip:
             compare(directory, hidden)
 
         self._world.share(compared)
+
+    def _whole_bytes(self) -> int:
+        """What the loaded output takes, and beside it the ends in float32 and some logits."""
+        plan = self._plan
+        sites = [site for block in plan.blocks for site in block.sites]
+        codes = sum(spec.elements for site in sites for spec in site.modules.values())
+        rows = self._model.get_submodule(plan.parts.head).get_parameter("weight").shape[0]
+        return 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
         with building:
@@ -129,9 +138,11 @@ class RoundTrip:
         return {**sketches, len(sketches): logits.float()}
 
     def _compare_by_blocks(self, directory: Path, hidden: Tensor) -> None:
-        files = tensor_files(directory, str(directory))
-        model = skeleton_of(self._source.config, self._source.name)
-        install(model, self._plan)
+        name = str(directory)
+        config, files = read_config(name), tensor_files(directory, name)
+        model = skeleton_of(config, name)
+        install(model, quantization_of(config, name).plan_for(model))
+        check_tensors(model, sorted({str(path) for path in files.values()}))
         # The first block rotates what it is given by itself.
         entered = self._enter(World(0, 1, self._world.device), lambda x: x)
 
