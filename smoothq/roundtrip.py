@@ -100,7 +100,8 @@ class RoundTrip:
         sites = [site for block in plan.blocks for site in block.sites]
         codes = sum(spec.elements for site in sites for spec in site.modules.values())
         rows = self._model.get_submodule(plan.parts.head).get_parameter("weight").shape[0]
-        return 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
+        loaded = 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
+        return 2 * loaded  # loading holds some of it twice
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
         with building:
