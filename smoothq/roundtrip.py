@@ -85,12 +85,14 @@ class RoundTrip:
         hidden = self.stream.batch(0)
         give_back()
         whole = self._whole_bytes() <= max(SMALL_BYTES, spare_memory())
-        compare = self._compare_whole if whole else self._compare_by_blocks
         files = tensor_files(directory, str(directory))
 
         def compared() -> None:
             self._compare_ends(files)
-            compare(directory, hidden)
+            if whole:
+                self._compare_whole(directory, hidden)
+            else:
+                self._compare_by_blocks(directory, files)
 
         self._world.share(compared)
 
@@ -138,9 +140,9 @@ class RoundTrip:
                 hook.remove()
         return {**sketches, len(sketches): logits.float()}
 
-    def _compare_by_blocks(self, directory: Path, hidden: Tensor) -> None:
+    def _compare_by_blocks(self, directory: Path, files: dict[str, Path]) -> None:
         name = str(directory)
-        config, files = read_config(name), tensor_files(directory, name)
+        config = read_config(name)
         model = skeleton_of(config, name)
         install(model, quantization_of(config, name).plan_for(model))
         check_tensors(model, sorted({str(path) for path in files.values()}))
