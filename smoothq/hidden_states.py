@@ -24,7 +24,7 @@ from .architectures import Site
 from .checkpoint.tensor_file import Entry, TensorFile
 from .distributed import World
 from .errors import NumericsError
-from .memory import busy_heap
+from .memory import busy_heap, outside_heap
 from .modules import InputQuantizer
 from .observers import AbsMax, AbsQuantile, Observer, SecondMoment
 from .plan import Plan
@@ -302,11 +302,17 @@ class HiddenStates:
                     except _Stopped:
                         continue
                     if advance:
-                        moved.put(number, output)
+                        moved.put(number, _set_apart(output))
             self._shelf = moved
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _set_apart(output: Tensor) -> Tensor:
+    """A copy that stands outside the heap, which would keep the holes between what stays in it."""
+    with outside_heap():
+        return output.clone()
 
 
 class _Stopped(Exception):

@@ -13,6 +13,7 @@ from typing import Any
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for `mallopt`
 STEADY = 1 << 20
+APART = 64 << 10
 USUAL = 32 << 20  # where glibc's own adaptation ends in a process with large tensors
 
 
@@ -53,6 +54,13 @@ def steady_heap() -> Iterator[None]:
 def busy_heap() -> Iterator[None]:
     """Within it, freed tensors stay for the next ones: forwards would fault in every page anew."""
     with _threshold(USUAL):
+        yield
+
+
+@contextmanager
+def outside_heap() -> Iterator[None]:
+    """Within it, tensors stand outside the heap: in it, what stays keeps the holes around it."""
+    with _threshold(APART):
         yield
 
 

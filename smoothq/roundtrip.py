@@ -55,6 +55,8 @@ class RoundTrip:
         self._ids = _tokens(model)
         rotation = plan.residual_rotation
         self.stream = self._enter(world, None if rotation is None else OnlineRotation(rotation))
+        # In one piece: a small tensor a block would lie strewn over the heap and keep its holes.
+        self._room = torch.empty(len(plan.blocks), *self._ids.shape, dtype=torch.float32)
         self._sketches: dict[int, Tensor] = {}
 
     def _enter(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
@@ -73,7 +75,8 @@ class RoundTrip:
                 tensor.copy_(stored[f"{block.name}.{key}"])
         with _attention_as_planned(block, self._plan, self._world.device):
             self.stream.advance(block.module, block.index)
-        self._sketches[block.index] = _sketch(self.stream.batch(0))
+        sketch = _sketch(self.stream.batch(0))
+        self._sketches[block.index] = self._room[block.index].copy_(sketch)
 
     @torch.no_grad()
     def compare(self, directory: Path) -> None:
