@@ -9,9 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, PretrainedConfig
 
 from smoothq import preset, quantize
-from smoothq.architectures import BlockGraph, Family, Norm, register_family
+from smoothq.architectures import (
+    BlockGraph,
+    Family,
+    Norm,
+    register_family,
+)
 from smoothq.architectures.parts import gated_mlp, separate_attention, writers
-from smoothq.inference import prove_family
+from smoothq.discovery.infer import prove_family
 
 
 def block(config: PretrainedConfig, index: int) -> BlockGraph:

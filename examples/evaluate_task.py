@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoothq import evaluate
-from smoothq.calibration import TextSource
+from smoothq.data.text import TextSource
 
 QUESTIONS = [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo"), ("Egypt", "Cairo")]
 CAPITALS = [capital for _, capital in QUESTIONS]

@@ -6,8 +6,8 @@ python examples/look_at_outliers.py MODEL report.html
 import sys
 from pathlib import Path
 
-from smoothq.calibration import TextSource, calibration_tokens
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
+from smoothq.data.text import TextSource, calibration_tokens
 from smoothq.inspection.outliers import METHODS, inspect_model
 from smoothq.inspection.page import write_page
 from smoothq.inspection.plots import figures

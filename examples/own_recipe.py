@@ -10,8 +10,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from smoothq import BlockDone, Probe, preset, quantize
-from smoothq.calibration import TextSource, evaluation_tokens
+from smoothq import (
+    BlockDone,
+    Probe,
+    preset,
+    quantize,
+)
+from smoothq.data.text import TextSource, evaluation_tokens
 
 model, out = sys.argv[1], Path(sys.argv[2])
 recipe = preset("w8a8").edit(

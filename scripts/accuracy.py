@@ -30,13 +30,13 @@ from marked import replaced
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from smoothq.calibration import TextSource, evaluation_tokens
+from smoothq.data.text import TextSource, evaluation_tokens
 from smoothq.errors import RecipeError
-from smoothq.evaluation.agreement import agreement, prefill_and_decode
+from smoothq.evaluation.divergence import agreement, prefill_and_decode
 from smoothq.evaluation.perplexity import perplexity
-from smoothq.plan import Bits
-from smoothq.recipe import recipe_from_dict
-from smoothq.report import activation_bits
+from smoothq.plan.plan import Bits
+from smoothq.recipe.recipe import recipe_from_dict
+from smoothq.report.figures import activation_bits
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "accuracy.json"

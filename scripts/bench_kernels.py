@@ -33,11 +33,11 @@ from rich.table import Table
 from timing import Spread, as_graph, slug
 from torch import Tensor
 
-from smoothq.checkpoint.packing import pack
 from smoothq.kernels import QuantizedInput, largest_multiplier
 from smoothq.kernels import triton as operators
 from smoothq.kernels.triton import launch
 from smoothq.modules import OnlineRotation
+from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
 
 BITS = 4  # of the quantizers' codes; weights and codes of the products are 4 or 8 by operator

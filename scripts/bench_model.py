@@ -48,8 +48,8 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, Static
 
 from smoothq import Recipe, preset
 from smoothq.modules import QuantizedLinear, TiedHead
-from smoothq.plan import make_plan
-from smoothq.recipe import Preset, Scope
+from smoothq.plan.resolve import make_plan
+from smoothq.recipe.recipe import Preset, Scope
 
 # Engines by the folder that holds their packages.
 RIVALS = {

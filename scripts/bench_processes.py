@@ -26,9 +26,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from smoothq import Recipe, preset
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.pipeline import quantize_checkpoint
+from smoothq.pipeline.run import quantize_checkpoint
 
 TOKENS = (16, 512)
 Rounding = Literal["static", "gptq"]

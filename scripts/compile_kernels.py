@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from smoothq.checkpoint.packing import pack
 from smoothq.kernels import triton as operators
 from smoothq.kernels.triton import launch
+from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
 
 

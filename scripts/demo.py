@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from smoothq import Recipe, perplexity, preset
-from smoothq.calibration import TextSource, evaluation_tokens
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.pipeline import quantize_checkpoint
+from smoothq.data.text import TextSource, evaluation_tokens
+from smoothq.pipeline.run import quantize_checkpoint
 
 RECIPES: dict[str, Recipe] = {
     "W8A8 SmoothQuant": preset("w8a8"),

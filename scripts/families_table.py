@@ -9,7 +9,7 @@ from pathlib import Path
 
 from marked import replaced
 
-from smoothq.families import markdown
+from smoothq.advisor.families import markdown
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"

@@ -21,8 +21,8 @@ from llama_cpp import Llama
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from smoothq.calibration import TextSource, evaluation_tokens
-from smoothq.checkpoint.gguf import paired_rows
+from smoothq.data.text import TextSource, evaluation_tokens
+from smoothq.export.gguf_tensors import paired_rows
 
 FLOATS = {GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")}
 HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}

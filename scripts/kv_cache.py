@@ -12,8 +12,9 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoothq import Recipe, perplexity
-from smoothq.calibration import TextSource, evaluation_tokens
-from smoothq.plan import install_attention, make_plan
+from smoothq.data.text import TextSource, evaluation_tokens
+from smoothq.plan.install import install_attention
+from smoothq.plan.resolve import make_plan
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "float": {},

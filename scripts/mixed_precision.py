@@ -19,13 +19,19 @@ from pathlib import Path
 from accuracy import FLOAT, Bench
 from transformers.utils import logging
 
-from smoothq.calibration import TextSource, calibration_tokens
-from smoothq.checkpoint.stream import Source, open_source, skeleton
+from smoothq.checkpoint.source import Source, open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.inspection.sensitivity import Sensitivities, enriched, measure, mixed_recipe
-from smoothq.pipeline import quantize_checkpoint
-from smoothq.plan import make_plan
-from smoothq.recipe import Recipe, preset
+from smoothq.data.text import TextSource, calibration_tokens
+from smoothq.inspection.sensitivity import (
+    Sensitivities,
+    enriched,
+    measure,
+    mixed_recipe,
+)
+from smoothq.pipeline.run import quantize_checkpoint
+from smoothq.plan.resolve import make_plan
+from smoothq.recipe.presets import preset
+from smoothq.recipe.recipe import Recipe
 
 
 def recipes(found: Sensitivities, base: Recipe, finer: Recipe, bits: float) -> dict[str, Recipe]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from smoothq import Recipe
-from smoothq.integrations.transformers import prepare
 from smoothq.kernels import largest_multiplier
 from smoothq.modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear
+from smoothq.modules.prepare import prepare
 from smoothq.modules.quantized_embedding import row_grid
-from smoothq.plan import install, make_plan
+from smoothq.plan.install import install
+from smoothq.plan.resolve import make_plan
 from smoothq.rounding.grid import IntegerGrid, QuantizedWeight, Scales
 
 Size = Literal["tiny", "135m", "1.1b", "8b"]

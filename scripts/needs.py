@@ -26,11 +26,12 @@ from models import Where, skeleton
 from rich.console import Console
 
 from smoothq import Recipe, preset
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.pipeline import quantize_checkpoint
-from smoothq.plan import make_plan
-from smoothq.price import as_text, needs_of, price
+from smoothq.pipeline.estimate import needs_of, price
+from smoothq.pipeline.run import quantize_checkpoint
+from smoothq.plan.resolve import make_plan
+from smoothq.report.results import as_text
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "needs.json"

@@ -144,9 +144,9 @@ def check(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import smoothq
-    from smoothq.calibration import TextSource, evaluation_tokens
-    from smoothq.checkpoint.stream import read_config, skeleton_of
-    from smoothq.served import served
+    from smoothq.advisor.vllm_kernels import served
+    from smoothq.checkpoint.source import read_config, skeleton_of
+    from smoothq.data.text import TextSource, evaluation_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.float)
     tokens = evaluation_tokens(tokenizer, TextSource(arguments.text))[:, : arguments.tokens + 1]

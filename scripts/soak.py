@@ -27,9 +27,9 @@ from rich.progress import track
 from transformers import LlamaConfig
 
 from smoothq import Recipe, preset
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.pipeline import quantize_checkpoint
+from smoothq.pipeline.run import quantize_checkpoint
 
 LAYERS = 12
 TOKENS = (8, 256)  # samples and their length

@@ -1,56 +1,66 @@
 """smoothq: post-training quantization of LLMs, with real integer kernels.
 
-Importing it registers the checkpoint format with transformers:
-`AutoModelForCausalLM.from_pretrained(OUT)` then loads what `quantize` wrote. Where lm-eval is
-installed it learns the model `smoothq` too.
+Importing it has transformers register the checkpoint format, before or after transformers is
+imported: `AutoModelForCausalLM.from_pretrained(OUT)` then loads what `quantize` wrote. lm-eval
+learns the model `smoothq` in the same way. Neither is imported for it, and every public name is
+imported when it is first asked for.
 """
 
-import sys
-from types import ModuleType
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .api import quantize
-from .evaluation.evaluate import Evaluation, evaluate
-from .evaluation.harness import register
-from .evaluation.perplexity import Perplexity, perplexity
-from .export import Exported
-from .export import export as export_checkpoint
-from .hub import push_to_hub
-from .integrations.transformers import keep_packed
-from .probe import BlockDone, Probe
-from .recipe import Recipe, load_recipe, preset
-from .version import __version__
+from . import moved
+from .integrations.register import register
+from .version import __version__ as __version__
 
-__all__ = [
-    "BlockDone",
-    "Evaluation",
-    "Exported",
-    "Perplexity",
-    "Probe",
-    "Recipe",
-    "__version__",
-    "evaluate",
-    "export",
-    "export_checkpoint",
-    "keep_packed",
-    "load_recipe",
-    "perplexity",
-    "preset",
-    "push_to_hub",
-    "quantize",
-]
+if TYPE_CHECKING:
+    from . import export as export
+    from . import kernels as kernels
+    from .api import quantize as quantize
+    from .evaluation.evaluate import Evaluation as Evaluation
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.perplexity import Perplexity as Perplexity
+    from .evaluation.perplexity import perplexity as perplexity
+    from .export import export_checkpoint as export_checkpoint
+    from .hub import push_to_hub as push_to_hub
+    from .modules.prepare import keep_packed as keep_packed
+    from .pipeline.monitor import BlockDone as BlockDone
+    from .pipeline.monitor import Probe as Probe
+    from .recipe.presets import preset as preset
+    from .recipe.recipe import Recipe as Recipe
+    from .recipe.recipe import load_recipe as load_recipe
+    from .report.results import Exported as Exported
 
-
-class _CallableModule(ModuleType):
-    """A module that is also called like its function of the same name.
-
-    `smoothq.export` is the module; `from smoothq import export` has always been called.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return export_checkpoint(*args, **kwargs)
+_HOMES = {
+    "BlockDone": "pipeline.monitor",
+    "Evaluation": "evaluation.evaluate",
+    "Exported": "report.results",
+    "Perplexity": "evaluation.perplexity",
+    "Probe": "pipeline.monitor",
+    "Recipe": "recipe.recipe",
+    "evaluate": "evaluation.evaluate",
+    "export_checkpoint": "export",
+    "keep_packed": "modules.prepare",
+    "load_recipe": "recipe.recipe",
+    "perplexity": "evaluation.perplexity",
+    "preset": "recipe.presets",
+    "push_to_hub": "hub",
+    "quantize": "api",
+}
+__all__ = [*sorted([*_HOMES, "__version__", "export"])]
 
 
-export = sys.modules[f"{__name__}.export"]
-export.__class__ = _CallableModule
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "export":
+        return import_module(".export", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+moved.install()
 register()

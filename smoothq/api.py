@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint.stream import open_source
+from .checkpoint.source import open_source
 from .checkpoint.writer import CheckpointWriter
-from .pipeline import OnBlock, Progress, quantize_checkpoint
-from .probe import Probe
-from .process import building, settled
-from .recipe import Recipe
+from .pipeline.monitor import Probe
+from .pipeline.run import OnBlock, quantize_checkpoint
+from .progress import Progress
+from .recipe.recipe import Recipe
+from .runtime.process import building, settled
 
 log = logging.getLogger("smoothq")
 

@@ -35,3 +35,8 @@ class OutputError(CheckpointError):
 
 class StoppedError(SmoothqError):
     """A run was stopped on purpose, or cannot go on as asked; the work so far is kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

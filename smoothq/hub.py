@@ -21,15 +21,15 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from pydantic import TypeAdapter, ValidationError
 
-from .checkpoint.manifest import MANIFEST, Manifest, first_line
+from .checkpoint.manifest import MANIFEST, Manifest
 from .checkpoint.placing import Place
-from .checkpoint.stream import HUB_ID, tensor_files
-from .errors import CheckpointError
-from .evaluation.agreement import Agreement
+from .checkpoint.source import HUB_ID, tensor_files
+from .errors import CheckpointError, first_line
+from .evaluation.divergence import Agreement
 from .evaluation.evaluate import Evaluation, TextResult
-from .evaluation.harness import TaskResults, TaskValue
 from .evaluation.perplexity import Perplexity
-from .report import LOADING
+from .evaluation.tasks import TaskResults, TaskValue
+from .report.figures import LOADING
 from .version import __version__
 
 CARD = "README.md"

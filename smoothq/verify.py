@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .account import codes_of
-from .checkpoint.manifest import MANIFEST, Manifest, first_line, sha256_of
-from .checkpoint.stream import check_sizes, read_config, read_tensor, tensor_files
+from .checkpoint.check import check_tensors
+from .checkpoint.manifest import MANIFEST, Manifest, sha256_of
+from .checkpoint.source import (
+    check_sizes,
+    read_config,
+    read_tensor,
+    tensor_files,
+)
 from .checkpoint.tensor_file import as_bytes, is_intact
-from .errors import CheckpointError, SmoothqError
-from .integrations.transformers import check_tensors, quantization_of
+from .errors import CheckpointError, SmoothqError, first_line
 from .kernels import largest_multiplier
-from .plan import install
+from .plan.account import codes_of
+from .plan.config import quantization_of
+from .plan.install import install
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from smoothq import export, preset, quantize
-from smoothq import output as output_module
-from smoothq import roundtrip as roundtrip_module
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.errors import CheckpointError, OutputError, UnsupportedModelError
+from smoothq.pipeline import round_trip as roundtrip_module
+from smoothq.pipeline import shared_writer as output_module
 from smoothq.verify import verify_checkpoint
 from tests.architectures import TINY, tiny_model
 from tests.conftest import RECIPES

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from smoothq import preset
-from smoothq.cli import main
+from smoothq.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--samples", "4", "--sequence-length", "32")

@@ -5,7 +5,7 @@ import torch
 
 from smoothq import quantize
 from smoothq.errors import CalibrationError
-from smoothq.evaluation.agreement import agreement, prefill_and_decode
+from smoothq.evaluation.divergence import agreement, prefill_and_decode
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
 

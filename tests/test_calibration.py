@@ -13,7 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from smoothq.calibration import TextSource, calibration_tokens, evaluation_tokens, load_texts
+from smoothq.data.text import (
+    TextSource,
+    calibration_tokens,
+    evaluation_tokens,
+    load_texts,
+)
 from smoothq.errors import CalibrationError
 
 BOS, EOS = 256, 257

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from smoothq import preset, quantize
-from smoothq.calibration_data import tokens_of
+from smoothq.data.calibration import tokens_of
+from smoothq.data.tokens import MICRO_BATCH_TOKENS, Tokens
 from smoothq.errors import CalibrationError
-from smoothq.recipe import Calibration
-from smoothq.tokens import MICRO_BATCH_TOKENS, Tokens
+from smoothq.recipe.recipe import Calibration
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoothq import load_recipe
-from smoothq.cli import app, main
+from smoothq.cli.commands import app, main
 from tests import fake_hub
 from tests.conftest import RECIPES
 
@@ -306,7 +306,7 @@ def test_a_stopped_run_goes_on_by_the_same_command(run, model, tmp_path, monkeyp
         if done == 2 and begun.count(2) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("smoothq.terminal.PlainProgress.__call__", stopping)
+    monkeypatch.setattr("smoothq.cli.terminal.PlainProgress.__call__", stopping)
     assert run(*command)[0] == 130
     assert not out.exists()
     code, _, log = run(*command, "--alpha", 0.6)

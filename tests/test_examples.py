@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smoothq import architectures, load_recipe, preset
-from smoothq.recipe import Preset
+from smoothq.recipe.recipe import Preset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from smoothq import Recipe, export, quantize
-from smoothq.checkpoint.compressed_tensors import Scheme, pack_words, schemes_of
+from smoothq.advisor.vllm_kernels import kernel_of, remarks, served
 from smoothq.errors import CheckpointError, RecipeError
-from smoothq.folded import FoldedCheckpoint
+from smoothq.export.reader import FoldedCheckpoint
+from smoothq.export.schemes import Scheme, pack_words, schemes_of
 from smoothq.kernels import highest_code
 from smoothq.modules import InputQuantizer, QuantizedLinear
-from smoothq.plan import make_plan
-from smoothq.servable import obstacles, reader_clip, servable
-from smoothq.served import kernel_of, remarks, served
+from smoothq.plan.portability import obstacles, reader_clip, servable
+from smoothq.plan.resolve import make_plan
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
 

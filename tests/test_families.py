@@ -29,7 +29,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from scripts import families_table
-from smoothq import Recipe, architectures, families, preset, proof, quantize
+from smoothq import (
+    Recipe,
+    architectures,
+    preset,
+    quantize,
+)
+from smoothq.advisor import families
 from smoothq.architectures import (
     BlockGraph,
     Family,
@@ -43,15 +49,16 @@ from smoothq.architectures import (
     supported_model_types,
 )
 from smoothq.architectures.graph import takes_rotation, text_config
-from smoothq.architectures.layout import close_block, open_block
-from smoothq.calibration import TextSource, evaluation_tokens
-from smoothq.checkpoint.stream import empty_model
+from smoothq.architectures.linearize import close_block, open_block
+from smoothq.checkpoint.source import empty_model
+from smoothq.data.text import TextSource, evaluation_tokens
+from smoothq.discovery import equivalence as proof
+from smoothq.discovery.infer import infer_family, prove_family
 from smoothq.errors import RecipeError, UnsupportedModelError
-from smoothq.evaluation.agreement import agreement
-from smoothq.inference import infer_family, prove_family
+from smoothq.evaluation.divergence import agreement
 from smoothq.modules import QuantizedLinear
 from smoothq.modules.kv_cache import QuantizedLayer
-from smoothq.plan import make_plan
+from smoothq.plan.resolve import make_plan
 from tests.architectures import TINY, tiny_model
 from tests.conftest import RECIPES
 

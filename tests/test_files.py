@@ -24,13 +24,13 @@ from smoothq.checkpoint import placing, side_files
 from smoothq.checkpoint.manifest import MANIFEST, Manifest
 from smoothq.checkpoint.placing import Place
 from smoothq.checkpoint.side_files import SideFiles
-from smoothq.checkpoint.stream import open_source, skeleton
-from smoothq.checkpoint.tokenizer import encode_prompt
+from smoothq.checkpoint.source import open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
+from smoothq.data.tokenizer import encode_prompt
 from smoothq.errors import CheckpointError, OutputError, SmoothqError
-from smoothq.evaluation.loading import load_model
+from smoothq.evaluation.load import load_model
 from smoothq.export import export
-from smoothq.pipeline import quantize_checkpoint
+from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.verify import verify_checkpoint
 from tests.architectures import VOCABULARY, tiny_model
 
@@ -701,7 +701,7 @@ DAMAGES = [cut_template, no_json, another_kind, beyond, no_unknown]
 def test_a_damaged_tokenizer_is_one_line(
     model, tmp_path, monkeypatch, capsys, damage, command
 ) -> None:
-    from smoothq.cli import main
+    from smoothq.cli.commands import main
 
     damage(model)
     text = tmp_path / "text.txt"

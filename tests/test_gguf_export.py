@@ -28,14 +28,24 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from smoothq import Recipe, export, preset, quantize
-from smoothq.checkpoint.gguf import blocks, lost_scales, vocabulary
-from smoothq.checkpoint.stream import read_config, skeleton_of
-from smoothq.errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
-from smoothq.export_gguf import export_gguf
-from smoothq.folded import FoldedCheckpoint
+from smoothq import (
+    Recipe,
+    export,
+    preset,
+    quantize,
+)
+from smoothq.checkpoint.source import read_config, skeleton_of
+from smoothq.errors import (
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    UnsupportedModelError,
+)
+from smoothq.export.gguf import export_gguf
+from smoothq.export.gguf_tensors import blocks, lost_scales, vocabulary
+from smoothq.export.reader import FoldedCheckpoint
+from smoothq.plan.portability import servable
 from smoothq.rounding.grid import QuantizedWeight, Scales
-from smoothq.servable import servable
 
 VOCABULARY = 320
 TEXT = (

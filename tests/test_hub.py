@@ -15,16 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from smoothq import Evaluation, Perplexity, export, quantize
+from smoothq import (
+    Evaluation,
+    Perplexity,
+    export,
+    quantize,
+)
 from smoothq.checkpoint.shards import SHARD_BYTES
-from smoothq.checkpoint.stream import open_source, parse_hub_id
+from smoothq.checkpoint.source import open_source, parse_hub_id
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.errors import CheckpointError
-from smoothq.evaluation.agreement import Agreement
+from smoothq.evaluation.divergence import Agreement
 from smoothq.evaluation.evaluate import TextResult
-from smoothq.evaluation.harness import TaskResults, TaskValue
+from smoothq.evaluation.tasks import TaskResults, TaskValue
 from smoothq.hub import push_to_hub
-from smoothq.pipeline import quantize_checkpoint
+from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.verify import verify_checkpoint
 from tests.architectures import VOCABULARY
 from tests.conftest import RECIPES

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.errors import RecipeError
-from smoothq.inspection.outliers import METHODS, Inspection, inspect_model, pooled
+from smoothq.inspection.outliers import (
+    METHODS,
+    Inspection,
+    inspect_model,
+    pooled,
+)
 from smoothq.inspection.summary import as_dict, massive_tokens
 from tests.architectures import VOCABULARY, tiny_model
 

@@ -6,11 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from smoothq import preset, proof, quantize
+from smoothq import preset, quantize
+from smoothq.discovery import equivalence as proof
 from smoothq.errors import RecipeError
 from smoothq.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
-from smoothq.plan import make_plan
-from smoothq.recipe import Activations, Override, Weights, recipe_from_dict
+from smoothq.plan.resolve import make_plan
+from smoothq.recipe.recipe import (
+    Activations,
+    Override,
+    Weights,
+    recipe_from_dict,
+)
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 

@@ -17,13 +17,23 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicIndexedLayer
 
-from smoothq import Recipe, kernels, preset, quantize
+from smoothq import (
+    Recipe,
+    kernels,
+    preset,
+    quantize,
+)
 from smoothq.errors import RecipeError, SmoothqError, UnsupportedModelError
 from smoothq.kernels import reference
-from smoothq.modules import AttentionSpec, CacheFormat, QuantizesAttention, quantize_attention
+from smoothq.modules import (
+    AttentionSpec,
+    CacheFormat,
+    QuantizesAttention,
+    quantize_attention,
+)
 from smoothq.modules.kv_cache import QuantizedLayer
-from smoothq.plan import make_plan
-from smoothq.recipe import recipe_from_dict
+from smoothq.plan.resolve import make_plan
+from smoothq.recipe.recipe import recipe_from_dict
 from smoothq.transforms.hadamard import Hadamard
 from tests.architectures import VOCABULARY, tiny_model
 

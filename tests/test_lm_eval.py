@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import smoothq
 from smoothq.errors import CalibrationError, CheckpointError, DeviceError
-from smoothq.evaluation.harness import TaskResults, TaskValue, run_tasks
-from smoothq.evaluation.loading import load_model
+from smoothq.evaluation.load import load_model
+from smoothq.evaluation.tasks import TaskResults, TaskValue, run_tasks
 from tests.conftest import RECIPES
 
 pytest.importorskip("lm_eval")
@@ -223,7 +223,7 @@ def test_importing_smoothq_imports_only_lm_evals_table_of_models() -> None:
 def test_without_lm_eval_smoothq_works_and_says_what_to_install(
     loaded, folder, monkeypatch
 ) -> None:
-    from smoothq.evaluation.harness import register
+    from smoothq.evaluation.tasks import register
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from smoothq import preset, proof, quantize
+from smoothq import preset, quantize
+from smoothq.discovery import equivalence as proof
 from smoothq.errors import RecipeError
-from smoothq.migration import CANDIDATES
+from smoothq.pipeline.alpha_search import CANDIDATES
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 

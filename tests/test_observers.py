@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoothq import kernels
-from smoothq.observers import AbsMax, AbsQuantile, SecondMoment
+from smoothq.pipeline.observers import AbsMax, AbsQuantile, SecondMoment
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 WIDTH = 12

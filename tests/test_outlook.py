@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from smoothq import preset
-from smoothq.outlook import A100, Cost, Outlook, outlook
-from smoothq.plan import make_plan
+from smoothq.advisor.costs import (
+    A100,
+    Cost,
+    Outlook,
+    outlook,
+)
+from smoothq.plan.resolve import make_plan
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from smoothq import Recipe, load_recipe, preset
-from smoothq.checkpoint.stream import skeleton_of
+from smoothq.checkpoint.source import skeleton_of
 from smoothq.errors import RecipeError, UnsupportedModelError
-from smoothq.plan import make_plan
+from smoothq.plan.resolve import make_plan
 
 
 def on_meta(**sizes: int) -> PreTrainedModel:

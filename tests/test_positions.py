@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from smoothq import perplexity, preset, quantize
-from smoothq.checkpoint.stream import open_source
+from smoothq.architectures.positions import positions_of, within_positions
+from smoothq.checkpoint.source import open_source
 from smoothq.inspection.outliers import inspect_model
 from smoothq.inspection.sensitivity import measure
-from smoothq.positions import positions_of, within_positions
-from smoothq.probe import Probe
-from smoothq.tuning import relative_error
+from smoothq.pipeline.block_tuning import relative_error
+from smoothq.pipeline.monitor import Probe
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
 

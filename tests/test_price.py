@@ -3,8 +3,10 @@
 import pytest
 
 from smoothq import Recipe, preset
-from smoothq.plan import Plan, make_plan
-from smoothq.price import as_text, block_operations
+from smoothq.pipeline.estimate import block_operations
+from smoothq.plan.plan import Plan
+from smoothq.plan.resolve import make_plan
+from smoothq.report.results import as_text
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from smoothq import BlockDone, Probe, perplexity, quantize
+from smoothq import (
+    BlockDone,
+    Probe,
+    perplexity,
+    quantize,
+)
 from smoothq.errors import CalibrationError, StoppedError
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES

@@ -25,12 +25,13 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from smoothq import kernels, memory, quantize
-from smoothq.checkpoint.stream import empty_model
+from smoothq import kernels, quantize
+from smoothq.checkpoint.source import empty_model
+from smoothq.discovery.infer import infer_family
 from smoothq.errors import UnsupportedModelError
-from smoothq.inference import infer_family
-from smoothq.memory import busy_heap, steady_heap
 from smoothq.modules import QuantizedLinear
+from smoothq.runtime import memory
+from smoothq.runtime.memory import busy_heap, steady_heap
 from tests.architectures import TINY, VOCABULARY, tiny_model
 from tests.conftest import RECIPES
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from smoothq import preset, quantize
 from smoothq.checkpoint import writer as writer_module
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.errors import (
     CalibrationError,
@@ -23,7 +23,7 @@ from smoothq.errors import (
     UnsupportedModelError,
 )
 from smoothq.modules import QuantizedLinear
-from smoothq.pipeline import quantize_checkpoint
+from smoothq.pipeline.run import quantize_checkpoint
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import CAUSAL, RECIPES
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import smoothq
 from smoothq import preset
-from smoothq.cli import _bytes
+from smoothq.cli.commands import _bytes
 from smoothq.errors import RecipeError
-from smoothq.recipe import Recipe
+from smoothq.recipe.recipe import Recipe
 
 BEST = preset("w4a8", effort="best")
 

@@ -21,12 +21,17 @@ from transformers import AutoModelForCausalLM
 from smoothq import Recipe, preset, quantize
 from smoothq.checkpoint import tensor_file, writer
 from smoothq.checkpoint.shards import ShardState, ShardWriter
-from smoothq.checkpoint.stream import open_source, skeleton
+from smoothq.checkpoint.source import open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.errors import CheckpointError, OutputError, RecipeError, SmoothqError
-from smoothq.pipeline import quantize_checkpoint
-from smoothq.plan import make_plan
-from smoothq.price import needs_of
+from smoothq.errors import (
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    SmoothqError,
+)
+from smoothq.pipeline.estimate import needs_of
+from smoothq.pipeline.run import quantize_checkpoint
+from smoothq.plan.resolve import make_plan
 from smoothq.verify import verify_checkpoint
 from tests.architectures import VOCABULARY
 from tests.conftest import RECIPES
@@ -307,7 +312,7 @@ def test_hidden_states_on_the_disk_give_the_same_bytes(run, whole, monkeypatch) 
         return made(self, *args)
 
     monkeypatch.setattr(tensor_file.TensorFile, "append", counted)
-    monkeypatch.setattr("smoothq.price.STATES_BYTES", 0)
+    monkeypatch.setattr("smoothq.pipeline.estimate.STATES_BYTES", 0)
     assert contents(run("spilled")) == whole
     assert files
 

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CTRLConfig, GotOcr2Config, PreTrainedModel
 
-from smoothq import Recipe, export, proof, quantize
+from smoothq import Recipe, export, quantize
 from smoothq.architectures import Family, family_of
 from smoothq.architectures.graph import text_config
+from smoothq.discovery import equivalence as proof
+from smoothq.discovery.infer import infer_family, prove_family
 from smoothq.errors import CheckpointError
-from smoothq.evaluation.agreement import summed_divergence
-from smoothq.inference import infer_family, prove_family
+from smoothq.evaluation.divergence import summed_divergence
 from smoothq.modules import rotate_ends, rotated_ends
 from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.rotation import rotate_entry

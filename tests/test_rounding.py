@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from smoothq.checkpoint.packing import pack, packed_like, unpack
 from smoothq.errors import NumericsError
-from smoothq.recipe import Gptq
+from smoothq.recipe.recipe import Gptq
 from smoothq.rounding.gptq import factorise, gptq, inverse_factor
 from smoothq.rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from smoothq.rounding.packing import pack, packed_like, unpack
 from smoothq.rounding.rtn import round_to_nearest
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)

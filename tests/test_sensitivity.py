@@ -9,13 +9,19 @@ import torch
 from transformers import PreTrainedModel
 
 from smoothq import Recipe, load_recipe, quantize
-from smoothq.checkpoint.stream import open_source
+from smoothq.checkpoint.source import open_source
 from smoothq.errors import CalibrationError, RecipeError
-from smoothq.evaluation.agreement import agreement
+from smoothq.evaluation.divergence import agreement
 from smoothq.evaluation.perplexity import perplexity
-from smoothq.inspection.sensitivity import Sensitivities, Unit, enriched, measure, mixed_recipe
+from smoothq.inspection.sensitivity import (
+    Sensitivities,
+    Unit,
+    enriched,
+    measure,
+    mixed_recipe,
+)
 from smoothq.modules import QuantizedLinear
-from smoothq.plan import make_plan
+from smoothq.plan.resolve import make_plan
 from smoothq.rounding.grid import IntegerGrid
 from smoothq.rounding.rtn import round_to_nearest
 from tests.architectures import tiny_model

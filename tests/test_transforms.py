@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoothq import proof
-from smoothq.architectures import Edge, Heads, Norm, Rows, Site, WeightRef
+from smoothq.architectures import (
+    Edge,
+    Heads,
+    Norm,
+    Rows,
+    Site,
+    WeightRef,
+)
 from smoothq.architectures.graph import is_tied
+from smoothq.discovery import equivalence as proof
 from smoothq.modules import rotate_ends, rotated_ends, stop_rotating
 from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.norm_fusion import fuse_norm

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from smoothq import Recipe, preset, quantize
 from smoothq.errors import RecipeError
-from smoothq.tuning import relative_error
+from smoothq.pipeline.block_tuning import relative_error
 from tests.conftest import RECIPES
 
 FORMS = {

@@ -28,12 +28,17 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from smoothq import Recipe, quantize
-from smoothq.checkpoint.stream import empty_model
+from smoothq.checkpoint.source import empty_model
 from smoothq.errors import RecipeError, SmoothqError, UnsupportedModelError
-from smoothq.integrations.transformers import SmoothqConfig
-from smoothq.integrations.vllm import RotatedEnd, SmoothqMethod, SmoothqVllmConfig, skeleton
+from smoothq.integrations.vllm import (
+    RotatedEnd,
+    SmoothqMethod,
+    SmoothqVllmConfig,
+    skeleton,
+)
 from smoothq.modules import QuantizedLinear
-from smoothq.plan import make_plan
+from smoothq.plan.config import SmoothqConfig
+from smoothq.plan.resolve import make_plan
 from tests.architectures import TINY, VOCABULARY, tiny_model
 from tests.conftest import RECIPES
 

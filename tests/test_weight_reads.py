@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoothq import preset, quantize
-from smoothq.checkpoint.stream import empty_model
+from smoothq.checkpoint.source import empty_model
+from smoothq.discovery.weight_watch import read_weights
 from smoothq.errors import UnsupportedModelError
 from smoothq.modules import QuantizedEmbedding, QuantizedLinear
-from smoothq.plan import make_plan
-from smoothq.report import remarks
-from smoothq.weight_watch import read_weights
+from smoothq.plan.resolve import make_plan
+from smoothq.report.figures import remarks
 from tests.architectures import TINY, tiny_model
 from tests.readers import READERS, reader
 
@@ -152,8 +152,8 @@ class TestRun:
 
     def test_loading_watches_nothing(self, tmp_path, monkeypatch) -> None:
         quantize(reader("has_halved"), W8A8, output=tmp_path / "out")
-        monkeypatch.setattr("smoothq.weight_reads._found", {})
-        monkeypatch.setattr("smoothq.weight_reads._watched", None)
+        monkeypatch.setattr("smoothq.discovery.weight_reads._found", {})
+        monkeypatch.setattr("smoothq.discovery.weight_reads._watched", None)
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

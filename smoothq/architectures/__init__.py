@@ -3,7 +3,7 @@
 from transformers import PretrainedConfig
 
 from ..errors import UnsupportedModelError
-from . import (
+from .families import (
     bloom,
     cohere,
     falcon,
@@ -19,8 +19,18 @@ from . import (
     phi3,
     qwen_moe,
 )
-from .graph import BlockGraph, Edge, Family, Heads, Norm, Parts, Rows, Site, WeightRef
-from .refused import REFUSED
+from .families.refused import REFUSED
+from .graph import (
+    BlockGraph,
+    Edge,
+    Family,
+    Heads,
+    Norm,
+    Parts,
+    Rows,
+    Site,
+    WeightRef,
+)
 
 __all__ = [
     "BlockGraph",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .tensor_file import COPY_BYTES, Entry
 
 MANIFEST = "manifest.json"
+COMPRESSED_TENSORS = "compressed-tensors"  # the form of an export
 
 
 class Identity(BaseModel, frozen=True):
@@ -75,8 +76,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(COPY_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

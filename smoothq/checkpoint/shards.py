@@ -19,8 +19,13 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .stream import DTYPES, INDEX, SINGLE
-from .tensor_file import Entry, TensorFile, blocks_of, is_intact
+from .source import DTYPES, INDEX, SINGLE
+from .tensor_file import (
+    Entry,
+    TensorFile,
+    blocks_of,
+    is_intact,
+)
 
 SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

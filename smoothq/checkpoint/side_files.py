@@ -18,8 +18,8 @@ from shutil import copyfile
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..errors import CheckpointError
-from .manifest import MANIFEST, first_line
+from ..errors import CheckpointError, first_line
+from .manifest import MANIFEST
 
 CONFIG = "config.json"
 CARD = "README.md"

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .manifest import first_line
+from ..errors import CheckpointError, first_line
 
 
 def is_bin(path: Path) -> bool:

@@ -31,13 +31,29 @@ from torch import __version__ as torch_version
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..errors import CheckpointError, OutputError, SmoothqError, StoppedError
-from .compressed_tensors import METHOD
-from .manifest import Identity, Manifest, first_line, hashes_of, sha256_of
+from ..errors import (
+    CheckpointError,
+    OutputError,
+    SmoothqError,
+    StoppedError,
+    first_line,
+)
+from .manifest import (
+    COMPRESSED_TENSORS,
+    Identity,
+    Manifest,
+    hashes_of,
+    sha256_of,
+)
 from .placing import Place, sync
 from .shards import SHARD_BYTES, ShardState, ShardWriter
-from .side_files import CARD, CONFIG, SideFiles, goes_along
-from .stream import tensor_files
+from .side_files import (
+    CARD,
+    CONFIG,
+    SideFiles,
+    goes_along,
+)
+from .source import tensor_files
 from .tensor_file import Entry, TensorFile, is_intact
 
 log = logging.getLogger("smoothq")
@@ -149,7 +165,7 @@ class CheckpointWriter:
             hashes = hashes_of(Path(scratch))
             hashes |= {name: sha256_of(path) for name, path in side_files.files.items()}
         if self._export is not None and self._export.is_made_of(
-            identity.model_copy(update={"form": METHOD}), hashes
+            identity.model_copy(update={"form": COMPRESSED_TENSORS}), hashes
         ):
             return True
         return self.is_made_of(identity, hashes)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import terminal
-from ..calibration import TextSource
-from ..checkpoint.stream import read_config, resolve_directory, tensor_files
+from ..architectures.positions import named_positions, positions_of
+from ..checkpoint.source import read_config, resolve_directory, tensor_files
+from ..data.text import TextSource
 from ..errors import CalibrationError
-from ..plan import Bits, Plan
-from ..positions import named_positions, positions_of
+from ..plan.plan import Bits, Plan
+from ..report.table import markdown as markdown_table
 from .evaluate import Evaluation, OnWindow, evaluate
-from .loading import check_stored_vocabularies, load_model
+from .load import check_stored_vocabularies, load_model
 
 log = logging.getLogger("smoothq")
 
@@ -207,12 +207,12 @@ def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
 
 def markdown(contenders: Sequence[Contender]) -> str:
     """The table and the recipes' differences in Markdown."""
-    text = terminal.markdown(HEADER, rows(contenders))
+    text = markdown_table(HEADER, rows(contenders))
     differing = [(field, *values) for field, values in differences(contenders).items()]
     if not differing:
         return text
     names = ("recipe", *(each.name for each in contenders))
-    return f"{text}\n\n{terminal.markdown(names, differing)}"
+    return f"{text}\n\n{markdown_table(names, differing)}"
 
 
 def plot(contenders: Sequence[Contender], path: Path) -> None:

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import terminal
-from ..calibration import TextSource, evaluation_tokens
-from ..checkpoint.tokenizer import check_tokens
+from ..architectures.positions import within_positions
+from ..data.text import TextSource, evaluation_tokens
+from ..data.tokenizer import check_tokens
 from ..errors import CalibrationError
-from ..positions import within_positions
-from .agreement import (
+from ..report.table import markdown
+from .divergence import (
     Agreement,
     agreement,
     check_vocabularies,
     logits_count,
     prefill_and_decode,
 )
-from .harness import TaskResults, run_tasks
 from .perplexity import Perplexity, perplexity, windows_of
+from .tasks import TaskResults, run_tasks
 
 OnWindow = Callable[[int, int, float], None]
 
@@ -110,7 +110,7 @@ class Evaluation:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        return terminal.markdown(("", self.model), self.rows())
+        return markdown(("", self.model), self.rows())
 
 
 def evaluate(

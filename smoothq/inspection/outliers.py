@@ -17,22 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.stream import Source, skeleton, unload_module
-from ..distributed import World
+from ..architectures.positions import within_positions
+from ..checkpoint.source import Source, skeleton, unload_module
+from ..data.tokens import micro_batches
 from ..errors import RecipeError
-from ..float_parts import Block, enter, load_block
-from ..hidden_states import HiddenStates
 from ..kernels.reference import group_multipliers
 from ..modules import InputQuantizer, SequenceContext
-from ..pipeline import Progress, transform_block
-from ..plan import Plan, SitePlan, make_plan
-from ..positions import within_positions
-from ..recipe import Method, Preset, preset
+from ..pipeline.block_tuning import relative
+from ..pipeline.ends import Block, enter, load_block
+from ..pipeline.hidden_states import HiddenStates
+from ..pipeline.run import transform_block
+from ..plan.plan import Plan, SitePlan
+from ..plan.resolve import make_plan
+from ..progress import Progress
+from ..recipe.presets import preset
+from ..recipe.recipe import Method, Preset
 from ..rounding.rtn import round_to_nearest
-from ..tokens import micro_batches
+from ..runtime.distributed import World
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
-from ..tuning import relative
 
 METHODS: dict[Method, str] = {
     "rtn": "as it is",

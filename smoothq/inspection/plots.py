@@ -9,8 +9,14 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..recipe import Method
-from .outliers import METHODS, Inspection, Profile, SiteReport, pooled
+from ..recipe.recipe import Method
+from .outliers import (
+    METHODS,
+    Inspection,
+    Profile,
+    SiteReport,
+    pooled,
+)
 
 COLOURS: dict[Method, str] = {
     "rtn": "#c0392b",

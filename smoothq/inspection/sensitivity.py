@@ -18,19 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.stream import Source, skeleton
-from ..distributed import World
+from ..architectures.positions import within_positions
+from ..checkpoint.source import Source, skeleton
+from ..data.tokens import micro_batches
 from ..errors import CalibrationError, NumericsError, RecipeError
-from ..evaluation.agreement import summed_divergence
+from ..evaluation.divergence import summed_divergence
 from ..evaluation.perplexity import perplexity_of
-from ..float_parts import ModelEnd, enter, load_block
-from ..migration import quantize_linear
 from ..modules import InputQuantizer, SequenceContext
-from ..pipeline import Progress, transform_block
-from ..plan import Plan, SitePlan, check_device, make_plan
-from ..positions import within_positions
-from ..recipe import Activations, Override, Recipe, Weights
-from ..tokens import micro_batches
+from ..pipeline.alpha_search import quantize_linear
+from ..pipeline.ends import ModelEnd, enter, load_block
+from ..pipeline.run import transform_block
+from ..plan.plan import Plan, SitePlan
+from ..plan.resolve import make_plan
+from ..progress import Progress
+from ..recipe.recipe import (
+    Activations,
+    Override,
+    Recipe,
+    Weights,
+)
+from ..runtime.device import check_device
+from ..runtime.distributed import World
 
 RICH_BITS = 8
 CHUNK_ELEMENTS = 1 << 22  # probabilities that are compared at a time

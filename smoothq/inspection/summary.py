@@ -8,8 +8,13 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..terminal import columns
-from .outliers import METHODS, Inspection, Profile, SiteReport
+from ..report.table import columns
+from .outliers import (
+    METHODS,
+    Inspection,
+    Profile,
+    SiteReport,
+)
 
 _SITE = "block, site"
 _SHOWN_TOKENS = 8  # of massive activations that are named

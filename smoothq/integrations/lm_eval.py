@@ -12,7 +12,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import CheckpointError
-from ..evaluation.loading import load_model
+from ..evaluation.load import load_model
 
 log = logging.getLogger("smoothq")
 

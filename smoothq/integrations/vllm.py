@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import base_config, register_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
 
-from ..checkpoint.stream import empty_model
+from ..checkpoint.source import empty_model
 from ..errors import CheckpointError, RecipeError, SmoothqError
 from ..modules import (
     InputQuantizer,
@@ -35,10 +35,11 @@ from ..modules import (
     WeightSpec,
 )
 from ..modules.quantized_embedding import row_grid
-from ..plan import Plan
-from ..servable import refuse_in_plugin
+from ..plan.config import METHOD, SmoothqConfig
+from ..plan.plan import Plan
+from ..plan.portability import refuse_in_plugin
 from ..transforms.hadamard import Hadamard
-from .transformers import METHOD, SmoothqConfig, SmoothqHfQuantizer
+from .transformers import SmoothqHfQuantizer
 
 
 def register() -> None:

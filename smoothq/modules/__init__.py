@@ -8,7 +8,12 @@ from .attention import (
 )
 from .input_quantizer import InputQuantizer, InputSpec, SequenceContext
 from .kv_cache import CacheFormat
-from .online_rotation import OnlineRotation, rotate_ends, rotated_ends, stop_rotating
+from .online_rotation import (
+    OnlineRotation,
+    rotate_ends,
+    rotated_ends,
+    stop_rotating,
+)
 from .quantized_embedding import QuantizedEmbedding, TiedHead
 from .quantized_linear import QuantizedLinear, WeightSpec
 

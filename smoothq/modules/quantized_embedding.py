@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..checkpoint.packing import pack, packed_like, unpack
 from ..kernels import QuantizedInput
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from ..rounding.packing import pack, packed_like, unpack
 from .input_quantizer import InputQuantizer
 from .weight_answer import HoldsCodes
 

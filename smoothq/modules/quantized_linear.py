@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..checkpoint.packing import pack, packed_like, unpack
 from ..kernels import QuantizedInput
 from ..kernels.reference import multiplied_weight
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from ..rounding.packing import pack, packed_like, unpack
 from .input_quantizer import InputQuantizer, InputSpec
 from .weight_answer import HoldsCodes
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..recipe import Gptq
+from ..recipe.recipe import Gptq
 from .grid import IntegerGrid, QuantizedWeight, Scales
 
 log = logging.getLogger("smoothq")

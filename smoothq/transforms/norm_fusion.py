@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import BlockGraph, Norm, WeightRef
-from .stretches import rows_of
+from .chunks import rows_of
 
 
 def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> None:

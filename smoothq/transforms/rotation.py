@@ -12,10 +12,16 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..architectures import BlockGraph, Parts, Rows, Site, WeightRef
+from ..architectures import (
+    BlockGraph,
+    Parts,
+    Rows,
+    Site,
+    WeightRef,
+)
+from .chunks import columns_of, rows_of
 from .hadamard import Hadamard
 from .norm_fusion import take_norm
-from .stretches import columns_of, rows_of
 
 
 def rotate_input(matrix: Tensor, rotation: Hadamard, inverse: bool = False) -> None:

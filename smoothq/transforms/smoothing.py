@@ -11,8 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Heads, Norm, Rows, Site
-from .stretches import columns_of, rows_of
+from ..architectures import (
+    Heads,
+    Norm,
+    Rows,
+    Site,
+)
+from .chunks import columns_of, rows_of
 
 SMALLEST_DIVISOR = 1e-5  # SmoothQuant's clamp, keeps dead channels finite
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoothq import kernels
-from smoothq.checkpoint.packing import pack
+from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
 
 cpu, reference = kernels.cpu, kernels.reference

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from smoothq import Recipe, kernels, quantize
-from smoothq.integrations.transformers import prepare
 from smoothq.modules import QuantizedLinear
+from smoothq.modules.prepare import prepare
 from tests.architectures import VOCABULARY
 from tests.conftest import RECIPES
 

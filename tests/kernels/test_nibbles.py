@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoothq.checkpoint.packing import pack
 from smoothq.kernels import reference
+from smoothq.rounding.packing import pack
 from tests.kernels.test_gemm import Draw
 
 triton = pytest.importorskip("triton")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoothq.checkpoint.packing import pack
 from smoothq.kernels import QuantizedInput, reference
+from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
 from tests.kernels.test_gemm import Draw, assert_rounded_once, weight_only_operands
 from tests.kernels.test_quantizers import activations

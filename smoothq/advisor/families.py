@@ -1,0 +1,72 @@
+"""Which method each family can take, read off its graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..architectures import BlockGraph, family_of, supported_model_types
+from ..architectures.attention_support import unquantizable_attention
+from ..architectures.graph import takes_rotation
+from ..report.table import markdown as markdown_table
+
+HEADER = (
+    "model type",
+    "SmoothQuant",
+    "QuaRot",
+    "SmoothRot",
+    "RS, RRS",
+    "KV cache",
+    "experts",
+)
+NONE = "none"
+_EDGES = {"norms": "norms", "up_down": "up→down", "value_output": "v→o"}
+
+
+def rows() -> list[tuple[str, ...]]:
+    """One row a model type, for its default config, with a cell a column of HEADER.
+
+    SmoothQuant, SmoothRot: the edges at which a divisor can be folded. QuaRot: whether the residual
+    stream is rotated offline, or each of its readers' inputs online. KV cache: whether it, and
+    attention in int8, can take the place of the family's own attention.
+    """
+    return [_row(model_type) for model_type in supported_model_types()]
+
+
+def markdown() -> str:
+    """The table as the README has it."""
+    return markdown_table(HEADER, rows())
+
+
+def _row(model_type: str) -> tuple[str, ...]:
+    config = AutoConfig.for_model(model_type)
+    family = family_of(config)
+    assert family is not None
+    graphs = [family.block(config, index) for index in range(config.num_hidden_layers)]
+    edges = {site.edge for graph in graphs for site in graph.sites}
+    stream = "online, by site"
+    if takes_rotation(graphs):
+        stream = "offline, mean kept" if family.centred else "offline"
+    experts = any(site.routed for graph in graphs for site in graph.sites)
+    return (
+        model_type,
+        ", ".join(text for edge, text in _EDGES.items() if edge in edges) or NONE,
+        stream,
+        _EDGES["up_down"] if "up_down" in edges else NONE,
+        "token, calibrated" if family.flattens else "token, calibrated, live",
+        _attention(config),
+        _experts(graphs) if experts else NONE,
+    )
+
+
+def _attention(config: PretrainedConfig) -> str:
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    reason = unquantizable_attention(config, model_class)
+    return "yes" if reason is None else "no"
+
+
+def _experts(graphs: list[BlockGraph]) -> str:
+    layers = sum(any(site.routed for site in graph.sites) for graph in graphs)
+    return "each layer" if layers == len(graphs) else f"{layers} of {len(graphs)} layers"

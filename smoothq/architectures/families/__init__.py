@@ -1,0 +1,1 @@
+"""Model families, a file each, and the list of those that are refused."""

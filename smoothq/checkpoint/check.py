@@ -1,0 +1,41 @@
+"""Whether the files of a checkpoint hold the tensors that a model needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from .source import Spec, tensor_shapes
+
+
+def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
+    """Raise CheckpointError unless the files hold the tensors that the model needs.
+
+    Beside them they may hold those of modules that the model's class does not have, never others of
+    its own modules.
+    """
+    expected = dict(model.state_dict())
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    stored: dict[str, Spec] = {}
+    for file in files:
+        stored |= tensor_shapes(Path(file))
+    missing = sorted(set(expected) - set(stored) - tied)
+    modules = {name for name, _ in model.named_modules()}
+    foreign = sorted(set(stored) - set(expected))
+    extra = [name for name in foreign if name.rpartition(".")[0] in modules]
+    if missing or extra:
+        what, names = ("missing", missing) if missing else ("unknown", extra)
+        raise CheckpointError(
+            f"{len(names)} tensors are {what} in the checkpoint, the first '{names[0]}'; "
+            "it is incomplete, edited, or of another version of smoothq"
+        )
+    for name in sorted(set(stored) & set(expected)):
+        (shape, dtype), wanted = stored[name], expected[name]
+        floats = dtype.is_floating_point and wanted.dtype.is_floating_point
+        if shape != tuple(wanted.shape) or not (floats or dtype == wanted.dtype):
+            raise CheckpointError(
+                f"tensor '{name}' is {dtype} {shape} in the checkpoint, "
+                f"its recipe asks for {wanted.dtype} {tuple(wanted.shape)}"
+            )

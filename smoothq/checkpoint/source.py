@@ -1,0 +1,908 @@
+"""Where float weights come from: a checkpoint read tensor by tensor, or a model in memory.
+
+Both give a skeleton (the model on the meta device) and single tensors by name, so that the
+pipeline never holds more than the block it works on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ..architectures.graph import all_finite
+from ..data.tokenizer import load_tokenizer
+from ..errors import CheckpointError, NumericsError, UnsupportedModelError, first_line
+from ..runtime.memory import give_back
+from ..runtime.process import building, settled
+from .in_memory import (
+    held_bytes,
+    module_types,
+    tensors_of,
+    unwrapped,
+)
+from .side_files import (
+    CONFIG,
+    DOWNLOADED,
+    GENERATION_CONFIG,
+    SideFiles,
+    has_tokenizer,
+    is_legal,
+)
+from .tensor_file import as_bytes
+from .torch_file import is_bin, open_bin
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
+HUB = "hf://"  # before an id of the hub
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+LARGEST_SIZE = 1 << 28  # of a number in a config: beyond any model's
+END_BYTES = 4096  # of either end of a tensor, where a fingerprint is taken
+COMPARED_ROWS = 4096  # of two tensors that may be the same, at a time
+NAMED = 4  # kinds of tensors that a note names
+PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {  # of safetensors, by the names that stand in a file's header
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class Spec(NamedTuple):
+    """The shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source(Protocol):
+    """A float causal LM that can be read tensor by tensor.
+
+    specs: what it has for the model that it was adopted for, by the model's names: parameters and
+    persistent buffers. extras: tensors that the model's class does not know, by their own names;
+    they are kept. notes: what else of it the user should know.
+    """
+
+    name: str
+    config: PretrainedConfig
+    nbytes: int
+    specs: dict[str, Spec]
+    extras: dict[str, Spec]
+    notes: list[str]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The directories and files that it is read from."""
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Learn how the stored tensors make those of a model, which may be on meta.
+
+        The model takes their dtypes, and those ties that they do not contradict.
+        """
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the model, as they are stored, one by one. Raises CheckpointError if missing.
+
+        names: of the model's tensors, or of extras.
+        """
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in stretches of so many rows, without ever holding more of it."""
+
+    def fingerprint(self) -> str:
+        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer, if it has one."""
+
+    def side_files(self) -> SideFiles:
+        """What goes along with the weights into an output. Raises CheckpointError if unreadable."""
+
+
+class CheckpointSource:
+    """A directory of safetensors with a config.json, opened lazily."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name, self.directory = name, directory
+        self.config = _read_config(directory, name)
+        self.files = tensor_files(directory, name)
+        check_sizes(self.config, self.files, name)
+        self.nbytes = sum(path.stat().st_size for path in set(self.files.values()))
+        if (directory / GENERATION_CONFIG).is_file():
+            try:
+                GenerationConfig.from_pretrained(directory)
+            except Exception as error:  # whatever transformers makes of a damaged file
+                raise CheckpointError(
+                    f"{name}: {GENERATION_CONFIG} cannot be read: {first_line(error)}"
+                ) from error
+
+    @property
+    def paths(self) -> list[Path]:
+        """The directory, and the files, which may be links to others."""
+        return [self.directory, *set(self.files.values()), *self.side_files().files.values()]
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Learn the names and conversions under which transformers loads this checkpoint."""
+        transforms = get_model_conversion_mapping(model)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+        wanted, prefix = model.state_dict(), model.base_model_prefix
+        stored_specs = {
+            name: spec
+            for path in sorted(set(self.files.values()))
+            for name, spec in tensor_shapes(path).items()
+        }
+        self._model = model
+        self._stored: dict[str, str] = {}
+        self._converted: dict[str, _Converted] = {}
+        unnamed: dict[str, str] = {}
+        for stored in sorted(stored_specs, key=dot_natural_key):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
+            if name not in wanted and stored in wanted:
+                name, pattern = rename_source_key(stored, [], [], prefix, wanted)
+            if name not in wanted or (pattern is None and name in self._stored):
+                unnamed[stored] = name
+            elif pattern is None:
+                self._stored[name] = stored
+            else:
+                made = _Converted(name, by_pattern[pattern], [])
+                self._converted.setdefault(name, made).parts.append((pattern, stored))
+        self.specs = {name: stored_specs[stored] for name, stored in self._stored.items()}
+        for converted in list(self._converted.values()):
+            # A converter says which tensors it makes by making them, here without values.
+            empty = {
+                stored: torch.empty(shape, dtype=dtype, device="meta")
+                for stored, (shape, dtype) in (
+                    (stored, stored_specs[stored]) for _, stored in converted.parts
+                )
+            }
+            for name, tensor in self._convert(converted, empty).items():
+                if name in wanted:
+                    self._converted[name] = converted
+                    self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
+        self._settle_ties(model)
+        _take_dtypes(model, self.specs)
+        self.extras, useless = _sorted_out(model, unnamed, stored_specs)
+        self.notes = _notes_on(self.extras, useless)
+
+    def _settle_ties(self, model: PreTrainedModel) -> None:
+        """Tie what transformers would: a stored tensor that differs from its twin stays its own."""
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if target in self._stored and source not in self.specs:
+                self.specs[source] = self.specs.pop(target)
+                self._stored[source] = self._stored.pop(target)
+            elif target in self.specs and not self._same(target, source):
+                untie(model, target)
+            else:
+                self.specs.pop(target, None)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two stored tensors hold the same numbers."""
+        if self.specs[one].shape != self.specs[other].shape:
+            return False
+        pairs = zip(self.rows(one, COMPARED_ROWS), self.rows(other, COMPARED_ROWS), strict=True)
+        return all(torch.equal(left, right) for left, right in pairs)
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors mapped from the file, or made of several: keep copies of the mapped."""
+        names = list(names)
+        stored = {name: name for name in names if name in self.extras}
+        left = dict.fromkeys(name for name in names if name not in stored)
+        while left:
+            name = next(iter(left))
+            if name in self._converted:
+                converted = self._converted[name]
+                made = self._convert(converted, dict(self._read(s for _, s in converted.parts)))
+                for each in [each for each in left if each in made]:
+                    del left[each]
+                    yield each, made[each]
+                if name in left:
+                    raise CheckpointError(
+                        f"{self.name}: '{name}' cannot be made of the stored tensors"
+                    )
+            elif name in self._stored:
+                stored[self._stored[name]] = name
+                del left[name]
+            else:
+                raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
+        for key, tensor in self._read(stored):
+            yield stored[key], tensor
+
+    def _read(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors under the names that they have in the files."""
+        for key in sorted(stored, key=lambda key: str(self.files[key])):
+            # Opened for this tensor only: pages of a file that stays mapped count as our memory.
+            yield key, read_tensor(self.files[key], key)
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in stretches of so many rows, without ever holding more of it."""
+        if name in self._converted:
+            ((_, tensor),) = self.tensors([name])
+            yield from tensor.split(count)
+            return
+        if name not in self._stored:
+            raise CheckpointError(f"{self.name}: the checkpoint has no tensor '{name}'")
+        key = self._stored[name]
+        path = self.files[key]
+        if is_bin(path):
+            for first in range(0, len(read_tensor(path, key)), count):
+                yield read_tensor(path, key)[first : first + count]
+            return
+        for first in range(0, _open_safetensors(path).get_slice(key).get_shape()[0], count):
+            yield _open_safetensors(path).get_slice(key)[first : first + count]
+
+    def fingerprint(self) -> str:
+        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        digest = hashlib.sha256(self.config.to_json_string().encode())
+        for path in sorted(set(self.files.values())):
+            digest.update(path.name.encode())
+            if is_bin(path):
+                _digest_tensors(digest, open_bin(path))
+                continue
+            with open(path, "rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                digest.update(header)
+                start = file.tell()
+                for entry in json.loads(header).values():
+                    if "data_offsets" in entry:
+                        first, end = entry["data_offsets"]
+                        for at in (first, max(first, end - END_BYTES)):
+                            file.seek(start + at)
+                            digest.update(file.read(min(END_BYTES, end - first)))
+        return digest.hexdigest()
+
+    def _convert(self, converted: _Converted, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What transformers makes of several stored tensors, or several of one, by name."""
+        converter: Any = copy.deepcopy(converted.converter)
+        for pattern, stored in converted.parts:
+            read = partial(tensors.__getitem__, stored)
+            converter.add_tensor(converted.name, stored, pattern, read)
+        try:
+            made = converter.convert(converted.name, model=self._model, config=self._model.config)
+        except Exception as error:  # whatever transformers' conversions make of foreign tensors
+            raise CheckpointError(
+                f"{self.name}: '{converted.name}' cannot be made of the stored tensors: "
+                f"{first_line(error)}"
+            ) from error
+        return {
+            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
+        }
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer beside the weights, if there is one."""
+        return load_tokenizer(self.directory, self.name) if has_tokenizer(self.directory) else None
+
+    def side_files(self) -> SideFiles:
+        """What goes along of the directory."""
+        found = SideFiles.of(self.directory)
+        if GENERATION_CONFIG in found.files:
+            return found
+        # Older configs hold generation parameters, which transformers reads there, but drops of a
+        # config that it loads and writes.
+        held = GenerationConfig.from_model_config(
+            json.loads((self.directory / CONFIG).read_bytes())
+        )
+        kept = GenerationConfig.from_model_config(copy.deepcopy(self.config))
+        return found if held == kept else replace(found, generation_config=held)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """How transformers makes parameters of stored tensors that are cut otherwise.
+
+    name: of the first parameter made. parts: (pattern, stored name) pairs.
+    """
+
+    name: str
+    converter: WeightConverter
+    parts: list[tuple[str, str]]
+
+
+class ModuleSource:
+    """A model in memory. It is read, never changed."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        paths: Iterable[Path] = (),
+        files: Mapping[str, Path] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """paths: what the model was read from. files: those of its side files that are files.
+
+        dtype: of its floats once they are stored; None is their own. Raises CheckpointError for a
+        config that cannot be written.
+        """
+        self.name, self.config = name, model.config
+        try:
+            model.config.to_json_string()
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: its config cannot be written as JSON: {first_line(error)}"
+            ) from error
+        self.paths, self._dtype = list(paths), dtype
+        self._types = module_types(model)
+        generation_config = getattr(model, "generation_config", None)
+        self._side_files = SideFiles(dict(files or {}), (), tokenizer, generation_config)
+        self._tensors = tensors_of(model)
+        self.nbytes = held_bytes(self._tensors)
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Learn which of the tensors a model names: the names are its own.
+
+        Raises UnsupportedModelError where a module was put in the place of its class's own: what is
+        quantized is what the class makes.
+        """
+        wanted = model.state_dict()
+        for name, kind in module_types(model).items():
+            if self._types.get(name, kind) is not kind:
+                raise UnsupportedModelError(
+                    f"{self.name}: '{name}' is a {self._types[name].__name__}, its class has a "
+                    f"{kind.__name__} there: save the model under a class that has it"
+                )
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if target in self._tensors and source in self._tensors:
+                left, right = self._tensors[target], self._tensors[source]
+                if left.data_ptr() != right.data_ptr() and not torch.equal(left, right):
+                    untie(model, target)
+        tied = model.all_tied_weights_keys
+        self.specs, unnamed = {}, dict[str, str]()
+        stored_specs = {
+            name: Spec(tuple(tensor.shape), self._stored_dtype(tensor))
+            for name, tensor in self._tensors.items()
+        }
+        for name, spec in stored_specs.items():
+            if name in tied:
+                continue
+            if name in wanted:
+                self.specs[name] = spec
+            else:
+                unnamed[name] = name
+        _take_dtypes(model, self.specs)
+        self.extras, useless = _sorted_out(model, unnamed, stored_specs)
+        if useless:
+            raise UnsupportedModelError(
+                f"{self.name}: its class has no tensor '{useless[0]}', so the model in memory is "
+                "another than it makes: save the model under a class that has it"
+            )
+        self.notes = _notes_on(self.extras, useless)
+
+    def _stored_dtype(self, tensor: Tensor) -> torch.dtype:
+        return self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the model, shared with it."""
+        for name in names:
+            if name not in self._tensors:
+                raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
+            yield name, self._tensors[name].detach()
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """A parameter in stretches of so many rows."""
+        ((_, tensor),) = self.tensors([name])
+        yield from tensor.split(count)
+
+    def fingerprint(self) -> str:
+        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        digest = hashlib.sha256(self.config.to_json_string().encode())
+        _digest_tensors(digest, self._tensors)
+        return digest.hexdigest()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that came with the model, if one did."""
+        return self._side_files.tokenizer
+
+    def side_files(self) -> SideFiles:
+        """The tokenizer and the generation config."""
+        return self._side_files
+
+
+def _digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add every tensor's name, shape and dtype, and its two ends, to a hash."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        for end in (flat[:END_BYTES], flat[-END_BYTES:]):
+            digest.update(as_bytes(end))
+
+
+def open_source(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | None = None,
+) -> Source:
+    """Open a hub id, a local directory, a GGUF file in either, or a model in memory.
+
+    Raises CheckpointError where nothing is found, UnsupportedModelError for a model that is
+    already quantized, or none.
+    """
+    if not isinstance(model, str | Path):
+        model = unwrapped(model)
+        refuse_quantized(model.config, type(model).__name__)
+        read = model.config.name_or_path
+        paths = [Path(read)] if read and Path(read).is_dir() else []
+        return ModuleSource(model, tokenizer, read or type(model).__name__, paths)
+    if gguf_file is not None:
+        return _open_gguf(str(model), gguf_file)
+    directory = resolve_directory(str(model))
+    source = CheckpointSource(directory, str(model))
+    refuse_quantized(source.config, source.name)
+    return source
+
+
+def read_config(model: str) -> PretrainedConfig:
+    """The config of a hub id or a local directory. Raises SmoothqError where there is none."""
+    return _read_config(resolve_directory(model, weights=False), model)
+
+
+def refuse_quantized(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError if a model's config says that it is quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, dict)
+            else getattr(quantization, "quant_method", "?")
+        )
+        raise UnsupportedModelError(
+            f"{name} is already quantized (quant_method '{method}'); quantize the float model"
+        )
+
+
+def resolve_directory(model: str, weights: bool = True) -> Path:
+    """The local directory of a model: itself, or the snapshot of a hub id, downloaded.
+
+    model: a directory, an id, or `hf://owner/name[@revision]`. weights: whether they are wanted.
+    """
+    path = Path(model)
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # such as a name of more letters than a name can have
+        raise CheckpointError(f"model '{model[:40]}…' is no directory: {error.strerror}") from error
+    odd = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if odd and not model.startswith(HUB):
+        raise CheckpointError(f"model '{model}' is not a directory; give a directory or a hub id")
+    repo_id, revision = parse_hub_id(model)
+    patterns = [*DOWNLOADED, *(["*.safetensors"] if weights else [])]
+    try:
+        directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        if weights and not any((directory / file).is_file() for file in (SINGLE, INDEX)):
+            bins = ["pytorch_model*.bin"]
+            snapshot_download(repo_id, revision=revision, allow_patterns=bins)
+        return directory
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"'{repo_id}' has no revision '{revision}' on the hub") from error
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"model '{model}' is neither a local directory nor a model that the hub gave us "
+            f"({type(error).__name__}); check the name, the network and your access"
+        ) from error
+
+
+def parse_hub_id(text: str) -> tuple[str, str | None]:
+    """The repo id and the revision of `hf://owner/name` or `hf://owner/name@revision`.
+
+    Any text without `hf://` is a repo id as it stands. Raises CheckpointError for another `hf://`.
+    """
+    if not text.startswith(HUB):
+        return text, None
+    repo_id, at, revision = text.removeprefix(HUB).partition("@")
+    if not HUB_ID.fullmatch(repo_id) or (at and not revision):
+        raise CheckpointError(f"'{text}' is no model of the hub; give hf://owner/name[@revision]")
+    return repo_id, revision or None
+
+
+def untie(model: PreTrainedModel, target: str) -> None:
+    """Give a parameter that its config ties to another a place of its own, in place."""
+    del model.all_tied_weights_keys[target]
+    _set_tensor(model, target, torch.empty_like(model.get_parameter(target), device="meta"))
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer in the place of another."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _take_dtypes(model: PreTrainedModel, specs: dict[str, Spec]) -> None:
+    """Give a skeleton's floats the dtypes that they are stored in."""
+    for name, tensor in model.state_dict().items():
+        if name in specs and tensor.is_floating_point() and specs[name].dtype.is_floating_point:
+            _set_tensor(model, name, tensor.to(specs[name].dtype))
+    for target, source in model.all_tied_weights_keys.items():
+        owner, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+
+
+def _sorted_out(
+    model: PreTrainedModel, unnamed: dict[str, str], specs: dict[str, Spec]
+) -> tuple[dict[str, Spec], list[str]]:
+    """Of tensors that no parameter is made of: what belongs to modules that the class does not
+    have, such as those that predict several tokens, and what a module that it has does not use.
+
+    unnamed: stored name → the name that transformers gives it.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    extras, useless = {}, []
+    for stored, name in unnamed.items():
+        if {stored.rpartition(".")[0], name.rpartition(".")[0]} & modules:
+            useless.append(stored)
+        else:
+            extras[stored] = specs[stored]
+    return extras, useless
+
+
+def _notes_on(extras: dict[str, Spec], useless: list[str]) -> list[str]:
+    notes = []
+    if extras:
+        notes.append(
+            f"{len(extras)} tensors that the model's class does not know are kept as they are: "
+            f"{families_of(extras)}"
+        )
+    if useless:
+        notes.append(
+            f"{len(useless)} stored tensors are left out, for the model's code does not use them: "
+            f"{families_of(useless)}"
+        )
+    return notes
+
+
+def families_of(names: Iterable[str]) -> str:
+    """Names with `*` for every number in them, each once, a few of them."""
+    kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+    return ", ".join(kinds[:NAMED]) + (f", … ({len(kinds)} kinds)" if len(kinds) > NAMED else "")
+
+
+def skeleton(source: Source) -> PreTrainedModel:
+    """The model of a source with its parameters on the meta device and its buffers real.
+
+    Its tensors have the dtypes of the source's, and its ties are those that the source has.
+    Raises CheckpointError, before any work, for a tensor that is missing or has another shape,
+    UnsupportedModelError for one in a number format that means nothing without its scales.
+    """
+    model = skeleton_of(source.config, source.name)
+    source.adopt(model)
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in model.state_dict().items():
+        if name in source.specs:
+            _check_spec(source.specs[name], name, tensor, source.name)
+        elif name in buffers:
+            source.notes.append(f"{name} is not stored: it is as the model's class makes it")
+        elif name not in model.all_tied_weights_keys:
+            raise CheckpointError(f"{source.name}: the checkpoint has no tensor '{name}'")
+    return model
+
+
+def _check_spec(spec: Spec, name: str, wanted: Tensor, model: str) -> None:
+    """Raise CheckpointError for a wrong shape, UnsupportedModelError for a wrong dtype."""
+    if spec.shape != wanted.shape:
+        raise CheckpointError(
+            f"{model}: tensor '{name}' has shape {spec.shape}, the config asks for "
+            f"{tuple(wanted.shape)}"
+        )
+    if wanted.is_floating_point() and spec.dtype not in PLAIN_FLOATS:
+        raise UnsupportedModelError(
+            f"{model}: tensor '{name}' is stored as {spec.dtype}, and no quantization_config says "
+            "what its numbers stand for; quantize the float model"
+        )
+
+
+def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """The same from a config alone; of a quantized model it is the float one's.
+
+    Raises UnsupportedModelError for a config that fits no model.
+    """
+    try:
+        model = empty_model(config)
+    except Exception as error:  # whatever transformers makes of a config that fits no model
+        raise UnsupportedModelError(
+            f"{name}: no model can be built from its config: {first_line(error)}"
+        ) from error
+    # Building it named the working dtype there; the plan wants the checkpoint's own.
+    model.config.dtype = config.dtype
+    named = dtype_named_by(config)
+    _take_dtypes(model, {n: Spec(tuple(p.shape), named) for n, p in model.named_parameters()})
+    model.eval()
+    return model
+
+
+def dtype_named_by(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a config names, float32 where it names none.
+
+    Raises UnsupportedModelError for one that is no float.
+    """
+    named = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UnsupportedModelError(f"{config.model_type}: its config says dtype = {named}")
+    return dtype
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config with its parameters on the meta device and its buffers real.
+
+    No weight is ever allocated. Raises whatever transformers makes of a config that fits no model.
+    """
+    with building, settled():
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32
+            )
+        _make_buffers(model)
+    return model
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Give a model on the meta device real buffers, computed as `from_pretrained` computes them.
+
+    One that a checkpoint stores is zero until it is read, unless the model's class initialises it.
+    Raises UnsupportedModelError for another that is computed nowhere but in `__init__`:
+    transformers would load the model with whatever lies in memory there.
+    """
+    computed: dict[str, tuple[Tensor, int]] = {}
+    for prefix, module in list(model.named_modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not weight.is_meta:  # made by an operator that knows of no device
+                setattr(module, name, nn.Parameter(weight.data.to("meta"), weight.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            real = torch.zeros_like(buffer, device="cpu")
+            setattr(module, name, real)
+            if name in module._non_persistent_buffers_set and real.numel():
+                computed[f"{prefix}.{name}"] = real, real._version
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()
+    for name, (real, version) in computed.items():
+        if model.get_buffer(name) is real and real._version == version:
+            raise UnsupportedModelError(
+                f"its buffer '{name}' is not stored, and its class does not compute it anew when "
+                "transformers loads the model"
+            )
+
+
+def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
+    """Fill a module's parameters and persistent buffers from a source.
+
+    dtype: of the floats (None: as stored). A buffer that is not stored stays as the class makes it.
+    Raises CheckpointError for a missing tensor or a wrong shape, NumericsError for NaN or Inf.
+    """
+    held = module.state_dict()
+    unstored = {n for n, _ in module.named_buffers() if f"{prefix}.{n}" not in source.specs}
+    names = {f"{prefix}.{name}": name for name in held if name not in unstored}
+    loaded = {}
+    for full, tensor in source.tensors(names):
+        check_weight(tensor, full, tuple(held[names[full]].shape), source.name)
+        # A copy, never a view: transforms write in place.
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        loaded[names[full]] = tensor.to(wanted, copy=True)
+    module.load_state_dict(loaded, strict=False, assign=True)
+    module.requires_grad_(False)
+
+
+def check_weight(tensor: Tensor, name: str, shape: tuple[int, ...], model: str) -> None:
+    """Raise CheckpointError for a wrong shape, NumericsError for NaN or Inf."""
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{model}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for {shape}"
+        )
+    if not all_finite(tensor):
+        raise NumericsError(f"{model}: tensor '{name}' holds NaN or Inf")
+
+
+def unload_module(module: nn.Module) -> None:
+    """Give back the memory of a module's tensors, to the system too."""
+    module.to("meta")
+    give_back()
+
+
+def _read_config(directory: Path, name: str) -> PretrainedConfig:
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{name} holds an adapter, not a whole model; merge it and quantize that: "
+            f"from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("
+            f"'{directory}', dtype='auto').merge_and_unload().save_pretrained('MERGED')"
+        )
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise UnsupportedModelError(
+            f"{name}: its config cannot be read: {first_line(error)}"
+        ) from error
+    return config
+
+
+def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:
+    """Raise UnsupportedModelError for numbers in a config that no model of these tensors has.
+
+    Else a damaged config would have us build layers, or buffers, until memory ends.
+    """
+    text = config.get_text_config(decoder=True)
+    for field, value in (config.to_dict() | text.to_dict()).items():
+        if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+            raise UnsupportedModelError(f"{name}: its config says {field} = {value}")
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or not 0 < layers <= len(tensors):
+        raise UnsupportedModelError(
+            f"{name}: its config says {layers} layers, with {len(tensors)} tensors stored"
+        )
+
+
+def tensor_files(directory: Path, name: str) -> dict[str, Path]:
+    """The file of every stored tensor: of the files that transformers would load, in its order."""
+    for file in (_named_in_config(directory), *WEIGHTS):
+        if file is not None and (directory / file).is_file():
+            break
+    else:
+        raise CheckpointError(f"{name}: no {SINGLE} or {INDEX} in {directory}{_other(directory)}")
+    paths = [directory / file]
+    if file.endswith(".index.json"):
+        paths = [directory / shard for shard in _shards(directory / file, name)]
+    # What the files hold, not what an index says: so transformers loads, the last of a name wins.
+    return {tensor: path for path in paths for tensor in tensor_names(path)}
+
+
+def _named_in_config(directory: Path) -> str | None:
+    """The file of weights that a config names, if it does."""
+    try:
+        named = json.loads((directory / CONFIG).read_bytes())["transformers_weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) and Path(named).name == named else None
+
+
+def _shards(index: Path, name: str) -> list[str]:
+    """The files that an index names."""
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+        elsewhere = not all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: {index.name} cannot be read: {first_line(error)}"
+        ) from error
+    if elsewhere:
+        raise CheckpointError(f"{name}: {index.name} names a file that lies elsewhere")
+    for file in files:
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{name}: shard {file} is missing")
+    return files
+
+
+def _other(directory: Path) -> str:
+    """What a directory without weights of ours has instead, and what makes them of it."""
+    variants = sorted(path.name for path in directory.glob("model*.*.safetensors*"))
+    if variants:
+        variant = variants[0].split(".")[1]
+        return (
+            f", only the variant '{variant}'; save it as the main one: from transformers import "
+            f"AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('{directory}', "
+            f"variant='{variant}', dtype='auto').save_pretrained('{directory}')"
+        )
+    return ""
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of all tensors in a file of weights; no data is read."""
+    return list(open_bin(path)) if is_bin(path) else list(_open_safetensors(path).keys())
+
+
+def tensor_shapes(path: Path) -> dict[str, Spec]:
+    """The shape and dtype of every tensor in a file of weights; no data is read.
+
+    Raises CheckpointError for a file that cannot be read or a dtype that PyTorch does not have.
+    """
+    if is_bin(path):
+        return {name: Spec(tuple(held.shape), held.dtype) for name, held in open_bin(path).items()}
+    file = _open_safetensors(path)
+    headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    specs = {}
+    for name, header in headers.items():
+        if header.get_dtype() not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has dtype {header.get_dtype()}, which cannot be read"
+            )
+        specs[name] = Spec(tuple(header.get_shape()), DTYPES[header.get_dtype()])
+    return specs
+
+
+def read_tensor(path: Path, key: str) -> Tensor:
+    """A tensor of a file of weights, mapped while it lives. Raises CheckpointError."""
+    if is_bin(path):
+        return open_bin(path)[key]
+    try:
+        tensor: Tensor = _open_safetensors(path).get_tensor(key)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: tensor '{key}' cannot be read: {error}") from error
+    return tensor
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _open_gguf(model: str, gguf_file: str) -> Source:
+    directory = resolve_directory(model) if not Path(model).is_file() else Path(model).parent
+    if not (directory / gguf_file).is_file():
+        raise CheckpointError(f"{directory} has no GGUF file '{gguf_file}'")
+    try:
+        tokenizer = load_tokenizer(directory, gguf_file, gguf_file)
+        float_model = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf_file, dtype=torch.float32
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error
+    # Dequantized by transformers: what is left is a float model, of which few want 32 bits.
+    del float_model.config.quantization_config
+    float_model.config.dtype = torch.bfloat16
+    beside = SideFiles.of(directory).files.items()
+    return ModuleSource(
+        float_model,
+        tokenizer,
+        gguf_file,
+        paths=[directory, directory / gguf_file],
+        files={name: path for name, path in beside if is_legal(name)},
+        dtype=torch.bfloat16,
+    )

@@ -1,0 +1,1 @@
+"""Text and data that a model is calibrated and measured on, as tokens."""

@@ -1,0 +1,197 @@
+"""What a family's graphs claim, tried: a transform must leave a model's logits as they are.
+
+The model is one of the family's wiring with random weights in float64, and everything in it is
+computed in float64: stock norms, and the softmax of some families, ask for float32 even there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ..architectures import (
+    BlockGraph,
+    Edge,
+    Family,
+    Norm,
+    Rows,
+    WeightRef,
+)
+from ..architectures.graph import (
+    is_tied,
+    norm_offset,
+    takes_rotation,
+    text_config,
+)
+from ..architectures.linearize import open_block
+from ..modules import rotate_ends
+from ..transforms.hadamard import Hadamard
+from ..transforms.norm_fusion import fuse_norms
+from ..transforms.rotation import (
+    head_fold,
+    rotate_entry,
+    rotate_input,
+    rotate_residual,
+    rotate_value_output,
+)
+from ..transforms.smoothing import smooth
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of a logit, as a share of the largest
+
+Rewrite = Callable[[PreTrainedModel, Family], None]
+
+
+class InFloat64(TorchFunctionMode):
+    """Computes in float64 what a model's code asks to be computed in float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func` with float64 wherever it is told float32."""
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        widened = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
+        return func(*args, **widened)
+
+
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """A model's logits for tokens, int64 (batch, length), in float64 throughout if it is."""
+    with torch.no_grad():
+        if model.dtype != torch.float64:
+            return model(tokens).logits  # type: ignore[no-any-return]
+        with InFloat64():
+            return model(tokens).logits  # type: ignore[no-any-return]
+
+
+def deviation(logits_now: Tensor, logits_before: Tensor) -> float:
+    """The largest change of a logit, relative to the largest logit."""
+    return float((logits_now - logits_before).abs().max() / logits_before.abs().max())
+
+
+def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, BlockGraph]]:
+    """Every block of a model with its graph."""
+    layers = model.get_submodule(family.parts(model).layers)
+    config = text_config(model)
+    for index, block in enumerate(layers.children()):
+        yield block, family.graph(config, index, block)
+
+
+def open_blocks(model: PreTrainedModel, family: Family) -> None:
+    """Give every matrix a linear of its own."""
+    for block in model.get_submodule(family.parts(model).layers).children():
+        open_block(block)
+
+
+def fuse(model: PreTrainedModel, family: Family) -> None:
+    """Norms into their readers, in every block."""
+    for block, graph in graphs(model, family):
+        fuse_norms(block, graph)
+
+
+def rotate_stream(model: PreTrainedModel, family: Family) -> None:
+    """R1 with the norm fusion that it needs, running where the stream enters and leaves."""
+    rotate_ends(model, family.parts(model), _rotate_blocks(model, family))
+
+
+def rotate_stream_offline(model: PreTrainedModel, family: Family) -> None:
+    """The same folded into the embeddings and a head of its own: what exports for others hold."""
+    parts = family.parts(model)
+    if is_tied(model):
+        weight = model.get_submodule(parts.head).get_parameter("weight")
+        untied = nn.Parameter(weight.clone(), requires_grad=False)
+        model.get_submodule(parts.head).register_parameter("weight", untied)
+    rotation = _rotate_blocks(model, family)
+    rotate_entry(model, parts, rotation)
+    offset = norm_offset(graph for _, graph in graphs(model, family))
+    fold = head_fold(model, parts, rotation, offset)
+    fold(WeightRef(f"{parts.head}.weight").view(model))
+
+
+def _rotate_blocks(model: PreTrainedModel, family: Family) -> Hadamard:
+    fuse(model, family)
+    rotation = Hadamard.of(text_config(model).hidden_size, 5, family.centred)
+    for block, graph in graphs(model, family):
+        rotate_residual(block, graph, rotation)
+    return rotation
+
+
+def rotate_values(model: PreTrainedModel, family: Family) -> None:
+    """R2 in every block."""
+    for index, (block, graph) in enumerate(graphs(model, family)):
+        site = graph.value_output
+        if site is not None and isinstance(site.producer, Rows) and site.producer.heads:
+            rotate_value_output(block, site, Hadamard.of(site.producer.heads.dim, index))
+
+
+def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
+    """The rotations that run with the model: inside the MLP, and where nothing offline does it."""
+    wiring = list(graphs(model, family))
+    rotatable = takes_rotation([graph for _, graph in wiring])
+    for block, graph in wiring:
+        for site in graph.sites:
+            online = site.reads == "inner" or (site.reads == "stream" and not rotatable)
+            if online and site.readers:
+                rotation = Hadamard.of(site.readers[0].view(block).shape[1], 7)
+                for reader in site.readers:
+                    rotate_input(reader.view(block), rotation)
+                for module in site.modules:
+                    block.get_submodule(module).register_forward_pre_hook(_rotating(rotation))
+
+
+def smoothing(*edges: Edge) -> Rewrite:
+    """Smoothing of edges with random maxima, most of them between 0.1 and 10."""
+
+    def rewrite(model: PreTrainedModel, family: Family) -> None:
+        generator = torch.Generator().manual_seed(3)
+        for block, graph in graphs(model, family):
+            for site in graph.sites:
+                if site.edge in edges and site.readers:
+                    width = site.readers[0].view(block).shape[1]
+                    spread = torch.randn(width, generator=generator, dtype=torch.float64)
+                    smooth(block, site, torch.exp(spread), alpha=0.5)
+
+    return rewrite
+
+
+def everything(model: PreTrainedModel, family: Family) -> None:
+    """All that the family can, in the pipeline's order."""
+    claimed = claims(model, family)
+    if rotate_stream in claimed.values():
+        rotate_stream(model, family)
+    smoothing("norms", "up_down", "value_output")(model, family)
+    rotate_values(model, family)
+    rotate_inputs(model, family)
+
+
+def claims(model: PreTrainedModel, family: Family) -> dict[str, Rewrite]:
+    """The transforms that a family's graphs say can be done, by name, on an opened model."""
+    wiring = [graph for _, graph in graphs(model, family)]
+    sites = [site for graph in wiring for site in graph.sites]
+    edges = {site.edge for site in sites}
+    possible: dict[str, tuple[Rewrite, bool]] = {
+        "norm fusion": (fuse, any(isinstance(site.producer, Norm) for site in sites)),
+        "stream rotation": (rotate_stream, takes_rotation(wiring)),
+        "stream rotation, folded": (
+            rotate_stream_offline,
+            takes_rotation(wiring) and family.folds_offline(model),
+        ),
+        "value rotation": (rotate_values, "value_output" in edges),
+        "input rotation": (rotate_inputs, True),
+        "smoothing of norms": (smoothing("norms"), "norms" in edges),
+        "smoothing of up_down": (smoothing("up_down"), "up_down" in edges),
+        "smoothing of value_output": (smoothing("value_output"), "value_output" in edges),
+    }
+    return {name: rewrite for name, (rewrite, claimed) in possible.items() if claimed}
+
+
+def _rotating(rotation: Hadamard) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda module, args: (rotation.apply(args[0]), *args[1:])

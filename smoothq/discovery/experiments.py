@@ -1,0 +1,491 @@
+"""Experiments on a block of a tiny model: what reads what, who produces it, what writes the stream.
+
+What reads one tensor is a site. A norm whose output it is can absorb a divisor; so can rows of an
+earlier matrix, if scaling them scales the site's channels and nothing else. A matrix writes the
+residual stream if a constant added to its output arrives there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..architectures import Heads
+from ..architectures.graph import attention_heads
+from ..architectures.linearize import EXPERT_MATRICES, SeparateExperts
+from ..transforms.smoothing import repeat_over_queries
+
+EXACT = 1e-9  # relative; what an experiment may deviate in float64
+TINY_EXPERTS = 4
+# All different: a config may hold a width that its model does not use.
+TINY_WIDTHS = {
+    "intermediate_size": 80,
+    "ffn_dim": 112,
+    "ffn_hidden_size": 160,
+    "n_inner": 144,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 96,
+}
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Layouts of up in a matrix of N rows, by how they stand in a file.
+_UP_ROWS: dict[str, Callable[[int], slice]] = {
+    "": lambda rows: slice(None),
+    "slice({width}, None)": lambda rows: slice(rows // 2, None),
+    "slice(0, {width})": lambda rows: slice(0, rows // 2),
+    "slice(1, None, 2)": lambda rows: slice(1, None, 2),
+    "slice(0, None, 2)": lambda rows: slice(0, None, 2),
+}
+
+
+class Unexplained(Exception):
+    """Something in a block that no experiment accounts for."""
+
+
+@dataclass
+class FoundSite:
+    """A site as found. The texts are Python: what stands in the file."""
+
+    modules: list[str]
+    floats: list[str] = field(default_factory=list)
+    reads: str = "inner"
+    producer: str = "None"
+    experts: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A name made of the modules' own."""
+        if self.experts is not None:
+            return "experts"
+        leaves = [module.rpartition(".")[2].removesuffix("_proj") for module in self.modules]
+        return "_".join(dict.fromkeys(leaves))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module that has a weight: its name, and tensors in and out."""
+
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The same for all who are given one tensor, in whatever shape."""
+        return self.input.data_ptr(), self.input.numel()
+
+
+def own_weight(module: nn.Module) -> Any:
+    """A module's own weight, or None."""
+    weight = getattr(module, "weight", None)
+    return weight.data if isinstance(weight, nn.Parameter) else None
+
+
+def keep(calls: list[Call], name: str) -> Callable[..., None]:
+    """A forward hook that keeps what it sees, so that no address is given out twice."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given = args[0] if args and isinstance(args[0], Tensor) else output
+        calls.append(Call(name, module, given, output[0] if isinstance(output, tuple) else output))
+
+    return hook
+
+
+@dataclass(frozen=True)
+class NormFacts:
+    """What a norm does beside multiplying by its weight."""
+
+    offset: int
+    centred: bool
+
+    @classmethod
+    def of(cls, call: Call) -> NormFacts:
+        """Try a norm on the input that it had."""
+        norm: Any = call.module
+        bias, held = getattr(norm, "bias", None), norm.weight.clone()
+        norm.weight.zero_()
+        silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
+        norm.weight.copy_(held)
+        moved = norm(call.input + 3)
+        return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, norm(call.input)))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors agree but for float64 rounding."""
+    if left.numel() != right.numel():
+        return False
+    difference = (left.flatten() - right.flatten()).abs().max()
+    return bool(difference <= EXACT * right.abs().max().clamp(min=EXACT))
+
+
+class BlockExperiments:
+    """One opened tiny block with what it was called with."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        module: nn.Module,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        read: set[str],
+        cautious: bool,
+    ) -> None:
+        """read: linears whose weights the block's own code reads, beside calling them or not.
+
+        cautious: nothing is to change those, where else it is tried what they bear.
+        """
+        self._config, self.module, self.hidden = config, module, hidden
+        self._args, self._kwargs = args, kwargs
+        self._read, self._cautious = read, cautious
+        self.sites: list[FoundSite] = []
+        self.stream_norms: list[NormFacts] = []
+        self.writes_stream = True
+        self.returns_tuple = self.flattens = False
+
+    def run(self) -> tuple[Tensor, list[Call]]:
+        """The block's output, and the calls of all modules that hold a weight."""
+        calls: list[Call] = []
+        handles = [
+            module.register_forward_hook(keep(calls, name))
+            for name, module in self.module.named_modules()
+            if own_weight(module) is not None or isinstance(module, SeparateExperts)
+        ]
+        output = self.module(self.hidden.clone(), *self._args, **self._kwargs)
+        for handle in handles:
+            handle.remove()
+        self.returns_tuple = isinstance(output, tuple)
+        return (output[0] if self.returns_tuple else output), calls
+
+    def find(self) -> None:
+        """Find sites, producers and writers."""
+        _, calls = self.run()
+        by_key: dict[tuple[int, int], FoundSite] = {}
+        readers = [call for call in calls if self._is_reader(call)]
+        self.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
+        for call in readers:
+            site = by_key.setdefault(call.key, FoundSite([]))
+            if isinstance(call.module, SeparateExperts):
+                site.experts = call.name
+            else:
+                site.modules.append(call.name)
+        for call in calls:
+            if (
+                not self._is_reader(call)
+                and call.key in by_key
+                and own_weight(call.module).dim() == 2
+            ):
+                by_key[call.key].floats.append(call.name)
+        self.sites = list(by_key.values())
+        self._check_explained(calls)
+        called = {call.name for call in calls}
+        self._uncalled = [
+            name for name in self._read if name not in called and self._is_linear(name)
+        ]
+        for site in self.sites:
+            if site.experts is not None:
+                small = [name for name in site.modules if self._rows(name) in (1, TINY_EXPERTS)]
+                site.floats += small
+                site.modules = [name for name in site.modules if name not in small]
+        norms = {(call.output.data_ptr(), call.output.numel()): call for call in calls}
+        silent = self._silent_inputs()
+        for key, site in by_key.items():
+            norm = norms.get(key)
+            if norm is not None and own_weight(norm.module).dim() == 1:
+                self._behind_norm(site, norm, silent)
+            elif _same(silent[self._first(site)], self.hidden):
+                site.reads = "stream"
+            elif site.experts is None:
+                self._producer(site, [call.name for call in readers])
+        self.writes_stream = all(
+            self._writes(name)
+            for site in self.sites
+            if site.reads != "stream"
+            for name in site.modules
+        ) and all(self._writes(name) for name in self._routed_downs())
+        if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
+            # What is read raw may read or write the stream, unseen.
+            self.writes_stream = False
+        self.sites += [FoundSite([name]) for name in self._uncalled]
+
+    def _is_reader(self, call: Call) -> bool:
+        routed = any(f".{matrix}." in call.name for matrix in EXPERT_MATRICES)
+        return isinstance(call.module, SeparateExperts) or (
+            isinstance(call.module, nn.Linear) and not routed
+        )
+
+    def _rows(self, module: str) -> int:
+        return len(self.module.get_parameter(f"{module}.weight"))
+
+    def _first(self, site: FoundSite) -> str:
+        return site.modules[0] if site.modules else str(site.experts)
+
+    def _routed_downs(self) -> list[str]:
+        """The down matrices of experts that some token reached."""
+        _, calls = self.run()
+        names = {f"{site.experts}.down_proj." for site in self.sites if site.experts is not None}
+        return [call.name for call in calls if call.name.startswith(tuple(names))] if names else []
+
+    def _check_explained(self, calls: list[Call]) -> None:
+        """Refuse a block with matrices that no site accounts for."""
+        known = {name for site in self.sites for name in site.modules + site.floats}
+        known |= self._read
+        known |= {call.name for call in calls if own_weight(call.module) is not None}
+        experts = tuple(f"{site.experts}." for site in self.sites if site.experts is not None)
+        for name, parameter in self.module.named_parameters():
+            owner = name.rpartition(".")[0]
+            if experts and name.startswith(experts):
+                continue
+            if parameter.dim() > 2 or (parameter.dim() == 2 and owner not in known):
+                raise Unexplained(f"what '{name}' of a block is for")
+
+    def _silent_inputs(self) -> dict[str, Tensor]:
+        """What each module is given when all matrices are zero: then the stream passes as it is."""
+        with _Zeroed(self.module):
+            output, calls = self.run()
+        if not _same(output, self.hidden):
+            self.writes_stream = False
+        return {call.name: call.input for call in calls}
+
+    def _behind_norm(self, site: FoundSite, norm: Call, silent: dict[str, Tensor]) -> None:
+        facts = NormFacts.of(norm)
+        offset = ", offset=1" if facts.offset else ""
+        if not self._is_read(site) and (not self._uncalled or self._absorbs(site, norm, facts)):
+            site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
+        if _same(silent[norm.name], self.hidden):
+            site.reads = "stream"
+            self.stream_norms.append(facts)
+
+    def _absorbs(self, site: FoundSite, norm: Call, facts: NormFacts) -> bool:
+        """Whether a divisor of a norm's output is undone in a site's readers: no other reads it."""
+        readers = [*site.modules, *site.floats]
+        if site.experts is not None:
+            readers += [n for n in self._linears() if n.startswith(f"{site.experts}.gate_up_proj.")]
+        before, _ = self.run()
+        tried = copy.deepcopy(self.module)
+        scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
+        own: Any = tried.get_submodule(norm.name)
+        own.weight.copy_((own.weight + facts.offset) * scale - facts.offset)
+        if isinstance(getattr(own, "bias", None), Tensor):
+            own.bias.mul_(scale)
+        for name in readers:
+            tried.get_parameter(f"{name}.weight").div_(scale)
+        held, self.module = self.module, tried
+        after, _ = self.run()
+        self.module = held
+        return _same(after, before)
+
+    def _is_read(self, site: FoundSite) -> bool:
+        """Whether nothing may change a site's weights, as the block's code reads one of them."""
+        return self._cautious and not self._read.isdisjoint(site.modules)
+
+    def _linears(self) -> list[str]:
+        return [n for n, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+
+    def _producer(self, site: FoundSite, readers: list[str]) -> None:
+        """Find rows whose scale a site's channels follow, and whether tokens mix on the way."""
+        module = site.modules[0]
+        width = self.module.get_parameter(f"{module}.weight").shape[1]
+        earlier = [name for name in readers[: readers.index(module)] if self._is_linear(name)]
+        usable = [] if self._is_read(site) else [name for name in earlier if name not in self._read]
+        for name in usable:
+            for made, rows, heads in self._candidates(name, width):
+                if self._follows(module, name, rows, heads):
+                    mixes = self._mixes(name, module)
+                    if mixes == (heads is not None):
+                        site.producer, site.reads = made, "values" if mixes else "inner"
+                        return
+        # A matrix that acts on each token alone stands right before what is inside an MLP.
+        alone = any(self._mixes(name, module) is False for name in earlier)
+        site.reads = "inner" if alone else "values"
+
+    def _is_linear(self, name: str) -> bool:
+        return name in self._linears()
+
+    def _candidates(
+        self, module: str, width: int
+    ) -> Iterator[tuple[str, list[slice], Heads | None]]:
+        """Layouts of a matrix under which some of its rows could make a site's channels."""
+        rows, tensor = self._rows(module), f"{module}.weight"
+        for counted, heads in self._head_counts(rows, width):
+            values, fused = heads.key_value * heads.dim, heads.query + 2 * heads.key_value
+            if heads.query * heads.dim != width or heads.query % heads.key_value:
+                continue
+            if rows == values:
+                yield f"Rows({_weights([module])}, {counted})", [slice(None)], heads
+            if rows == fused * heads.dim:
+                last = slice(rows - values, None)
+                yield (
+                    f"Rows((concatenated_values({text(tensor)}, {counted}),), {counted})",
+                    [last],
+                    heads,
+                )
+                size = fused // heads.key_value
+                starts = range((size - 1) * heads.dim, rows, size * heads.dim)
+                call = f"interleaved_values({text(tensor)}, {counted})"
+                each = [slice(start, start + heads.dim) for start in starts]
+                yield f"Rows({call}, {counted})", each, heads
+        for chosen, part in self._up_layouts(rows, width):
+            ref = f"WeightRef({text(tensor)}{', ' + chosen if chosen else ''})"
+            yield f"Rows(({ref},))", [part], None
+
+    def _up_layouts(self, rows: int, width: int) -> Iterator[tuple[str, slice]]:
+        sizes = [name for name in TINY_WIDTHS if getattr(self._config, name, None) == rows // 2]
+        for layout, part in _UP_ROWS.items():
+            chosen = part(rows)
+            named = "{width}" not in layout or bool(sizes)
+            if named and len(range(rows)[chosen]) == width:
+                yield layout.format(width=f"config.{sizes[0]}" if sizes else ""), chosen
+
+    def _head_counts(self, rows: int, width: int) -> Iterator[tuple[str, Heads]]:
+        """Texts and values of the head counts that a block may have.
+
+        rows, width: of the matrix that holds its values, and of what reads them.
+        """
+        heads = attention_heads(self._config)
+        yield "attention_heads(config)", heads
+        # What a config says and its model does not use, `Family.graph` puts right.
+        dim = width // heads.query
+        for values in (rows, (rows - width) // 2):
+            if dim and values > 0 and values % dim == 0:
+                yield "attention_heads(config)", Heads(heads.query, values // dim, dim)
+        grouped = getattr(self._config, "num_kv_heads", None)
+        for counted, count in (("config.num_kv_heads", grouped), ("1", 1)):
+            if count and count != heads.key_value:
+                yield (
+                    f"replace(attention_heads(config), key_value={counted})",
+                    Heads(heads.query, count, heads.dim),
+                )
+
+    def _follows(self, reader: str, module: str, rows: list[slice], heads: Heads | None) -> bool:
+        """Whether scaling rows of a matrix scales the input of a reader, channel by channel."""
+        before = self._input(reader)
+        linear = self.module.get_submodule(module)
+        held = {name: parameter.clone() for name, parameter in linear.named_parameters()}
+        count = sum(len(range(self._rows(module))[each]) for each in rows)
+        scale = 0.5 + torch.rand(count, dtype=torch.float64, generator=torch.Generator())
+        for each, part in zip(rows, scale.split(count // len(rows)), strict=True):
+            for parameter in linear.parameters():
+                parameter[each] *= part if parameter.dim() == 1 else part[:, None]
+        after = self._input(reader)
+        for name, parameter in linear.named_parameters():
+            parameter.copy_(held[name])
+        expected = scale if heads is None else repeat_over_queries(scale, heads)
+        return _same(after, before * expected)
+
+    def _input(self, reader: str) -> Tensor:
+        _, calls = self.run()
+        return next(call.input for call in calls if call.name == reader)
+
+    def _mixes(self, module: str, reader: str) -> bool | None:
+        """Whether a change of a matrix's output at one token reaches a reader's other tokens.
+
+        None where it does not even reach the reader at that token.
+        """
+        before = self._input(reader)
+
+        def disturb(linear: nn.Module, args: Any, output: Tensor) -> Tensor:
+            changed = output.clone()
+            changed.view(-1, output.shape[-1])[0] += 1
+            return changed
+
+        handle = self.module.get_submodule(module).register_forward_hook(disturb)
+        moved = (self._input(reader) - before).flatten(0, -2).abs().amax(-1) > EXACT
+        handle.remove()
+        return None if not moved.any() else bool(moved[1:].any())
+
+    def _writes(self, module: str) -> bool:
+        """Whether a constant added to a matrix's output is added to the stream, up to a factor."""
+        linear = self.module.get_submodule(module)
+        added = torch.randn(self._rows(module), dtype=torch.float64, generator=torch.Generator())
+        if len(added) != self.hidden.shape[-1]:
+            return False
+        with _Zeroed(self.module):
+            before, calls = self.run()
+            if module not in {call.name for call in calls}:
+                return True  # an expert that no token reaches is like those that some reach
+            handle = linear.register_forward_hook(lambda linear, args, output: output + added)
+            after, _ = self.run()
+            handle.remove()
+        change = after - before
+        factor = change @ added / added.square().sum()
+        straight = (change - factor[..., None] * added).abs().max() <= EXACT
+        return bool(straight and factor.abs().max() > EXACT)
+
+    def body(self, rotatable: bool) -> str:
+        """The statements of the function that makes this block's graph."""
+        lines, names, written = [], [], []
+        for site, name in zip(self.sites, self._names(), strict=True):
+            readers = [_weights(site.modules)] if site.modules else []
+            if site.experts is not None:
+                lines.append(f"routed, downs = {self._experts(site.experts)}")
+                readers.append("routed")
+            fields = [text(name), text(site.reads), " + ".join(readers), site.producer]
+            fields += [_weights(site.floats)] if site.floats else []
+            variable = f"{name}_site" if name.isidentifier() else f"site_{name}"
+            arguments = "".join(f"        {each},\n" for each in fields)
+            lines.append(f"{variable} = Site(\n{arguments}    )")
+            made = [variable] + (["*downs"] if site.experts is not None else [])
+            names += made
+            written += made[1:] if site.reads == "stream" else made
+        residual = f"writers({', '.join(written)})" if rotatable else "()"
+        lines.append(f"return BlockGraph(({', '.join(names)}), residual_writers={residual})")
+        return "".join(f"    {line}\n" for line in lines)
+
+    def _names(self) -> list[str]:
+        """Site names that are told apart."""
+        names = [site.name for site in self.sites]
+        return [
+            name if names.count(name) == 1 else self._first(site).replace(".", "_")
+            for name, site in zip(names, self.sites, strict=True)
+        ]
+
+    def _experts(self, module: str) -> str:
+        """The call that makes the sites of experts."""
+        config = self._config
+        count = next(name for name in EXPERT_COUNTS if getattr(config, name, 0) == TINY_EXPERTS)
+        down = self._routed_downs()[0]
+        fused = down.replace("down_proj", "gate_up_proj")
+        width = self.module.get_parameter(f"{down}.weight").shape[1]
+        up = "None"
+        for layout, chosen in self._up_layouts(self._rows(fused), width):
+            if self._follows(down, fused, [chosen], None):
+                up = layout or "slice(None)"
+                break
+        return f"experts({text(module)}, config.{count}, {up})"
+
+
+def text(value: str) -> str:
+    """A string as it stands in a file."""
+    return f'"{value}"'
+
+
+def _weights(modules: list[str]) -> str:
+    return f"weights({', '.join(map(text, modules))})"
+
+
+class _Zeroed:
+    """A context in which every matrix of a block, with its bias, is zero."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._parameters = [
+            parameter
+            for module in block.modules()
+            if own_weight(module) is not None and own_weight(module).dim() == 2
+            for parameter in module.parameters(recurse=False)
+        ]
+
+    def __enter__(self) -> None:
+        self._held = [parameter.clone() for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.zero_()
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, held in zip(self._parameters, self._held, strict=True):
+            parameter.copy_(held)

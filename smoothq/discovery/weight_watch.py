@@ -1,0 +1,96 @@
+"""Watching which linears' weights other code reads, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from ..modules.weight_answer import values_read
+from . import equivalence as proof
+
+_WATCHED = (nn.Linear, Conv1D, nn.Embedding)
+_TOKENS_MADE = 3  # after a prompt: what a model reads with a cache may be something else
+
+
+def read_weights(model: Any, tokens: Tensor) -> frozenset[str]:
+    """The linears and embeddings of a causal LM, in float64, whose values its own code reads."""
+    watch = WeightWatch(model)
+    with torch.no_grad(), proof.InFloat64(), watch:
+        model(tokens, use_cache=False)
+        with suppress(Exception):  # not every model generates from these tokens
+            model.generate(tokens, max_new_tokens=_TOKENS_MADE, do_sample=False, eos_token_id=None)
+    return frozenset(watch.read)
+
+
+class WeightWatch(TorchFunctionMode):
+    """While it is entered, `read` collects the names of linears whose values other code reads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.read: set[str] = set()
+        self._running: list[str] = []
+        self._owners: dict[int, set[str]] = {}
+        self._hooks: list[Any] = []
+        self._linears = {
+            name: module for name, module in model.named_modules() if isinstance(module, _WATCHED)
+        }
+        for name, module in self._linears.items():
+            self._owners.setdefault(_storage(module.weight), set()).add(name)
+
+    def __enter__(self) -> WeightWatch:
+        """Begin to watch."""
+        for name, module in self._linears.items():
+            self._hooks += [
+                module.register_forward_pre_hook(self._begins(name)),
+                module.register_forward_hook(self._ends(name), always_call=True),
+            ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End it."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Note whose weight `func` reads, and call it."""
+        for tensor in values_read(func, args, kwargs):
+            owners = self._owners.get(_storage(tensor), set())
+            if not owners & set(self._running):
+                self.read |= owners
+        return func(*args, **(kwargs or {}))
+
+    def _begins(self, name: str) -> Callable[..., None]:
+        return lambda module, args: self._running.append(name)
+
+    def _ends(self, name: str) -> Callable[..., None]:
+        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # A class of its own may do something else with its weight than multiply by it.
+            own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+            if own and not _is_product(module, args, output):
+                self.read.add(name)
+            self._running.remove(name)
+
+        return end
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for all views of one weight."""
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+def _is_product(linear: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether what a linear put out is its input's product with its weight, plus its bias."""
+    if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor)):
+        return False
+    product = nn.functional.linear(args[0], linear.weight, linear.bias)
+    return output.shape == product.shape and torch.allclose(output, product)

@@ -1,0 +1,214 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (lm-eval), on a model in memory.
+
+lm-eval is optional and takes seconds to import: before a task is run, nothing here imports more of
+it than its table of models.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from smoothq.errors import CalibrationError, SmoothqError, first_line
+
+
+@dataclass(frozen=True)
+class TaskValue:
+    """One metric of a task or of a group of tasks, as lm-eval computes it.
+
+    filter: what was made of the model's answers before they were scored; mostly `none`.
+    stderr: the value's standard error, None where lm-eval has none.
+    higher_is_better: None where it is not said, or the tasks of a group differ.
+    samples: documents that were scored.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What a run of tasks came to.
+
+    values: every metric that is a number, in lm-eval's order: tasks, then groups.
+    seconds: wall-clock time of the whole run, reading the data included.
+    """
+
+    values: tuple[TaskValue, ...]
+    seconds: float
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    max_length: int | None = None,
+    num_fewshot: int | None = None,
+) -> TaskResults:
+    """Run tasks by `lm_eval.simple_evaluate`, whose figures these are to the last digit.
+
+    tasks: names of tasks, groups and tags, or task files that end in .yaml. A file brings all task
+    files below its directory with it. Relative data paths in a task file are relative to the
+    working directory, as everywhere in lm-eval; a function named by `custom_dataset` can look
+    beside itself.
+    include_path: a directory of more task files, which go before lm-eval's own of the same name.
+    limit: documents of each task, from the start; None for all.
+    batch_size: requests a forward. max_length: tokens a request; None for the model's own limit.
+    num_fewshot: examples in a prompt, None for each task's own number.
+
+    The model runs in eval mode and gets its mode back. lm-eval seeds the generators of random,
+    numpy and torch, and gives a tokenizer without a padding token one.
+    Raises CalibrationError where lm-eval is not installed or refuses, and for an unknown task, a
+    task or data set that cannot be loaded, or numbers out of range.
+    """
+    if not tasks:
+        raise CalibrationError("no task is named: give a task's name or a .yaml task file")
+    for name, number, least in (
+        ("limit", limit, 1),
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 2),
+        ("num_fewshot", num_fewshot, 0),
+    ):
+        if number is not None and number < least:
+            raise CalibrationError(f"tasks cannot run with {name} {number}: it is {least} or more")
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise CalibrationError(
+            f"tasks need lm-eval, which cannot be imported ({error}): pip install 'smoothq[eval]'"
+        ) from error
+    start = time.perf_counter()
+    manager, names = _find(tasks, include_path)
+    loaded = [item for name in names for item in _load(manager, name)]
+    was_training = model.training
+    try:
+        outcome = simple_evaluate(
+            model=HFLM(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+            tasks=loaded,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+        )
+    except SmoothqError:
+        raise
+    except Exception as error:  # of the tasks' code, the model's or its tokenizer's
+        reason = first_line(error)
+        raise CalibrationError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
+    finally:
+        model.train(was_training)
+    return TaskResults(tuple(_values(outcome)), time.perf_counter() - start)
+
+
+def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
+    """lm-eval's TaskManager that knows all tasks asked for, and their names there."""
+    from lm_eval.tasks import TaskManager
+
+    files = {task: Path(task).expanduser().absolute() for task in tasks if task.endswith(".yaml")}
+    folders = []
+    if include_path is not None:
+        folders.append(include_path.expanduser().absolute())
+        if not folders[0].is_dir():
+            raise CalibrationError(f"no directory '{include_path}' to look for tasks in")
+    for task, file in files.items():
+        if not file.is_file():
+            raise CalibrationError(f"no task file '{task}': give an existing one, or a task's name")
+        if not any(file.is_relative_to(folder) for folder in folders):
+            folders.append(file.parent)
+
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    by_file = {entry.yaml_path: name for name, entry in manager.task_index.items()}
+    names = []
+    for task in tasks:
+        name = by_file.get(files[task]) if task in files else task
+        if name is None:
+            raise CalibrationError(
+                f"lm-eval finds no task in '{task}': it must be YAML with a `task:` or `group:` "
+                "that no other task file beside it has"
+            )
+        names.append(name)
+    # Reading all of lm-eval's own task files takes seconds.
+    if not all(_is_whole(name, manager.task_index) for name in names):
+        manager = TaskManager(include_path=folders)
+    for name in names:
+        if name not in manager.task_index:
+            places = ", ".join(["lm-eval's own tasks", *(f"'{folder}'" for folder in folders)])
+            raise CalibrationError(
+                f"no task or group '{name}' in {places}: `lm-eval ls tasks` lists lm-eval's own, "
+                "a .yaml file or an include path adds others"
+            )
+    return manager, names
+
+
+def _is_whole(name: str, index: dict[str, Any]) -> bool:
+    """Whether a task, or a group with all its members, is among those indexed."""
+    if name not in index:
+        return False
+    config = index[name].cfg or {}  # a tag has none
+    members = config.get("task") if "group" in config else None
+    if not isinstance(members, list):
+        return True
+    named = (
+        item.get("group") or item.get("task", "") if isinstance(item, dict) else item
+        for item in members
+    )
+    return all(_is_whole(member, index) for member in named)
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The group of that name, or the task, or the tasks of the tag, with their data."""
+    try:
+        found = manager.load([name])
+    except Exception as error:  # datasets, the hub's client, Jinja and task files' own functions
+        raise _unloadable(manager.task_index[name], error) from error
+    groups: dict[str, Any] = found["groups"]
+    return [groups[name]] if name in groups else list(found["tasks"].values())
+
+
+def _unloadable(entry: Any, error: Exception) -> CalibrationError:
+    """One line for a task, lm-eval's Entry, whose file or data could not be read."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    data = (entry.cfg or {}).get("dataset_path")
+    task = f"'{entry.name}' with data set '{data}'" if data else f"'{entry.name}'"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return CalibrationError(
+            f"the Hugging Face hub cannot be reached for task {task} ({reason}): "
+            "download it once where there is a network, or give a task file with local data"
+        )
+    return CalibrationError(
+        f"cannot load task {task} ({reason}): check {entry.yaml_path or 'its task files'}, "
+        "the data, and what else the task needs"
+    )
+
+
+def _values(outcome: dict[str, Any]) -> Iterator[TaskValue]:
+    for task, figures in outcome["results"].items():
+        better = outcome["higher_is_better"].get(task, {})
+        for key, value in figures.items():
+            metric, comma, answers = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{answers}")
+            yield TaskValue(
+                task=task,
+                metric=metric,
+                filter=answers,
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, Real) else None,
+                higher_is_better=better.get(metric),
+                samples=figures.get("sample_count", {}).get(key, figures["sample_len"]),
+            )

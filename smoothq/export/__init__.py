@@ -1,0 +1,48 @@
+"""A checkpoint of ours in the formats that others read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from ..checkpoint.writer import CheckpointWriter
+from ..moved import names_of
+from ..progress import Progress
+from ..report.results import Exported
+from .compressed_tensors import export_compressed_tensors
+from .gguf import export_gguf
+
+Form = Literal["compressed-tensors", "gguf"]
+
+
+def export_checkpoint(
+    directory: str | Path,
+    output: str | Path,
+    form: Form = "compressed-tensors",
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a checkpoint of ours in a format that others read.
+
+    form: `compressed-tensors`, a directory for transformers and vLLM, or `gguf`, a file for
+    llama.cpp. Raises as `export_compressed_tensors` and `export_gguf` do.
+    """
+    if form == "gguf":
+        return export_gguf(Path(directory), Path(output), overwrite, progress)
+    writer = CheckpointWriter(Path(output), overwrite, resume=False)
+    return export_compressed_tensors(Path(directory), writer, progress)
+
+
+class _Callable(ModuleType):
+    """`smoothq.export(...)`, as it was called before `export_checkpoint`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Exported:
+        return export_checkpoint(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
+export = export_checkpoint
+__getattr__ = names_of(__name__, "export.compressed_tensors", "report.results")

@@ -1,0 +1,417 @@
+"""A quantized checkpoint as a GGUF file that llama.cpp reads, with the codes as they are."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from torch import Tensor
+
+from ..checkpoint.manifest import MANIFEST, sha256_of
+from ..checkpoint.placing import is_mounted
+from ..checkpoint.source import CheckpointSource
+from ..checkpoint.tensor_file import as_bytes
+from ..data.tokenizer import in_one_line
+from ..errors import (
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    UnsupportedModelError,
+)
+from ..modules import WeightSpec
+from ..progress import Progress
+from ..report.results import Exported
+from ..version import __version__
+from .gguf_tensors import (
+    BLOCK,
+    TYPES,
+    block_bytes,
+    blocks,
+    lost_scales,
+    paired_rows,
+    vocabulary,
+    with_rows,
+)
+from .reader import FoldedCheckpoint
+
+FORMAT = "GGUF"
+MADE_FROM = "smoothq.made_from"  # of a file's keys
+FILE_TYPES = {
+    GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+FLOATS = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+}
+ROPE = {  # what each kind of rotary positions is described by
+    "default": set[str](),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {
+        *("factor", "original_max_position_embeddings"),
+        *("low_freq_factor", "high_freq_factor"),
+    },
+}
+ROPE_PLAIN = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1}  # the only values
+ROPE_FREQS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp runs a model_type.
+
+    pairs: rows that are rotated together are neighbours, not half a head apart. biases: tensors
+    that may have one. rope_tensor: whether frequencies may come with the file.
+    """
+
+    arch: gguf.MODEL_ARCH
+    pairs: bool
+    biases: frozenset[str]
+    rope_tensor: bool
+
+
+_INPUTS = frozenset({"attn_q", "attn_k", "attn_v"})
+_LINEARS = _INPUTS | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+_LLAMA = Family(gguf.MODEL_ARCH.LLAMA, True, _LINEARS, True)
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Family(gguf.MODEL_ARCH.QWEN2, False, _INPUTS, False),
+    "qwen3": Family(gguf.MODEL_ARCH.QWEN3, False, _INPUTS, False),
+}
+
+
+@dataclass(frozen=True)
+class _Info:
+    """A tensor of the file before its data."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    nbytes: int
+
+
+def export_gguf(
+    directory: Path,
+    output: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a checkpoint of ours as a GGUF file.
+
+    8-bit linears become Q8_0 and 4-bit ones Q4_0, with zero points Q4_1. The codes are ours, the
+    scales are rounded to float16. Embedding, head and what else stays float keeps its dtype,
+    vectors are float32. How activations are quantized is not carried: llama.cpp does that itself,
+    to 8 bits, 32 at a time. A sliding window, which it would not have here, bounds the context
+    length.
+
+    Raises CheckpointError for a directory that is none of ours or an output that cannot be taken,
+    RecipeError for linears that no block type holds, UnsupportedModelError for an architecture or
+    a tokenizer that is not llama.cpp's, OutputError where the disk refuses.
+    """
+    start = time.perf_counter()
+    _refuse_output(output)
+    folded = FoldedCheckpoint(directory, FORMAT)
+    _refuse_source(output, folded.source)
+    names = _Names(folded)
+    infos = list(_infos(folded, names))
+    kinds = Counter(_kind(name, spec) for name, spec in folded.specs.items())
+    exported = Exported(
+        folded.source.nbytes,
+        sum(info.nbytes for info in infos),
+        folded.added_bytes,
+        {kind.name: count for kind, count in kinds.items()},
+        0.0,
+        repeated=True,
+    )
+    made_from = _made_from(directory)
+    if output.exists() and not overwrite:
+        if made_from is not None and made_from == _said_in(output):
+            return exported
+        raise CheckpointError(f"output '{output}' exists; use --overwrite to replace it")
+    partial = _partial(output)
+    writer = GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[names.family.arch])
+    _describe(writer, folded, names.family)
+    if made_from is not None:
+        writer.add_string(MADE_FROM, made_from)
+    writer.add_file_type(FILE_TYPES[kinds.most_common(1)[0][0]])
+    for info in infos:
+        writer.add_tensor_info(
+            info.name, info.shape, np.dtype(np.float32), info.nbytes, raw_dtype=info.kind
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        for info, rows in zip(infos, _data(folded, names, progress), strict=True):
+            _append(file, info, rows, writer.data_alignment)
+        file.flush()
+        os.fsync(file.fileno())
+        writer.close()
+        os.replace(partial, output)
+    except OSError as error:
+        raise OutputError(f"cannot write '{output}': {error}") from error
+    finally:
+        writer.close()
+        if partial.exists():
+            partial.unlink()
+    return replace(exported, seconds=time.perf_counter() - start, repeated=False)
+
+
+def _refuse_output(output: Path) -> None:
+    if output.is_dir():
+        raise CheckpointError(f"output '{output}' is a directory; give a file, such as MODEL.gguf")
+    if output.exists() and is_mounted(output):
+        raise CheckpointError(f"output '{output}' is mounted, and cannot be replaced; give another")
+
+
+def _refuse_source(output: Path, source: CheckpointSource) -> None:
+    """Raise CheckpointError where writing would replace a file of the checkpoint."""
+    partial = _partial(output)
+    for path in source.directory.iterdir():
+        for ours in (output, partial):
+            if ours.exists() and path.suffix != ".gguf" and os.path.samefile(ours, path):
+                raise CheckpointError(
+                    f"output '{ours}' is a file of the checkpoint itself; give another output"
+                )
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _made_from(directory: Path) -> str | None:
+    """What a file follows from: the checkpoint's manifest and this version; None without one."""
+    manifest = directory / MANIFEST
+    return f"{sha256_of(manifest)} {__version__}" if manifest.is_file() else None
+
+
+def _said_in(output: Path) -> str | None:
+    """What a whole GGUF file of ours says that it was made from."""
+    try:
+        field = GGUFReader(output).get_field(MADE_FROM)
+    except Exception:  # whatever the library makes of a file that is none, or damaged
+        return None
+    return None if field is None else str(field.contents())
+
+
+class _Names:
+    """What llama.cpp calls the tensors of a model, and the order in which it has their rows."""
+
+    def __init__(self, folded: FoldedCheckpoint) -> None:
+        """Raises UnsupportedModelError for an architecture that it runs otherwise, or not."""
+        config = folded.source.config
+        self._model, self._config = folded.name, config
+        if config.model_type not in FAMILIES:
+            raise UnsupportedModelError(
+                f"{folded.name}: no GGUF is written of model_type '{config.model_type}', only of "
+                f"{', '.join(FAMILIES)}; export it in another format"
+            )
+        self.family = FAMILIES[config.model_type]
+        if config.hidden_act != "silu":
+            raise UnsupportedModelError(
+                f"{folded.name}: its activation is {config.hidden_act}, llama.cpp's is silu"
+            )
+        self._map = gguf.get_tensor_name_map(self.family.arch, config.num_hidden_layers)
+
+    def of(self, tensor: str) -> str:
+        """The name of a tensor."""
+        name = self._map.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        owner, _, kind = (name or "").rpartition(".")
+        if name is None or (kind == "bias" and owner.split(".")[-1] not in self.family.biases):
+            raise UnsupportedModelError(
+                f"{self._model}: llama.cpp's {gguf.MODEL_ARCH_NAMES[self.family.arch]} has no "
+                f"place for '{tensor}'; export it in another format"
+            )
+        return name
+
+    def order(self, tensor: str, rows: int) -> Tensor | None:
+        """int64 (rows,), or None where the rows stay as they are."""
+        heads = {
+            "q_proj": self._config.num_attention_heads,
+            "k_proj": self._config.num_key_value_heads,
+        }
+        module = tensor.split(".")[-2]
+        if not self.family.pairs or module not in heads:
+            return None
+        return paired_rows(rows, heads[module])
+
+
+def _infos(folded: FoldedCheckpoint, names: _Names) -> Iterator[_Info]:
+    """All tensors of the file, in the order of `_data`."""
+    for name, spec in folded.specs.items():
+        kind, shape = _kind(name, spec), (spec.out_features, spec.in_features)
+        nbytes = spec.elements // BLOCK * block_bytes(kind)
+        yield _Info(names.of(f"{name}.weight"), shape, kind, nbytes)
+        if getattr(folded.model.get_submodule(name), "bias", None) is not None:
+            bias = names.of(f"{name}.bias")
+            yield _Info(bias, shape[:1], GGMLQuantizationType.F32, 4 * shape[0])
+    for each in folded.floats():
+        vector = len(each.shape) == 1
+        kind = GGMLQuantizationType.F32 if vector else FLOATS[folded.plan.stored_dtype]
+        nbytes = 4 * each.shape[0] if vector else each.nbytes
+        yield _Info(names.of(each.name), each.shape, kind, nbytes)
+    factors = _rope_factors(folded)
+    if factors is not None:
+        yield _Info(ROPE_FREQS, tuple(factors.shape), GGMLQuantizationType.F32, factors.nbytes)
+
+
+def _kind(name: str, spec: WeightSpec) -> GGMLQuantizationType:
+    """The type of a linear's blocks. Raises RecipeError where there is none for it."""
+    grid, why = spec.grid, None
+    if (grid.bits, grid.symmetric) not in TYPES:
+        why = f"no type has {grid.bits} bits and zero points; quantize with 4, or without them"
+    elif spec.in_features % BLOCK:
+        why = f"its rows of {spec.in_features} are no multiple of {BLOCK}"
+    elif spec.groups > 1 and grid.group_size % BLOCK:
+        why = f"its groups of {grid.group_size} are no multiple of {BLOCK}; quantize with 32"
+    if why is not None:
+        raise RecipeError(f"'{name}' has no place in GGUF: {why}, or leave it in float by --keep")
+    return TYPES[grid.bits, grid.symmetric]
+
+
+def _data(
+    folded: FoldedCheckpoint,
+    names: _Names,
+    progress: Progress | None,
+) -> Iterator[Iterable[Tensor]]:
+    """The rows of every tensor, in the order of `_infos`."""
+    for linear in folded.linears(progress):
+        order = names.order(f"{linear.name}.weight", linear.spec.out_features)
+        weight, bias = linear.weight, linear.bias
+        lost = lost_scales(weight)
+        if lost:
+            raise RecipeError(
+                f"'{linear.name}' has no place in GGUF: float16 does not hold {lost} of its "
+                "scales; leave it in float by --keep"
+            )
+        if order is not None:
+            weight = with_rows(weight, order)
+            bias = None if bias is None else bias[order]
+        yield [blocks(weight, _kind(linear.name, linear.spec))]
+        if bias is not None:
+            yield [bias.float()]
+    for each in folded.floats():
+        order = names.order(each.name, each.shape[0])
+        rows = each.rows if order is None else [torch.cat(list(each.rows))[order]]
+        yield (part.float() for part in rows) if len(each.shape) == 1 else rows
+    factors = _rope_factors(folded)
+    if factors is not None:
+        yield [factors]
+
+
+def _append(file: IO[bytes], info: _Info, rows: Iterable[Tensor], alignment: int) -> None:
+    """Write a tensor where the file ends, and what brings it to a multiple of the alignment."""
+    file.write(bytes(-file.tell() % alignment))
+    start = file.tell()
+    for part in rows:
+        file.write(as_bytes(part))
+    if file.tell() - start != info.nbytes:
+        raise CheckpointError(f"tensor '{info.name}' is not what the config says")
+    file.write(bytes(-info.nbytes % alignment))
+
+
+def _describe(writer: GGUFWriter, folded: FoldedCheckpoint, family: Family) -> None:
+    """Write down a model's shape and its tokenizer."""
+    config = folded.source.config
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    size = getattr(config, "head_dim", None) or hidden // heads
+    if family.arch is gguf.MODEL_ARCH.QWEN2 and heads * size != hidden:
+        raise UnsupportedModelError(f"{folded.name}: llama.cpp wants heads of {hidden // heads}")
+    writer.add_name(folded.source.directory.resolve().name)
+    writer.add_quantized_by(f"smoothq {__version__}")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    writer.add_context_length(min(window, config.max_position_embeddings))
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(size)
+    _describe_rope(writer, folded, family)
+    _describe_tokenizer(writer, folded)
+
+
+def _describe_rope(writer: GGUFWriter, folded: FoldedCheckpoint, family: Family) -> None:
+    rope: dict[str, Any] = folded.source.config.rope_parameters
+    kind = rope["rope_type"]
+    told = {key for key, value in rope.items() if value not in (None, ROPE_PLAIN.get(key))}
+    odd = (told - {"rope_type", "rope_theta", "type"}) ^ ROPE.get(kind, set())
+    if kind not in ROPE or odd or (kind == "llama3" and not family.rope_tensor):
+        which = f" and {', '.join(sorted(odd))}" if odd else ""
+        raise UnsupportedModelError(
+            f"{folded.name}: llama.cpp has no place here for rotary positions of the kind "
+            f"'{kind}'{which}; export it in another format"
+        )
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind in ("default", "llama3"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _rope_factors(folded: FoldedCheckpoint) -> Tensor | None:
+    """float32 (head size / 2,): by what llama3's frequencies are divided, if they are."""
+    rope = folded.source.config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return None
+    model: Any = folded.model.base_model
+    frequencies: Tensor = model.rotary_emb.inv_freq
+    places = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
+    plain: Tensor = rope["rope_theta"] ** -places
+    return (plain / frequencies).float()
+
+
+def _describe_tokenizer(writer: GGUFWriter, folded: FoldedCheckpoint) -> None:
+    tokenizer, config = folded.source.tokenizer(), folded.source.config
+    if tokenizer is None:
+        raise CheckpointError(f"{folded.name}: it has no tokenizer, and llama.cpp needs one")
+    with in_one_line(f"{folded.name}: its tokenizer cannot be described"):
+        vocab = vocabulary(tokenizer, config.vocab_size)
+    writer.add_tokenizer_model(vocab.model)
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.types)
+    writer.add_token_merges(vocab.merges)
+    writer.add_token_scores(vocab.scores)
+    writer.add_add_space_prefix(vocab.space_prefix)
+    ids = {}
+    for kind in ("bos", "eos", "unk", "pad"):
+        for source in (tokenizer, config):
+            token = getattr(source, f"{kind}_token_id", None)
+            if isinstance(token, int) and kind not in ids:
+                ids[kind] = token
+                getattr(writer, f"add_{kind}_token_id")(token)
+    if "eos" not in ids:
+        raise CheckpointError(f"{folded.name}: its tokenizer names no token that ends a text")
+    with in_one_line(f"{folded.name}: its tokenizer cannot encode text"):
+        encoded = tokenizer("a").input_ids
+    writer.add_add_bos_token(encoded[:1] == [ids.get("bos")])
+    writer.add_add_eos_token(encoded[-1:] == [ids["eos"]])
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)

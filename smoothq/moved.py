@@ -1,0 +1,109 @@
+"""Names of an earlier version: for one version they lead, with a warning, to what they are now."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Modules that are no more → where what they held is now.
+MODULES: dict[str, tuple[str, ...]] = {
+    "account": ("plan.account",),
+    "attention_plan": ("plan.attention",),
+    "calibration": ("data.text",),
+    "calibration_data": ("data.calibration",),
+    "checkpoint.compressed_tensors": ("export.schemes",),
+    "checkpoint.gguf": ("export.gguf_tensors",),
+    "checkpoint.packing": ("rounding.packing",),
+    "checkpoint.stream": ("checkpoint.source",),
+    "checkpoint.tokenizer": ("data.tokenizer",),
+    "architectures.attention": ("architectures.attention_support",),
+    "architectures.layout": ("architectures.linearize",),
+    "distributed": ("runtime.distributed",),
+    "evaluation.agreement": ("evaluation.divergence",),
+    "evaluation.harness": ("evaluation.tasks",),
+    "evaluation.loading": ("evaluation.load",),
+    "experiments": ("discovery.experiments",),
+    "export_gguf": ("export.gguf",),
+    "families": ("advisor.families",),
+    "flags": ("cli.recipe_flags",),
+    "float_parts": ("pipeline.ends",),
+    "folded": ("export.reader",),
+    "hidden_states": ("pipeline.hidden_states",),
+    "inference": ("discovery.infer",),
+    "memory": ("runtime.memory",),
+    "migration": ("pipeline.alpha_search",),
+    "observers": ("pipeline.observers",),
+    "outlook": ("advisor.costs",),
+    "output": ("pipeline.shared_writer",),
+    "positions": ("architectures.positions",),
+    "price": ("pipeline.estimate", "report.results"),
+    "probe": ("pipeline.monitor",),
+    "process": ("runtime.process",),
+    "proof": ("discovery.equivalence",),
+    "roundtrip": ("pipeline.round_trip",),
+    "servable": ("plan.portability",),
+    "served": ("advisor.vllm_kernels",),
+    "terminal": ("cli.terminal", "report.table"),
+    "tokens": ("data.tokens",),
+    "transforms.stretches": ("transforms.chunks",),
+    "tuning": ("pipeline.block_tuning",),
+    "weight_reads": ("discovery.weight_reads",),
+    "weight_watch": ("discovery.weight_watch",),
+} | {
+    f"architectures.{family}": (f"architectures.families.{family}",)
+    for family in (
+        *("bloom", "cohere", "falcon", "gemma", "glm", "gpt2", "gpt_neox", "gpt_oss", "llama"),
+        *("mixtral", "olmo2", "opt", "phi3", "qwen_moe", "refused"),
+    )
+}
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+def names_of(module: str, *homes: str) -> Callable[[str], Any]:
+    """A `__getattr__` for a module that held what its homes hold now.
+
+    Args:
+        module: its full name.
+        homes: modules below this package, in the order in which they are asked.
+    """
+
+    def found(name: str) -> Any:
+        if not name.startswith("__"):
+            for home in homes:
+                if hasattr(there := import_module(f"{_PACKAGE}.{home}"), name):
+                    message = f"{module}.{name} is now {_PACKAGE}.{home}.{name}"
+                    warnings.warn(message, DeprecationWarning, stacklevel=3)
+                    return getattr(there, name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return found
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds a module under its earlier name, after everything else has failed to."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        known = package == _PACKAGE and name in MODULES
+        return ModuleSpec(fullname, self) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = MODULES[module.__name__.partition(".")[2]]
+        vars(module)["__getattr__"] = names_of(module.__name__, *homes)
+
+
+def install() -> None:
+    """Let modules be imported under their earlier names."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,5 @@
+"""The pass over the blocks, and what it needs."""
+
+from ..moved import names_of
+
+__getattr__ = names_of(__name__, "pipeline.run", "report.results", "progress")

@@ -1,0 +1,76 @@
+"""The migration strength alpha of an edge, searched on the block's output error.
+
+For each candidate the edge is smoothed, its linears are rounded to nearest, its input is quantized,
+and the block's output is compared with what the float block makes of the same hidden states.
+SmoothQuant (arXiv 2211.10438, section 5) finds alpha by a grid search over a whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import NumericsError
+from ..modules import InputQuantizer, SequenceContext
+from ..plan.plan import SitePlan
+from ..rounding.rtn import round_to_nearest
+from ..transforms.rotation import rotate_input
+from ..transforms.smoothing import smooth
+from .block_tuning import relative_error
+from .hidden_states import HiddenStates
+
+CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def search_alpha(
+    block: nn.Module, index: int, plan: SitePlan, maxima: Tensor, stream: HiddenStates
+) -> float:
+    """The candidate under which quantizing one site moves a block's output least.
+
+    block: float, left as it is. maxima: max_t |x_tk| of the site's input, float (K,). stream: what
+    enters the block; as much as one forward takes is used. Scales that calibration or the whole
+    sequence would give are taken per token here. Raises NumericsError where no error is finite.
+    """
+    spec = plan.input
+    if spec.mode not in ("float", "token", "groups"):
+        spec = replace(spec, mode="token", group_size=1, normalise=False)
+    site_input = InputQuantizer(plan.site.name, spec, 1, SequenceContext()).to(maxima.device)
+    some = [(stream.batch(number), share) for number, share in stream.turns()[0]]
+    wanted = [stream.forward(block, index, batch) for batch, _ in some]
+    held = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    errors = {}
+    for alpha in CANDIDATES:
+        smooth(block, plan.site, maxima, alpha)
+        hooks = [quantize_linear(block, module, plan, site_input) for module in plan.modules]
+        error = sum(
+            share * relative_error(stream.forward(block, index, batch), float_output).item()
+            for (batch, share), float_output in zip(some, wanted, strict=True)
+        )
+        if math.isfinite(error):
+            errors[alpha] = error
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in block.named_parameters():
+            parameter.copy_(held[name])
+    if not errors:
+        raise NumericsError(
+            f"layer {index}, {plan.site.name}: no alpha leaves its output finite; give a number"
+        )
+    return min(errors, key=lambda alpha: errors[alpha])
+
+
+def quantize_linear(
+    block: nn.Module, module: str, plan: SitePlan, site_input: InputQuantizer
+) -> RemovableHandle:
+    """Round a linear's weight in place, and quantize its input until the hook is removed."""
+    linear = block.get_submodule(module)
+    assert isinstance(linear, nn.Linear)
+    if plan.input.rotation is not None:
+        rotate_input(linear.weight.data, plan.input.rotation)
+    linear.weight.copy_(round_to_nearest(linear.weight, plan.modules[module].grid).dequantize())
+    return linear.register_forward_pre_hook(
+        lambda _, args: (site_input.dequantized(args[0]).to(linear.weight.dtype),)
+    )

@@ -1,0 +1,91 @@
+"""Perplexity while a model is being quantized, so that a bad run is stopped early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..architectures.positions import within_positions
+from ..checkpoint.source import Source, unload_module
+from ..data.tokens import micro_batches
+from ..errors import CalibrationError
+from ..evaluation.perplexity import perplexity_of, window_loss
+from ..plan.plan import Plan
+from ..runtime.distributed import World
+from .ends import ModelEnd, enter, load_block
+from .hidden_states import HiddenStates
+
+STREAM = "probe"  # the name of its hidden states in a state to go on from
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to measure on the way. tokens: int64 (windows, length). every: blocks between two."""
+
+    tokens: Tensor
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens.is_floating_point() or self.tokens.dtype == torch.bool:
+            raise CalibrationError(f"a probe's tokens must be ids, not {self.tokens.dtype}")
+        if self.tokens.dim() != 2 or not len(self.tokens) or self.tokens.shape[1] < 2:
+            raise CalibrationError(
+                f"a probe's tokens must be (windows, 2 or more), not {tuple(self.tokens.shape)}"
+            )
+        if self.every < 1:
+            raise CalibrationError(f"a probe every {self.every} blocks: it is 1 or more")
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Block `block` of `blocks` (from 0) is quantized and stored.
+
+    perplexity: of the model whose blocks so far are quantized and whose others are float, where it
+    was measured; float_perplexity: of the float model on the same tokens.
+    """
+
+    block: int
+    blocks: int
+    perplexity: float | None = None
+    float_perplexity: float | None = None
+
+
+class Probing:
+    """A probe at work: its hidden states follow the quantized blocks.
+
+    A measurement reads all later blocks once more, and the head is held in float32.
+    """
+
+    def __init__(
+        self, probe: Probe, source: Source, model: PreTrainedModel, plan: Plan, world: World
+    ) -> None:
+        """model: the skeleton of the source, left as it is."""
+        length = within_positions(model, probe.tokens.shape[1], "the probe's windows")
+        self._tokens, self._every = probe.tokens[:, :length].long(), probe.every
+        self._source, self._model, self._plan, self._world = source, model, plan, world
+        self.stream = enter(source, model, plan, micro_batches(self._tokens), world)
+        self._end = ModelEnd(source, plan, world.device)
+        self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
+
+    def follow(self, block: nn.Module, index: int) -> float | None:
+        """Move past a quantized block; the perplexity, where it is time for it."""
+        self.stream.advance(block, index)
+        if (index + 1) % self._every and index + 1 < len(self._plan.blocks):
+            return None
+        return self._perplexity(self.stream.copy(), index + 1)
+
+    def _perplexity(self, stream: HiddenStates, first: int) -> float:
+        for index in range(first, len(self._plan.blocks)):
+            block = load_block(self._source, self._model, self._plan, index, self._world.device)
+            stream.advance(block.module, index)
+            unload_module(block.module)
+        losses = [
+            window_loss(self._end.logits(states.unsqueeze(0))[0], window)
+            for hidden, tokens in zip(stream, micro_batches(self._tokens), strict=True)
+            for states, window in zip(hidden, tokens, strict=True)
+        ]
+        windows, length = self._tokens.shape
+        return perplexity_of(sum(losses), windows * (length - 1))

@@ -1,0 +1,186 @@
+"""The modules of a plan, put into a model and taken out of it again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..architectures.graph import (
+    text_config,
+)
+from ..architectures.linearize import close_block, open_block
+from ..modules import (
+    InputQuantizer,
+    InputSpec,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    SequenceContext,
+    TiedHead,
+    WeightSpec,
+    quantize_attention,
+    rotate_ends,
+    stop_quantizing_attention,
+    stop_rotating,
+)
+from ..modules.quantized_embedding import EMBEDDING_BITS, row_grid
+from ..recipe.recipe import FLOAT_BITS
+from ..transforms.rotation import rotate_residual
+from .plan import BlockPlan, Plan, SitePlan
+
+
+def install_inputs(
+    block: nn.Module, plan: BlockPlan, context: SequenceContext, name: str
+) -> dict[str, InputQuantizer]:
+    """Put the InputQuantizers of a plan into a block, in place; returns them by site name.
+
+    name: the block's, for messages.
+    """
+    inputs = {}
+    for site in plan.sites:
+        full = f"{name}.{site.input_name}"
+        readers = max(len(lane) for lane in site.site.lanes)
+        inputs[site.site.name] = InputQuantizer(full, site.input, readers, context)
+        block.set_submodule(site.input_name, inputs[site.site.name])
+    return inputs
+
+
+def install_linear(
+    block: nn.Module, module: str, plan: SitePlan, site_input: InputQuantizer
+) -> QuantizedLinear:
+    """Replace one linear of an opened block by an empty QuantizedLinear, and return it."""
+    linear = block.get_submodule(module)
+    assert isinstance(linear, nn.Linear)
+    bias: Tensor | None = linear.bias
+    if bias is None and plan.adds_bias:
+        bias = linear.weight
+    dtype = None if bias is None else bias.dtype
+    quantized = QuantizedLinear(plan.modules[module], site_input, linear.weight.dtype, dtype)
+    block.set_submodule(module, quantized)
+    return quantized
+
+
+def install(model: PreTrainedModel, plan: Plan) -> None:
+    """Give a float model, on any device, the modules of a plan, empty, ready to be loaded."""
+    context = SequenceContext()
+    layers = model.get_submodule(plan.parts.layers)
+    for index, block in enumerate(plan.blocks):
+        name = f"{plan.parts.layers}.{index}"
+        layer = layers.get_submodule(str(index))
+        open_block(layer)
+        inputs = install_inputs(layer, block, context, name)
+        for site in block.sites:
+            for module in site.modules:
+                install_linear(layer, module, site, inputs[site.site.name])
+        for module in block.new_biases:
+            kept = layer.get_submodule(module)
+            assert isinstance(kept, nn.Linear)
+            kept.bias = nn.Parameter(kept.weight.data.new_empty(kept.out_features))
+    install_ends(model, plan)
+    if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
+        context.attach(model.get_submodule(plan.parts.decoder))
+    if plan.residual_rotation is not None:
+        rotate_ends(model, plan.parts, plan.residual_rotation)
+    install_attention(model, plan)
+
+
+def install_attention(model: PreTrainedModel, plan: Plan) -> None:
+    """Make a model's attention, and with it its KV cache, what the plan says; weights stay."""
+    if plan.attention is not None:
+        layers = model.get_submodule(plan.parts.layers)
+        named = zip(layers.children(), plan.blocks, strict=True)
+        attentions = [layer.get_submodule(block.attention) for layer, block in named]
+        quantize_attention(attentions, plan.attention, text_config(model))
+
+
+def install_ends(model: PreTrainedModel, plan: Plan) -> None:
+    """Put what is stored in 8 bits in the place of embedding and head, empty, where the plan asks.
+
+    The head's input is quantized per token in 8 bits, or stays float where the recipe's is.
+    """
+    if not plan.tables:
+        return
+    parts = plan.parts
+    (rows, columns), *untied = plan.tables
+    dtype = model.get_submodule(parts.embedding).get_parameter("weight").dtype
+    embedding = QuantizedEmbedding(rows, columns, dtype)
+    floats = plan.recipe.activations.bits == FLOAT_BITS
+    spec = InputSpec(
+        columns, FLOAT_BITS if floats else EMBEDDING_BITS, "float" if floats else "token"
+    )
+    site_input = InputQuantizer(f"{parts.head}.input", spec, 1, SequenceContext())
+    if untied:
+        head = model.get_submodule(parts.head)
+        bias = dtype if isinstance(head.bias, nn.Parameter) else None
+        rows_spec = WeightSpec(*untied[0], row_grid(columns))
+        linear = QuantizedLinear(rows_spec, site_input, dtype, bias)
+        linear.add_module("input", site_input)
+        model.set_submodule(parts.head, linear)
+    else:
+        model.set_submodule(parts.head, TiedHead(embedding, site_input))
+    model.set_submodule(parts.embedding, embedding)
+
+
+def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
+    """Turn a quantized model into a float one of stock modules, in place.
+
+    Online rotations are folded back into the weights; what stays of the quantization is its
+    rounding. Input quantization, runtime smoothing and quantized attention have no float
+    counterpart and vanish.
+    """
+    layers = model.get_submodule(plan.parts.layers)
+    with torch.device("meta"):
+        stock = type(model)(model.config).get_submodule(plan.parts.layers)
+    for index, block_plan in enumerate(plan.blocks):
+        block = layers.get_submodule(str(index))
+        for site in block_plan.sites:
+            for name in site.modules:
+                block.set_submodule(name, _dense(block.get_submodule(name), torch.float32))
+            parent, _, attribute = site.input_name.rpartition(".")
+            site_input = block.get_submodule(site.input_name)
+            assert isinstance(site_input, InputQuantizer)
+            site_input.context.detach()
+            delattr(block.get_submodule(parent), attribute)
+        if plan.residual_rotation is not None:
+            rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)
+        if plan.attention is not None:
+            attention = block.get_submodule(block_plan.attention)
+            stop_quantizing_attention(attention, text_config(model))
+        close_block(block, stock.get_submodule(str(index)))
+        block.to(dtype)
+    stop_rotating(model)
+    if plan.tables:
+        _dequantize_tables(model, plan, dtype)
+
+
+def _dequantize_tables(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
+    """Stock embedding and head in the place of those in 8 bits."""
+    quantized = model.get_submodule(plan.parts.embedding)
+    assert isinstance(quantized, QuantizedEmbedding)
+    weight = quantized.quantized_weight().dequantize(dtype)
+    embedding = nn.Embedding.from_pretrained(weight)
+    head = model.get_submodule(plan.parts.head)
+    if isinstance(head, QuantizedLinear):
+        stock = _dense(head, dtype)
+    else:
+        with torch.device("meta"):
+            stock = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        stock.weight = embedding.weight
+    model.set_submodule(plan.parts.embedding, embedding)
+    model.set_submodule(plan.parts.head, stock)
+
+
+def _dense(quantized: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    assert isinstance(quantized, QuantizedLinear)
+    weight = quantized.quantized_weight().dequantize(torch.float64)
+    rotation = quantized.site_input.spec.rotation
+    if rotation is not None:
+        weight = rotation.apply_transposed(weight)
+    bias = quantized.bias
+    linear = nn.Linear(
+        quantized.in_features, quantized.out_features, bias is not None, weight.device, dtype
+    )
+    linear.weight.data.copy_(weight)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
+    return linear.requires_grad_(False)

@@ -1,0 +1,203 @@
+"""What of a recipe only smoothq can run, and the nearest recipe that leaves none of it.
+
+A format that others read holds linears and how their inputs are quantized. What must run beside
+them, such as a rotation of an input, has no place there, and readers would leave it out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures.graph import text_config
+from ..errors import RecipeError, UnsupportedModelError
+from ..kernels import highest_code
+from ..modules import InputSpec
+from ..recipe.recipe import FLOAT_BITS, Recipe
+from .plan import Plan, SitePlan
+from .resolve import make_plan
+
+# Those whose modules have the checkpoint's names in vLLM, whose final norm has no bias or mean, and
+# that were compared with transformers.
+PLUGIN_FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+# Perplexity of SmolLM2-135M-Instruct by recipe name, as it is and servable: 12 windows of 2,048
+# tokens of WikiText-2's test split, float 19.87; docs/serving.md has the commands.
+MEASURED = {"w4a16": (21.34, 21.48), "w4a8": (21.26, 21.40), "w4a4": (24.89, 50.38)}
+SERVED_BITS = (4, 8, FLOAT_BITS)  # of activations
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something that only smoothq does.
+
+    where: stages of the blocks, or the model. edit: fields of the recipe, as `Recipe.edit` takes
+    them, that leave it out. instead: what to take where no field does.
+    """
+
+    what: str
+    edit: dict[str, Any] = field(default_factory=dict)
+    instead: str = ""
+    where: str = "the model"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what} (take {self.instead or _as_text(self.edit)})"
+
+
+def obstacles(model: PreTrainedModel, plan: Plan) -> list[Obstacle]:
+    """Why a plan's result cannot be held in a format that others read; empty where it can.
+
+    model: a skeleton.
+    """
+    found: dict[str, tuple[Obstacle, list[str]]] = {}
+    layers = model.get_submodule(plan.parts.layers)
+    for index, block in enumerate(plan.blocks):
+        layer = layers.get_submodule(str(index))
+        for site in block.sites:
+            for obstacle in _of_site(layer, site):
+                _, stages = found.setdefault(obstacle.what, (obstacle, []))
+                if site.site.stage not in stages:
+                    stages.append(site.site.stage)
+        for module in block.new_biases:
+            found.setdefault(_BIAS.what, (_BIAS, []))[1].append(module)
+    of_sites = [replace(each, where=", ".join(stages)) for each, stages in found.values()]
+    return [*of_sites, *_of_model(model, plan)]
+
+
+def refuse_obstacles(model: PreTrainedModel, plan: Plan, name: str, form: str) -> None:
+    """Raise RecipeError, naming each, where a plan has obstacles. form: the format's name."""
+    found = obstacles(model, plan)
+    if found:
+        raise RecipeError(
+            f"{name}: {form} cannot hold what this recipe makes. "
+            f"{'; '.join(map(str, found))}. smoothq quantize --servable leaves out what it must"
+        )
+
+
+def servable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe without what only smoothq can run, and what was changed, field by field.
+
+    model: a skeleton. What no field leaves out, such as a family's experts, stays: `obstacles`
+    names it.
+    """
+    edits: dict[str, Any] = {}
+    while True:
+        found = obstacles(model, make_plan(model, recipe.edit(**edits)))
+        more = {path: value for each in found for path, value in each.edit.items()}
+        if more.items() <= edits.items():
+            return recipe.edit(**edits), tuple(
+                _as_text({path: value}) for path, value in edits.items()
+            )
+        edits |= more
+
+
+def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise UnsupportedModelError or RecipeError for what our plugin for vLLM does not serve."""
+    family = text_config(model).model_type
+    if family not in PLUGIN_FAMILIES:
+        raise UnsupportedModelError(
+            f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
+            "checkpoint in transformers"
+        )
+    sites = [site for block in plan.blocks for site in block.sites]
+    if any(site.input.mode in ("live", "tensor") for site in sites):
+        raise RecipeError(
+            "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
+            "forward's tokens; quantize with --smooth-scope token, or with one scale a token"
+        )
+    if plan.attention is not None:
+        raise RecipeError(
+            "vLLM has an attention and a KV cache of its own; quantize without kv_cache and "
+            "attention, and give vLLM --kv-cache-dtype"
+        )
+
+
+def cost_of(recipe: Recipe) -> str:
+    """What being servable cost a recipe of that name in perplexity, where it was measured."""
+    if recipe.name not in MEASURED:
+        return "what that costs in perplexity was measured for --w4a16, --w4a8 and --w4a4 alone"
+    before, after = MEASURED[recipe.name]
+    return f"on SmolLM2-135M, measured, that took perplexity from {before:.2f} to {after:.2f}"
+
+
+_BIAS = Obstacle(
+    "the norm before it hands it a bias that the model's own class has no place for",
+    {"rotation__residual": False},
+)
+_ROTATION = {"stream": "residual", "values": "value_output", "inner": "down"}
+
+
+def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[Obstacle]:
+    site = plan.site
+    if plan.input.rotation is not None:
+        edit = {f"rotation__{_ROTATION[site.reads]}": False}
+        yield Obstacle("its input is rotated while the model runs", edit)
+    yield from _of_input(plan.input)
+    if site.routed:
+        yield Obstacle("experts are held apart here, and together elsewhere", {}, "a dense model")
+        return
+    for name in plan.modules:
+        linear = layer.get_submodule(name)
+        kind = type(linear).__name__
+        if not isinstance(linear, nn.Linear):
+            yield Obstacle(f"it is a {kind}, and readers know nn.Linear", {}, "another model")
+        elif type(linear) is not nn.Linear and plan.modules[name].grid.bits != 8:
+            what = f"it is a {kind}, which transformers cannot read packed codes into"
+            yield Obstacle(what, {}, "--w8a8")
+        elif plan.adds_bias and linear.bias is None:
+            yield _BIAS
+    grids = {(spec.grid.bits, spec.groups, spec.grid.symmetric) for spec in plan.modules.values()}
+    if site.float_readers or len(grids) > 1:
+        what = "servers hold all that reads one tensor as one matrix, and here formats differ"
+        yield Obstacle(what, {}, "one format for them, or keep all of them in float")
+    if plan.input.mode == "static" and grids != {(8, 1, True)}:
+        what = "static scales go with 8-bit weights per channel"
+        yield Obstacle(what, {}, "activations.granularity: token, static: false")
+
+
+def _of_input(spec: InputSpec) -> Iterator[Obstacle]:
+    if spec.mode in ("groups", "calibrated", "live"):
+        yield Obstacle("its input is smoothed while the model runs", {"runtime_smoothing": None})
+    elif spec.mode == "tensor":
+        edit = {"activations__granularity": "token"}
+        yield Obstacle("its input has one scale a tensor, found while the model runs", edit)
+    elif spec.mode == "token" and spec.clip not in _clips(spec.bits):
+        what = f"its input's largest code stands for {spec.clip:g} of each token's maximum"
+        yield Obstacle(what, {"activations__clip_ratio": reader_clip(spec.bits)})
+    elif spec.mode == "token" and spec.full_range:
+        yield Obstacle("its input's scales have a sign", {"activations__full_range": False})
+    if spec.mode != "float" and spec.bits not in SERVED_BITS:
+        what = f"no server multiplies {spec.bits}-bit activations"
+        yield Obstacle(what, {}, "activations.bits: 4, 8 or 16")
+
+
+def reader_clip(bits: int) -> float:
+    """The clip ratio at which a token's scale is the format's: maximum / (2^(bits − 1) − ½)."""
+    highest: int = highest_code(bits)
+    return highest / (highest + 0.5)
+
+
+def _clips(bits: int) -> tuple[float, ...]:
+    """Clip ratios that are served: at 8 bits 1 too, for servers' kernels differ by as little."""
+    return (reader_clip(bits), 1.0) if bits == 8 else (reader_clip(bits),)
+
+
+def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[Obstacle]:
+    if plan.attention is not None:
+        edit = {"kv_cache": None, "attention": "float"}
+        yield Obstacle("keys, values or their products are quantized by our attention", edit)
+    if plan.tables:
+        yield Obstacle("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
+    if plan.residual_rotation is not None and not plan.family.folds_offline(model):
+        what = "the residual stream is rotated at its ends while the model runs"
+        yield Obstacle(what, {"rotation__residual": False})
+
+
+def _as_text(edit: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{path.replace('__', '.')}: {'null' if value is None else str(value).lower()}"
+        for path, value in edit.items()
+    )

@@ -1,0 +1,372 @@
+"""What to do to a model, as one frozen, validated, serialisable value.
+
+A preset is a Recipe, a command-line flag edits one field of it, and the whole of it is written
+into the output's `config.json`. Nothing downstream reads flags.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import RecipeError
+from ..kernels import MULTIPLIED_BITS
+
+Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
+Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
+Scope = Literal["token", "calibrated", "live"]
+Effort = Literal["fast", "default", "best"]
+Edge = Literal["norms", "up_down", "value_output"]
+Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
+Attention = Literal["float", "int8", "int8-centred"]
+GroupSize = int | Literal["auto"]
+FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Weights(_Frozen):
+    """How weights are rounded.
+
+    granularity: one scale a tensor, an output channel, or a group of input channels.
+    group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
+    scale, which keeps the product a plain integer one. clip: search the scale that minimises the
+    rounding error. full_range: a scale's sign brings the largest weight to the lowest code, as a
+    multiplier's always does. symmetric: without it codes lie around a zero point of their scale's,
+    for float activations. rounding: round to nearest, or GPTQ.
+    """
+
+    bits: Literal[4, 8] = 8
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: GroupSize = "auto"
+    group_scale: Literal["float", "multiplier"] = "float"
+    clip: bool = False
+    full_range: bool = False
+    symmetric: bool = True
+    rounding: Literal["rtn", "gptq"] = "rtn"
+
+
+class Activations(_Frozen):
+    """How a linear's input is quantized at run time.
+
+    bits: 16 leaves it in float. static: one calibrated scale a tensor instead of one found at
+    run time. clip_ratio: the share of the maximum that the largest code stands for. full_range: a
+    token's scale may be negative, so that its largest value takes the lowest code; groups do so
+    always.
+    """
+
+    bits: Literal[4, 5, 6, 7, 8, 16] = 8
+    granularity: Literal["token", "tensor"] = "token"
+    static: bool = False
+    clip_ratio: float = Field(1.0, gt=0, le=1)
+    full_range: bool = False
+
+
+class Smoothing(_Frozen):
+    """SmoothQuant's migration: alpha, and the edges at which a divisor can be folded away.
+
+    alpha: one for all edges or one for each, `auto` to search it layer by layer. quantile: which
+    share of a channel's magnitudes the input's maximum covers; 1 is the maximum itself.
+    """
+
+    alpha: Alpha | dict[Edge, Alpha] = 0.5
+    edges: tuple[Edge, ...] = ("norms", "up_down")
+    quantile: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _an_alpha_for_each_edge(self) -> Smoothing:
+        if isinstance(self.alpha, dict) and set(self.edges) - set(self.alpha):
+            missing = ", ".join(sorted(set(self.edges) - set(self.alpha)))
+            raise ValueError(f"alpha has no value for the edge {missing}")
+        return self
+
+    def alpha_of(self, edge: Edge | None) -> float | Literal["auto"]:
+        """The migration strength at an edge, or `auto`."""
+        if isinstance(self.alpha, dict):
+            assert edge is not None
+            return self.alpha[edge]
+        return self.alpha
+
+
+class Rotation(_Frozen):
+    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4)."""
+
+    residual: bool = True
+    value_output: bool = True
+    down: bool = True
+
+
+class KvCache(_Frozen):
+    """How keys and values are held: asymmetric codes, a scale and an offset a group of one head.
+
+    group_size: numbers that share them; `head` is all; `auto` all at 8 bits, and 32, or what else
+    divides a head, at 4. rotate_keys: rotate queries and keys after their position embedding (R3),
+    online; `auto` does so at 4 bits. float_tokens: the first tokens of a sequence, so many, stay in
+    float beside their codes.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: int | Literal["head", "auto"] = "auto"
+    rotate_keys: bool | Literal["auto"] = "auto"
+    float_tokens: int = Field(0, ge=0)
+
+
+class RuntimeSmoothing(_Frozen):
+    """Runtime smoothing: where its scale comes from.
+
+    scope: `live`, the maximum over the sequence at hand (the paper's; not causal); `calibrated`,
+    fixed per channel; `token`, each token's own group maxima as integer multipliers.
+    group_size: channels that share a scale in `live` and `token`; 1 in `live` is one a channel.
+    normalise: divide each token by its maximum first, so that all tokens weigh alike.
+    """
+
+    scope: Scope = "token"
+    group_size: GroupSize = 16
+    normalise: bool = False
+
+
+class Gptq(_Frozen):
+    """GPTQ's settings: columns a block, damping as a share of the mean diagonal, column order.
+
+    least_tokens: an expert that fewer tokens reach is rounded to nearest.
+    """
+
+    block_size: int = Field(128, ge=1)
+    damping: float = Field(0.01, gt=0)
+    activation_order: bool = True
+    least_tokens: int = Field(128, ge=1)
+
+
+class Tuning(_Frozen):
+    """Block-wise tuning after rounding: steps a block, one micro-batch of calibration text each.
+
+    code_rate: how far a step moves what a code is rounded from, in codes. scale_rate: how far it
+    moves a scale, as a share of it. Both fall linearly to zero.
+    """
+
+    steps: int = Field(32, ge=1)
+    code_rate: float = Field(0.02, gt=0)
+    scale_rate: float = Field(1e-3, ge=0)
+
+
+class Calibration(_Frozen):
+    """Which text to calibrate on: a data set, a local file or `builtin`, and how much of it."""
+
+    source: str = "wikitext2"
+    split: str | None = None
+    text_column: str | None = None
+    samples: int = Field(32, ge=1)
+    sequence_length: int = Field(1024, ge=2)
+
+
+class Override(_Frozen):
+    """Other number formats for some linears. match: a pattern of full module names, as in a shell.
+
+    weights, activations: sections in place of the recipe's, whole. Activations of an override are
+    not smoothed at run time unless it says so. All linears that read one tensor need the same
+    activations.
+    """
+
+    match: str
+    weights: Weights | None = None
+    activations: Activations | None = None
+    runtime_smoothing: RuntimeSmoothing | None = None
+
+
+class Recipe(_Frozen):
+    """A whole quantization: number formats, transforms, rounding, calibration, seed.
+
+    keep: patterns of full module names that stay in float. overrides: other formats for some, the
+    first that matches counts. embeddings: bits of embedding and head; 8 is one scale a row.
+    attention: the product of queries and keys in float, or in int8 with a scale a head and token;
+    `int8-centred` takes the keys' mean over the tokens away first. It and kv_cache act on the
+    finished model; calibration runs with float attention. dtype: of everything that stays float in
+    the checkpoint; `auto` is the dtype that the model's config names.
+    """
+
+    name: str = "custom"
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    smoothing: Smoothing | None = None
+    rotation: Rotation | None = None
+    runtime_smoothing: RuntimeSmoothing | None = None
+    kv_cache: KvCache | None = None
+    attention: Attention = "float"
+    gptq: Gptq = Gptq()
+    tuning: Tuning | None = None
+    calibration: Calibration = Calibration()
+    keep: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    embeddings: Literal[8, 16] = 16
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        a, w, smooth = self.activations, self.weights, self.runtime_smoothing
+        if a.static and a.granularity != "tensor":
+            raise ValueError("static activations need granularity 'tensor'")
+        if a.full_range and (a.granularity != "token" or smooth):
+            raise ValueError("full_range is of one scale a token; a token's groups have it always")
+        if a.bits == FLOAT_BITS and (smooth or a.static):
+            raise ValueError("runtime smoothing and static scales need activations of ≤ 8 bits")
+        if w.group_scale == "multiplier" and (w.granularity != "group" or w.bits != 4):
+            raise ValueError("group_scale 'multiplier' needs 4-bit weights in groups")
+        if not w.symmetric and a.bits != FLOAT_BITS:
+            raise ValueError("weights with zero points need float activations: --a-bits 16")
+        if not w.symmetric and (
+            w.group_scale == "multiplier" or w.full_range or w.granularity == "tensor"
+        ):
+            raise ValueError("zero points go with positive float scales per channel or group")
+        if self.tuning is not None and w.granularity == "tensor":
+            raise ValueError("tuning learns a scale a row: it needs weights per channel or group")
+        if smooth is None:
+            return self
+        if a.granularity != "token":
+            raise ValueError("runtime smoothing needs activations quantized per token")
+        integer = smooth.scope != "live" or smooth.group_size == 1
+        if integer and a.bits > MULTIPLIED_BITS:
+            raise ValueError(
+                f"runtime smoothing by integer multipliers has no room beside {a.bits}-bit codes;"
+                " use --a-bits 4, or --smooth-scope live with groups"
+            )
+        if smooth.scope == "live" and w.granularity == "group" and w.group_scale == "float":
+            raise ValueError(
+                "live runtime smoothing reorders the channels, which breaks float weight groups;"
+                " use per-channel weights or group_scale 'multiplier'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_attention(self) -> Recipe:
+        cache, attention = self.kv_cache, self.attention
+        if cache is None or attention == "float":
+            return self
+        if attention == "int8-centred":
+            raise ValueError("the keys of a kv_cache are codes already; use attention 'int8'")
+        if cache.group_size not in ("head", "auto") or cache.float_tokens:
+            raise ValueError(
+                f"attention '{attention}' needs a kv_cache of one group a head, first tokens"
+                " included: group_size 'head', float_tokens 0"
+            )
+        return self
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether keys, values or their products are quantized."""
+        return self.kv_cache is not None or self.attention != "float"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the recipe looks at calibration text at all."""
+        return (
+            self.smoothing is not None
+            or self.tuning is not None
+            or self.weights.rounding == "gptq"
+            or self.activations.static
+            or (self.runtime_smoothing is not None and self.runtime_smoothing.scope == "calibrated")
+        )
+
+    @property
+    def sees_quantized(self) -> bool:
+        """Whether calibration must see the activations of the blocks already quantized.
+
+        SmoothQuant's maxima are those of the float model, as in the paper.
+        """
+        return self.edit(smoothing=None).calibrates
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's result never depends on later tokens, padding or the batch."""
+        per_tensor = self.activations.granularity == "tensor" and not self.activations.static
+        live = self.runtime_smoothing is not None and self.runtime_smoothing.scope == "live"
+        if self.attention == "int8-centred":
+            return False
+        return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
+
+    def of(self, module: str) -> Recipe:
+        """The recipe of one linear, by its full name: this one, or the first override that matches.
+
+        Raises RecipeError where an override's sections do not go together.
+        """
+        override = self.override(module)
+        if override is None:
+            return self
+        values: dict[str, Any] = {"overrides": ()}
+        if override.weights is not None:
+            values["weights"] = override.weights.model_dump()
+        if override.activations is not None:
+            smooth = override.runtime_smoothing
+            values["activations"] = override.activations.model_dump()
+            values["runtime_smoothing"] = smooth and smooth.model_dump()
+        return self.edit(**values)
+
+    def override(self, module: str) -> Override | None:
+        """The first override that matches a linear, by its full name."""
+        matching = (each for each in self.overrides if fnmatchcase(module, each.match))
+        return next(matching, None)
+
+    @property
+    def names_modules(self) -> bool:
+        """Whether linears may differ by their names."""
+        return bool(self.keep or self.overrides)
+
+    def keeps(self, module: str) -> bool:
+        """Whether a linear, by its full name, stays in float."""
+        return any(fnmatchcase(module, pattern) for pattern in self.keep)
+
+    def edit(self, **fields: Any) -> Recipe:
+        """A copy with fields replaced; `section__field=value` reaches into a section.
+
+        A dict for a section that is there replaces those of its fields that the dict names.
+        Raises RecipeError for an unknown field or a value that does not fit.
+        """
+        values: dict[str, Any] = self.model_dump()
+        for path, value in fields.items():
+            *sections, leaf = path.split("__")
+            target: Any = values
+            for section in sections:
+                target = target.get(section)
+                if target is None:
+                    raise RecipeError(
+                        f"recipe '{self.name}' has no {section.replace('_', ' ')} to set {leaf} of"
+                    )
+            merges = not sections and isinstance(value, dict) and isinstance(target.get(leaf), dict)
+            target[leaf] = target[leaf] | value if merges else value
+        return validated(values)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def validated(values: Any) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"recipe: {where + ': ' if where else ''}{message}") from error
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe in a checkpoint's config. Raises RecipeError naming the field at fault."""
+    return validated(values)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML file. Raises RecipeError naming the file or the field at fault."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} is not a mapping of fields; see Recipe.to_yaml()")
+    return validated(values)

@@ -1,0 +1,188 @@
+"""What a finished quantization says of itself: the closing figures and the model card."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.source import families_of
+from ..plan.plan import Bits, Plan
+from ..recipe.recipe import FLOAT_BITS, Recipe
+from .results import Needs, Price, as_text
+
+if TYPE_CHECKING:
+    from .results import Exported, Result
+
+LOADING, RECIPE = "## Load it", "## Recipe"  # headings of a model card
+
+W4A8_HINT = (
+    "Without INT4 tensor-core instructions (CPUs, Hopper and later, Triton anywhere) these 4-bit "
+    "activations run as int8 operands: the products cost what W4A8's cost, and W4A8 is far more "
+    "accurate. To make it: smoothq quantize {model} --w4a8 -o OUT"
+)
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """The closing figures as plain data, for `--json` and for scripts."""
+    return _figures(result, result.name, result.bytes_before, result.bytes_after) | {
+        "seconds": round(result.seconds, 1),
+        "peak_memory_bytes": result.peak_memory,
+        "repeated": result.repeated,
+    }
+
+
+def rows(result: Result) -> list[tuple[str, str]]:
+    """The closing table: label and value."""
+    return [
+        *_rows(result.recipe, result.bits, result.bytes_before, result.bytes_after),
+        ("time", as_text(result.seconds)),
+        ("peak memory, libraries included", f"{result.peak_memory / 1e9:.2f} GB"),
+    ]
+
+
+def plan_as_dict(
+    model: str, before: int, plan: Plan, estimate: Price, needs: Needs
+) -> dict[str, Any]:
+    """What a recipe would come to, as plain data. before: bytes of the model as it is."""
+    return _figures(plan, model, before, plan.total_bytes) | {
+        "estimated_seconds": round(estimate.seconds, 1),
+        "estimated_memory_bytes": needs.memory,
+        "estimated_disk_bytes": needs.disk,
+    }
+
+
+def plan_rows(before: int, plan: Plan, estimate: Price, needs: Needs) -> list[tuple[str, str]]:
+    """The table of what a recipe would come to: label and value."""
+    return [
+        *_rows(plan.recipe, plan.bits, before, plan.total_bytes),
+        ("time, estimated for this machine", as_text(estimate.seconds)),
+        ("memory and disk, estimated", needs_text(needs)),
+    ]
+
+
+def needs_text(needs: Needs) -> str:
+    """What a run takes, as one would say it."""
+    where = ", hidden states on the disk" if needs.states_on_disk else ""
+    return f"{needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk{where}"
+
+
+def activation_bits(bits: Bits, code_bits: int) -> str:
+    """Bits an activation in prefill, and in decode where they differ. code_bits: the recipe's."""
+    if code_bits == FLOAT_BITS:
+        return "16 (float)"
+    text = f"{bits.activation:.2f}"
+    if abs(bits.activation_decode - bits.activation) >= 0.005:
+        text += f", one-token decode {bits.activation_decode:.2f}"
+    return text
+
+
+def _figures(made: Result | Plan, model: str, before: int, after: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "recipe": made.recipe.model_dump(mode="json"),
+        "bits": {name: round(value, 4) for name, value in asdict(made.bits).items()},
+        "bytes_before": before,
+        "bytes_after": after,
+        "linear_bytes": made.linear_bytes,
+        "causal": made.recipe.causal,
+        "notes": list(made.notes),
+    }
+
+
+def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str, str]]:
+    cached = [("bits per cached key and value, scales counted", f"{bits.cached:.2f}")]
+    return [
+        ("method", recipe.name),
+        ("bits per weight, scales counted", f"{bits.weight:.2f}"),
+        ("bits per activation, scales counted", activation_bits(bits, recipe.activations.bits)),
+        *(cached if recipe.kv_cache is not None else []),
+        ("size", f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before:.2f} times)"),
+    ]
+
+
+def remarks(made: Result | Plan, model: str) -> list[str]:
+    """What the user should know beside the figures, one line each."""
+    lines = list(made.notes)
+    if not made.recipe.causal:
+        lines.append(
+            "This recipe is not causal: later tokens, padding and chunking change earlier logits. "
+            "It reproduces a paper; do not serve it."
+        )
+    if made.recipe.activations.bits == 4:
+        lines.append(W4A8_HINT.format(model=model))
+    return lines
+
+
+def model_card(result: Result) -> str:
+    """The README.md of a quantized checkpoint."""
+    # Neither time nor memory: a model is the same however long it took to make.
+    figures = _rows(result.recipe, result.bits, result.bytes_before, result.bytes_after)
+    table = "\n".join(f"| {label} | {value} |" for label, value in figures)
+    notes = "\n".join(f"- {line}" for line in remarks(result, result.name))
+    return f"""---
+library_name: transformers
+base_model: {result.name}
+tags:
+- smoothq
+- quantized
+---
+
+# {result.name}, quantized with smoothq
+
+| | |
+|---|---|
+{table}
+
+{notes}
+
+{LOADING}
+
+```python
+import smoothq  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+{RECIPE}
+
+```yaml
+{result.recipe.to_yaml()}```
+"""
+
+
+def export_rows(exported: Exported) -> list[tuple[str, str]]:
+    """The closing table of an export: label and value."""
+    size = f"{exported.bytes_before / 1e6:.1f} MB → {exported.bytes_after / 1e6:.1f} MB"
+    if exported.added_bytes:
+        size += f", {exported.added_bytes / 1e6:.1f} MB of them a head of its own"
+    schemes = ", ".join(f"{name}: {count}" for name, count in exported.schemes.items())
+    rows = [("linears", schemes), ("size", size)]
+    if exported.left_out:
+        names = families_of(exported.left_out)
+        rows.append(("left out, for what it reads is rotated", f"{names}"))
+    return [*rows, ("time", as_text(exported.seconds))]
+
+
+def served_card(card: str, exported: Exported) -> str:
+    """The README.md of an export. card: that of the checkpoint it was made from."""
+    figures = "\n".join(f"- {label}: {value}" for label, value in export_rows(exported)[:-1])
+    before, _, rest = card.partition(LOADING)
+    _, _, recipe = rest.partition(RECIPE)
+    return f"""{before}{LOADING}
+
+In the compressed-tensors format, written by smoothq, which is not needed to read it:
+
+{figures}
+
+```python
+from transformers import AutoModelForCausalLM  # with: pip install compressed-tensors
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+```sh
+vllm serve PATH
+```
+
+{RECIPE}{recipe}"""

@@ -1,0 +1,108 @@
+"""Each package imports only packages that stand below it; the kernels know nothing of smoothq."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LAYERS = [  # from the ground up; names on one line do not import one another
+    {"errors", "progress", "version", "compat", "moved"},
+    {"recipe", "architectures", "runtime", "data"},
+    {"transforms", "rounding", "checkpoint"},
+    {"modules"},
+    {"discovery"},
+    {"plan"},
+    {"report", "verify"},
+    {"evaluation"},
+    {"pipeline", "integrations", "hub"},
+    {"export", "inspection"},
+    {"api"},
+    {"advisor"},
+    {"cli", "lm_eval"},
+    {"__main__"},
+]
+FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
+ROOT = Path(__file__).parent.parent / "smoothq"
+KERNELS = ROOT.parent / "kernels"
+
+
+def imported(file: Path, root: Path):
+    """(dotted path below the root, line) of each import of the project's own, also in strings."""
+    package = file.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) + 1 - node.level]
+            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                yield (*base, *name.split(".")), node.lineno
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "smoothq":
+            below = node.module.split(".")[1:]
+            for name in [below] if below else [[alias.name] for alias in node.names]:
+                yield tuple(name), node.lineno
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("smoothq."):
+                    yield tuple(alias.name.split(".")[1:]), node.lineno
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("smoothq.")
+            and node.value.replace(".", "").replace("_", "").isalnum()
+        ):
+            yield tuple(node.value.split(".")[1:]), node.lineno  # importlib, lazy names
+
+
+def test_packages_import_downwards():
+    wrong = []
+    for file in sorted(ROOT.rglob("*.py")):
+        own = file.relative_to(ROOT).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        if own not in FLOOR:
+            wrong.append(f"{file}: {own} stands on no floor")
+            continue
+        for path, line in imported(file, ROOT):
+            name = path[0]
+            if name not in ("kernels", own) and name in FLOOR and FLOOR[name] >= FLOOR[own]:
+                wrong.append(f"{file}:{line}: {own} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_know_nothing_of_smoothq():
+    wrong = [
+        f"{file}:{line}: {'.'.join(path)}"
+        for file in sorted(KERNELS.rglob("*.py"))
+        for path, line in imported(file, KERNELS)
+        if not (KERNELS / path[0]).exists()
+        and not (KERNELS / f"{path[0]}.py").exists()
+        and path[0] != "kernels"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "package", sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").exists())
+)
+def test_no_circle_within_a_package(package):
+    edges = {}
+    for file in (ROOT / package).rglob("*.py"):
+        here = file.relative_to(ROOT).with_suffix("").parts
+        if here[-1] != "__init__":
+            edges[here] = {
+                path[: len(path) - cut]
+                for path, _ in imported(file, ROOT)
+                for cut in (0, 1)
+                if path[0] == package
+            } - {here}
+    done: set[tuple[str, ...]] = set()
+
+    def visit(node, trail):
+        assert node not in trail, " -> ".join(
+            ".".join(step) for step in (*trail[trail.index(node) :], node)
+        )
+        if node not in done:
+            for following in edges.get(node, ()):
+                visit(following, (*trail, node))
+            done.add(node)
+
+    for node in edges:
+        visit(node, ())
