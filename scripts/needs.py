@@ -28,10 +28,9 @@ from rich.console import Console
 from smoothq import Recipe, preset
 from smoothq.checkpoint.source import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.pipeline.estimate import needs_of, price
+from smoothq.pipeline.estimate import estimate_resources, estimate_time
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
-from smoothq.report.results import as_text
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "needs.json"
@@ -92,13 +91,13 @@ def computed(shapes: Shapes, recipe: str) -> dict[str, float]:
     """What a run says of itself before it starts."""
     model = skeleton(config_of(shapes, None), torch.bfloat16)
     plan = make_plan(model, RECIPES[recipe])
-    needs = needs_of(plan)
+    needs = estimate_resources(plan)
     return {
         "before": sum(parameter.nbytes for parameter in model.parameters()),
         "after": plan.total_bytes,
         "memory": needs.memory,
         "disk": needs.disk,
-        "seconds": price(plan, torch.device("cpu")).seconds,
+        "seconds": estimate_time(plan, torch.device("cpu")).seconds,
     }
 
 
@@ -120,7 +119,7 @@ def keep(shapes: Shapes, recipe: str, how: str, figures: dict[str, float]) -> No
 def row(model: str, recipe: str, how: str, figures: dict[str, float]) -> str:
     """A line of the table."""
     sizes = [f"{figures[key] / 1e9:.2f}" for key in ("before", "after", "memory", "disk")]
-    return f"| {' | '.join([model, recipe, *sizes, as_text(figures['seconds']), how])} |"
+    return f"| {' | '.join([model, recipe, *sizes, duration_text(figures['seconds']), how])} |"
 
 
 @app.command()

@@ -144,7 +144,7 @@ def check(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import smoothq
-    from smoothq.advisor.vllm_kernels import served
+    from smoothq.advisor.vllm_kernels import layer_kernels
     from smoothq.checkpoint.source import read_config, skeleton_of
     from smoothq.data.text import TextSource, evaluation_tokens
 
@@ -203,7 +203,7 @@ def check(arguments: argparse.Namespace) -> None:
                 continue
             config = read_config(str(directory))
             empty = skeleton_of(config, str(directory))
-            found = served(empty, config.quantization_config)
+            found = layer_kernels(empty, config.quantization_config)
             named = {str(each.kernels["CPU"]) for each in found}
             verdict = "as logged" if named == server.kernels() else f"logged: {server.kernels()}"
             print(f"  kernels by smoothq plan: {', '.join(sorted(named))} ({verdict})")

@@ -8,6 +8,7 @@ imported when it is first asked for.
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from . import moved
 from .integrations.register import register
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from .recipe.presets import preset as preset
     from .recipe.recipe import Recipe as Recipe
     from .recipe.recipe import load_recipe as load_recipe
-    from .report.results import Exported as Exported
+    from .report.results import ExportResult as ExportResult
 
 _HOMES = {
     "BlockDone": "pipeline.monitor",
     "Evaluation": "evaluation.evaluate",
-    "Exported": "report.results",
+    "ExportResult": "report.results",
+    "ExportResult": "report.results",
     "Perplexity": "evaluation.perplexity",
     "Probe": "pipeline.monitor",
     "Recipe": "recipe.recipe",
@@ -51,8 +53,11 @@ __all__ = [*sorted([*_HOMES, "__version__", "export"])]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    current = name if name in _HOMES else moved.NAMES.get(name)
+    if current in _HOMES:
+        if current != name:
+            warn(f"smoothq.{name} is now smoothq.{current}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(f".{_HOMES[current]}", __name__), current)
     if name == "export":
         return import_module(".export", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from .pipeline.monitor import Probe
 from .pipeline.run import OnBlock, quantize_checkpoint
 from .progress import Progress
 from .recipe.recipe import Recipe
-from .runtime.process import building, settled
+from .runtime.process import build_lock, default_modes
 
 log = logging.getLogger("smoothq")
 
@@ -70,7 +70,7 @@ def quantize(
         )
         for note in source.notes:
             log.warning("%s: %s", source.name, note)
-        with building, settled():
+        with build_lock, default_modes():
             return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     if output is not None:

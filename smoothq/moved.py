@@ -62,6 +62,38 @@ MODULES: dict[str, tuple[str, ...]] = {
         *("mixtral", "olmo2", "opt", "phi3", "qwen_moe", "refused"),
     )
 }
+# Their names → what these are called now.
+NAMES = {
+    "Checked": "VerifyResult",
+    "Contender": "ModelMeasurement",
+    "Exported": "ExportResult",
+    "FoldedCheckpoint": "ExportReader",
+    "Identity": "RunKey",
+    "ModelEnd": "ModelTail",
+    "Needs": "ResourceEstimate",
+    "Obstacle": "ExportBlocker",
+    "Outlook": "PlanAdvice",
+    "Output": "SharedWriter",
+    "Price": "TimeEstimate",
+    "Probing": "PerplexityMonitor",
+    "Result": "QuantizeResult",
+    "Served": "LayerKernel",
+    "Surroundings": "Environment",
+    "Unit": "SiteSensitivity",
+    "as_text": "duration_text",
+    "building": "build_lock",
+    "close_block": "restore_block",
+    "infer_family": "discover_family",
+    "needs_of": "estimate_resources",
+    "obstacles": "export_blockers",
+    "open_block": "linearize_block",
+    "outlook": "advise",
+    "price": "estimate_time",
+    "refuse_obstacles": "refuse_blockers",
+    "servable": "make_exportable",
+    "served": "layer_kernels",
+    "settled": "default_modes",
+}
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -73,16 +105,17 @@ def names_of(module: str, *homes: str) -> Callable[[str], Any]:
         homes: modules below this package, in the order in which they are asked.
     """
 
-    def found(name: str) -> Any:
-        if not name.startswith("__"):
-            for home in homes:
-                if hasattr(there := import_module(f"{_PACKAGE}.{home}"), name):
-                    message = f"{module}.{name} is now {_PACKAGE}.{home}.{name}"
-                    warnings.warn(message, DeprecationWarning, stacklevel=3)
-                    return getattr(there, name)
+    def moved(name: str) -> Any:
+        for home in () if name.startswith("__") else homes:
+            source = import_module(f"{_PACKAGE}.{home}")
+            current = name if hasattr(source, name) else NAMES.get(name, name)
+            if hasattr(source, current):
+                message = f"{module}.{name} is now {_PACKAGE}.{home}.{current}"
+                warnings.warn(message, DeprecationWarning, stacklevel=3)
+                return getattr(source, current)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
-    return found
+    return moved
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -27,7 +27,7 @@ from .plan.install import install
 
 
 @dataclass(frozen=True)
-class Checked:
+class VerifyResult:
     """What was found whole: tensors, their bytes, and other files."""
 
     tensors: int
@@ -37,7 +37,7 @@ class Checked:
 
 def verify_checkpoint(
     directory: Path, progress: Callable[[int, int, str], None] | None = None
-) -> Checked:
+) -> VerifyResult:
     """Read a whole checkpoint and compare it with its manifest, its config and its number formats.
 
     Raises CheckpointError naming the first file or tensor that is missing, foreign or changed;
@@ -78,7 +78,7 @@ def verify_checkpoint(
         if not sane:
             raise CheckpointError(f"{directory}: tensor '{tensor_name}' has impossible values")
         total += tensor.nbytes
-    return Checked(len(files), total, len(manifest.files))
+    return VerifyResult(len(files), total, len(manifest.files))
 
 
 def _empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:

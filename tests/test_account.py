@@ -356,13 +356,13 @@ class TestTheAccount:
     def test_a_tensor_that_is_not_written_keeps_the_output_from_being_placed(
         self, llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        add = output_module.Output.add
+        add = output_module.SharedWriter.add
 
         def forgetful(self: Any, tensors: dict[str, Tensor]) -> None:
             forgotten = "model.layers.1.input_layernorm.weight"
             add(self, {name: t for name, t in tensors.items() if name != forgotten})
 
-        monkeypatch.setattr(output_module.Output, "add", forgetful)
+        monkeypatch.setattr(output_module.SharedWriter, "add", forgetful)
         with pytest.raises(OutputError, match=r"layers\.1\.input_layernorm\.weight.*written none"):
             quantize(llama, RTN, output=llama.parent / "out", check=False)
         assert not (llama.parent / "out").exists()

@@ -83,7 +83,7 @@ def write(path: Path, text: str) -> TextSource:
     return TextSource(str(path))
 
 
-def as_text(tokenizer: PreTrainedTokenizerFast, tokens: torch.Tensor) -> str:
+def duration_text(tokenizer: PreTrainedTokenizerFast, tokens: torch.Tensor) -> str:
     return str(tokenizer.decode(tokens))
 
 
@@ -145,7 +145,7 @@ def test_streamed_documents_are_read_only_as_far_as_needed(hub, plain) -> None:
 def test_c4_evaluation_is_the_first_documents_joined_with_spaces(hub, plain) -> None:
     hub({"text": f"{index:04d}"} for index in count())
     tokens = evaluation_tokens(plain, TextSource("c4"))
-    assert as_text(plain, tokens[0]) == " ".join(f"{index:04d}" for index in range(1100))
+    assert duration_text(plain, tokens[0]) == " ".join(f"{index:04d}" for index in range(1100))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_text_file_is_one_text_as_it_stands(tmp_path, tokenizer, plain, suffix) 
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [tokenizer(text, verbose=False)["input_ids"]]
     window = calibration_tokens(plain, source, samples=1, sequence_length=len(text), seed=0)
-    assert as_text(plain, window[0]) == text
+    assert duration_text(plain, window[0]) == text
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -313,7 +313,7 @@ def digits(tmp_path: Path) -> TextSource:
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, tokens: torch.Tensor) -> list[str]:
-    return [as_text(tokenizer, window) for window in tokens]
+    return [duration_text(tokenizer, window) for window in tokens]
 
 
 def test_windows_are_distinct_and_set_by_the_seed(digits, plain) -> None:
@@ -368,22 +368,22 @@ def test_special_tokens_only_at_the_beginning(hub, single) -> None:
     assert (tokens == EOS).sum() == 0
     hub([{"text": "ab"}, {"text": "cd"}])
     joined = evaluation_tokens(tokenizer, TextSource("wikitext2"))
-    assert as_text(tokenizer, joined[0]) == "<s>" * begins + "ab\n\ncd"
+    assert duration_text(tokenizer, joined[0]) == "<s>" * begins + "ab\n\ncd"
 
 
 def test_running_text_is_joined_with_blank_lines(hub, plain) -> None:
     hub([{"text": " = a = "}, {"text": ""}, {"text": "b"}])
     text = " = a = \n\n\n\nb"
     for name in ("wikitext2", "ptb"):
-        assert as_text(plain, evaluation_tokens(plain, TextSource(name))[0]) == text
+        assert duration_text(plain, evaluation_tokens(plain, TextSource(name))[0]) == text
         window = calibration_tokens(plain, TextSource(name), 1, len(text), seed=0)
-        assert as_text(plain, window[0]) == text
+        assert duration_text(plain, window[0]) == text
 
 
 def test_documents_are_put_end_to_end(hub, plain) -> None:
     hub([{"text": "ab"}, {"text": None}, {"text": "cd"}])
     window = calibration_tokens(plain, TextSource("someone/texts"), 1, 4, seed=0)
-    assert as_text(plain, window[0]) == "abcd"
+    assert duration_text(plain, window[0]) == "abcd"
 
 
 def test_long_text_gives_no_length_warning(digits, tokenizer, caplog) -> None:

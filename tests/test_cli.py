@@ -380,8 +380,8 @@ def workplace(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Iterator[str]:
     """The URL of a local hub."""
-    with fake_hub.serving(tmp_path_factory.mktemp("hub")) as served:
-        yield served.url
+    with fake_hub.serving(tmp_path_factory.mktemp("hub")) as layer_kernels:
+        yield layer_kernels.url
 
 
 def _examples() -> list[str]:

@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from smoothq import Recipe, export, quantize
-from smoothq.advisor.vllm_kernels import kernel_of, remarks, served
+from smoothq.advisor.vllm_kernels import kernel_of, layer_kernels, remarks
 from smoothq.errors import CheckpointError, RecipeError
-from smoothq.export.reader import FoldedCheckpoint
+from smoothq.export.reader import ExportReader
 from smoothq.export.schemes import Scheme, pack_words, schemes_of
 from smoothq.kernels import highest_code
 from smoothq.modules import InputQuantizer, QuantizedLinear
-from smoothq.plan.portability import obstacles, reader_clip, servable
+from smoothq.plan.portability import export_blockers, make_exportable, reader_clip
 from smoothq.plan.resolve import make_plan
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
@@ -69,7 +69,7 @@ def made(tmp_path_factory, data) -> Callable[..., Made]:
     def of(wiring: str, form: str) -> Made:
         if (wiring, form) not in found:
             model = tiny_model(wiring, torch.float32)
-            recipe, _ = servable(model, FORMATS[form])
+            recipe, _ = make_exportable(model, FORMATS[form])
             out = place / f"{wiring} {form}"
             ours = quantize(model, recipe, data=data, output=out / "own")
             export(out / "own", out / "export")
@@ -204,7 +204,7 @@ def test_tied_embeddings_are_untied_where_a_rotation_folds_into_both(made) -> No
 def test_the_bytes_are_reported(tmp_path, data) -> None:
     model = tiny_model("llama", torch.float32)
     for name in ("W4A16 multipliers", "W8A8 channel"):
-        recipe, _ = servable(model, FORMATS[name])
+        recipe, _ = make_exportable(model, FORMATS[name])
         quantize(model, recipe, data=data, output=tmp_path / name)
         exported = export(tmp_path / name, tmp_path / f"{name} export")
         stored = load_file(tmp_path / f"{name} export" / "model.safetensors")
@@ -216,7 +216,7 @@ def test_the_bytes_are_reported(tmp_path, data) -> None:
 
 def test_no_float_copy_of_a_linear_is_made(made, monkeypatch) -> None:
     _, directory = made("llama-untied", "W8A8 channel")
-    folded = FoldedCheckpoint(directory.parent / "own", "a format")
+    folded = ExportReader(directory.parent / "own", "a format")
     for linear in folded.linears():
         assert linear.weight.codes.dtype == torch.int8
     floats = {each.name for each in folded.floats()}
@@ -288,10 +288,10 @@ def test_what_only_we_can_run_is_refused_with_what_to_take(tmp_path, data, case)
 def test_servable_takes_that_recipe(case) -> None:
     recipe, _, instead = REFUSED[case]
     model = tiny_model("llama", torch.float32)
-    found, changed = servable(model, recipe)
-    assert not obstacles(model, make_plan(model, found))
+    found, changed = make_exportable(model, recipe)
+    assert not export_blockers(model, make_plan(model, found))
     assert any(instead in line for line in changed)
-    assert servable(model, found) == (found, ())
+    assert make_exportable(model, found) == (found, ())
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,14 @@ def test_servable_takes_that_recipe(case) -> None:
 )
 def test_a_family_that_does_not_fit_is_named(wiring, what) -> None:
     model = tiny_model(wiring, torch.float32)
-    recipe, _ = servable(model, RECIPES["w4a16"])
-    assert any(what in str(each) for each in obstacles(model, make_plan(model, recipe)))
+    recipe, _ = make_exportable(model, RECIPES["w4a16"])
+    assert any(what in str(each) for each in export_blockers(model, make_plan(model, recipe)))
 
 
 @pytest.mark.parametrize("wiring", ["opt", "bloom", "gpt_neox", "gemma2", "olmo2"])
 def test_a_rotation_that_does_not_fold_is_left_out(wiring) -> None:
     model = tiny_model(wiring, torch.float32)
-    _, changed = servable(model, RECIPES["w4a16"])
+    _, changed = make_exportable(model, RECIPES["w4a16"])
     assert "rotation.residual: false" in changed
 
 
@@ -323,8 +323,8 @@ def test_linears_that_servers_merge_need_one_format() -> None:
             overrides=[{"match": "*.v_proj", "weights": {"bits": 8}}]
         ),
     ):
-        (obstacle,) = obstacles(model, make_plan(model, recipe))
-        assert "one matrix" in obstacle.what
+        (blocker,) = export_blockers(model, make_plan(model, recipe))
+        assert "one matrix" in blocker.what
 
 
 def test_an_export_is_loaded_without_smoothq(made, tmp_path) -> None:
@@ -410,7 +410,7 @@ def of_llama(scheme: Scheme) -> list[Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     group = {"targets": ["Linear"], **scheme.arguments()}
-    return served(model, {"ignore": [], "config_groups": {"group_0": group}})
+    return layer_kernels(model, {"ignore": [], "config_groups": {"group_0": group}})
 
 
 def test_what_reads_one_tensor_is_one_matrix_there() -> None:

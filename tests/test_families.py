@@ -49,11 +49,11 @@ from smoothq.architectures import (
     supported_model_types,
 )
 from smoothq.architectures.graph import takes_rotation, text_config
-from smoothq.architectures.linearize import close_block, open_block
+from smoothq.architectures.linearize import linearize_block, restore_block
 from smoothq.checkpoint.source import empty_model
 from smoothq.data.text import TextSource, evaluation_tokens
-from smoothq.discovery import equivalence as proof
-from smoothq.discovery.infer import infer_family, prove_family
+from smoothq.discovery import equivalence as equivalence
+from smoothq.discovery.infer import discover_family, prove_family
 from smoothq.errors import RecipeError, UnsupportedModelError
 from smoothq.evaluation.divergence import agreement
 from smoothq.modules import QuantizedLinear
@@ -96,13 +96,13 @@ def family_named(name: str) -> Family:
 
 def opened(name: str, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, Family]:
     model, family = tiny_model(name, dtype), family_named(name)
-    proof.open_blocks(model, family)
+    equivalence.open_blocks(model, family)
     return model, family
 
 
 def first_block(name: str) -> tuple[PreTrainedModel, nn.Module, BlockGraph]:
     model, family = opened(name)
-    return model, *next(proof.graphs(model, family))
+    return model, *next(equivalence.graphs(model, family))
 
 
 def all_refs(graph: BlockGraph) -> list[WeightRef]:
@@ -203,14 +203,14 @@ class TestOpening:
     def test_an_opened_model_computes_what_it_did_and_closes_again(self, name: str) -> None:
         model, family = tiny_model(name), family_named(name)
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        logits = proof.logits(model, TOKENS)
-        proof.open_blocks(model, family)
-        assert proof.deviation(proof.logits(model, TOKENS), logits) < 1e-14
+        logits = equivalence.logits(model, TOKENS)
+        equivalence.open_blocks(model, family)
+        assert equivalence.deviation(equivalence.logits(model, TOKENS), logits) < 1e-14
         stock = tiny_model(name, seed=1).get_submodule(family.parts(model).layers)
         for block, fresh in zip(
             model.get_submodule(family.parts(model).layers), stock, strict=True
         ):
-            close_block(block, fresh)
+            restore_block(block, fresh)
             assert type(block) is type(fresh)
         after = model.state_dict()
         assert list(after) == list(before)
@@ -220,7 +220,7 @@ class TestOpening:
         block = nn.ModuleDict({"fused": Conv1D(6, 4)}).requires_grad_(False)
         weight, x = block["fused"].weight.clone(), torch.randn(3, 4)
         expected = block["fused"](x)
-        open_block(block)
+        linearize_block(block)
         assert isinstance(block["fused"], nn.Linear)
         assert torch.equal(block["fused"].weight, weight.t())
         torch.testing.assert_close(block["fused"](x), expected)
@@ -229,20 +229,24 @@ class TestOpening:
 CLAIMS = [
     pytest.param(name, claim, id=f"{name}-{claim}".replace(" ", "-"))
     for name in TINY
-    for claim in (*proof.claims(*opened(name)), "all together")
+    for claim in (*equivalence.claims(*opened(name)), "all together")
 ]
 
 
 def rewritten(name: str, claim: str, dtype: torch.dtype) -> PreTrainedModel:
     model, family = opened(name, dtype)
-    rewrite = proof.everything if claim == "all together" else proof.claims(model, family)[claim]
+    rewrite = (
+        equivalence.everything
+        if claim == "all together"
+        else equivalence.claims(model, family)[claim]
+    )
     rewrite(model, family)
     return model
 
 
 @cache
 def original_logits(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    return proof.logits(tiny_model(name, dtype), TOKENS)
+    return equivalence.logits(tiny_model(name, dtype), TOKENS)
 
 
 def changed_names(model: PreTrainedModel, name: str) -> set[str]:
@@ -256,12 +260,14 @@ def changed_names(model: PreTrainedModel, name: str) -> set[str]:
 
 
 class TestTheFunctionIsKept:
-    @pytest.mark.parametrize("dtype", proof.TOLERANCE, ids=["float64", "float32"])
+    @pytest.mark.parametrize("dtype", equivalence.TOLERANCE, ids=["float64", "float32"])
     @pytest.mark.parametrize(("name", "claim"), CLAIMS)
     def test_logits_stay(self, name: str, claim: str, dtype: torch.dtype) -> None:
         model = rewritten(name, claim, dtype)
-        now = proof.logits(model, TOKENS)
-        assert proof.deviation(now, original_logits(name, dtype)) < proof.TOLERANCE[dtype]
+        now = equivalence.logits(model, TOKENS)
+        assert (
+            equivalence.deviation(now, original_logits(name, dtype)) < equivalence.TOLERANCE[dtype]
+        )
 
     @pytest.mark.parametrize(("name", "claim"), CLAIMS)
     def test_weights_change(self, name: str, claim: str) -> None:
@@ -279,25 +285,32 @@ class TestTheFunctionIsKept:
             kept = now.clone()
             now.copy_(original[parameter])
             assert (
-                proof.deviation(proof.logits(model, TOKENS), original_logits(name)) > VISIBLE / 10
+                equivalence.deviation(equivalence.logits(model, TOKENS), original_logits(name))
+                > VISIBLE / 10
             )
             now.copy_(kept)
 
     @pytest.mark.parametrize("name", [name for name in TINY if name not in POST_NORMS])
     def test_rotating_the_blocks_without_the_ends_is_seen(self, name: str) -> None:
         model, family = opened(name)
-        proof.fuse(model, family)
-        rotation = proof.Hadamard.of(text_config(model).hidden_size, 5, family.centred)
-        for block, graph in proof.graphs(model, family):
-            proof.rotate_residual(block, graph, rotation)
-        assert proof.deviation(proof.logits(model, TOKENS), original_logits(name)) > VISIBLE
+        equivalence.fuse(model, family)
+        rotation = equivalence.Hadamard.of(text_config(model).hidden_size, 5, family.centred)
+        for block, graph in equivalence.graphs(model, family):
+            equivalence.rotate_residual(block, graph, rotation)
+        assert (
+            equivalence.deviation(equivalence.logits(model, TOKENS), original_logits(name))
+            > VISIBLE
+        )
 
     @pytest.mark.parametrize("name", ["opt", "gpt2", "cohere"])
     def test_a_layer_norm_needs_a_rotation_that_keeps_the_mean(self, name: str) -> None:
         model, family = opened(name)
         loses = Family(**{**vars(family), "centred": False})
-        proof.rotate_stream(model, loses)
-        assert proof.deviation(proof.logits(model, TOKENS), original_logits(name)) > VISIBLE
+        equivalence.rotate_stream(model, loses)
+        assert (
+            equivalence.deviation(equivalence.logits(model, TOKENS), original_logits(name))
+            > VISIBLE
+        )
 
 
 def small(recipe: Recipe) -> Recipe:
@@ -312,15 +325,15 @@ def test_quantizes_saves_loads_and_generates(
 ) -> None:
     data = data.clamp(max=90)
     made = quantize(float_checkpoint(name), small(RECIPES[recipe]), data=data, output=tmp_path)
-    exact = proof.logits(tiny_model(name, torch.float32), TOKENS)
-    logits = proof.logits(made, TOKENS)
+    exact = equivalence.logits(tiny_model(name, torch.float32), TOKENS)
+    logits = equivalence.logits(made, TOKENS)
     bound = {"w8a8": 0.15, "w4a4": 0.9, "w4a4-rrs": 0.9}[recipe]
     assert (logits - exact).norm() < bound * exact.norm()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(proof.logits(loaded, TOKENS), logits)
+    assert torch.equal(equivalence.logits(loaded, TOKENS), logits)
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(proof.logits(again, TOKENS), logits)
+    assert torch.equal(equivalence.logits(again, TOKENS), logits)
     quantized = [m for m in again.modules() if isinstance(m, QuantizedLinear)]
     assert quantized
     prompt = TOKENS[:1, :5]
@@ -331,7 +344,7 @@ def test_quantizes_saves_loads_and_generates(
     assert [type(m) for m in stock.modules()] == [
         type(m) for m in tiny_model(name, torch.float32).modules()
     ]
-    assert (proof.logits(stock, TOKENS) - exact).norm() < bound * exact.norm()
+    assert (equivalence.logits(stock, TOKENS) - exact).norm() < bound * exact.norm()
 
 
 OWN_ATTENTION = {
@@ -356,11 +369,11 @@ def test_keys_and_values_are_quantized_or_refused_by_name(
         return
     plain = quantize(float_checkpoint(name), preset("w8a8", "rtn"))
     made = quantize(float_checkpoint(name), recipe, output=tmp_path)
-    logits, expected = proof.logits(made, TOKENS), proof.logits(plain, TOKENS)
+    logits, expected = equivalence.logits(made, TOKENS), equivalence.logits(plain, TOKENS)
     assert not torch.equal(logits, expected)
     assert (logits - expected).norm() < 0.15 * expected.norm()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(proof.logits(loaded, TOKENS), logits)
+    assert torch.equal(equivalence.logits(loaded, TOKENS), logits)
     output = loaded.generate(
         TOKENS[:, :9],
         max_new_tokens=3,
@@ -379,8 +392,11 @@ class TestExperts:
     def test_each_expert_is_a_lane_of_its_own_and_the_router_stays_float(self, name: str) -> None:
         *_, graph = first_block(name)
         site = next(site for site in graph.sites if site.routed)
-        assert len([lane for lane in site.lanes if "experts" in lane[0]]) == 4
-        assert {lane for lane in site.lanes if len(lane) > 1} <= {
+        assert (
+            len([token_group for token_group in site.token_groups if "experts" in token_group[0]])
+            == 4
+        )
+        assert {token_group for token_group in site.token_groups if len(token_group) > 1} <= {
             ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
         }
         assert site.float_readers
@@ -456,25 +472,28 @@ class TestInference:
     @pytest.mark.parametrize("name", TINY)
     def test_it_finds_what_the_file_says(self, name: str) -> None:
         model, written = opened(name)
-        found, _ = infer_family(TINY[name]())
+        found, _ = discover_family(TINY[name]())
         assert found.parts(model) == written.parts(model)
         for fact in ("centred", "returns_tuple", "flattens", "sums_at_entry"):
             assert getattr(found, fact) == getattr(written, fact)
         for (block, theirs), (_, ours) in zip(
-            proof.graphs(model, found), proof.graphs(model, written), strict=True
+            equivalence.graphs(model, found), equivalence.graphs(model, written), strict=True
         ):
             assert shape_of(theirs, block) == shape_of(ours, block)
 
     @pytest.mark.parametrize("name", REQUIRED)
     def test_what_it_finds_passes_the_same_transforms(self, name: str) -> None:
-        found, _ = infer_family(TINY[name]())
+        found, _ = discover_family(TINY[name]())
         model, written = opened(name)
-        assert proof.claims(model, found).keys() == proof.claims(model, written).keys()
-        for rewrite in (*proof.claims(model, found).values(), proof.everything):
+        assert equivalence.claims(model, found).keys() == equivalence.claims(model, written).keys()
+        for rewrite in (*equivalence.claims(model, found).values(), equivalence.everything):
             model, _ = opened(name)
             rewrite(model, found)
-            now = proof.logits(model, TOKENS)
-            assert proof.deviation(now, original_logits(name)) < proof.TOLERANCE[torch.float64]
+            now = equivalence.logits(model, TOKENS)
+            assert (
+                equivalence.deviation(now, original_logits(name))
+                < equivalence.TOLERANCE[torch.float64]
+            )
 
     @pytest.mark.parametrize("name", REQUIRED)
     def test_a_family_without_its_file_is_quantized_with_a_notice(
@@ -490,14 +509,14 @@ class TestInference:
         notices = [r.getMessage() for r in caplog.records if "has no file" in r.getMessage()]
         assert notices
         assert f"'{model_type}'" in notices[0]
-        assert torch.equal(proof.logits(made, TOKENS), proof.logits(expected, TOKENS))
+        assert torch.equal(equivalence.logits(made, TOKENS), equivalence.logits(expected, TOKENS))
 
     def test_it_refuses_what_it_cannot_explain(self) -> None:
         config = Qwen3NextConfig(
             vocab_size=97, hidden_size=64, num_hidden_layers=4, intermediate_size=80, num_experts=4
         )
         with pytest.raises(UnsupportedModelError, match=r"qwen3_next.*cannot be found"):
-            infer_family(config)
+            discover_family(config)
 
 
 STRAY = ("head_dim", "num_key_value_heads", "num_kv_heads", "kv_channels", "intermediate_size")
@@ -539,7 +558,7 @@ class TestConfigFieldsThatAModelDoesNotUse:
 def test_fields_that_a_model_does_not_use_mislead_no_experiment(name: str) -> None:
     told = with_unused(TINY[name](), dict.fromkeys(STRAY, 2))
     _, block, graph = first_block(name)
-    found, _ = infer_family(told)
+    found, _ = discover_family(told)
     theirs = found.graph(told.get_text_config(decoder=True), 0, block)
     assert shape_of(theirs, block) == shape_of(graph, block)
 
@@ -555,7 +574,7 @@ def test_a_config_that_no_reading_makes_fit_its_model_is_refused_by_name() -> No
 class TestRefusals:
     def test_an_unknown_type_that_inference_cannot_take_is_one_error(self) -> None:
         with pytest.raises(UnsupportedModelError, match="'clip' is no causal LM"):
-            infer_family(CLIPConfig())
+            discover_family(CLIPConfig())
 
     @pytest.mark.parametrize(
         ("config", "reason"),
@@ -619,7 +638,7 @@ class TestSite:
         routed = tuple(WeightRef(f"experts.{i}.weight", routed=True) for i in range(2))
         shared = WeightRef("gate.weight"), WeightRef("up.weight")
         site = Site("both", "stream", (*shared, *routed), None)
-        assert site.lanes == (("gate", "up"), ("experts.0",), ("experts.1",))
+        assert site.token_groups == (("gate", "up"), ("experts.0",), ("experts.1",))
 
     def test_a_stream_takes_a_rotation_where_every_block_has_writers(self) -> None:
         site = Site("down", "inner", (self.reader,), None)
@@ -659,7 +678,7 @@ def with_outliers(model: PreTrainedModel) -> None:
     """Make 1% of every norm's channels up to 64 times larger, exactly undone in its readers."""
     generator = torch.Generator().manual_seed(0)
     family = family_of(model.config)
-    for block, graph in proof.graphs(model, family):
+    for block, graph in equivalence.graphs(model, family):
         for site in graph.sites:
             if isinstance(site.producer, Norm):
                 norm = block.get_parameter(site.producer.weight)

@@ -43,8 +43,8 @@ from smoothq.errors import (
 )
 from smoothq.export.gguf import export_gguf
 from smoothq.export.gguf_tensors import blocks, lost_scales, vocabulary
-from smoothq.export.reader import FoldedCheckpoint
-from smoothq.plan.portability import servable
+from smoothq.export.reader import ExportReader
+from smoothq.plan.portability import make_exportable
 from smoothq.rounding.grid import QuantizedWeight, Scales
 
 VOCABULARY = 320
@@ -163,7 +163,7 @@ def exported(
     def of(name: str, recipe: str) -> tuple[Path, Path]:
         if (name, recipe) not in made:
             root, source = tmp_path_factory.mktemp("exported"), float_model(name)
-            wanted, _ = servable(skeleton_of(read_config(str(source)), ""), RECIPES[recipe])
+            wanted, _ = make_exportable(skeleton_of(read_config(str(source)), ""), RECIPES[recipe])
             data = torch.randint(0, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(5))
             quantize(source, wanted, data=data, output=root / "ours")
             done = export_gguf(root / "ours", root / "model.gguf")
@@ -231,7 +231,7 @@ def test_transformers_reads_the_model_that_was_quantized(exported, name, recipe)
     directory, path = exported(name, recipe)
     found = read_back(path)
     weights = found.state_dict()
-    for linear in FoldedCheckpoint(directory, "GGUF").linears():
+    for linear in ExportReader(directory, "GGUF").linears():
         expected = linear.weight.dequantize()
         # An offset of up to 16 codes is rounded too.
         loose = 0.01 * linear.weight.scales.step(torch.float32).abs().max().item()
@@ -251,7 +251,7 @@ def test_the_file_has_our_very_codes_scales_and_biases(exported, name, recipe) -
     directory, path = exported(name, recipe)
     tensors = {tensor.name: tensor for tensor in read(path).tensors}
     some_negative = False
-    for linear in FoldedCheckpoint(directory, "GGUF").linears():
+    for linear in ExportReader(directory, "GGUF").linears():
         codes, scales = decode(tensors[f"{name_of(linear.name)}.weight"])
         bias = None if linear.bias is None else tensors[f"{name_of(linear.name)}.bias"].data
         heads = {"q_proj": 4, "k_proj": 2}.get(linear.name.split(".")[-1])

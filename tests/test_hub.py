@@ -65,9 +65,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """An empty hub, which this process's client asks."""
     root = tmp_path / "hub"
     root.mkdir()
-    with serving(root) as served:
-        connect(monkeypatch, served.url, tmp_path / "cache")
-        yield served
+    with serving(root) as layer_kernels:
+        connect(monkeypatch, layer_kernels.url, tmp_path / "cache")
+        yield layer_kernels
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothq import preset, quantize
-from smoothq.discovery import equivalence as proof
+from smoothq.discovery import equivalence as equivalence
 from smoothq.errors import RecipeError
 from smoothq.modules import QuantizedEmbedding, QuantizedLinear, TiedHead
 from smoothq.plan.resolve import make_plan
@@ -40,7 +40,7 @@ def test_a_kept_block_stays_float_and_computes_what_it_did(
     assert names
     assert not [n for n in names if n.startswith(prefix)]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(proof.logits(loaded, TOKENS), proof.logits(model, TOKENS))
+    assert torch.equal(equivalence.logits(loaded, TOKENS), equivalence.logits(model, TOKENS))
     everything = RECIPES[recipe].edit(
         keep=(f"{prefix.replace('.1.', '.*')}",), gptq__least_tokens=8, tuning=None
     )
@@ -57,8 +57,8 @@ def test_all_but_one_linear_kept_leaves_the_function_but_for_its_rounding(
     )
     model = quantize(float_checkpoint("llama-untied"), recipe, data=data)
     assert quantized_names(model) == {"model.layers.0.mlp.down_proj"}
-    exact = proof.logits(tiny_model("llama-untied", torch.float32), TOKENS)
-    assert (proof.logits(model, TOKENS) - exact).norm() < 0.01 * exact.norm()
+    exact = equivalence.logits(tiny_model("llama-untied", torch.float32), TOKENS)
+    assert (equivalence.logits(model, TOKENS) - exact).norm() < 0.01 * exact.norm()
 
 
 def test_kept_linears_count_at_their_float_bits() -> None:
@@ -93,7 +93,7 @@ class TestOverrides:
         assert mlp.up_proj.spec.grid.bits == 4
         assert mlp.up_proj.site_input.spec.mode == "groups"
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert torch.equal(proof.logits(loaded, TOKENS), proof.logits(model, TOKENS))
+        assert torch.equal(equivalence.logits(loaded, TOKENS), equivalence.logits(model, TOKENS))
         stored = json.loads((tmp_path / "out" / "config.json").read_text())
         again = recipe_from_dict(stored["quantization_config"]["recipe"])
         assert again == recipe
@@ -124,22 +124,22 @@ class TestEmbeddings:
         assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
         tied = isinstance(model.get_output_embeddings(), TiedHead)
         assert tied == bool(plain.config.tie_word_embeddings)
-        logits, expected = proof.logits(model, TOKENS), proof.logits(plain, TOKENS)
+        logits, expected = equivalence.logits(model, TOKENS), equivalence.logits(plain, TOKENS)
         assert not torch.equal(logits, expected)
-        exact = proof.logits(tiny_model(name, torch.float32), TOKENS)
+        exact = equivalence.logits(tiny_model(name, torch.float32), TOKENS)
         error = (logits - exact).norm() / exact.norm()
         assert error < 0.05 + 1.5 * (expected - exact).norm() / exact.norm()
         loaded = AutoModelForCausalLM.from_pretrained(out)
-        assert torch.equal(proof.logits(loaded, TOKENS), logits)
+        assert torch.equal(equivalence.logits(loaded, TOKENS), logits)
         loaded.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-        assert torch.equal(proof.logits(again, TOKENS), logits)
+        assert torch.equal(equivalence.logits(again, TOKENS), logits)
         assert again.generate(TOKENS[:1, :4], max_new_tokens=2, pad_token_id=0).shape[1] > 4
         stock = again.dequantize()
         assert type(stock.get_input_embeddings()) is torch.nn.Embedding
         same = stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
         assert same == tied
-        error = (proof.logits(stock, TOKENS) - exact).norm() / exact.norm()
+        error = (equivalence.logits(stock, TOKENS) - exact).norm() / exact.norm()
         assert error < 0.05 + 1.5 * (expected - exact).norm() / exact.norm()
 
     def test_the_bytes_are_those_of_the_codes_and_a_scale_a_row(

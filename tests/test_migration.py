@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smoothq import preset, quantize
-from smoothq.discovery import equivalence as proof
+from smoothq.discovery import equivalence as equivalence
 from smoothq.errors import RecipeError
 from smoothq.pipeline.alpha_search import CANDIDATES
 from tests.architectures import tiny_model
@@ -57,9 +57,9 @@ def test_auto_takes_a_candidate_and_leaves_everything_else(
     auto = RECIPES[recipe].edit(smoothing__alpha="auto", smoothing__edges=EDGES)
     out = tmp_path / "out"
     model = quantize(float_checkpoint("llama"), auto, data=data, output=out)
-    exact = proof.logits(tiny_model("llama", torch.float32), TOKENS)
+    exact = equivalence.logits(tiny_model("llama", torch.float32), TOKENS)
     fixed = quantize(float_checkpoint("llama"), RECIPES[recipe], data=data)
-    errors = [(proof.logits(m, TOKENS) - exact).norm() for m in (model, fixed)]
+    errors = [(equivalence.logits(m, TOKENS) - exact).norm() for m in (model, fixed)]
     assert errors[0] < 1.5 * errors[1]
     stored = json.loads((out / "config.json").read_text())
     assert stored["quantization_config"]["recipe"]["smoothing"]["alpha"] == "auto"

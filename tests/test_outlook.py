@@ -7,20 +7,20 @@ from smoothq import preset
 from smoothq.advisor.costs import (
     A100,
     Cost,
-    Outlook,
-    outlook,
+    PlanAdvice,
+    advise,
 )
 from smoothq.plan.resolve import make_plan
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 
 
-def ahead_of(name: str, recipe: str) -> Outlook:
+def ahead_of(name: str, recipe: str) -> PlanAdvice:
     model = tiny_model(name, torch.float32)
-    return outlook(model, make_plan(model, RECIPES[recipe]))
+    return advise(model, make_plan(model, RECIPES[recipe]))
 
 
-def cost(ahead: Outlook, name: str) -> Cost:
+def cost(ahead: PlanAdvice, name: str) -> Cost:
     (found,) = (each for each in ahead.costs if each.name.startswith(name))
     return found
 
@@ -54,7 +54,7 @@ def test_bounds_follow_from_the_bytes_and_the_type_of_the_products() -> None:
 
 def test_a_preset_that_was_asked_for_stands_once() -> None:
     model = tiny_model("llama", torch.float32)
-    ahead = outlook(model, make_plan(model, preset("w8a8")))
+    ahead = advise(model, make_plan(model, preset("w8a8")))
     assert [each.name for each in ahead.costs] == ["float", "w8a8, as asked"]
     assert set(ahead.refused) == {"--w4a16", "--w4a8", "--w4a4"}
 

@@ -6,7 +6,7 @@ from smoothq import Recipe, preset
 from smoothq.pipeline.estimate import block_operations
 from smoothq.plan.plan import Plan
 from smoothq.plan.resolve import make_plan
-from smoothq.report.results import as_text
+from smoothq.report.results import duration_text
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES
 
@@ -50,4 +50,4 @@ def test_a_recipe_without_calibration_takes_none() -> None:
     ("seconds", "text"), [(0.2, "1 s"), (80, "80 s"), (600, "10 min"), (9000, "2.5 h")]
 )
 def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
-    assert as_text(seconds) == text
+    assert duration_text(seconds) == text

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from smoothq import kernels, quantize
 from smoothq.checkpoint.source import empty_model
-from smoothq.discovery.infer import infer_family
+from smoothq.discovery.infer import discover_family
 from smoothq.errors import UnsupportedModelError
 from smoothq.modules import QuantizedLinear
 from smoothq.runtime import memory
@@ -176,7 +176,7 @@ class TestCopies:
             num_attention_heads=4,
             num_key_value_heads=4,
         )
-        family, written = infer_family(config)
+        family, written = discover_family(config)
         for copied in (copy.deepcopy(family), pickle.loads(pickle.dumps(family))):
             assert copied.block(config, 0) == family.block(config, 0)
             assert copied.written == written

@@ -29,7 +29,7 @@ from smoothq.errors import (
     RecipeError,
     SmoothqError,
 )
-from smoothq.pipeline.estimate import needs_of
+from smoothq.pipeline.estimate import estimate_resources
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
 from smoothq.verify import verify_checkpoint
@@ -327,8 +327,8 @@ def test_needs_count_the_states_where_they_are(float_checkpoint) -> None:
     recipe = preset("w8a8").edit(calibration__samples=1000, calibration__sequence_length=2048)
     plan = make_plan(skeleton(open_source(float_checkpoint("llama"))), recipe)
     states = 4 * 1000 * 2048 * 48
-    roomy = needs_of(plan, 10**12)
-    tight = needs_of(plan, roomy.memory - 1)
+    roomy = estimate_resources(plan, 10**12)
+    tight = estimate_resources(plan, roomy.memory - 1)
     assert not roomy.states_on_disk
     assert tight.states_on_disk
     assert roomy.memory - tight.memory > states / 2

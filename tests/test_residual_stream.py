@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, CTRLConfig, GotOcr2Config, PreTra
 from smoothq import Recipe, export, quantize
 from smoothq.architectures import Family, family_of
 from smoothq.architectures.graph import text_config
-from smoothq.discovery import equivalence as proof
-from smoothq.discovery.infer import infer_family, prove_family
+from smoothq.discovery import equivalence as equivalence
+from smoothq.discovery.infer import discover_family, prove_family
 from smoothq.errors import CheckpointError
 from smoothq.evaluation.divergence import summed_divergence
 from smoothq.modules import rotate_ends, rotated_ends
@@ -35,7 +35,7 @@ from tests.test_families import POST_NORMS
 
 ROTATED = [name for name in TINY if name not in POST_NORMS]
 TOKENS = torch.randint(0, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(4))
-EXACT = proof.TOLERANCE[torch.float64]
+EXACT = equivalence.TOLERANCE[torch.float64]
 EIGHT_BITS = RECIPES["w4a4-quarot"].edit(weights__bits=8, activations__bits=8)
 
 
@@ -56,14 +56,14 @@ def tied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def rotated(name: str) -> tuple[PreTrainedModel, Family]:
     """A tiny model in float64 with every transform that its family can take."""
     model, family = tiny_model(name), family_of(TINY[name]())
-    proof.open_blocks(model, family)
-    proof.everything(model, family)
+    equivalence.open_blocks(model, family)
+    equivalence.everything(model, family)
     return model, family
 
 
 def exact(model: PreTrainedModel, **inputs: object) -> object:
     """What a model gives in float64 throughout."""
-    with torch.no_grad(), proof.InFloat64():
+    with torch.no_grad(), equivalence.InFloat64():
         return model(**inputs)
 
 
@@ -74,7 +74,7 @@ class TestInFloat64:
         expected = exact(original, input_ids=TOKENS).logits
         embedded = original.get_input_embeddings()(TOKENS)
         found = exact(model, inputs_embeds=embedded).logits
-        assert proof.deviation(found, expected) < EXACT
+        assert equivalence.deviation(found, expected) < EXACT
 
     def test_its_own_embeddings_give_what_the_tokens_give(self, name, tied) -> None:
         model, _ = rotated(name)
@@ -87,7 +87,7 @@ class TestInFloat64:
         mixed = with_soft_prompt(original)
         expected = exact(original, inputs_embeds=mixed).logits
         found = exact(model, inputs_embeds=with_soft_prompt(model)).logits
-        assert proof.deviation(found, expected) < EXACT
+        assert equivalence.deviation(found, expected) < EXACT
 
     def test_the_hidden_states_are_what_the_documentation_says(self, name, tied) -> None:
         original, (model, family) = tiny_model(name), rotated(name)
@@ -97,8 +97,8 @@ class TestInFloat64:
         assert not ends
         assert torch.equal(ours[0], theirs[0])
         for our, their in zip(ours[1:-1], theirs[1:-1], strict=True):
-            assert proof.deviation(our, rotation.rotation.apply(their)) < EXACT
-        assert proof.deviation(ours[-1], theirs[-1]) < EXACT
+            assert equivalence.deviation(our, rotation.rotation.apply(their)) < EXACT
+        assert equivalence.deviation(ours[-1], theirs[-1]) < EXACT
 
 
 def with_soft_prompt(model: PreTrainedModel, length: int = 3, seed: int = 0) -> Tensor:
@@ -123,7 +123,7 @@ def test_any_vectors_enter_as_in_the_float_model(name, seed, size, length) -> No
     shape = (1, length, text_config(original).hidden_size)
     vectors = size * torch.randn(shape, generator=generator, dtype=torch.float64)
     expected, found = (exact(each, inputs_embeds=vectors).logits for each in (original, model))
-    assert proof.deviation(found, expected) < EXACT
+    assert equivalence.deviation(found, expected) < EXACT
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_image_features_enter_as_in_the_float_model(monkeypatch, data) -> None:
     tokens[0, 4] = 96
     inputs = [{"input_ids": tokens, "pixel_values": image[None]} for image in images]
     first, second = (original(**each).logits for each in inputs)
-    assert proof.deviation(first, second) > 0.01
+    assert equivalence.deviation(first, second) > 0.01
     assert divergence(model, inputs[0], first) < 0.02
 
 
@@ -242,7 +242,7 @@ class TestTheModule:
         expected = model(TOKENS).logits
         found = model.to(dtype)(TOKENS).logits
         assert found.dtype == dtype
-        assert proof.deviation(found.float(), expected) < (
+        assert equivalence.deviation(found.float(), expected) < (
             0.05 if dtype == torch.bfloat16 else 1e-5
         )
 
@@ -252,7 +252,7 @@ class TestTheModule:
         expected = model(inputs_embeds=with_soft_prompt(model), use_cache=False).logits
         compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
         found = compiled(inputs_embeds=with_soft_prompt(model), use_cache=False).logits
-        assert proof.deviation(found, expected) < 1e-5
+        assert equivalence.deviation(found, expected) < 1e-5
 
     @torch.no_grad()
     def test_hooks_see_what_was_handed_in(self, model) -> None:
@@ -305,13 +305,13 @@ def test_the_entry_rotates_offline_with_its_embeddings(name) -> None:
     model(TOKENS)
     rotate_entry(model, parts, rotation)
     model(TOKENS)
-    assert proof.deviation(seen[1], rotation.apply(seen[0])) < EXACT
+    assert equivalence.deviation(seen[1], rotation.apply(seen[0])) < EXACT
 
 
 def test_positions_that_are_no_parameter_are_rotated_with_the_rest_or_not_at_all() -> None:
     """CTRL adds sinusoids to its embeddings: no rotation of its tensors would rotate them."""
     config = CTRLConfig(vocab_size=VOCABULARY, n_embd=32, dff=48, n_layer=2, n_head=2)
-    family, _ = infer_family(config)
+    family, _ = discover_family(config)
     assert not family.sums_at_entry
     proven = prove_family(family, config)
     assert proven["stream rotation"] < EXACT

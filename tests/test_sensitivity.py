@@ -15,7 +15,7 @@ from smoothq.evaluation.divergence import agreement
 from smoothq.evaluation.perplexity import perplexity
 from smoothq.inspection.sensitivity import (
     Sensitivities,
-    Unit,
+    SiteSensitivity,
     enriched,
     measure,
     mixed_recipe,
@@ -182,8 +182,10 @@ def test_the_recipe_survives_yaml_and_quantize_runs_with_it(
 
 
 def test_one_pattern_stands_for_a_module_in_up_to_ten_blocks() -> None:
-    def unit(block: int) -> Unit:
-        return Unit(block, "down", (f"model.layers.{block}.mlp.down_proj",), 1, 4, 8, 1.0, 0.0, 1.0)
+    def unit(block: int) -> SiteSensitivity:
+        return SiteSensitivity(
+            block, "down", (f"model.layers.{block}.mlp.down_proj",), 1, 4, 8, 1.0, 0.0, 1.0
+        )
 
     units = [unit(block) for block in (12, 0, 3, 10, 27)]
     overrides = enriched(Recipe(), units).overrides

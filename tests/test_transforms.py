@@ -19,7 +19,7 @@ from smoothq.architectures import (
     WeightRef,
 )
 from smoothq.architectures.graph import is_tied
-from smoothq.discovery import equivalence as proof
+from smoothq.discovery import equivalence as equivalence
 from smoothq.modules import rotate_ends, rotated_ends, stop_rotating
 from smoothq.transforms.hadamard import Hadamard
 from smoothq.transforms.norm_fusion import fuse_norm
@@ -33,14 +33,14 @@ WITH_NORMS = [name for name in TINY if name != "olmo2"]
 
 
 def deviation(model: PreTrainedModel, name: str) -> float:
-    return proof.deviation(proof.logits(model, TOKENS), original_logits(name))
+    return equivalence.deviation(equivalence.logits(model, TOKENS), original_logits(name))
 
 
 def sites_of(
     model: PreTrainedModel, name: str, edge: Edge
 ) -> Iterator[tuple[int, nn.Module, Site]]:
     """Every site of the model with that kind of edge: its number, its block and itself."""
-    wiring = proof.graphs(model, family_named(name))
+    wiring = equivalence.graphs(model, family_named(name))
     found = ((block, site) for block, graph in wiring for site in graph.sites)
     chosen = ((block, site) for block, site in found if site.edge == edge)
     return ((number, *pair) for number, pair in enumerate(chosen))
@@ -60,7 +60,7 @@ class TestNormFusion:
     @pytest.mark.parametrize("name", WITH_NORMS)
     def test_fused_norms_multiply_by_one_and_add_nothing(self, name: str) -> None:
         model, family = opened(name)
-        proof.fuse(model, family)
+        equivalence.fuse(model, family)
         for _, block, site in sites_of(model, name, "norms"):
             weight = block.get_parameter(site.producer.weight) + site.producer.offset
             assert torch.equal(weight, torch.ones_like(weight))
@@ -86,7 +86,7 @@ class TestRotation:
     def test_the_inverse_returns_the_weights(self, name: str) -> None:
         model, family = opened(name)
         rotation = Hadamard.of(TINY[name]().hidden_size, seed=3)
-        for block, graph in proof.graphs(model, family):
+        for block, graph in equivalence.graphs(model, family):
             before = {n: parameter.clone() for n, parameter in block.named_parameters()}
             rotate_residual(block, graph, rotation)
             assert any(not torch.equal(now, before[n]) for n, now in block.named_parameters())
@@ -96,7 +96,7 @@ class TestRotation:
 
     def test_readers_turn_with_r_and_writers_with_its_transpose(self) -> None:
         model, family = opened("llama-untied")
-        block, graph = next(proof.graphs(model, family))
+        block, graph = next(equivalence.graphs(model, family))
         rotation = Hadamard.of(48, seed=3)
         q, down = (
             block.get_parameter(f"{n}.weight") for n in ("self_attn.q_proj", "mlp.down_proj")
@@ -116,7 +116,7 @@ class TestRotatedEnds:
     @pytest.mark.parametrize("name", TIED)
     def test_the_tie_stays(self, name: str) -> None:
         model, family = opened(name)
-        proof.rotate_stream(model, family)
+        equivalence.rotate_stream(model, family)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
     @pytest.mark.parametrize("name", TIED)
@@ -246,14 +246,14 @@ class TestStoredNorms:
     def test_rounding_a_smoothed_norm_keeps_the_function(self, name: str, fused: bool) -> None:
         model, family = opened(name)
         if fused:
-            proof.fuse(model, family)
+            equivalence.fuse(model, family)
         smooth_norms_for(model, name, torch.bfloat16)
         store_norms(model, name, torch.bfloat16)
-        assert deviation(model, name) < proof.TOLERANCE[torch.float64]
+        assert deviation(model, name) < equivalence.TOLERANCE[torch.float64]
 
     def test_rounding_is_seen_where_smoothing_did_not_know_of_it(self) -> None:
         model, family = opened("llama")
-        proof.smoothing("norms")(model, family)
+        equivalence.smoothing("norms")(model, family)
         store_norms(model, "llama", torch.bfloat16)
         assert deviation(model, "llama") > VISIBLE
 

@@ -27,7 +27,7 @@ from ..modules import (
     WeightSpec,
 )
 from ..plan.plan import Plan, SitePlan
-from ..plan.portability import obstacles, refuse_in_plugin
+from ..plan.portability import export_blockers, refuse_in_plugin
 from ..plan.resolve import float_bytes, make_plan
 from ..recipe.presets import preset
 from ..recipe.recipe import FLOAT_BITS, Preset
@@ -88,7 +88,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class PlanAdvice:
     """runners: who can run a recipe's result. costs: of float, the presets, and the recipe itself.
 
     refused: presets that this model cannot take, and features that its family cannot, with why.
@@ -100,7 +100,7 @@ class Outlook:
 
 
 @torch.no_grad()
-def outlook(model: PreTrainedModel, plan: Plan) -> Outlook:
+def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
     """What is ahead of a plan for a model, which may be on the meta device."""
     refused: dict[str, str] = {}
     plans: dict[str, Plan] = {}
@@ -120,7 +120,7 @@ def outlook(model: PreTrainedModel, plan: Plan) -> Outlook:
     if plan.family.flattens:
         refused["--smooth-scope live"] = "its blocks join the tokens of all sequences"
     costs = [_float_cost(model, plan), *(_cost(name, model, each) for name, each in plans.items())]
-    return Outlook(tuple(_runners(model, plan)), tuple(costs), refused)
+    return PlanAdvice(tuple(_runners(model, plan)), tuple(costs), refused)
 
 
 def _runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
@@ -128,7 +128,7 @@ def _runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
     found += [_runner(f"{chip.name} ({chip.architecture})", plan, "cuda") for chip in CHIPS]
     ours = "after `import smoothq`: the format's modules and operators are smoothq's"
     found.append(Runner("transformers", True, ours))
-    in_the_way = "; ".join(map(str, obstacles(model, plan)))
+    in_the_way = "; ".join(map(str, export_blockers(model, plan)))
     how = "after `smoothq export`; `smoothq plan` of that names vLLM's kernels"
     without = "transformers without smoothq, vLLM"
     found.append(Runner(without, not in_the_way, in_the_way or how))
@@ -270,7 +270,7 @@ def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
     return statistics.median(spent[slow]) / statistics.median(spent[fast])
 
 
-def tables(ahead: Outlook) -> list[Table]:
+def tables(ahead: PlanAdvice) -> list[Table]:
     """What `smoothq plan` prints of it."""
     found = [
         columns(

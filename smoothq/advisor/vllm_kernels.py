@@ -28,7 +28,7 @@ HUMMING = "HummingLinearKernel"
 
 
 @dataclass(frozen=True)
-class Served:
+class LayerKernel:
     """What vLLM would do with some layers.
 
     layers: their stage. count: blocks that have them. shape: (N, K) of the merged matrix. kernels:
@@ -44,7 +44,7 @@ class Served:
     floats: tuple[str, ...]
 
 
-def served(model: PreTrainedModel, quantization: dict[str, Any]) -> list[Served]:
+def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[LayerKernel]:
     """Every kind of layer of an export. model: a skeleton; quantization: its config's entry.
 
     Raises CheckpointError for a quantization_config of another kind.
@@ -69,11 +69,11 @@ def served(model: PreTrainedModel, quantization: dict[str, Any]) -> list[Served]
     return [_served(stage, count, scheme, shape) for (stage, scheme, shape), count in found.items()]
 
 
-def _served(stage: str, count: int, scheme: Scheme, shape: tuple[int, int]) -> Served:
+def _served(stage: str, count: int, scheme: Scheme, shape: tuple[int, int]) -> LayerKernel:
     kernels = {device: kernel_of(scheme, shape, device) for device in DEVICES}
     quantizes = scheme.input_bits != FLOAT_BITS and scheme.format == "pack-quantized"
     floats = [d for d, kernel in kernels.items() if quantizes and kernel not in (None, HUMMING)]
-    return Served(stage, count, str(scheme), shape, kernels, tuple(floats))
+    return LayerKernel(stage, count, str(scheme), shape, kernels, tuple(floats))
 
 
 def kernel_of(scheme: Scheme, shape: tuple[int, int], device: str) -> str | None:
@@ -95,7 +95,7 @@ def kernel_of(scheme: Scheme, shape: tuple[int, int], device: str) -> str | None
     return HUMMING
 
 
-def table(found: list[Served]) -> Table:
+def table(found: list[LayerKernel]) -> Table:
     """What `smoothq plan` prints of an export."""
     return columns(
         f"Kernels that vLLM {VERSION} would take, read from its code",
@@ -117,7 +117,7 @@ def _short(kernel: str | None) -> str:
     return (kernel or "none").removesuffix("LinearKernel").replace("ScaledMM", "")
 
 
-def remarks(found: list[Served]) -> list[str]:
+def remarks(found: list[LayerKernel]) -> list[str]:
     """What the user should know of it, one line each."""
     floats = [device for device in DEVICES if any(device in each.floats for each in found)]
     lines = []

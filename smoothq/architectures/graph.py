@@ -128,7 +128,7 @@ class Site:
         return tuple(dict.fromkeys(reader.module for reader in self.readers))
 
     @property
-    def lanes(self) -> tuple[tuple[str, ...], ...]:
+    def token_groups(self) -> tuple[tuple[str, ...], ...]:
         """The modules again, those together that the same tokens reach: each expert is alone."""
         routed = dict.fromkeys(reader.module for reader in self.readers if reader.routed)
         shared = tuple(module for module in self.modules if module not in routed)

@@ -47,7 +47,7 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def open_block(block: nn.Module) -> None:
+def linearize_block(block: nn.Module) -> None:
     """Turn every `Conv1D` and every expert of a block into linears, in place, on any device."""
     for name, module in list(block.named_modules()):
         if isinstance(module, Conv1D):
@@ -58,7 +58,7 @@ def open_block(block: nn.Module) -> None:
             mix_in(module, SeparateExperts)
 
 
-def close_block(block: nn.Module, stock: nn.Module) -> None:
+def restore_block(block: nn.Module, stock: nn.Module) -> None:
     """Undo `open_block`, in place. stock: a block as transformers builds it, on any device."""
     for module in list(block.modules()):
         if isinstance(module, SeparateExperts):

@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 COMPRESSED_TENSORS = "compressed-tensors"  # the form of an export
 
 
-class Identity(BaseModel, frozen=True):
+class RunKey(BaseModel, frozen=True):
     """What a run's bytes follow from: to go on with the work of another is refused.
 
     form: of the output, our own or an export's.
@@ -36,10 +36,10 @@ class Manifest(BaseModel):
 
     tensors: dict[str, dict[str, str]]
     files: dict[str, str]
-    run: Identity | None = None
+    run: RunKey | None = None
 
     @classmethod
-    def of(cls, directory: Path, tensors: dict[str, Entry], run: Identity) -> Manifest:
+    def of(cls, directory: Path, tensors: dict[str, Entry], run: RunKey) -> Manifest:
         """What a checkpoint of these tensors in a directory consists of."""
         by_dtype: dict[str, dict[str, str]] = {}
         for name, entry in tensors.items():

@@ -46,7 +46,7 @@ from ..architectures.graph import all_finite
 from ..data.tokenizer import load_tokenizer
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError, first_line
 from ..runtime.memory import give_back
-from ..runtime.process import building, settled
+from ..runtime.process import build_lock, default_modes
 from .in_memory import (
     held_bytes,
     module_types,
@@ -681,7 +681,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
     No weight is ever allocated. Raises whatever transformers makes of a config that fits no model.
     """
-    with building, settled():
+    with build_lock, default_modes():
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=torch.float32

@@ -40,8 +40,8 @@ from ..errors import (
 )
 from .manifest import (
     COMPRESSED_TENSORS,
-    Identity,
     Manifest,
+    RunKey,
     hashes_of,
     sha256_of,
 )
@@ -62,7 +62,7 @@ STATE_FORMAT = 1
 RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tensors
 
 
-class Surroundings(BaseModel, frozen=True):
+class Environment(BaseModel, frozen=True):
     """What may move a result's last bits: a run goes on elsewhere with a warning."""
 
     torch: str
@@ -84,8 +84,8 @@ class State(BaseModel):
     the name of their stream.
     """
 
-    identity: Identity
-    surroundings: Surroundings
+    identity: RunKey
+    surroundings: Environment
     blocks: int = 0
     shards: ShardState = ShardState()
     streams: dict[str, list[Entry]] = {}
@@ -152,7 +152,7 @@ class CheckpointWriter:
             )
 
     def is_finished(
-        self, identity: Identity, config: PretrainedConfig, side_files: SideFiles
+        self, identity: RunKey, config: PretrainedConfig, side_files: SideFiles
     ) -> bool:
         """Whether the output is there already, whole and made of just this.
 
@@ -170,7 +170,7 @@ class CheckpointWriter:
             return True
         return self.is_made_of(identity, hashes)
 
-    def is_made_of(self, identity: Identity, side_files: Mapping[str, str]) -> bool:
+    def is_made_of(self, identity: RunKey, side_files: Mapping[str, str]) -> bool:
         """Whether the output is whole and was made by a run, with side files of these hashes."""
         made = None if self._overwrite else self._finished()
         if made is None:
@@ -255,7 +255,7 @@ class CheckpointWriter:
         assert self._lock is not None
         self._lock.close()
 
-    def begin(self, identity: Identity, surroundings: Surroundings) -> State:
+    def begin(self, identity: RunKey, surroundings: Environment) -> State:
         """The state to go on from: that of `OUT.partial`, or an empty one.
 
         Raises CheckpointError, leaving `OUT.partial` as it is, where that holds other work or
@@ -352,7 +352,7 @@ class CheckpointWriter:
         with self._writing():
             self._place.put()
 
-    def _found(self, identity: Identity, surroundings: Surroundings) -> State | None:
+    def _found(self, identity: RunKey, surroundings: Environment) -> State | None:
         """The state of the work in `OUT.partial`, if there is any, and it is ours."""
         path = self.partial / "state.json"
         if not path.exists():

@@ -88,7 +88,7 @@ def quantize(
         Literal["smoothq", "compressed-tensors"],
         typer.Option("--format", help="Our own, or the one that others read; see export."),
     ] = "smoothq",
-    servable: Servable = False,
+    make_exportable: Servable = False,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool | None,
@@ -134,13 +134,13 @@ def quantize(
     from ..checkpoint.source import open_source, skeleton
     from ..checkpoint.writer import CheckpointWriter
     from ..export.compressed_tensors import export_compressed_tensors
-    from ..pipeline.estimate import needs_of, price
+    from ..pipeline.estimate import estimate_resources, estimate_time
     from ..pipeline.monitor import BlockDone, Probe
     from ..pipeline.run import quantize_checkpoint
-    from ..plan.portability import refuse_obstacles
+    from ..plan.portability import refuse_blockers
     from ..plan.resolve import make_plan
     from ..report import figures as report
-    from ..report.results import as_text
+    from ..report.results import duration_text
     from ..runtime.device import check_device
     from ..runtime.distributed import World
 
@@ -153,36 +153,38 @@ def quantize(
     own, exporter = output, None
     if form != "smoothq":
         exporter = CheckpointWriter(output, overwrite, resume=False)
-        world.share(lambda: exporter.check(0))
+        world.broadcast_from(lambda: exporter.check(0))
         own = exporter.beside("smoothq")
     writer = CheckpointWriter(
         own, overwrite, resume=resume, every=checkpoint_every, export=exporter
     )
-    world.share(lambda: writer.check(0))
+    world.broadcast_from(lambda: writer.check(0))
     check_device(device)
     source = open_source(model, gguf_file=gguf_file)
-    world.share(lambda: writer.check(0, source.paths))
+    world.broadcast_from(lambda: writer.check(0, source.paths))
     if exporter is not None:
-        world.share(lambda: exporter.check(0, source.paths))
+        world.broadcast_from(lambda: exporter.check(0, source.paths))
     empty = skeleton(source)
-    if servable:
-        final = _servable(empty, final, world.leads)
+    if make_exportable:
+        final = _servable(empty, final, world.is_main)
     plan = make_plan(empty, final)
     if form != "smoothq":
-        refuse_obstacles(empty, plan, model, form)
-    needs = needs_of(plan, limit, checkpoint_every)
-    if world.leads:
-        estimate = price(plan, world.device)
+        refuse_blockers(empty, plan, model, form)
+    needs = estimate_resources(plan, limit, checkpoint_every)
+    if world.is_main:
+        estimate = estimate_time(plan, world.device)
     if dry_run:
         found = (model, source.nbytes, plan, estimate, needs)
-        if world.leads and as_json:
+        if world.is_main and as_json:
             print(json.dumps(report.plan_as_dict(*found)))
-        elif world.leads:
+        elif world.is_main:
             out.print(pairs(f"{model}, as planned", report.plan_rows(*found[1:])))
         return
-    if world.leads:
+    if world.is_main:
         log.info(
-            "about %s on this machine; %s", as_text(estimate.seconds), report.needs_text(needs)
+            "about %s on this machine; %s",
+            duration_text(estimate.seconds),
+            report.needs_text(needs),
         )
     probe = None
     if probe_every is not None:
@@ -193,7 +195,7 @@ def quantize(
         if done.perplexity is None or done.float_perplexity is None:
             return
         ratio = done.perplexity / done.float_perplexity
-        if world.leads:
+        if world.is_main:
             log.info(
                 "block %d: perplexity %.3f, %.3f times float", done.block, done.perplexity, ratio
             )
@@ -203,7 +205,7 @@ def quantize(
                 f"the float model's, over {stop_above:g}"
             )
 
-    with progress() if world.leads else nullcontext() as update:
+    with progress() if world.is_main else nullcontext() as update:
         result = quantize_checkpoint(
             source,
             final,
@@ -215,7 +217,7 @@ def quantize(
             probe=probe,
             check=check,
         )
-    if not world.leads:
+    if not world.is_main:
         return
     figures, table = report.as_dict(result), report.rows(result)
     if exporter is not None and own.is_dir():  # it is gone where the export was finished before
@@ -318,7 +320,7 @@ def plan(
         str | None, typer.Option(help="Memory that quantizing may take, such as 8GB; or refuse.")
     ] = None,
     device: Device = "cpu",
-    servable: Servable = False,
+    make_exportable: Servable = False,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe comes to for MODEL, who can run it, and what it costs; reads no weight.
@@ -329,10 +331,10 @@ def plan(
     """
     import torch
 
-    from ..advisor.costs import outlook, tables
+    from ..advisor.costs import advise, tables
     from ..checkpoint.source import read_config, refuse_quantized, skeleton_of
     from ..export import schemes as compressed_tensors
-    from ..pipeline.estimate import needs_of, price
+    from ..pipeline.estimate import estimate_resources, estimate_time
     from ..plan.resolve import float_bytes, make_plan
     from ..report import figures as report
     from ..runtime.device import check_device
@@ -347,13 +349,13 @@ def plan(
     check_device(device)
     refuse_quantized(config, model)
     empty = skeleton_of(config, model)
-    if servable:
+    if make_exportable:
         recipe = _servable(empty, recipe, True)
     made = make_plan(empty, recipe)
-    needs = needs_of(made, None if max_memory is None else _bytes(max_memory))
+    needs = estimate_resources(made, None if max_memory is None else _bytes(max_memory))
     before = float_bytes(empty)
-    estimate = price(made, torch.device(device))
-    ahead = outlook(empty, made)
+    estimate = estimate_time(made, torch.device(device))
+    ahead = advise(empty, made)
     if as_json:
         figures = report.plan_as_dict(model, before, made, estimate, needs)
         print(json.dumps(figures | {"outlook": asdict(ahead)}))
@@ -715,9 +717,9 @@ def families(
     _silence_transformers()
     if infer is not None:
         from ..checkpoint.source import read_config
-        from ..discovery.infer import infer_family
+        from ..discovery.infer import discover_family
 
-        print(infer_family(read_config(infer))[1], end="")
+        print(discover_family(read_config(infer))[1], end="")
         return
     out.print(columns(None, HEADER, rows()), soft_wrap=False)
 
@@ -734,21 +736,21 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
 
 
-def _servable(model: PreTrainedModel, recipe: Recipe, leads: bool) -> Recipe:
+def _servable(model: PreTrainedModel, recipe: Recipe, is_main: bool) -> Recipe:
     """A recipe without what only smoothq can run; the leading process says what was left out."""
-    from ..plan.portability import cost_of, servable
+    from ..plan.portability import cost_of, make_exportable
 
-    found, changed = servable(model, recipe)
-    if leads and changed:
+    found, changed = make_exportable(model, recipe)
+    if is_main and changed:
         log.info("servable: %s; %s", "; ".join(changed), cost_of(recipe))
     return found
 
 
 def _plan_export(empty: PreTrainedModel, quantization: dict[str, Any], as_json: bool) -> None:
     """Print which of vLLM's kernels would run an export."""
-    from ..advisor.vllm_kernels import remarks, served, table
+    from ..advisor.vllm_kernels import layer_kernels, remarks, table
 
-    found = served(empty, quantization)
+    found = layer_kernels(empty, quantization)
     if as_json:
         print(json.dumps([asdict(each) for each in found]))
         return

@@ -28,7 +28,7 @@ from ..architectures.graph import (
     takes_rotation,
     text_config,
 )
-from ..architectures.linearize import open_block
+from ..architectures.linearize import linearize_block
 from ..modules import rotate_ends
 from ..transforms.hadamard import Hadamard
 from ..transforms.norm_fusion import fuse_norms
@@ -88,7 +88,7 @@ def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, 
 def open_blocks(model: PreTrainedModel, family: Family) -> None:
     """Give every matrix a linear of its own."""
     for block in model.get_submodule(family.parts(model).layers).children():
-        open_block(block)
+        linearize_block(block)
 
 
 def fuse(model: PreTrainedModel, family: Family) -> None:

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..architectures import BlockGraph, Family
 from ..architectures.graph import text_config
-from ..architectures.linearize import open_block
+from ..architectures.linearize import linearize_block
 from ..checkpoint.source import empty_model
 from ..errors import UnsupportedModelError
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
-from . import equivalence as proof
+from . import equivalence as equivalence
 from .experiments import (
     EXACT,
     EXPERT_COUNTS,
@@ -49,7 +49,7 @@ _LARGEST = 20_000_000  # parameters of a tiny model
 _found: dict[str, tuple[Family, str]] = {}
 
 
-def infer_family(config: PretrainedConfig) -> tuple[Family, str]:
+def discover_family(config: PretrainedConfig) -> tuple[Family, str]:
     """The family of a causal LM's config, and the file that describes it.
 
     Raises UnsupportedModelError naming what could not be explained.
@@ -111,7 +111,7 @@ def _proven(
 ) -> tuple[Family, str]:
     """The family that experiments find and its file, once it is proven."""
     try:
-        with proof.InFloat64():
+        with equivalence.InFloat64():
             written = _Writer(model, kinds, read, cautious).file()
     except Unexplained as error:
         raise _unexplained(model, str(error)) from error
@@ -147,14 +147,16 @@ def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, flo
     """
     family = _without_read(family, read_weights(model, TOKENS))
     changes = {}
-    before = proof.logits(model, TOKENS)
+    before = equivalence.logits(model, TOKENS)
     opened = copy.deepcopy(model)
-    proof.open_blocks(opened, family)
-    rewrites = proof.claims(opened, family) | {"all transforms together": proof.everything}
+    equivalence.open_blocks(opened, family)
+    rewrites = equivalence.claims(opened, family) | {
+        "all transforms together": equivalence.everything
+    }
     for claim, rewrite in rewrites.items():
         tried = copy.deepcopy(opened)
         rewrite(tried, family)
-        changes[claim] = proof.deviation(proof.logits(tried, TOKENS), before)
+        changes[claim] = equivalence.deviation(equivalence.logits(tried, TOKENS), before)
         if not changes[claim] <= EXACT:
             raise UnsupportedModelError(
                 f"{wiring} is wrong: {claim} changes the logits of a tiny model by "
@@ -290,7 +292,7 @@ class _Writer:
             if child is not self.layers and isinstance(own_weight(child), Tensor):
                 handles.append(child.register_forward_hook(keep(self.ends, name)))
         for index, (layer, copied) in enumerate(zip(self.layers, opened, strict=True)):
-            open_block(copied)
+            linearize_block(copied)
             within = f".{self.attribute}.{index}."
             entering = self._entering(copied, {name.partition(within)[2] for name in self._read})
             handles.append(layer.register_forward_pre_hook(entering, with_kwargs=True))
@@ -299,7 +301,7 @@ class _Writer:
             handle.remove()
 
     def _entering(self, opened: nn.Module, read: set[str]) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def embed_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.blocks:
                 self.before_blocks = len(self.ends)
             self.blocks.append(
@@ -308,7 +310,7 @@ class _Writer:
                 )
             )
 
-        return enter
+        return embed_tokens
 
     def file(self) -> str:
         """The file's text."""
@@ -384,7 +386,7 @@ class _Writer:
         handle.remove()
         for table, values in zip(tables, held, strict=True):
             table.copy_(values)
-        return proof.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
+        return equivalence.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
 
 
 _FILE = '''"""{model_type}: wiring found by experiments on a tiny model."""

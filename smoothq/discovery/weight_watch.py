@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ..modules.weight_answer import values_read
-from . import equivalence as proof
+from . import equivalence as equivalence
 
 _WATCHED = (nn.Linear, Conv1D, nn.Embedding)
 _TOKENS_MADE = 3  # after a prompt: what a model reads with a cache may be something else
@@ -21,7 +21,7 @@ _TOKENS_MADE = 3  # after a prompt: what a model reads with a cache may be somet
 def read_weights(model: Any, tokens: Tensor) -> frozenset[str]:
     """The linears and embeddings of a causal LM, in float64, whose values its own code reads."""
     watch = WeightWatch(model)
-    with torch.no_grad(), proof.InFloat64(), watch:
+    with torch.no_grad(), equivalence.InFloat64(), watch:
         model(tokens, use_cache=False)
         with suppress(Exception):  # not every model generates from these tokens
             model.generate(tokens, max_new_tokens=_TOKENS_MADE, do_sample=False, eos_token_id=None)

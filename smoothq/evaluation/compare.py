@@ -30,7 +30,7 @@ HEADER = ("model", "MB", "held", "bits", "inputs", "perplexity", "KL", "prefill"
 
 
 @dataclass(frozen=True)
-class Contender:
+class ModelMeasurement:
     """A model, measured. stored: bytes of its tensors' files; held: of its tensors once loaded.
 
     bits: None for a float model. prefill, decode: tokens a second, batch 1.
@@ -68,7 +68,7 @@ def compare(
     dtype: str = "auto",
     device: str = "cpu",
     on_window: OnWindow | None = None,
-) -> list[Contender]:
+) -> list[ModelMeasurement]:
     """Measure models one after the other, on the same text and against the same reference.
 
     Raises SmoothqError for a model that cannot be loaded, CalibrationError for a name given twice
@@ -104,7 +104,7 @@ def compare(
         files = set(tensor_files(resolve_directory(name), name).values())
         prefill, decode = _speed(model)
         found.append(
-            Contender(
+            ModelMeasurement(
                 name=name,
                 recipe={} if plan is None else _flat(plan.recipe.model_dump(mode="json")),
                 bits=None if plan is None else plan.bits,
@@ -119,7 +119,7 @@ def compare(
     return found
 
 
-def differences(contenders: Sequence[Contender]) -> dict[str, list[str]]:
+def differences(contenders: Sequence[ModelMeasurement]) -> dict[str, list[str]]:
     """The fields in which the recipes of quantized models differ, with each model's value."""
     quantized = [each.recipe for each in contenders if each.recipe]
     fields = dict.fromkeys(field for recipe in quantized for field in recipe)
@@ -184,7 +184,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
+def rows(contenders: Sequence[ModelMeasurement]) -> list[tuple[str, ...]]:
     """The table: MB stored and held, bits, perplexity, KL to the reference, tokens a second."""
     lines: list[tuple[str, ...]] = []
     for each in contenders:
@@ -205,7 +205,7 @@ def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
     return lines
 
 
-def markdown(contenders: Sequence[Contender]) -> str:
+def markdown(contenders: Sequence[ModelMeasurement]) -> str:
     """The table and the recipes' differences in Markdown."""
     text = markdown_table(HEADER, rows(contenders))
     differing = [(field, *values) for field, values in differences(contenders).items()]
@@ -215,7 +215,7 @@ def markdown(contenders: Sequence[Contender]) -> str:
     return f"{text}\n\n{markdown_table(names, differing)}"
 
 
-def plot(contenders: Sequence[Contender], path: Path) -> None:
+def plot(contenders: Sequence[ModelMeasurement], path: Path) -> None:
     """Size against loss: KL to the reference where there is one, else perplexity."""
     from matplotlib.figure import Figure
 

@@ -11,7 +11,7 @@ from smoothq.errors import CheckpointError, SmoothqError, first_line
 from smoothq.evaluation.divergence import check_vocabularies
 from smoothq.modules.prepare import keep_packed
 from smoothq.runtime.device import check_device
-from smoothq.runtime.process import building
+from smoothq.runtime.process import build_lock
 
 
 def load_model(
@@ -29,7 +29,7 @@ def load_model(
     if dtype == "auto" and device == "cpu":
         wanted = torch.float32  # many CPUs have no bfloat16 products, and emulate them slowly
     try:
-        with building:
+        with build_lock:
             loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
     except SmoothqError:
         raise

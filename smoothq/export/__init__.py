@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..checkpoint.writer import CheckpointWriter
 from ..moved import names_of
 from ..progress import Progress
-from ..report.results import Exported
+from ..report.results import ExportResult
 from .compressed_tensors import export_compressed_tensors
 from .gguf import export_gguf
 
@@ -24,7 +24,7 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write a checkpoint of ours in a format that others read.
 
     form: `compressed-tensors`, a directory for transformers and vLLM, or `gguf`, a file for
@@ -39,7 +39,7 @@ def export_checkpoint(
 class _Callable(ModuleType):
     """`smoothq.export(...)`, as it was called before `export_checkpoint`."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Exported:
+    def __call__(self, *args: Any, **kwargs: Any) -> ExportResult:
         return export_checkpoint(*args, **kwargs)
 
 

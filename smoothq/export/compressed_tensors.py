@@ -11,18 +11,18 @@ from pathlib import Path
 
 from ..checkpoint.manifest import (
     MANIFEST,
-    Identity,
     Manifest,
+    RunKey,
     sha256_of,
 )
 from ..checkpoint.source import CheckpointSource
-from ..checkpoint.writer import CheckpointWriter, Surroundings
+from ..checkpoint.writer import CheckpointWriter, Environment
 from ..modules import InputSpec, WeightSpec
 from ..progress import Progress
 from ..report.figures import served_card
-from ..report.results import Exported
+from ..report.results import ExportResult
 from ..version import __version__
-from .reader import FoldedCheckpoint
+from .reader import ExportReader
 from .schemes import METHOD, Scheme, quantization_config
 
 # Fields of configs that say how many layers predict further tokens.
@@ -33,7 +33,7 @@ def export_compressed_tensors(
     directory: Path,
     writer: CheckpointWriter,
     progress: Progress | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write a checkpoint of ours in the compressed-tensors format.
 
     The scales of inputs that readers find by themselves follow their convention: the maximum over
@@ -43,7 +43,7 @@ def export_compressed_tensors(
     RecipeError for a recipe with something that the format has no place for.
     """
     start = time.perf_counter()
-    folded = FoldedCheckpoint(directory, METHOD)
+    folded = ExportReader(directory, METHOD)
     source = folded.source
     side_files = source.side_files()
     needed = source.nbytes + folded.added_bytes + side_files.nbytes
@@ -60,7 +60,7 @@ def export_compressed_tensors(
                 if getattr(part, field, 0):
                     setattr(part, field, 0)
     identity, dtype = _identity(directory), folded.plan.stored_dtype
-    exported = Exported(
+    exported = ExportResult(
         source.nbytes,
         0,
         folded.added_bytes,
@@ -73,7 +73,7 @@ def export_compressed_tensors(
         return replace(exported, bytes_after=CheckpointSource(writer.out, str(writer.out)).nbytes)
     nbytes = 0
     with writer:
-        writer.begin(identity, Surroundings.here("cpu", 1))
+        writer.begin(identity, Environment.here("cpu", 1))
         for linear in folded.linears(progress):
             scheme = schemes[linear.name]
             tensors = scheme.tensors(linear.weight, dtype, linear.input_scale)
@@ -112,12 +112,12 @@ def card_of(directory: Path) -> str:
     return card.read_text(encoding="utf-8") if card.is_file() else ""
 
 
-def _identity(directory: Path) -> Identity:
+def _identity(directory: Path) -> RunKey:
     """What an export follows from: what its checkpoint does, else the manifest of that."""
     path = directory / MANIFEST
     run = Manifest.read(directory).run if path.is_file() else None
     if run is None:
         digest = sha256_of(path) if path.is_file() else ""
         empty = hashlib.sha256(b"").hexdigest()
-        run = Identity(version=__version__, recipe=empty, model=digest, calibration=empty)
+        run = RunKey(version=__version__, recipe=empty, model=digest, calibration=empty)
     return run.model_copy(update={"form": METHOD, "version": __version__})

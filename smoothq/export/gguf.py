@@ -29,7 +29,7 @@ from ..errors import (
 )
 from ..modules import WeightSpec
 from ..progress import Progress
-from ..report.results import Exported
+from ..report.results import ExportResult
 from ..version import __version__
 from .gguf_tensors import (
     BLOCK,
@@ -41,7 +41,7 @@ from .gguf_tensors import (
     vocabulary,
     with_rows,
 )
-from .reader import FoldedCheckpoint
+from .reader import ExportReader
 
 FORMAT = "GGUF"
 MADE_FROM = "smoothq.made_from"  # of a file's keys
@@ -108,7 +108,7 @@ def export_gguf(
     output: Path,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write a checkpoint of ours as a GGUF file.
 
     8-bit linears become Q8_0 and 4-bit ones Q4_0, with zero points Q4_1. The codes are ours, the
@@ -123,12 +123,12 @@ def export_gguf(
     """
     start = time.perf_counter()
     _refuse_output(output)
-    folded = FoldedCheckpoint(directory, FORMAT)
+    folded = ExportReader(directory, FORMAT)
     _refuse_source(output, folded.source)
     names = _Names(folded)
     infos = list(_infos(folded, names))
     kinds = Counter(_kind(name, spec) for name, spec in folded.specs.items())
-    exported = Exported(
+    exported = ExportResult(
         folded.source.nbytes,
         sum(info.nbytes for info in infos),
         folded.added_bytes,
@@ -213,7 +213,7 @@ def _said_in(output: Path) -> str | None:
 class _Names:
     """What llama.cpp calls the tensors of a model, and the order in which it has their rows."""
 
-    def __init__(self, folded: FoldedCheckpoint) -> None:
+    def __init__(self, folded: ExportReader) -> None:
         """Raises UnsupportedModelError for an architecture that it runs otherwise, or not."""
         config = folded.source.config
         self._model, self._config = folded.name, config
@@ -252,7 +252,7 @@ class _Names:
         return paired_rows(rows, heads[module])
 
 
-def _infos(folded: FoldedCheckpoint, names: _Names) -> Iterator[_Info]:
+def _infos(folded: ExportReader, names: _Names) -> Iterator[_Info]:
     """All tensors of the file, in the order of `_data`."""
     for name, spec in folded.specs.items():
         kind, shape = _kind(name, spec), (spec.out_features, spec.in_features)
@@ -286,7 +286,7 @@ def _kind(name: str, spec: WeightSpec) -> GGMLQuantizationType:
 
 
 def _data(
-    folded: FoldedCheckpoint,
+    folded: ExportReader,
     names: _Names,
     progress: Progress | None,
 ) -> Iterator[Iterable[Tensor]]:
@@ -326,7 +326,7 @@ def _append(file: IO[bytes], info: _Info, rows: Iterable[Tensor], alignment: int
     file.write(bytes(-info.nbytes % alignment))
 
 
-def _describe(writer: GGUFWriter, folded: FoldedCheckpoint, family: Family) -> None:
+def _describe(writer: GGUFWriter, folded: ExportReader, family: Family) -> None:
     """Write down a model's shape and its tokenizer."""
     config = folded.source.config
     heads, hidden = config.num_attention_heads, config.hidden_size
@@ -352,7 +352,7 @@ def _describe(writer: GGUFWriter, folded: FoldedCheckpoint, family: Family) -> N
     _describe_tokenizer(writer, folded)
 
 
-def _describe_rope(writer: GGUFWriter, folded: FoldedCheckpoint, family: Family) -> None:
+def _describe_rope(writer: GGUFWriter, folded: ExportReader, family: Family) -> None:
     rope: dict[str, Any] = folded.source.config.rope_parameters
     kind = rope["rope_type"]
     told = {key for key, value in rope.items() if value not in (None, ROPE_PLAIN.get(key))}
@@ -372,7 +372,7 @@ def _describe_rope(writer: GGUFWriter, folded: FoldedCheckpoint, family: Family)
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _rope_factors(folded: FoldedCheckpoint) -> Tensor | None:
+def _rope_factors(folded: ExportReader) -> Tensor | None:
     """float32 (head size / 2,): by what llama3's frequencies are divided, if they are."""
     rope = folded.source.config.rope_parameters
     if rope["rope_type"] != "llama3":
@@ -384,7 +384,7 @@ def _rope_factors(folded: FoldedCheckpoint) -> Tensor | None:
     return (plain / frequencies).float()
 
 
-def _describe_tokenizer(writer: GGUFWriter, folded: FoldedCheckpoint) -> None:
+def _describe_tokenizer(writer: GGUFWriter, folded: ExportReader) -> None:
     tokenizer, config = folded.source.tokenizer(), folded.source.config
     if tokenizer is None:
         raise CheckpointError(f"{folded.name}: it has no tokenizer, and llama.cpp needs one")

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..modules import InputSpec, WeightSpec
 from ..pipeline.ends import WORKING_DTYPE, float_rows
 from ..plan.config import quantization_of
-from ..plan.portability import refuse_obstacles
+from ..plan.portability import refuse_blockers
 from ..progress import Progress
 from ..rounding.grid import QuantizedWeight, Scales
 from ..rounding.packing import unpack
@@ -53,7 +53,7 @@ class FoldedFloat:
     nbytes: int
 
 
-class FoldedCheckpoint:
+class ExportReader:
     """A directory that `quantize` wrote, opened for a format that others read.
 
     The rotation of the residual stream is folded into the embeddings and into the head; a head that
@@ -72,7 +72,7 @@ class FoldedCheckpoint:
         self.model = skeleton_of(self.source.config, self.name)
         self.source.adopt(self.model)
         self.plan = quantization.plan_for(self.model)
-        refuse_obstacles(self.model, self.plan, self.name, form)
+        refuse_blockers(self.model, self.plan, self.name, form)
         self.unties = self.plan.residual_rotation is not None and is_tied(self.model)
 
     @property

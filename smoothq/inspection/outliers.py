@@ -24,7 +24,7 @@ from ..errors import RecipeError
 from ..kernels.reference import group_multipliers
 from ..modules import InputQuantizer, SequenceContext
 from ..pipeline.block_tuning import relative
-from ..pipeline.ends import Block, enter, load_block
+from ..pipeline.ends import Block, embed_tokens, load_block
 from ..pipeline.hidden_states import HiddenStates
 from ..pipeline.run import transform_block
 from ..plan.plan import Plan, SitePlan
@@ -154,7 +154,7 @@ def inspect_model(
         plan = make_plan(model, recipe)
         if plan.residual_rotation not in entered:
             batches = micro_batches(tokens)
-            entered[plan.residual_rotation] = enter(source, model, plan, batches, world)
+            entered[plan.residual_rotation] = embed_tokens(source, model, plan, batches, world)
         stream = entered[plan.residual_rotation].copy()
         views.append(_View(method, source, model, plan, stream, world.device))
     sites: list[SiteReport] = []
@@ -204,12 +204,16 @@ class _View:
         watched: dict[str, Callable[[Tensor], None]] = {}
         seen: dict[str, list[Tensor]] = {}
         for site_plan in block.plan.sites:
-            for lane in site_plan.site.lanes:
-                watched[lane[0]] = partial(_keep, seen.setdefault(lane[0], []))
+            for token_group in site_plan.site.token_groups:
+                watched[token_group[0]] = partial(_keep, seen.setdefault(token_group[0], []))
         self._stream.watch(block.module, index, watched, advance=True)
         profiles = {}
         for plan in block.plan.sites:
-            reached = {lane: torch.cat(seen[lane[0]]) for lane in plan.site.lanes if seen[lane[0]]}
+            reached = {
+                token_group: torch.cat(seen[token_group[0]])
+                for token_group in plan.site.token_groups
+                if seen[token_group[0]]
+            }
             if reached:
                 profiles[plan.site.name] = _profile(block, plan, reached)
         unload_module(block.module)
@@ -220,13 +224,13 @@ def _keep(batches: list[Tensor], x: Tensor) -> None:
     batches.append(x.float().flatten(0, -2))
 
 
-def _profile(block: Block, plan: SitePlan, lanes: dict[tuple[str, ...], Tensor]) -> Profile:
+def _profile(block: Block, plan: SitePlan, token_groups: dict[tuple[str, ...], Tensor]) -> Profile:
     """lanes: what modules of the site were fed, float32 (tokens, K)."""
     site, quantizer = plan.site, InputQuantizer(plan.site.name, plan.input, 1, SequenceContext())
     if plan.input.rotation is not None:
         for reader in site.readers:
             rotate_input(reader.view(block.module), plan.input.rotation)
-    x = torch.cat([_as_quantized(quantizer, lane) for lane in lanes.values()])
+    x = torch.cat([_as_quantized(quantizer, token_group) for token_group in token_groups.values()])
     magnitudes = x.abs()
     some = magnitudes[:: -(-len(x) // MEDIAN_TOKENS)]
     median, typical = some.flatten().median().item(), some.median(0).values
@@ -239,7 +243,7 @@ def _profile(block: Block, plan: SitePlan, lanes: dict[tuple[str, ...], Tensor])
         channels=int((typical > CHANNEL_RATIO * typical.median()).sum()),
         spikes=int(spikes.sum()),
         massive=tuple(massive.tolist()) if not site.routed else (),
-        error=_output_error(block.module, plan, quantizer, lanes),
+        error=_output_error(block.module, plan, quantizer, token_groups),
         surface=pooled(magnitudes),
     )
 
@@ -274,11 +278,11 @@ def _output_error(
     block: nn.Module,
     plan: SitePlan,
     quantizer: InputQuantizer,
-    lanes: dict[tuple[str, ...], Tensor],
+    token_groups: dict[tuple[str, ...], Tensor],
 ) -> float:
     """The root mean square over a site's first tokens of ‖ŷ_t − y_t‖ / ‖y_t‖."""
     errors = []
-    for modules, x in lanes.items():
+    for modules, x in token_groups.items():
         x = x[:ERROR_TOKENS]
         rotated, quantized = quantizer.rotate(x), quantizer.dequantized(x)
         difference = size = torch.zeros(len(x), dtype=torch.float32, device=x.device)

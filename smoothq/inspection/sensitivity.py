@@ -26,7 +26,7 @@ from ..evaluation.divergence import summed_divergence
 from ..evaluation.perplexity import perplexity_of
 from ..modules import InputQuantizer, SequenceContext
 from ..pipeline.alpha_search import quantize_linear
-from ..pipeline.ends import ModelEnd, enter, load_block
+from ..pipeline.ends import ModelTail, embed_tokens, load_block
 from ..pipeline.run import transform_block
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
@@ -46,7 +46,7 @@ NO_TARGET = -100  # what F.nll_loss leaves out
 
 
 @dataclass(frozen=True)
-class Unit:
+class SiteSensitivity:
     """One site of one block, quantized alone: as the recipe has it, and in the rich format.
 
     The rich format is 8-bit weights with a scale a channel, and inputs of at least 8 bits with a
@@ -84,24 +84,26 @@ class Sensitivities:
     float included. perplexity: of the float model on the text. tokens: of the text.
     """
 
-    units: tuple[Unit, ...]
+    units: tuple[SiteSensitivity, ...]
     elements: int
     bits: int
     perplexity: float
     tokens: int
 
     @property
-    def ranked(self) -> tuple[Unit, ...]:
+    def ranked(self) -> tuple[SiteSensitivity, ...]:
         """The units, the largest divergence first."""
         return tuple(sorted(self.units, key=lambda unit: unit.divergence, reverse=True))
 
-    def bits_with(self, rich: Iterable[Unit]) -> float:
+    def bits_with(self, rich: Iterable[SiteSensitivity]) -> float:
         """Bits a weight, all scales counted, with some units in the rich format."""
         return (self.bits + sum(unit.extra_bits for unit in rich)) / self.elements
 
-    def fitting(self, units: Iterable[Unit], budget_bits: float) -> list[Unit]:
+    def fitting(
+        self, units: Iterable[SiteSensitivity], budget_bits: float
+    ) -> list[SiteSensitivity]:
         """Units in their order, without those that would take more than so many bits a weight."""
-        chosen: list[Unit] = []
+        chosen: list[SiteSensitivity] = []
         for unit in units:
             if self.bits_with([*chosen, unit]) <= budget_bits:
                 chosen.append(unit)
@@ -144,7 +146,7 @@ def measure(
             same = rich_site == site
             rich_divergence = divergence if same else floats.losses(index, rich_site)[0]
             specs = site.modules.values()
-            unit = Unit(
+            unit = SiteSensitivity(
                 block=index,
                 site=site.site.name,
                 modules=tuple(f"{plan.parts.layers}.{index}.{name}" for name in site.modules),
@@ -191,7 +193,7 @@ def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: floa
     return enriched(recipe, sensitivities.fitting(worth, budget_bits))
 
 
-def enriched(recipe: Recipe, units: Iterable[Unit]) -> Recipe:
+def enriched(recipe: Recipe, units: Iterable[SiteSensitivity]) -> Recipe:
     """The recipe with some units in the rich format, as overrides."""
     overrides = [_rich(recipe, pattern) for pattern in _patterns(units)]
     return recipe.edit(name=f"{recipe.name}-mixed", overrides=(*overrides, *recipe.overrides))
@@ -205,7 +207,7 @@ def _rich(recipe: Recipe, match: str) -> Override:
     return Override(match=match, weights=weights, activations=activations)
 
 
-def _patterns(units: Iterable[Unit]) -> list[str]:
+def _patterns(units: Iterable[SiteSensitivity]) -> list[str]:
     """Shell patterns of the units' modules: one for the same module of up to ten blocks."""
     digits: dict[tuple[str, str], list[int]] = {}
     for unit in sorted(units, key=lambda unit: unit.block):
@@ -232,7 +234,7 @@ class _FloatModel:
             F.pad(batch[:, 1:], (0, 1), value=NO_TARGET).flatten().to(device) for batch in batches
         ]
         model = skeleton(source)
-        stream = enter(source, model, plan, batches, World(0, 1, device))
+        stream = embed_tokens(source, model, plan, batches, World(0, 1, device))
         self._entering = [stream]
         self._blocks: list[nn.Module] = []
         for index in range(len(plan.blocks)):
@@ -242,7 +244,7 @@ class _FloatModel:
             stream = stream.copy()
             stream.advance(block.module, index)
             self._entering.append(stream)
-        self._end = ModelEnd(source, plan, device)
+        self._end = ModelTail(source, plan, device)
         end = len(self._blocks)
         self._reference = [logits.log_softmax(-1) for logits in self._logits(end)]
         _, self.loss = self._compared(end)

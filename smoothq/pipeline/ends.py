@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures.graph import all_finite, is_tied
-from ..architectures.linearize import open_block
+from ..architectures.linearize import linearize_block
 from ..checkpoint.source import (
     Source,
     check_weight,
@@ -50,7 +50,7 @@ class Block:
     plan: BlockPlan
 
 
-def enter(
+def embed_tokens(
     source: Source,
     model: PreTrainedModel,
     plan: Plan,
@@ -75,7 +75,7 @@ def enter(
     assert isinstance(embedding, nn.Embedding)
     empty = embedding.weight
     ids = _load_rows(source, model, plan, embedding, batches, as_stored)
-    states = HiddenStates.enter(model, plan, ids, world, directory, rotate)
+    states = HiddenStates.embed_tokens(model, plan, ids, world, directory, rotate)
     embedding.weight = empty
     for name in before:
         unload_module(model.get_submodule(name))
@@ -92,7 +92,7 @@ def load_block(
     name, block_plan = f"{plan.parts.layers}.{index}", plan.blocks[index]
     module = copy.deepcopy(model.get_submodule(name))
     load_module(module, name, source, WORKING_DTYPE)
-    open_block(module)
+    linearize_block(module)
     module.to(device)
     if plan.residual_rotation is not None:
         fuse_norms(module, block_plan.graph)
@@ -155,7 +155,7 @@ def _coded(rows: Tensor) -> QuantizedWeight:
     return round_to_nearest(rows, row_grid(rows.shape[1]))
 
 
-class ModelEnd:
+class ModelTail:
     """What stands behind the blocks, final norm and head, run by the model's own code.
 
     A model without its blocks is its own end, once the final norm is handed its input. The head is

@@ -20,7 +20,7 @@ from ..data.tokens import MICRO_BATCH_TOKENS
 from ..errors import RecipeError
 from ..kernels import largest_multiplier
 from ..plan.plan import BlockPlan, Plan
-from ..report.results import Needs, Price
+from ..report.results import ResourceEstimate, TimeEstimate
 from ..rounding.gptq import WORK_ELEMENTS
 from ..rounding.grid import CLIP_RATIOS
 from ..runtime.memory import peak_memory
@@ -36,12 +36,12 @@ STRETCHES_BYTES = 256 << 20  # what works on a matrix by stretches takes beside 
 TUNED_BYTES = 32  # an element of a block that is tuned: weights, gradients, moments, saved products
 
 
-def price(plan: Plan, device: torch.device) -> Price:
+def estimate_time(plan: Plan, device: torch.device) -> TimeEstimate:
     """The estimate for a plan whose blocks will be worked on on a device."""
     operations = sum(
         block_operations(block, plan) + _handling_operations(block) for block in plan.blocks
     )
-    return Price(operations, OVERHEAD * operations / _speed(plan, device))
+    return TimeEstimate(operations, OVERHEAD * operations / _speed(plan, device))
 
 
 def _handling_operations(block: BlockPlan) -> float:
@@ -74,11 +74,11 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
             forward += 4.0 * length * width
         specs = [spec for site in sites for spec in site.modules.values()]
         elements = sum(spec.elements for spec in specs)
-        lanes = sum(len(site.site.lanes) for site in sites)
-        passed = min(1.0, ROUTED / lanes)
+        token_groups = sum(len(site.site.token_groups) for site in sites)
+        passed = min(1.0, ROUTED / token_groups)
         if recipe.weights.rounding == "gptq":
-            total += tokens * (forward + passed * lanes * 2 * width**2)
-            total += DOUBLE * (lanes * 2 * width**3 + elements * width)
+            total += tokens * (forward + passed * token_groups * 2 * width**2)
+            total += DOUBLE * (token_groups * 2 * width**3 + elements * width)
         elif sites[0].input.mode in ("static", "calibrated"):
             total += tokens * forward
         forward += passed * 2.0 * elements
@@ -105,9 +105,9 @@ def _speed(plan: Plan, device: torch.device) -> float:
     return products * 2 * x.numel() * spec.out_features / (time.perf_counter() - start)
 
 
-def needs_of(
+def estimate_resources(
     plan: Plan, max_memory: int | None = None, every: int = 1, tokens: int | None = None
-) -> Needs:
+) -> ResourceEstimate:
     """What a plan takes of memory and disk. every: blocks between two states that are kept.
 
     max_memory: bytes that the process may take. tokens: to calibrate on; None for as many as the
@@ -132,7 +132,9 @@ def needs_of(
         )
     kept = 2 * states if every <= len(plan.blocks) else 0
     disk = plan.total_bytes + min(SHARD_BYTES, plan.total_bytes) + kept
-    return Needs(least if on_disk else work + states, disk + 2 * states * on_disk, on_disk)
+    return ResourceEstimate(
+        least if on_disk else work + states, disk + 2 * states * on_disk, on_disk
+    )
 
 
 def _working_bytes(block: BlockPlan, plan: Plan) -> int:

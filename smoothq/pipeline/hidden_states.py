@@ -57,7 +57,7 @@ class _Run:
     world: World
 
 
-class _Shelf:
+class _MicroBatchStore:
     """Micro-batches by their number: in memory, or in a file that goes when they do."""
 
     def __init__(self, directory: Path | None) -> None:
@@ -92,12 +92,12 @@ def _remove(file: TensorFile) -> None:
 class HiddenStates:
     """What enters block `index`: float32 micro-batches (sequences, tokens, hidden_size)."""
 
-    def __init__(self, shelf: _Shelf, run: _Run) -> None:
+    def __init__(self, shelf: _MicroBatchStore, run: _Run) -> None:
         """shelf: this process's share of the micro-batches."""
         self._shelf, self._run = shelf, run
 
     @classmethod
-    def enter(
+    def embed_tokens(
         cls,
         model: PreTrainedModel,
         plan: Plan,
@@ -125,7 +125,7 @@ class HiddenStates:
         returns_tuple = plan.family.returns_tuple
         recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
         decoder.set_submodule(attribute, nn.ModuleList(recorders))
-        shelf = _Shelf(directory)
+        shelf = _MicroBatchStore(directory)
         try:
             for number, batch in enumerate(batches):
                 embedded = embedding(batch).float()
@@ -153,9 +153,9 @@ class HiddenStates:
 
     def replace(self, batches: Iterator[Tensor] | None) -> None:
         """Take other states in their place, which the leading process reads in order."""
-        shelf, world = _Shelf(self._shelf.directory), self._run.world
+        shelf, world = _MicroBatchStore(self._shelf.directory), self._run.world
         for number in range(len(self)):
-            batch = world.share(lambda: next(batches))  # type: ignore[arg-type]
+            batch = world.broadcast_from(lambda: next(batches))  # type: ignore[arg-type]
             if world.owns(number):
                 shelf.put(number, batch.to(world.device))
         self._shelf = shelf
@@ -205,7 +205,7 @@ class HiddenStates:
             seen[site.name] = (
                 AbsMax(width) if share == 1 else AbsQuantile(width, share, sum(self._run.sizes))
             )
-            watched |= {lane[0]: seen[site.name].update for lane in site.lanes}
+            watched |= {token_group[0]: seen[site.name].update for token_group in site.token_groups}
         self.watch(block, index, watched, advance)
         maxima = {site: self._reduced(observer) for site, observer in seen.items()}
         for site_name, maximum in maxima.items():
@@ -222,7 +222,7 @@ class HiddenStates:
             def update(x: Tensor) -> None:
                 seen.update(site_input.rotate(x))
 
-            self.watch(block, index, {lane[0]: update for lane in site.lanes})
+            self.watch(block, index, {token_group[0]: update for token_group in site.token_groups})
             maxima = self._reduced(seen)
             _check_finite(maxima, f"input of {site_input.name}")
             site_input.calibrate(maxima)
@@ -262,7 +262,7 @@ class HiddenStates:
     def batch(self, number: int) -> Tensor:
         """A micro-batch, float32 (sequences, tokens, hidden_size), in all processes."""
         world = self._run.world
-        return world.share(lambda: self._shelf.get(number), number).to(world.device)
+        return world.broadcast_from(lambda: self._shelf.get(number), number).to(world.device)
 
     def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
         """A block's output for one micro-batch."""
@@ -298,7 +298,7 @@ class HiddenStates:
             for module, into in watched.items()
         ]
         try:
-            moved = _Shelf(self._shelf.directory) if advance else self._shelf
+            moved = _MicroBatchStore(self._shelf.directory) if advance else self._shelf
             with busy_heap():
                 for number in self._shelf.numbers:
                     batch = self._shelf.get(number).to(self._run.world.device)

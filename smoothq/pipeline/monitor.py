@@ -15,7 +15,7 @@ from ..errors import CalibrationError
 from ..evaluation.perplexity import perplexity_of, window_loss
 from ..plan.plan import Plan
 from ..runtime.distributed import World
-from .ends import ModelEnd, enter, load_block
+from .ends import ModelTail, embed_tokens, load_block
 from .hidden_states import HiddenStates
 
 STREAM = "probe"  # the name of its hidden states in a state to go on from
@@ -53,7 +53,7 @@ class BlockDone:
     float_perplexity: float | None = None
 
 
-class Probing:
+class PerplexityMonitor:
     """A probe at work: its hidden states follow the quantized blocks.
 
     A measurement reads all later blocks once more, and the head is held in float32.
@@ -66,8 +66,8 @@ class Probing:
         length = within_positions(model, probe.tokens.shape[1], "the probe's windows")
         self._tokens, self._every = probe.tokens[:, :length].long(), probe.every
         self._source, self._model, self._plan, self._world = source, model, plan, world
-        self.stream = enter(source, model, plan, micro_batches(self._tokens), world)
-        self._end = ModelEnd(source, plan, world.device)
+        self.stream = embed_tokens(source, model, plan, micro_batches(self._tokens), world)
+        self._end = ModelTail(source, plan, world.device)
         self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
 
     def follow(self, block: nn.Module, index: int) -> float | None:

@@ -39,13 +39,13 @@ from ..plan.plan import Plan
 from ..rounding.packing import pack
 from ..runtime.distributed import World
 from ..runtime.memory import give_back, spare_memory
-from ..runtime.process import building
+from ..runtime.process import build_lock
 from .ends import (
     WORKING_DTYPE,
     Block,
-    ModelEnd,
+    ModelTail,
     coded_rows,
-    enter,
+    embed_tokens,
     stored_rows,
 )
 from .hidden_states import HiddenStates
@@ -78,7 +78,7 @@ class RoundTrip:
     def _enter(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
         stored: Any = _Stored(self._source, self._account)
         model, plan, batches = self._model, self._plan, [self._ids]
-        return enter(stored, model, plan, batches, world, as_stored=True, rotate=rotate)
+        return embed_tokens(stored, model, plan, batches, world, as_stored=True, rotate=rotate)
 
     @torch.no_grad()
     def follow(self, block: Block, stored: dict[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ class RoundTrip:
             else:
                 self._compare_by_blocks(directory, files)
 
-        self._world.share(compared)
+        self._world.broadcast_from(compared)
 
     def _whole_bytes(self) -> int:
         """What the loaded output takes, and beside it the ends in float32 and some logits."""
@@ -125,11 +125,11 @@ class RoundTrip:
         return 2 * loaded  # loading holds some of it twice
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
-        with building:
+        with build_lock:
             loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=WORKING_DTYPE)
         loaded.to(self._world.device)
         stored: Any = _Stored(self._source, self._account)
-        end = ModelEnd(stored, self._plan, self._world.device, as_stored=True)
+        end = ModelTail(stored, self._plan, self._world.device, as_stored=True)
         own = {**self._sketches, len(self._plan.blocks): end.logits(hidden)}
         del end
         _hold(own, len(self._plan.blocks), lambda seed: self._run(loaded, seed))

@@ -25,9 +25,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..architectures.graph import is_tied
 from ..architectures.positions import positions_of, within_positions
-from ..checkpoint.manifest import Identity
+from ..checkpoint.manifest import RunKey
 from ..checkpoint.source import Source, skeleton, unload_module
-from ..checkpoint.writer import CheckpointWriter, Surroundings
+from ..checkpoint.writer import CheckpointWriter, Environment
 from ..data.calibration import tokens_of
 from ..data.text import TextSource, calibration_tokens
 from ..data.tokens import Tokens
@@ -42,7 +42,7 @@ from ..plan.resolve import make_plan
 from ..progress import Progress, Stage, silent
 from ..recipe.recipe import Recipe
 from ..report.figures import model_card
-from ..report.results import Result
+from ..report.results import QuantizeResult
 from ..rounding.gptq import Factor, factorise, gptq
 from ..rounding.grid import QuantizedWeight
 from ..rounding.packing import pack, packed_like
@@ -50,7 +50,7 @@ from ..rounding.rtn import round_to_nearest
 from ..runtime.device import check_device
 from ..runtime.distributed import World
 from ..runtime.memory import give_back, peak_memory, steady_heap
-from ..runtime.process import settled
+from ..runtime.process import default_modes
 from ..transforms.rotation import rotate_input, rotate_value_output
 from ..transforms.smoothing import smooth
 from ..version import __version__
@@ -59,22 +59,22 @@ from .block_tuning import tune
 from .ends import (
     Block,
     coded_rows,
-    enter,
+    embed_tokens,
     load_block,
     stored_rows,
 )
-from .estimate import needs_of
+from .estimate import estimate_resources
 from .hidden_states import HiddenStates
 from .monitor import (
     STREAM,
     BlockDone,
+    PerplexityMonitor,
     Probe,
-    Probing,
 )
 from .observers import SecondMoment
 from .round_trip import STREAM as ROUNDTRIP
 from .round_trip import RoundTrip
-from .shared_writer import Output
+from .shared_writer import SharedWriter
 
 log = logging.getLogger("smoothq")
 
@@ -84,7 +84,7 @@ HESSIAN_BYTES = 1 << 30  # of experts' Hessians that are held at once
 OnBlock = Callable[[BlockDone], None]
 
 
-@settled()
+@default_modes()
 def quantize_checkpoint(
     source: Source,
     recipe: Recipe,
@@ -97,7 +97,7 @@ def quantize_checkpoint(
     on_block: OnBlock | None = None,
     probe: Probe | None = None,
     check: bool = True,
-) -> Result:
+) -> QuantizeResult:
     """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
 
     data: what to calibrate on, as for `quantize`; without it the recipe's text is read.
@@ -117,13 +117,15 @@ def quantize_checkpoint(
     side_files = source.side_files().with_tokenizer(tokenizer)
     tokens = _calibration_tokens(plan, source, model, tokenizer, data)
     account = account_of(model, plan, source)
-    needs = needs_of(plan, max_memory, writer.every, 0 if tokens is None else tokens.count)
+    needs = estimate_resources(
+        plan, max_memory, writer.every, 0 if tokens is None else tokens.count
+    )
     disk = needs.disk + side_files.nbytes + nbytes_of(source.extras)
-    world.share(lambda: writer.check(disk, source.paths))
-    output = Output(writer, world)
+    world.broadcast_from(lambda: writer.check(disk, source.paths))
+    output = SharedWriter(writer, world)
     identity = _identity(source, recipe, tokens)
     config = _config_of(source, model, plan)
-    result = Result(
+    result = QuantizeResult(
         name=source.name,
         recipe=plan.recipe,
         bits=plan.bits,
@@ -139,10 +141,10 @@ def quantize_checkpoint(
         return result
     ours = (f"{writer.out.name}/", f"{writer.partial.name}/")
     left_out = [name for name in side_files.left_out if name not in ours]
-    if world.leads and left_out:
+    if world.is_main and left_out:
         log.info("not copied from %s: %s", source.name, ", ".join(left_out))
     with output, steady_heap():
-        begun = output.begin(identity, Surroundings.here(world.device.type, world.size))
+        begun = output.begin(identity, Environment.here(world.device.type, world.size))
         roundtrip = RoundTrip(source, model, plan, account, world) if check else None
         shown = progress or silent
         job = _Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
@@ -188,7 +190,7 @@ class _Job:
     plan: Plan
     model: PreTrainedModel
     account: Account
-    output: Output
+    output: SharedWriter
     world: World
     progress: Progress
     on_block: OnBlock | None
@@ -208,7 +210,7 @@ def _run(
     streams = _streams(job, tokens, directory)
     probing = None
     if probe is not None:
-        probing = Probing(probe, job.source, job.model, plan, job.world)
+        probing = PerplexityMonitor(probe, job.source, job.model, plan, job.world)
         streams[STREAM] = probing.stream
     if job.roundtrip is not None:
         streams[ROUNDTRIP] = job.roundtrip.stream
@@ -328,7 +330,7 @@ def _quantize_sites(
     """
     recipe, world = job.plan.recipe, job.world
     unrounded: dict[str, Tensor] = {}
-    lanes: list[_Lane] = []
+    token_groups: list[_TokenGroup] = []
     for plan in plans:
         site, site_input = plan.site, inputs[plan.site.name]
         if plan.input.rotation is not None:
@@ -337,23 +339,23 @@ def _quantize_sites(
         if stream is not None:
             normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
             stream.calibrate(block.module, block.index, site, site_input, normalise)
-        lanes += [_Lane(plan, modules, site_input) for modules in site.lanes]
-    for together in _in_memory(lanes):
+        token_groups += [_TokenGroup(plan, modules, site_input) for modules in site.token_groups]
+    for together in _in_memory(token_groups):
         seen: dict[str, SecondMoment] = {}
         if stream is not None and recipe.weights.rounding == "gptq":
-            watched = {lane.modules[0]: lane.input for lane in together}
+            watched = {token_group.modules[0]: token_group.input for token_group in together}
             seen = stream.hessians(block.module, block.index, watched)
         factors = _Factors(block, seen, recipe)
-        work = [(lane, name) for lane in together for name in lane.modules]
+        work = [(token_group, name) for token_group in together for name in token_group.modules]
         for turn in (work[i : i + world.size] for i in range(0, len(work), world.size)):
-            own = world.each(partial(_round_own, block, turn, factors, job))
-            for owner, (lane, name) in enumerate(turn):
-                rounded = world.share(lambda own=own: own, owner)  # type: ignore[misc]
+            own = world.raise_together(partial(_round_own, block, turn, factors, job))
+            for owner, (token_group, name) in enumerate(turn):
+                rounded = world.broadcast_from(lambda own=own: own, owner)  # type: ignore[misc]
                 assert rounded is not None
                 rounded = rounded.to(world.device)
                 linear = block.module.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                quantized = install_linear(block.module, name, lane.plan, lane.input)
+                quantized = install_linear(block.module, name, token_group.plan, token_group.input)
                 quantized.set_weight(rounded, linear.bias)
                 if rounded.unrounded is not None:
                     unrounded[name] = rounded.unrounded
@@ -362,13 +364,13 @@ def _quantize_sites(
 
 
 def _round_own(
-    block: Block, turn: list[tuple[_Lane, str]], factors: _Factors, job: _Job
+    block: Block, turn: list[tuple[_TokenGroup, str]], factors: _Factors, job: _Job
 ) -> QuantizedWeight | None:
     """What this process rounds of a turn, in which every process has one matrix at most."""
     if job.world.rank >= len(turn):
         return None
-    lane, name = turn[job.world.rank]
-    return _round(block, lane, name, factors.of(lane), job.plan.recipe)
+    token_group, name = turn[job.world.rank]
+    return _round(block, token_group, name, factors.of(token_group), job.plan.recipe)
 
 
 class _Factors:
@@ -379,19 +381,21 @@ class _Factors:
         self._block, self._seen, self._recipe = block, seen, recipe
         self._held: tuple[str, Factor | None] = ("", None)
 
-    def of(self, lane: _Lane) -> Factor | None:
+    def of(self, token_group: _TokenGroup) -> Factor | None:
         """A lane's; None where its matrices are rounded to nearest."""
-        name = lane.modules[0]
+        name = token_group.modules[0]
         if self._held[0] != name:
             self._held = ("", None)
             moment = self._seen.pop(name, None)
-            factor = None if moment is None else _factor(self._block, lane, moment, self._recipe)
+            factor = (
+                None if moment is None else _factor(self._block, token_group, moment, self._recipe)
+            )
             self._held = (name, factor)
         return self._held[1]
 
 
 @dataclass(frozen=True)
-class _Lane:
+class _TokenGroup:
     """Modules of a site that the same tokens reach."""
 
     plan: SitePlan
@@ -405,21 +409,26 @@ class _Lane:
         return any(reader.routed for reader in readers if reader.module in self.modules)
 
 
-def _in_memory(lanes: list[_Lane]) -> Iterator[list[_Lane]]:
+def _in_memory(token_groups: list[_TokenGroup]) -> Iterator[list[_TokenGroup]]:
     """Lanes in runs whose Hessians are held at once."""
-    run: list[_Lane] = []
-    for lane in lanes:
-        if run and 8 * sum(each.input.spec.width**2 for each in [*run, lane]) > HESSIAN_BYTES:
+    run: list[_TokenGroup] = []
+    for token_group in token_groups:
+        if (
+            run
+            and 8 * sum(each.input.spec.width**2 for each in [*run, token_group]) > HESSIAN_BYTES
+        ):
             yield run
             run = []
-        run.append(lane)
+        run.append(token_group)
     yield run
 
 
-def _factor(block: Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> Factor | None:
+def _factor(
+    block: Block, token_group: _TokenGroup, seen: SecondMoment, recipe: Recipe
+) -> Factor | None:
     """What GPTQ needs for a lane; None for an expert that too few tokens reached."""
-    where = f"{block.name}, {lane.plan.site.name if not lane.routed else lane.modules[0]}"
-    if lane.routed and seen.tokens < recipe.gptq.least_tokens:
+    where = f"{block.name}, {token_group.plan.site.name if not token_group.routed else token_group.modules[0]}"
+    if token_group.routed and seen.tokens < recipe.gptq.least_tokens:
         log.warning(
             "%s: %d tokens of the calibration text reached this expert; rounded to nearest",
             where,
@@ -430,12 +439,12 @@ def _factor(block: Block, lane: _Lane, seen: SecondMoment, recipe: Recipe) -> Fa
 
 
 def _round(
-    block: Block, lane: _Lane, name: str, factor: Factor | None, recipe: Recipe
+    block: Block, token_group: _TokenGroup, name: str, factor: Factor | None, recipe: Recipe
 ) -> QuantizedWeight:
     """The weight of one linear of a lane, rounded."""
     linear = block.module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    grid = lane.plan.modules[name].grid
+    grid = token_group.plan.modules[name].grid
     if factor is None:
         rounded = round_to_nearest(linear.weight, grid)
     else:
@@ -450,7 +459,7 @@ def _streams(job: _Job, tokens: Tokens | None, directory: Path | None) -> dict[s
     if tokens is None:
         return {}
     batches = tokens.micro_batches
-    entered = enter(job.source, job.model, job.plan, batches, job.world, directory)
+    entered = embed_tokens(job.source, job.model, job.plan, batches, job.world, directory)
     streams = {"quantized": entered}
     if job.plan.recipe.tuning is not None:
         streams["float"] = entered.copy()
@@ -542,9 +551,9 @@ def _calibration_tokens(
     return Tokens((windows,))
 
 
-def _identity(source: Source, recipe: Recipe, tokens: Tokens | None) -> Identity:
+def _identity(source: Source, recipe: Recipe, tokens: Tokens | None) -> RunKey:
     """What the bytes of a checkpoint follow from, by hash."""
-    return Identity(
+    return RunKey(
         version=__version__,
         recipe=hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
         model=source.fingerprint(),

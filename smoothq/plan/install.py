@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..architectures.graph import (
     text_config,
 )
-from ..architectures.linearize import close_block, open_block
+from ..architectures.linearize import linearize_block, restore_block
 from ..modules import (
     InputQuantizer,
     InputSpec,
@@ -39,7 +39,7 @@ def install_inputs(
     inputs = {}
     for site in plan.sites:
         full = f"{name}.{site.input_name}"
-        readers = max(len(lane) for lane in site.site.lanes)
+        readers = max(len(token_group) for token_group in site.site.token_groups)
         inputs[site.site.name] = InputQuantizer(full, site.input, readers, context)
         block.set_submodule(site.input_name, inputs[site.site.name])
     return inputs
@@ -67,7 +67,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     for index, block in enumerate(plan.blocks):
         name = f"{plan.parts.layers}.{index}"
         layer = layers.get_submodule(str(index))
-        open_block(layer)
+        linearize_block(layer)
         inputs = install_inputs(layer, block, context, name)
         for site in block.sites:
             for module in site.modules:
@@ -146,7 +146,7 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
         if plan.attention is not None:
             attention = block.get_submodule(block_plan.attention)
             stop_quantizing_attention(attention, text_config(model))
-        close_block(block, stock.get_submodule(str(index)))
+        restore_block(block, stock.get_submodule(str(index)))
         block.to(dtype)
     stop_rotating(model)
     if plan.tables:

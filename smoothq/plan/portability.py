@@ -31,7 +31,7 @@ SERVED_BITS = (4, 8, FLOAT_BITS)  # of activations
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class ExportBlocker:
     """Something that only smoothq does.
 
     where: stages of the blocks, or the model. edit: fields of the recipe, as `Recipe.edit` takes
@@ -47,18 +47,18 @@ class Obstacle:
         return f"{self.where}: {self.what} (take {self.instead or _as_text(self.edit)})"
 
 
-def obstacles(model: PreTrainedModel, plan: Plan) -> list[Obstacle]:
+def export_blockers(model: PreTrainedModel, plan: Plan) -> list[ExportBlocker]:
     """Why a plan's result cannot be held in a format that others read; empty where it can.
 
     model: a skeleton.
     """
-    found: dict[str, tuple[Obstacle, list[str]]] = {}
+    found: dict[str, tuple[ExportBlocker, list[str]]] = {}
     layers = model.get_submodule(plan.parts.layers)
     for index, block in enumerate(plan.blocks):
         layer = layers.get_submodule(str(index))
         for site in block.sites:
-            for obstacle in _of_site(layer, site):
-                _, stages = found.setdefault(obstacle.what, (obstacle, []))
+            for blocker in _of_site(layer, site):
+                _, stages = found.setdefault(blocker.what, (blocker, []))
                 if site.site.stage not in stages:
                     stages.append(site.site.stage)
         for module in block.new_biases:
@@ -67,9 +67,9 @@ def obstacles(model: PreTrainedModel, plan: Plan) -> list[Obstacle]:
     return [*of_sites, *_of_model(model, plan)]
 
 
-def refuse_obstacles(model: PreTrainedModel, plan: Plan, name: str, form: str) -> None:
+def refuse_blockers(model: PreTrainedModel, plan: Plan, name: str, form: str) -> None:
     """Raise RecipeError, naming each, where a plan has obstacles. form: the format's name."""
-    found = obstacles(model, plan)
+    found = export_blockers(model, plan)
     if found:
         raise RecipeError(
             f"{name}: {form} cannot hold what this recipe makes. "
@@ -77,7 +77,7 @@ def refuse_obstacles(model: PreTrainedModel, plan: Plan, name: str, form: str) -
         )
 
 
-def servable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe without what only smoothq can run, and what was changed, field by field.
 
     model: a skeleton. What no field leaves out, such as a family's experts, stays: `obstacles`
@@ -85,7 +85,7 @@ def servable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str,
     """
     edits: dict[str, Any] = {}
     while True:
-        found = obstacles(model, make_plan(model, recipe.edit(**edits)))
+        found = export_blockers(model, make_plan(model, recipe.edit(**edits)))
         more = {path: value for each in found for path, value in each.edit.items()}
         if more.items() <= edits.items():
             return recipe.edit(**edits), tuple(
@@ -123,55 +123,59 @@ def cost_of(recipe: Recipe) -> str:
     return f"on SmolLM2-135M, measured, that took perplexity from {before:.2f} to {after:.2f}"
 
 
-_BIAS = Obstacle(
+_BIAS = ExportBlocker(
     "the norm before it hands it a bias that the model's own class has no place for",
     {"rotation__residual": False},
 )
 _ROTATION = {"stream": "residual", "values": "value_output", "inner": "down"}
 
 
-def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[Obstacle]:
+def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
     site = plan.site
     if plan.input.rotation is not None:
         edit = {f"rotation__{_ROTATION[site.reads]}": False}
-        yield Obstacle("its input is rotated while the model runs", edit)
+        yield ExportBlocker("its input is rotated while the model runs", edit)
     yield from _of_input(plan.input)
     if site.routed:
-        yield Obstacle("experts are held apart here, and together elsewhere", {}, "a dense model")
+        yield ExportBlocker(
+            "experts are held apart here, and together elsewhere", {}, "a dense model"
+        )
         return
     for name in plan.modules:
         linear = layer.get_submodule(name)
         kind = type(linear).__name__
         if not isinstance(linear, nn.Linear):
-            yield Obstacle(f"it is a {kind}, and readers know nn.Linear", {}, "another model")
+            yield ExportBlocker(f"it is a {kind}, and readers know nn.Linear", {}, "another model")
         elif type(linear) is not nn.Linear and plan.modules[name].grid.bits != 8:
             what = f"it is a {kind}, which transformers cannot read packed codes into"
-            yield Obstacle(what, {}, "--w8a8")
+            yield ExportBlocker(what, {}, "--w8a8")
         elif plan.adds_bias and linear.bias is None:
             yield _BIAS
     grids = {(spec.grid.bits, spec.groups, spec.grid.symmetric) for spec in plan.modules.values()}
     if site.float_readers or len(grids) > 1:
         what = "servers hold all that reads one tensor as one matrix, and here formats differ"
-        yield Obstacle(what, {}, "one format for them, or keep all of them in float")
+        yield ExportBlocker(what, {}, "one format for them, or keep all of them in float")
     if plan.input.mode == "static" and grids != {(8, 1, True)}:
         what = "static scales go with 8-bit weights per channel"
-        yield Obstacle(what, {}, "activations.granularity: token, static: false")
+        yield ExportBlocker(what, {}, "activations.granularity: token, static: false")
 
 
-def _of_input(spec: InputSpec) -> Iterator[Obstacle]:
+def _of_input(spec: InputSpec) -> Iterator[ExportBlocker]:
     if spec.mode in ("groups", "calibrated", "live"):
-        yield Obstacle("its input is smoothed while the model runs", {"runtime_smoothing": None})
+        yield ExportBlocker(
+            "its input is smoothed while the model runs", {"runtime_smoothing": None}
+        )
     elif spec.mode == "tensor":
         edit = {"activations__granularity": "token"}
-        yield Obstacle("its input has one scale a tensor, found while the model runs", edit)
+        yield ExportBlocker("its input has one scale a tensor, found while the model runs", edit)
     elif spec.mode == "token" and spec.clip not in _clips(spec.bits):
         what = f"its input's largest code stands for {spec.clip:g} of each token's maximum"
-        yield Obstacle(what, {"activations__clip_ratio": reader_clip(spec.bits)})
+        yield ExportBlocker(what, {"activations__clip_ratio": reader_clip(spec.bits)})
     elif spec.mode == "token" and spec.full_range:
-        yield Obstacle("its input's scales have a sign", {"activations__full_range": False})
+        yield ExportBlocker("its input's scales have a sign", {"activations__full_range": False})
     if spec.mode != "float" and spec.bits not in SERVED_BITS:
         what = f"no server multiplies {spec.bits}-bit activations"
-        yield Obstacle(what, {}, "activations.bits: 4, 8 or 16")
+        yield ExportBlocker(what, {}, "activations.bits: 4, 8 or 16")
 
 
 def reader_clip(bits: int) -> float:
@@ -185,15 +189,15 @@ def _clips(bits: int) -> tuple[float, ...]:
     return (reader_clip(bits), 1.0) if bits == 8 else (reader_clip(bits),)
 
 
-def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[Obstacle]:
+def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[ExportBlocker]:
     if plan.attention is not None:
         edit = {"kv_cache": None, "attention": "float"}
-        yield Obstacle("keys, values or their products are quantized by our attention", edit)
+        yield ExportBlocker("keys, values or their products are quantized by our attention", edit)
     if plan.tables:
-        yield Obstacle("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
+        yield ExportBlocker("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
     if plan.residual_rotation is not None and not plan.family.folds_offline(model):
         what = "the residual stream is rotated at its ends while the model runs"
-        yield Obstacle(what, {"rotation__residual": False})
+        yield ExportBlocker(what, {"rotation__residual": False})
 
 
 def _as_text(edit: dict[str, Any]) -> str:

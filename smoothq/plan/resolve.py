@@ -33,8 +33,8 @@ from ..architectures.graph import (
     takes_rotation,
     text_config,
 )
-from ..architectures.linearize import open_block
-from ..discovery.infer import infer_family
+from ..architectures.linearize import linearize_block
+from ..discovery.infer import discover_family
 from ..discovery.weight_reads import weights_read
 from ..errors import RecipeError, UnsupportedModelError
 from ..modules import (
@@ -169,7 +169,7 @@ def _tables(model: PreTrainedModel, parts: Parts, recipe: Recipe) -> tuple[tuple
 
 def _inferred(model: PreTrainedModel) -> Family:
     """The family of a model that has no file, with a notice."""
-    family, _ = infer_family(model.config)
+    family, _ = discover_family(model.config)
     log.warning(
         "architecture '%s' has no file: its wiring was found by experiments on a tiny model and "
         "proven there; smoothq families --infer shows it",
@@ -207,7 +207,7 @@ def _opened(layers: nn.ModuleList) -> list[nn.Module]:
         )
         if (modules, shapes) not in forms:
             form = copy.deepcopy(layer).to("meta")
-            open_block(form)
+            linearize_block(form)
             forms[modules, shapes] = form
         return forms[modules, shapes]
 
@@ -302,7 +302,7 @@ def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool
         for edge in (recipe.smoothing.edges if recipe.smoothing is not None else ())
         if edge not in edges
     ]
-    shared = any(len(site.lanes) > 1 for site in sites if site.edge == "norms")
+    shared = any(len(site.token_groups) > 1 for site in sites if site.edge == "norms")
     if recipe.smoothing is not None and "norms" in recipe.smoothing.edges and shared:
         notes.append(
             "all experts of a layer share the smoothing divisor of the norm before them; inside, "

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.source import families_of
 from ..plan.plan import Bits, Plan
 from ..recipe.recipe import FLOAT_BITS, Recipe
-from .results import Needs, Price, as_text
+from .results import ResourceEstimate, TimeEstimate, duration_text
 
 if TYPE_CHECKING:
-    from .results import Exported, Result
+    from .results import ExportResult, QuantizeResult
 
 LOADING, RECIPE = "## Load it", "## Recipe"  # headings of a model card
 
@@ -22,7 +22,7 @@ W4A8_HINT = (
 )
 
 
-def as_dict(result: Result) -> dict[str, Any]:
+def as_dict(result: QuantizeResult) -> dict[str, Any]:
     """The closing figures as plain data, for `--json` and for scripts."""
     return _figures(result, result.name, result.bytes_before, result.bytes_after) | {
         "seconds": round(result.seconds, 1),
@@ -31,17 +31,17 @@ def as_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def rows(result: Result) -> list[tuple[str, str]]:
+def rows(result: QuantizeResult) -> list[tuple[str, str]]:
     """The closing table: label and value."""
     return [
         *_rows(result.recipe, result.bits, result.bytes_before, result.bytes_after),
-        ("time", as_text(result.seconds)),
+        ("time", duration_text(result.seconds)),
         ("peak memory, libraries included", f"{result.peak_memory / 1e9:.2f} GB"),
     ]
 
 
 def plan_as_dict(
-    model: str, before: int, plan: Plan, estimate: Price, needs: Needs
+    model: str, before: int, plan: Plan, estimate: TimeEstimate, needs: ResourceEstimate
 ) -> dict[str, Any]:
     """What a recipe would come to, as plain data. before: bytes of the model as it is."""
     return _figures(plan, model, before, plan.total_bytes) | {
@@ -51,16 +51,18 @@ def plan_as_dict(
     }
 
 
-def plan_rows(before: int, plan: Plan, estimate: Price, needs: Needs) -> list[tuple[str, str]]:
+def plan_rows(
+    before: int, plan: Plan, estimate: TimeEstimate, needs: ResourceEstimate
+) -> list[tuple[str, str]]:
     """The table of what a recipe would come to: label and value."""
     return [
         *_rows(plan.recipe, plan.bits, before, plan.total_bytes),
-        ("time, estimated for this machine", as_text(estimate.seconds)),
+        ("time, estimated for this machine", duration_text(estimate.seconds)),
         ("memory and disk, estimated", needs_text(needs)),
     ]
 
 
-def needs_text(needs: Needs) -> str:
+def needs_text(needs: ResourceEstimate) -> str:
     """What a run takes, as one would say it."""
     where = ", hidden states on the disk" if needs.states_on_disk else ""
     return f"{needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk{where}"
@@ -76,7 +78,7 @@ def activation_bits(bits: Bits, code_bits: int) -> str:
     return text
 
 
-def _figures(made: Result | Plan, model: str, before: int, after: int) -> dict[str, Any]:
+def _figures(made: QuantizeResult | Plan, model: str, before: int, after: int) -> dict[str, Any]:
     return {
         "model": model,
         "recipe": made.recipe.model_dump(mode="json"),
@@ -100,7 +102,7 @@ def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str
     ]
 
 
-def remarks(made: Result | Plan, model: str) -> list[str]:
+def remarks(made: QuantizeResult | Plan, model: str) -> list[str]:
     """What the user should know beside the figures, one line each."""
     lines = list(made.notes)
     if not made.recipe.causal:
@@ -113,7 +115,7 @@ def remarks(made: Result | Plan, model: str) -> list[str]:
     return lines
 
 
-def model_card(result: Result) -> str:
+def model_card(result: QuantizeResult) -> str:
     """The README.md of a quantized checkpoint."""
     # Neither time nor memory: a model is the same however long it took to make.
     figures = _rows(result.recipe, result.bits, result.bytes_before, result.bytes_after)
@@ -151,7 +153,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def export_rows(exported: Exported) -> list[tuple[str, str]]:
+def export_rows(exported: ExportResult) -> list[tuple[str, str]]:
     """The closing table of an export: label and value."""
     size = f"{exported.bytes_before / 1e6:.1f} MB → {exported.bytes_after / 1e6:.1f} MB"
     if exported.added_bytes:
@@ -161,10 +163,10 @@ def export_rows(exported: Exported) -> list[tuple[str, str]]:
     if exported.left_out:
         names = families_of(exported.left_out)
         rows.append(("left out, for what it reads is rotated", f"{names}"))
-    return [*rows, ("time", as_text(exported.seconds))]
+    return [*rows, ("time", duration_text(exported.seconds))]
 
 
-def served_card(card: str, exported: Exported) -> str:
+def served_card(card: str, exported: ExportResult) -> str:
     """The README.md of an export. card: that of the checkpoint it was made from."""
     figures = "\n".join(f"- {label}: {value}" for label, value in export_rows(exported)[:-1])
     before, _, rest = card.partition(LOADING)

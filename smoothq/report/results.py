@@ -9,7 +9,7 @@ from ..recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Price:
+class TimeEstimate:
     """operations: float32 ones, a product of (M, K) and (K, N) being 2 MKN. seconds: estimated."""
 
     operations: float
@@ -17,7 +17,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Needs:
+class ResourceEstimate:
     """Bytes that a run takes at most. memory: of the process, libraries included.
 
     states_on_disk: hidden states are held in files, for want of memory.
@@ -28,7 +28,7 @@ class Needs:
     states_on_disk: bool
 
 
-def as_text(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A duration as one would say it: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
@@ -36,7 +36,7 @@ def as_text(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Result:
+class QuantizeResult:
     """What a quantization came to: the figures of the closing table.
 
     bytes_before, bytes_after: all tensors of the model; linear_bytes: the quantized ones.
@@ -57,7 +57,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What an export came to.
 
     bytes_before: of the checkpoint's files. bytes_after: of all tensors. added_bytes: of the head

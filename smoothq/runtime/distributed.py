@@ -44,7 +44,7 @@ class World:
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
@@ -52,7 +52,7 @@ class World:
         """Whether a piece of work, by its number, is this process's."""
         return number % self.size == self.rank
 
-    def share(self, make: Callable[[], Value], number: int = 0) -> Value:
+    def broadcast_from(self, make: Callable[[], Value], number: int = 0) -> Value:
         """What the owner of a piece of work makes, in all processes.
 
         Called by all of them together; `make` by the owner alone. What it raises, all raise.
@@ -72,7 +72,7 @@ class World:
             raise both[1]  # type: ignore[misc]
         return both[0]  # type: ignore[return-value]
 
-    def each(self, make: Callable[[], Value]) -> Value:
+    def raise_together(self, make: Callable[[], Value]) -> Value:
         """What every process makes for itself; what one raises, all raise."""
         if self.size == 1:
             return make()

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-building = threading.RLock()
+build_lock = threading.RLock()
 """Held while transformers makes a model: it sets the default dtype of all threads meanwhile, and
 has no tie of weights; two threads that overlap would leave both as they found them in the other."""
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def default_modes() -> Iterator[None]:
     """Within it, tensors are made and multiplied as in a fresh process, whatever the caller set.
 
     Inference mode (whose tensors no gradient ever passes), autocast and the default device are the
