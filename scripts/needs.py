@@ -31,6 +31,7 @@ from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.pipeline.estimate import estimate_resources, estimate_time
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
+from smoothq.report.results import duration_text
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "needs.json"

@@ -36,7 +36,6 @@ _HOMES = {
     "BlockDone": "pipeline.monitor",
     "Evaluation": "evaluation.evaluate",
     "ExportResult": "report.results",
-    "ExportResult": "report.results",
     "Perplexity": "evaluation.perplexity",
     "Probe": "pipeline.monitor",
     "Recipe": "recipe.recipe",

@@ -427,7 +427,8 @@ def _factor(
     block: Block, token_group: _TokenGroup, seen: SecondMoment, recipe: Recipe
 ) -> Factor | None:
     """What GPTQ needs for a lane; None for an expert that too few tokens reached."""
-    where = f"{block.name}, {token_group.plan.site.name if not token_group.routed else token_group.modules[0]}"
+    site = token_group.modules[0] if token_group.routed else token_group.plan.site.name
+    where = f"{block.name}, {site}"
     if token_group.routed and seen.tokens < recipe.gptq.least_tokens:
         log.warning(
             "%s: %d tokens of the calibration text reached this expert; rounded to nearest",
