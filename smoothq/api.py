@@ -1,79 +1,264 @@
-"""The Python door: quantize a model, get a quantized model."""
+"""Quantize a model from Python; the command line calls this."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint.source import open_source
+from .checkpoint.source import Source, open_source, skeleton
 from .checkpoint.writer import CheckpointWriter
-from .pipeline.monitor import Probe
+from .data.text import TextSource, evaluation_tokens
+from .errors import CalibrationError, RecipeError, StoppedError
+from .evaluation.perplexity import windows_of
+from .export.compressed_tensors import export_compressed_tensors
+from .pipeline.estimate import estimate_resources, estimate_time
+from .pipeline.monitor import BlockDone, Probe
 from .pipeline.run import OnBlock, quantize_checkpoint
+from .plan.portability import cost_of, make_exportable, refuse_blockers
+from .plan.resolve import make_plan
 from .progress import Progress
+from .recipe.presets import recipe_of
 from .recipe.recipe import Recipe
-from .runtime.process import build_lock, default_modes
+from .report.figures import needs_text
+from .report.quantize_result import QuantizeResult
+from .report.results import duration_text
+from .runtime.device import resolve_device
+from .runtime.distributed import World
+from .runtime.memory import parse_bytes
 
 log = logging.getLogger("smoothq")
+
+PROBE_WINDOWS = (4, 512)  # windows, and tokens of each, that a probe of a text measures
 
 
 def quantize(
     model: str | Path | PreTrainedModel,
-    recipe: Recipe,
+    recipe: Recipe | str | Path | Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Any = None,
     output: str | Path | None = None,
     *,
+    format: Literal["smoothq", "compressed-tensors"] = "smoothq",
+    servable: bool = False,
     gguf_file: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: torch.dtype | str = "auto",
+    memory: Literal["fast", "low"] = "fast",
     overwrite: bool = False,
     resume: bool | None = None,
-    max_memory: int | None = None,
+    checkpoint_every: int = 1,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
     on_block: OnBlock | None = None,
-    probe: Probe | None = None,
+    probe: Probe | int | None = None,
+    probe_text: str | None = None,
+    stop_above: float | None = None,
     check: bool = True,
-) -> PreTrainedModel:
-    """Quantize a causal LM and return it, ready to run.
+) -> Any:
+    """Quantize a causal LM. Returns the model, or with `output` a QuantizeResult.
 
-    model: a directory, a hub id, or a model in memory (which is left as it is; compiled or in data
-    parallel is taken for what it wraps). data: in place of the recipe's text. Token ids: an int
-    tensor or array, (samples, length) or (length,), or lists of them, of any lengths. Texts: a list
-    of strings or of chats. A `datasets.Dataset` or any iterable of rows or batches that name their
-    columns: `input_ids`, with an `attention_mask` if some tokens are not to count, `messages` or
-    `text`. Ids are taken all, and of texts as many and as long as the recipe says. output: where
-    the checkpoint goes; without it a temporary directory serves; one that is there, whole and made
-    of just this, is loaded as it is. dtype: of everything that stays float in the returned model.
-    resume: True demands an unfinished run to go on with, False begins anew, None goes on where
-    there is one. max_memory: bytes that the process may take on the way.
-    on_block: called with a `BlockDone` when a block is stored; what it raises stops the run, and
-    with an output the same call goes on. probe: perplexity on some tokens every few blocks, for it.
-    check: load the output before it is placed and compare it with what was computed.
+    With `output` nothing is loaded: `result.load()` does it. Of several processes that a launcher
+    started, all must call this: they share the work, and the first writes.
+
+    Args:
+        model: a directory, a hub id, or a model in memory (which is left as it is; compiled or in
+            data parallel is taken for what it wraps).
+        recipe: a preset's name (`"w4a8"`, in upper or lower case), the path of a YAML file, a
+            mapping of a Recipe's fields, or a Recipe.
+        tokenizer: in place of the model's.
+        data: in place of the recipe's text. Token ids: an int tensor or array, (samples, length) or
+            (length,), or lists of them, of any lengths. Texts: a list of strings or of chats. A
+            `datasets.Dataset` or any iterable of rows or batches that name their columns:
+            `input_ids`, with an `attention_mask` if some tokens are not to count, `messages` or
+            `text`. Ids are taken all, and of texts as many and as long as the recipe says.
+        output: the directory that is written. One that is there, whole and of the same run, stays
+            as it is.
+        format: `compressed-tensors` writes what vLLM reads in place of our own format.
+        servable: leave out of the recipe what only smoothq can run.
+        gguf_file: a GGUF file inside the model's directory, which transformers reads.
+        device: to work on; `auto` is a GPU where there is one.
+        dtype: of all that stays float in the loaded model.
+        memory: `low` holds 4-bit weights of the loaded model packed alone.
+        overwrite: replace an output that is there.
+        resume: True demands an unfinished run to go on with, False begins anew, None goes on where
+            there is one.
+        checkpoint_every: blocks between two states to go on from.
+        max_memory: bytes that the process may take, or text such as `8GB`.
+        progress: called with (block, blocks, stage).
+        on_block: called with a `BlockDone` after each stored block. An exception from it stops the
+            run, and the same call goes on with an output.
+        probe: tokens on which perplexity is measured every few blocks, or a number: every so many
+            blocks on `probe_text`. What is measured is passed to `on_block`.
+        probe_text: a text as for calibration; without it the calibration's own.
+        stop_above: stop where the probe's perplexity is over so many times the float model's.
+        check: load the output before it is placed and compare it with what was computed.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
-    CheckpointError or DeviceError) with one line on what was wrong and what to do.
+    CheckpointError, DeviceError or StoppedError) with one line on what was wrong and what to do.
     """
-    source = open_source(model, tokenizer, gguf_file)
+    chosen = recipe_of(recipe)
+    if format not in ("smoothq", "compressed-tensors"):
+        raise RecipeError(f"format '{format}' is none: take smoothq or compressed-tensors")
+    if memory not in ("fast", "low"):
+        raise RecipeError(f"memory '{memory}' is none: take fast or low")
+    if stop_above is not None and probe is None:
+        raise RecipeError("stop_above needs a probe to measure with")
+    if output is None and format != "smoothq":
+        raise RecipeError(f"format {format} is written, not loaded: name an output")
+    device = resolve_device(device)
+    loading = {"dtype": dtype, "memory": memory}
 
-    def run(directory: Path) -> Any:
-        writer = CheckpointWriter(directory, overwrite, resume=resume)
-        quantize_checkpoint(
-            *(source, recipe, writer, tokenizer, data, device, progress, max_memory),
+    def run(directory: Path) -> QuantizeResult:
+        result = _quantize(
+            model,
+            chosen,
+            tokenizer,
+            data,
+            directory,
+            format=format,
+            servable=servable,
+            gguf_file=gguf_file,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            max_memory=parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory,
+            progress=progress,
             on_block=on_block,
             probe=probe,
+            probe_text=probe_text,
+            stop_above=stop_above,
             check=check,
         )
-        for note in source.notes:
-            log.warning("%s: %s", source.name, note)
-        with build_lock, default_modes():
-            return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return replace(result, path=directory, _loading=loading)
 
     if output is not None:
-        return run(Path(output))  # type: ignore[no-any-return]
-    with tempfile.TemporaryDirectory(prefix="smoothq-") as directory:
-        return run(Path(directory) / "model")  # type: ignore[no-any-return]
+        return run(Path(output))
+    with tempfile.TemporaryDirectory(prefix="smoothq-") as scratch:
+        result = run(Path(scratch) / "model")
+        for note in result.notes:
+            log.warning("%s: %s", result.name, note)
+        return result.load()
+
+
+def _quantize(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    output: Path,
+    *,
+    format: str,
+    servable: bool,
+    gguf_file: str | None,
+    device: str,
+    overwrite: bool,
+    resume: bool | None,
+    checkpoint_every: int,
+    max_memory: int | None,
+    progress: Progress | None,
+    on_block: OnBlock | None,
+    probe: Probe | int | None,
+    probe_text: str | None,
+    stop_above: float | None,
+    check: bool,
+) -> QuantizeResult:
+    """Quantize into a directory, in the format that is asked for."""
+    world = World.join(device)
+    writer = CheckpointWriter(output, overwrite, resume=resume, every=checkpoint_every)
+    exporter = None
+    if format != "smoothq":
+        exporter = CheckpointWriter(output, overwrite, resume=False)
+        world.broadcast_from(lambda: exporter.check(0))
+        writer = CheckpointWriter(
+            exporter.beside("smoothq"),
+            overwrite,
+            resume=resume,
+            every=checkpoint_every,
+            export=exporter,
+        )
+    world.broadcast_from(lambda: writer.check(0))
+    source = open_source(model, tokenizer, gguf_file)
+    for each in (writer, exporter) if exporter is not None else (writer,):
+        world.broadcast_from(lambda each=each: each.check(0, source.paths))  # type: ignore[misc]
+    empty = skeleton(source)
+    if servable:
+        recipe = exportable(empty, recipe, world.is_main)
+    if exporter is not None:
+        refuse_blockers(empty, make_plan(empty, recipe), source.name, format)
+    if world.is_main and log.isEnabledFor(logging.INFO):
+        plan = make_plan(empty, recipe)
+        seconds = estimate_time(plan, world.device).seconds
+        needs = estimate_resources(plan, max_memory, checkpoint_every)
+        log.info("about %s on this machine; %s", duration_text(seconds), needs_text(needs))
+    if isinstance(probe, int):
+        probe = Probe(_probe_tokens(source, probe_text or recipe.calibration.source), probe)
+    result = quantize_checkpoint(
+        source,
+        recipe,
+        writer,
+        tokenizer,
+        data,
+        device,
+        progress,
+        max_memory,
+        on_block=_watched(on_block, stop_above, world),
+        probe=probe,
+        check=check,
+    )
+    if world.is_main and exporter is not None and writer.out.is_dir():
+        # It is gone where the export was finished before.
+        result = replace(result, export=export_compressed_tensors(writer.out, exporter))
+        shutil.rmtree(writer.out)
+    return result
+
+
+def exportable(empty: PreTrainedModel, recipe: Recipe, is_main: bool) -> Recipe:
+    """The recipe without what only smoothq can run; the main process logs what was left out.
+
+    Args:
+        empty: the model's skeleton.
+        recipe: as it was asked for.
+        is_main: whether this process is the main one.
+    """
+    changed_recipe, changes = make_exportable(empty, recipe)
+    if is_main and changes:
+        log.info("servable: %s; %s", "; ".join(changes), cost_of(recipe))
+    return changed_recipe
+
+
+def _probe_tokens(source: Source, text: str) -> torch.Tensor:
+    """The first windows of an evaluation text, int64 (windows, length): fewer if it is short."""
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise CalibrationError(f"{source.name} has no tokenizer to read text with")
+    windows, length = PROBE_WINDOWS
+    return windows_of(evaluation_tokens(tokenizer, TextSource(text)), length, windows)
+
+
+def _watched(on_block: OnBlock | None, stop_above: float | None, world: World) -> OnBlock:
+    """Log what was measured after a block, stop where it is too much, and call the caller's own."""
+
+    def watch(done: BlockDone) -> None:
+        if done.perplexity is not None and done.float_perplexity is not None:
+            ratio = done.perplexity / done.float_perplexity
+            text = f"{done.perplexity:.3f}, {ratio:.3f} times float"
+            if world.is_main:
+                log.info("block %d: perplexity %s", done.block, text)
+            if stop_above is not None and ratio > stop_above:
+                raise StoppedError(
+                    f"after block {done.block} perplexity is {done.perplexity:.2f}, {ratio:.3f} "
+                    f"times the float model's, over {stop_above:g}"
+                )
+        if on_block is not None:
+            on_block(done)
+
+    return watch

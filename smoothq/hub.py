@@ -29,7 +29,7 @@ from .evaluation.divergence import Agreement
 from .evaluation.evaluate import Evaluation, TextResult
 from .evaluation.perplexity import Perplexity
 from .evaluation.tasks import TaskResults, TaskValue
-from .report.figures import LOADING
+from .report.model_card import LOADING
 from .version import __version__
 
 CARD = "README.md"

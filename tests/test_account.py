@@ -108,7 +108,7 @@ class TestRoundingAloneTouchesTheWeightsAlone:
     def test_of_persistent_buffers_from_a_folder(self, tmp_path: Path) -> None:
         model = glm()
         model.save_pretrained(tmp_path / "model")
-        loaded = quantize(tmp_path / "model", RTN, output=tmp_path / "out")
+        loaded = quantize(tmp_path / "model", RTN, output=tmp_path / "out").load()
         self._kept(model, tmp_path / "out")
         bias = "model.layers.1.mlp.gate.e_score_correction_bias"
         assert torch.equal(loaded.get_buffer(bias), model.get_buffer(bias))
@@ -165,7 +165,7 @@ class TestTies:
 
     def _made(self, directory: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
         loaded = AutoModelForCausalLM.from_pretrained(directory)
-        return loaded, quantize(directory, RTN, output=directory.parent / "out")
+        return loaded, quantize(directory, RTN, output=directory.parent / "out").load()
 
     @staticmethod
     def _distance(left: PreTrainedModel, right: PreTrainedModel) -> float:
@@ -347,7 +347,7 @@ class TestMissing:
         model.save_pretrained(tmp_path / "model")
         name = "model.layers.1.mlp.gate.e_score_correction_bias"
         with_tensors(tmp_path / "model", **{name: None})
-        quantized = quantize(tmp_path / "model", RTN, output=tmp_path / "out")
+        quantized = quantize(tmp_path / "model", RTN, output=tmp_path / "out").load()
         assert not quantized.get_buffer(name).any()
         assert f"{name} is not stored" in (tmp_path / "out/README.md").read_text()
 

@@ -71,7 +71,7 @@ def made(tmp_path_factory, data) -> Callable[..., Made]:
             model = tiny_model(wiring, torch.float32)
             recipe, _ = make_exportable(model, FORMATS[form])
             out = place / f"{wiring} {form}"
-            ours = quantize(model, recipe, data=data, output=out / "own")
+            ours = quantize(model, recipe, data=data, output=out / "own").load()
             export(out / "own", out / "export")
             found[wiring, form] = ours, out / "export"
         return found[wiring, form]
@@ -234,7 +234,7 @@ _NORMS = ("input", "post_attention")
 def test_what_is_kept_in_float_is_named_to_the_reader(tmp_path, data, tokens) -> None:
     model = tiny_model("llama-untied", torch.float32)
     recipe = FORMATS["W4A16 group"].edit(keep=["*.1.mlp.down_proj", "*.2.self_attn.[qkv]_proj"])
-    ours = quantize(model, recipe, data=data, output=tmp_path / "own")
+    ours = quantize(model, recipe, data=data, output=tmp_path / "own").load()
     export(tmp_path / "own", tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     kept = {"model.layers.1.mlp.down_proj", "lm_head"}
@@ -249,7 +249,7 @@ def test_mixed_formats_are_groups_of_names(tmp_path, data, tokens) -> None:
     model = tiny_model("llama-untied", torch.float32)
     wide = {"bits": 8, "granularity": "channel"}
     recipe = FORMATS["W4A16 group"].edit(overrides=[{"match": "*.mlp.*_proj", "weights": wide}])
-    ours = quantize(model, recipe, data=data, output=tmp_path / "own")
+    ours = quantize(model, recipe, data=data, output=tmp_path / "own").load()
     exported = export(tmp_path / "own", tmp_path / "export")
     assert exported.schemes == {"W4A16 group 16": 12, "W8A16 channel": 9}
     config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]

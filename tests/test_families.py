@@ -324,7 +324,9 @@ def test_quantizes_saves_loads_and_generates(
     name: str, recipe: str, float_checkpoint: Callable[[str], Path], data: Tensor, tmp_path: Path
 ) -> None:
     data = data.clamp(max=90)
-    made = quantize(float_checkpoint(name), small(RECIPES[recipe]), data=data, output=tmp_path)
+    made = quantize(
+        float_checkpoint(name), small(RECIPES[recipe]), data=data, output=tmp_path
+    ).load()
     exact = equivalence.logits(tiny_model(name, torch.float32), TOKENS)
     logits = equivalence.logits(made, TOKENS)
     bound = {"w8a8": 0.15, "w4a4": 0.9, "w4a4-rrs": 0.9}[recipe]
@@ -368,7 +370,7 @@ def test_keys_and_values_are_quantized_or_refused_by_name(
             make_plan(tiny_model(name), recipe)
         return
     plain = quantize(float_checkpoint(name), preset("w8a8", "rtn"))
-    made = quantize(float_checkpoint(name), recipe, output=tmp_path)
+    made = quantize(float_checkpoint(name), recipe, output=tmp_path).load()
     logits, expected = equivalence.logits(made, TOKENS), equivalence.logits(plain, TOKENS)
     assert not torch.equal(logits, expected)
     assert (logits - expected).norm() < 0.15 * expected.norm()
@@ -505,7 +507,7 @@ class TestInference:
         monkeypatch.delitem(architectures._BY_MODEL_TYPE, model_type)
         made = quantize(
             float_checkpoint(name), small(RECIPES["w4a8"]), data=data, output=tmp_path / "out"
-        )
+        ).load()
         notices = [r.getMessage() for r in caplog.records if "has no file" in r.getMessage()]
         assert notices
         assert f"'{model_type}'" in notices[0]

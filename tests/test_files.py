@@ -612,7 +612,7 @@ def test_a_finished_output_is_done_and_that_of_another_run_is_refused(model, tmp
     made = contents(out)
     assert run(model, out)
     assert run(model, out, resume=True)
-    assert isinstance(quantize(model, RTN, output=out), torch.nn.Module)
+    assert isinstance(quantize(model, RTN, output=out).load(), torch.nn.Module)
     assert contents(out) == made
     other = RTN.edit(seed=1)
     refused("not empty.*recipe differs.*--overwrite", lambda: run(model, out, other), out)

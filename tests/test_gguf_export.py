@@ -322,7 +322,7 @@ def test_a_file_of_ours_is_quantized_again(exported, tmp_path) -> None:
     directory, path = exported("llama", "w4-channel")
     again = quantize(
         path.parent, preset("w8a8", "rtn"), data=TOKENS, gguf_file=path.name, output=tmp_path / "o"
-    )
+    ).load()
     expected = logits(AutoModelForCausalLM.from_pretrained(directory))
     assert (logits(again).float() - expected).norm() < 0.05 * expected.norm()
 

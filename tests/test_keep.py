@@ -35,7 +35,7 @@ def test_a_kept_block_stays_float_and_computes_what_it_did(
     data, layers = data.clamp(max=90), {"llama": "model.layers", "mixtral": "model.layers"}
     prefix = f"{layers.get(name, 'model.layers' if name == 'gemma2' else 'transformer.h')}.1."
     kept = RECIPES[recipe].edit(keep=(f"{prefix}*",), gptq__least_tokens=8, tuning=None)
-    model = quantize(float_checkpoint(name), kept, data=data, output=tmp_path / "out")
+    model = quantize(float_checkpoint(name), kept, data=data, output=tmp_path / "out").load()
     names = quantized_names(model)
     assert names
     assert not [n for n in names if n.startswith(prefix)]
@@ -86,7 +86,9 @@ class TestOverrides:
         self, float_checkpoint, data, tmp_path
     ) -> None:
         recipe = RECIPES["w4a4"].edit(overrides=(self.down,))
-        model = quantize(float_checkpoint("llama"), recipe, data=data, output=tmp_path / "out")
+        model = quantize(
+            float_checkpoint("llama"), recipe, data=data, output=tmp_path / "out"
+        ).load()
         mlp = model.model.layers[0].mlp
         assert mlp.down_proj.spec.grid.bits == 8
         assert mlp.down_proj.site_input.spec.bits == 8
@@ -120,7 +122,7 @@ class TestEmbeddings:
         data, out = data.clamp(max=90), tmp_path / "out"
         plain = quantize(float_checkpoint(name), RECIPES[recipe], data=data)
         eight = RECIPES[recipe].edit(embeddings=8)
-        model = quantize(float_checkpoint(name), eight, data=data, output=out)
+        model = quantize(float_checkpoint(name), eight, data=data, output=out).load()
         assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
         tied = isinstance(model.get_output_embeddings(), TiedHead)
         assert tied == bool(plain.config.tie_word_embeddings)

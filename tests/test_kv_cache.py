@@ -214,7 +214,7 @@ def made(float_checkpoint, data, tmp_path) -> Callable[..., tuple[PreTrainedMode
     def of(architecture: str, **fields: object) -> tuple[PreTrainedModel, Path]:
         out, recipe = tmp_path / architecture, preset("w8a8", "rtn").edit(**fields)
         source = float_checkpoint(architecture)
-        return quantize(source, recipe, data=data, output=out, overwrite=True), out
+        return quantize(source, recipe, data=data, output=out, overwrite=True).load(), out
 
     return of
 

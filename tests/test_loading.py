@@ -39,7 +39,7 @@ def quantized(
         if key not in made:
             out = tmp_path_factory.mktemp("quantized") / "model"
             source = float_checkpoint(architecture)
-            made[key] = (quantize(source, RECIPES[recipe], data=data, output=out), out)
+            made[key] = (quantize(source, RECIPES[recipe], data=data, output=out).load(), out)
         return made[key]
 
     return of

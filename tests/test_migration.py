@@ -56,7 +56,7 @@ def test_auto_takes_a_candidate_and_leaves_everything_else(
 ) -> None:
     auto = RECIPES[recipe].edit(smoothing__alpha="auto", smoothing__edges=EDGES)
     out = tmp_path / "out"
-    model = quantize(float_checkpoint("llama"), auto, data=data, output=out)
+    model = quantize(float_checkpoint("llama"), auto, data=data, output=out).load()
     exact = equivalence.logits(tiny_model("llama", torch.float32), TOKENS)
     fixed = quantize(float_checkpoint("llama"), RECIPES[recipe], data=data)
     errors = [(equivalence.logits(m, TOKENS) - exact).norm() for m in (model, fixed)]

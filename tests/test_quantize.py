@@ -193,7 +193,7 @@ def test_refuses_an_architecture_whose_wiring_cannot_be_found(tmp_path) -> None:
 
 def test_refuses_a_model_that_is_already_quantized(float_checkpoint, data, tmp_path) -> None:
     out = tmp_path / "quantized"
-    model = quantize(float_checkpoint("llama"), RECIPES["w8a8"], data=data, output=out)
+    model = quantize(float_checkpoint("llama"), RECIPES["w8a8"], data=data, output=out).load()
     for again in (out, model):
         refused(UnsupportedModelError, "already quantized", tmp_path, again, RECIPES["w8a8"])
 

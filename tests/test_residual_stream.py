@@ -136,7 +136,7 @@ def made(tmp_path_factory, data) -> Callable[..., tuple[PreTrainedModel, Path]]:
         if key not in found:
             out = tmp_path_factory.mktemp("rotated") / "model"
             source = tiny_model(name, torch.float32)
-            found[key] = quantize(source, recipe, data=data.clamp(max=90), output=out), out
+            found[key] = quantize(source, recipe, data=data.clamp(max=90), output=out).load(), out
         return found[key]
 
     return of

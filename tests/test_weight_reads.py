@@ -135,7 +135,7 @@ class TestRun:
         model, read = reader(name), READERS[name][1]
         recipe = recipe.edit(weights__group_size=16) if recipe.weights.bits == 4 else recipe
         data = torch.randint(3, 90, (8, 64), generator=torch.Generator().manual_seed(2))
-        made = quantize(model, recipe, data=data, output=tmp_path / "out")
+        made = quantize(model, recipe, data=data, output=tmp_path / "out").load()
         for layer in made.model.layers:
             linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
             assert set(linears) == {read}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import re
-import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import CalibrationError, SmoothqError, StoppedError
+from ..errors import CalibrationError, SmoothqError
 from ..recipe.recipe import Preset
 from ..report.table import columns, pairs
 from .recipe_flags import DtypeName, RecipeFlags, takes_recipe
@@ -30,11 +28,11 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..checkpoint.source import Source
     from ..recipe.recipe import Recipe
+    from ..runtime.distributed import World
 
 app = typer.Typer(
     help="Post-training quantization of Hugging Face causal LMs.",
@@ -45,7 +43,6 @@ app = typer.Typer(
 
 DONE_BEFORE = "the same command made it before, and it is whole"
 WORST_SITES = 12  # that are printed
-PROBE_WINDOWS = (4, 512)  # windows of tokens that `quantize --probe-every` measures on
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
@@ -88,7 +85,7 @@ def quantize(
         Literal["smoothq", "compressed-tensors"],
         typer.Option("--format", help="Our own, or the one that others read; see export."),
     ] = "smoothq",
-    make_exportable: Servable = False,
+    servable: Servable = False,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool | None,
@@ -131,100 +128,56 @@ def quantize(
 
     Example: smoothq quantize MODEL --w8a8 -o OUT --calibration builtin
     """
-    from ..checkpoint.source import open_source, skeleton
-    from ..checkpoint.writer import CheckpointWriter
-    from ..export.compressed_tensors import export_compressed_tensors
-    from ..pipeline.estimate import estimate_resources, estimate_time
-    from ..pipeline.monitor import BlockDone, Probe
-    from ..pipeline.run import quantize_checkpoint
-    from ..plan.portability import refuse_blockers
-    from ..plan.resolve import make_plan
+    from .. import api
     from ..report import figures as report
-    from ..report.results import duration_text
-    from ..runtime.device import check_device
+    from ..runtime.device import resolve_device
     from ..runtime.distributed import World
 
     _silence_transformers()
     if stop_above is not None and probe_every is None:
         raise typer.BadParameter("--stop-above needs --probe-every")
-    final = flags.chosen()
-    limit = None if max_memory is None else _bytes(max_memory)
+    recipe = flags.chosen()
+    device = resolve_device(device)
     world = World.join(device)
-    own, exporter = output, None
-    if form != "smoothq":
-        exporter = CheckpointWriter(output, overwrite, resume=False)
-        world.broadcast_from(lambda: exporter.check(0))
-        own = exporter.beside("smoothq")
-    writer = CheckpointWriter(
-        own, overwrite, resume=resume, every=checkpoint_every, export=exporter
-    )
-    world.broadcast_from(lambda: writer.check(0))
-    check_device(device)
-    source = open_source(model, gguf_file=gguf_file)
-    world.broadcast_from(lambda: writer.check(0, source.paths))
-    if exporter is not None:
-        world.broadcast_from(lambda: exporter.check(0, source.paths))
-    empty = skeleton(source)
-    if make_exportable:
-        final = _servable(empty, final, world.is_main)
-    plan = make_plan(empty, final)
-    if form != "smoothq":
-        refuse_blockers(empty, plan, model, form)
-    needs = estimate_resources(plan, limit, checkpoint_every)
-    if world.is_main:
-        estimate = estimate_time(plan, world.device)
     if dry_run:
-        found = (model, source.nbytes, plan, estimate, needs)
-        if world.is_main and as_json:
-            print(json.dumps(report.plan_as_dict(*found)))
-        elif world.is_main:
-            out.print(pairs(f"{model}, as planned", report.plan_rows(*found[1:])))
-        return
-    if world.is_main:
-        log.info(
-            "about %s on this machine; %s",
-            duration_text(estimate.seconds),
-            report.needs_text(needs),
+        _dry_run(
+            model,
+            recipe,
+            world,
+            gguf_file=gguf_file,
+            form=form,
+            servable=servable,
+            checkpoint_every=checkpoint_every,
+            max_memory=max_memory,
+            as_json=as_json,
         )
-    probe = None
-    if probe_every is not None:
-        text = probe_text or final.calibration.source
-        probe = Probe(_windows(source, text, *PROBE_WINDOWS), probe_every)
-
-    def on_block(done: BlockDone) -> None:
-        if done.perplexity is None or done.float_perplexity is None:
-            return
-        ratio = done.perplexity / done.float_perplexity
-        if world.is_main:
-            log.info(
-                "block %d: perplexity %.3f, %.3f times float", done.block, done.perplexity, ratio
-            )
-        if stop_above is not None and ratio > stop_above:
-            raise StoppedError(
-                f"after block {done.block} perplexity is {done.perplexity:.2f}, {ratio:.3f} times "
-                f"the float model's, over {stop_above:g}"
-            )
-
+        return
     with progress() if world.is_main else nullcontext() as update:
-        result = quantize_checkpoint(
-            source,
-            final,
-            writer,
+        result = api.quantize(
+            model,
+            recipe,
+            output=output,
+            format=form,
+            servable=servable,
+            gguf_file=gguf_file,
             device=device,
+            overwrite=overwrite,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            max_memory=max_memory,
             progress=update,
-            max_memory=limit,
-            on_block=on_block,
-            probe=probe,
+            probe=probe_every,
+            probe_text=probe_text,
+            stop_above=stop_above,
             check=check,
         )
     if not world.is_main:
         return
-    figures, table = report.as_dict(result), report.rows(result)
-    if exporter is not None and own.is_dir():  # it is gone where the export was finished before
-        exported = export_compressed_tensors(own, exporter)
-        shutil.rmtree(own)
-        figures |= {"export": asdict(exported)}
-        table += [(f"{form}, {label}", text) for label, text in report.export_rows(exported)]
+    figures, table = result.as_dict(), result.rows()
+    if result.export is not None:
+        figures |= {"export": asdict(result.export)}
+        rows = report.export_rows(result.export)
+        table += [(f"{form}, {label}", text) for label, text in rows]
     if as_json:
         print(json.dumps(figures | {"output": str(output)}))
         return
@@ -320,7 +273,7 @@ def plan(
         str | None, typer.Option(help="Memory that quantizing may take, such as 8GB; or refuse.")
     ] = None,
     device: Device = "cpu",
-    make_exportable: Servable = False,
+    servable: Servable = False,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe comes to for MODEL, who can run it, and what it costs; reads no weight.
@@ -332,6 +285,7 @@ def plan(
     import torch
 
     from ..advisor.costs import advise, tables
+    from ..api import exportable
     from ..checkpoint.source import read_config, refuse_quantized, skeleton_of
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources, estimate_time
@@ -349,10 +303,10 @@ def plan(
     check_device(device)
     refuse_quantized(config, model)
     empty = skeleton_of(config, model)
-    if make_exportable:
-        recipe = _servable(empty, recipe, True)
+    if servable:
+        recipe = exportable(empty, recipe, True)
     made = make_plan(empty, recipe)
-    needs = estimate_resources(made, None if max_memory is None else _bytes(max_memory))
+    needs = estimate_resources(made, _bytes(max_memory))
     before = float_bytes(empty)
     estimate = estimate_time(made, torch.device(device))
     ahead = advise(empty, made)
@@ -724,26 +678,49 @@ def families(
     out.print(columns(None, HEADER, rows()), soft_wrap=False)
 
 
-def _bytes(text: str) -> int:
-    """A number of bytes: `8GB`, `8GiB` of powers of 1024, `500 MB`, `7.5e9`."""
-    found = re.fullmatch(r"([0-9.e+]+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
-    try:
-        if found is None:
-            raise ValueError(text)
-        unit = 1024 if found[3] else 1000
-        return int(float(found[1]) * unit ** " kmgt".index(found[2] or " "))
-    except (ValueError, OverflowError) as error:
-        raise typer.BadParameter(f"'{text}' is no amount of memory; write it as 8GB") from error
+def _dry_run(
+    model: str,
+    recipe: Recipe,
+    world: World,
+    *,
+    gguf_file: str | None,
+    form: str,
+    servable: bool,
+    checkpoint_every: int,
+    max_memory: str | None,
+    as_json: bool,
+) -> None:
+    """Print what quantizing would come to and take, of the model's own tensors."""
+    from ..api import exportable
+    from ..checkpoint.source import open_source, skeleton
+    from ..pipeline.estimate import estimate_resources, estimate_time
+    from ..plan.portability import refuse_blockers
+    from ..plan.resolve import make_plan
+    from ..report import figures as report
+
+    source = open_source(model, gguf_file=gguf_file)
+    empty = skeleton(source)
+    if servable:
+        recipe = exportable(empty, recipe, world.is_main)
+    plan = make_plan(empty, recipe)
+    if form != "smoothq":
+        refuse_blockers(empty, plan, model, form)
+    needs = estimate_resources(plan, _bytes(max_memory), checkpoint_every)
+    if not world.is_main:
+        return
+    estimate = estimate_time(plan, world.device)
+    if as_json:
+        figures = report.plan_as_dict(model, source.nbytes, plan, estimate, needs)
+        print(json.dumps(figures))
+        return
+    rows = report.plan_rows(source.nbytes, plan, estimate, needs)
+    out.print(pairs(f"{model}, as planned", rows))
 
 
-def _servable(model: PreTrainedModel, recipe: Recipe, is_main: bool) -> Recipe:
-    """A recipe without what only smoothq can run; the leading process says what was left out."""
-    from ..plan.portability import cost_of, make_exportable
+def _bytes(text: str | None) -> int | None:
+    from ..runtime.memory import parse_bytes
 
-    found, changed = make_exportable(model, recipe)
-    if is_main and changed:
-        log.info("servable: %s; %s", "; ".join(changed), cost_of(recipe))
-    return found
+    return None if text is None else parse_bytes(text)
 
 
 def _plan_export(empty: PreTrainedModel, quantization: dict[str, Any], as_json: bool) -> None:
@@ -764,15 +741,6 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise CalibrationError(f"{source.name} has no tokenizer to read text with")
     return tokenizer
-
-
-def _windows(source: Source, text: str, windows: int, length: int) -> Tensor:
-    """The first windows of an evaluation text, int64 (windows, length): fewer if it is short."""
-    from ..data.text import TextSource, evaluation_tokens
-    from ..evaluation.perplexity import windows_of
-
-    tokens = evaluation_tokens(_tokenizer(source), TextSource(text))
-    return windows_of(tokens, length, windows)
 
 
 def _needs_package(package: str, extra: str) -> None:

@@ -19,7 +19,7 @@ from ..checkpoint.source import CheckpointSource
 from ..checkpoint.writer import CheckpointWriter, Environment
 from ..modules import InputSpec, WeightSpec
 from ..progress import Progress
-from ..report.figures import served_card
+from ..report.model_card import served_card
 from ..report.results import ExportResult
 from ..version import __version__
 from .reader import ExportReader

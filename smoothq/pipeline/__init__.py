@@ -2,4 +2,4 @@
 
 from ..moved import names_of
 
-__getattr__ = names_of(__name__, "pipeline.run", "report.results", "progress")
+__getattr__ = names_of(__name__, "pipeline.run", "report.quantize_result", "progress")

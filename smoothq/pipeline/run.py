@@ -41,8 +41,8 @@ from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
 from ..progress import Progress, Stage, silent
 from ..recipe.recipe import Recipe
-from ..report.figures import model_card
-from ..report.results import QuantizeResult
+from ..report.model_card import model_card
+from ..report.quantize_result import QuantizeResult
 from ..rounding.gptq import Factor, factorise, gptq
 from ..rounding.grid import QuantizedWeight
 from ..rounding.packing import pack, packed_like

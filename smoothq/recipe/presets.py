@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from ..errors import RecipeError
-from .recipe import Effort, Method, Preset, Recipe, Scope, validated
+from .recipe import Effort, Method, Preset, Recipe, Scope, load_recipe, recipe_from_dict, validated
 
 Choice = TypeVar("Choice", bound=str)
 
 
+def recipe_of(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+    """The recipe that a caller means.
+
+    Args:
+        recipe: a Recipe, a preset's name in upper or lower case, the path of a YAML file, or a
+            mapping of a Recipe's fields.
+
+    Raises RecipeError for a name that is none of these, or a field that does not fit.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return recipe_from_dict(dict(recipe))
+    if isinstance(recipe, str) and recipe.lower() in get_args(Preset):
+        return preset(recipe)
+    if isinstance(recipe, str | Path) and (
+        Path(recipe).is_file() or Path(recipe).suffix in (".yaml", ".yml")
+    ):
+        return load_recipe(Path(recipe))
+    raise RecipeError(
+        f"{recipe!r} is no recipe: give {', '.join(get_args(Preset))}, a YAML file, a mapping, or "
+        "a Recipe"
+    )
+
+
 def preset(
-    name: Preset,
-    method: Method | None = None,
-    scope: Scope | None = None,
-    effort: Effort = "default",
+    name: str,
+    method: str | None = None,
+    scope: str | None = None,
+    effort: str = "default",
 ) -> Recipe:
     """The recipe of a named preset: our best for these bits, or a paper's method at them.
 
@@ -26,27 +53,27 @@ def preset(
     tuning, for 4-bit weights without a method. Raises RecipeError where they have no meaning
     together. Upper and lower case are the same.
     """
-    name = _one_of(name, "preset", get_args(Preset))
-    method = None if method is None else _one_of(method, "method", get_args(Method))
-    scope = None if scope is None else _one_of(scope, "scope", get_args(Scope))
-    effort = _one_of(effort, "effort", get_args(Effort))
-    w_bits, a_bits = _BITS[name]
-    if method is not None or name == "w8a8":
-        if effort != "default":
+    bits: Preset = _one_of(name, "preset", get_args(Preset))
+    paper: Method | None = None if method is None else _one_of(method, "method", get_args(Method))
+    smooth: Scope | None = None if scope is None else _one_of(scope, "scope", get_args(Scope))
+    time: Effort = _one_of(effort, "effort", get_args(Effort))
+    w_bits, a_bits = _BITS[bits]
+    if paper is not None or bits == "w8a8":
+        if time != "default":
             raise RecipeError(
-                f"--effort {effort} is of --w4a4, --w4a8 and --w4a16 without --method, which "
+                f"--effort {time} is of --w4a4, --w4a8 and --w4a16 without --method, which "
                 "takes a paper's own settings; W8A8 has nothing to spend it on"
             )
-        values = _paper(name, method or "smoothquant", w_bits, a_bits)
+        values = _paper(bits, paper or "smoothquant", w_bits, a_bits)
     else:
-        values = _best(name, a_bits) | _EFFORTS[effort]
-    if scope is not None:
+        values = _best(bits, a_bits) | _EFFORTS[time]
+    if smooth is not None:
         if "runtime_smoothing" not in values:
             raise RecipeError(
                 f"recipe '{values['name']}' has no runtime smoothing whose scope could be set; "
                 "use --w4a4, alone or with --method rs or rrs"
             )
-        values["runtime_smoothing"] = _SCOPES[scope]
+        values["runtime_smoothing"] = _SCOPES[smooth]
     return validated(values)
 
 

@@ -6,6 +6,7 @@ into the output's `config.json`. Nothing downstream reads flags.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,8 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import RecipeError
-from ..kernels import MULTIPLIED_BITS
+from ..errors import RecipeError, first_line
 
 Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
@@ -230,6 +230,8 @@ class Recipe(_Frozen):
             return self
         if a.granularity != "token":
             raise ValueError("runtime smoothing needs activations quantized per token")
+        from ..kernels import MULTIPLIED_BITS  # imports torch, which most of a recipe needs not
+
         integer = smooth.scope != "live" or smooth.group_size == 1
         if integer and a.bits > MULTIPLIED_BITS:
             raise ValueError(
@@ -321,24 +323,58 @@ class Recipe(_Frozen):
         """Whether a linear, by its full name, stays in float."""
         return any(fnmatchcase(module, pattern) for pattern in self.keep)
 
-    def edit(self, **fields: Any) -> Recipe:
-        """A copy with fields replaced; `section__field=value` reaches into a section.
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file. Raises RecipeError naming the file or the field."""
+        return load_recipe(Path(path))
 
-        A dict for a section that is there replaces those of its fields that the dict names.
+    @classmethod
+    def from_pretrained(cls, model: str | Path) -> Recipe:
+        """The recipe of a checkpoint that `quantize` wrote, from its config.
+
+        Args:
+            model: a directory or a hub id.
+
+        Raises RecipeError where its config cannot be read or holds no recipe of smoothq.
+        """
+        from transformers import PretrainedConfig
+
+        try:
+            config, _ = PretrainedConfig.get_config_dict(str(model))
+        except OSError as error:
+            raise RecipeError(f"{model} has no config: {first_line(error)}") from error
+        quantization = config.get("quantization_config") or {}
+        if quantization.get("quant_method") != "smoothq":
+            raise RecipeError(f"{model} is not quantized by smoothq: its config has no recipe")
+        return recipe_from_dict(quantization.get("recipe", {}))
+
+    def edit(self, fields: Mapping[str, Any] | None = None, /, **others: Any) -> Recipe:
+        """A copy with fields replaced.
+
+        Args:
+            fields: by their dotted paths: `{"calibration.source": "builtin"}`. A mapping for a
+                section that is there replaces those of its fields that the mapping names.
+            others: the same as keywords, with `section__field=value` for what lies in a section.
+
         Raises RecipeError for an unknown field or a value that does not fit.
         """
         values: dict[str, Any] = self.model_dump()
-        for path, value in fields.items():
-            *sections, leaf = path.split("__")
+        for path, value in {**(fields or {}), **others}.items():
+            *sections, leaf = path.replace("__", ".").split(".")
             target: Any = values
-            for section in sections:
-                target = target.get(section)
+            for name in sections:
+                if not isinstance(target, dict) or name not in target:
+                    raise RecipeError(f"recipe '{self.name}' has no field '{path}'")
+                target = target[name]
                 if target is None:
                     raise RecipeError(
-                        f"recipe '{self.name}' has no {section.replace('_', ' ')} to set {leaf} of"
+                        f"recipe '{self.name}' has no {name.replace('_', ' ')} to set {leaf} of"
                     )
-            merges = not sections and isinstance(value, dict) and isinstance(target.get(leaf), dict)
-            target[leaf] = target[leaf] | value if merges else value
+            section = None if sections else target.get(leaf)
+            if isinstance(value, Mapping) and isinstance(section, dict):
+                target[leaf] = section | dict(value)
+            else:
+                target[leaf] = value
         return validated(values)
 
     def to_yaml(self) -> str:

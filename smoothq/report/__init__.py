@@ -2,4 +2,4 @@
 
 from ..moved import names_of
 
-__getattr__ = names_of(__name__, "report.figures")
+__getattr__ = names_of(__name__, "report.figures", "report.model_card")

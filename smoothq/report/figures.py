@@ -1,19 +1,14 @@
-"""What a finished quantization says of itself: the closing figures and the model card."""
+"""The figures of a plan, a quantization or an export: as rows of a table and as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..checkpoint.source import families_of
 from ..plan.plan import Bits, Plan
 from ..recipe.recipe import FLOAT_BITS, Recipe
-from .results import ResourceEstimate, TimeEstimate, duration_text
-
-if TYPE_CHECKING:
-    from .results import ExportResult, QuantizeResult
-
-LOADING, RECIPE = "## Load it", "## Recipe"  # headings of a model card
+from .results import ExportResult, ResourceEstimate, TimeEstimate, duration_text
 
 W4A8_HINT = (
     "Without INT4 tensor-core instructions (CPUs, Hopper and later, Triton anywhere) these 4-bit "
@@ -22,29 +17,31 @@ W4A8_HINT = (
 )
 
 
-def as_dict(result: QuantizeResult) -> dict[str, Any]:
-    """The closing figures as plain data, for `--json` and for scripts."""
-    return _figures(result, result.name, result.bytes_before, result.bytes_after) | {
-        "seconds": round(result.seconds, 1),
-        "peak_memory_bytes": result.peak_memory,
-        "repeated": result.repeated,
-    }
+class Outcome(Protocol):
+    """What a plan and a finished quantization have in common."""
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, with what the model's own code asks for added to `keep`."""
 
-def rows(result: QuantizeResult) -> list[tuple[str, str]]:
-    """The closing table: label and value."""
-    return [
-        *_rows(result.recipe, result.bits, result.bytes_before, result.bytes_after),
-        ("time", duration_text(result.seconds)),
-        ("peak memory, libraries included", f"{result.peak_memory / 1e9:.2f} GB"),
-    ]
+    @property
+    def bits(self) -> Bits:
+        """Bits an element, averaged over all linears."""
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of all quantized weights with their scales."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
 
 
 def plan_as_dict(
     model: str, before: int, plan: Plan, estimate: TimeEstimate, needs: ResourceEstimate
 ) -> dict[str, Any]:
     """What a recipe would come to, as plain data. before: bytes of the model as it is."""
-    return _figures(plan, model, before, plan.total_bytes) | {
+    return outcome_as_dict(plan, model, before, plan.total_bytes) | {
         "estimated_seconds": round(estimate.seconds, 1),
         "estimated_memory_bytes": needs.memory,
         "estimated_disk_bytes": needs.disk,
@@ -56,7 +53,7 @@ def plan_rows(
 ) -> list[tuple[str, str]]:
     """The table of what a recipe would come to: label and value."""
     return [
-        *_rows(plan.recipe, plan.bits, before, plan.total_bytes),
+        *size_rows(plan.recipe, plan.bits, before, plan.total_bytes),
         ("time, estimated for this machine", duration_text(estimate.seconds)),
         ("memory and disk, estimated", needs_text(needs)),
     ]
@@ -78,20 +75,22 @@ def activation_bits(bits: Bits, code_bits: int) -> str:
     return text
 
 
-def _figures(made: QuantizeResult | Plan, model: str, before: int, after: int) -> dict[str, Any]:
+def outcome_as_dict(outcome: Outcome, model: str, before: int, after: int) -> dict[str, Any]:
+    """Recipe, bits and bytes as plain data. before, after: bytes of all tensors."""
     return {
         "model": model,
-        "recipe": made.recipe.model_dump(mode="json"),
-        "bits": {name: round(value, 4) for name, value in asdict(made.bits).items()},
+        "recipe": outcome.recipe.model_dump(mode="json"),
+        "bits": {name: round(value, 4) for name, value in asdict(outcome.bits).items()},
         "bytes_before": before,
         "bytes_after": after,
-        "linear_bytes": made.linear_bytes,
-        "causal": made.recipe.causal,
-        "notes": list(made.notes),
+        "linear_bytes": outcome.linear_bytes,
+        "causal": outcome.recipe.causal,
+        "notes": list(outcome.notes),
     }
 
 
-def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str, str]]:
+def size_rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str, str]]:
+    """Method, bits and size: label and value."""
     cached = [("bits per cached key and value, scales counted", f"{bits.cached:.2f}")]
     return [
         ("method", recipe.name),
@@ -102,55 +101,17 @@ def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str
     ]
 
 
-def remarks(made: QuantizeResult | Plan, model: str) -> list[str]:
+def remarks(outcome: Outcome, model: str) -> list[str]:
     """What the user should know beside the figures, one line each."""
-    lines = list(made.notes)
-    if not made.recipe.causal:
+    lines = list(outcome.notes)
+    if not outcome.recipe.causal:
         lines.append(
             "This recipe is not causal: later tokens, padding and chunking change earlier logits. "
             "It reproduces a paper; do not serve it."
         )
-    if made.recipe.activations.bits == 4:
+    if outcome.recipe.activations.bits == 4:
         lines.append(W4A8_HINT.format(model=model))
     return lines
-
-
-def model_card(result: QuantizeResult) -> str:
-    """The README.md of a quantized checkpoint."""
-    # Neither time nor memory: a model is the same however long it took to make.
-    figures = _rows(result.recipe, result.bits, result.bytes_before, result.bytes_after)
-    table = "\n".join(f"| {label} | {value} |" for label, value in figures)
-    notes = "\n".join(f"- {line}" for line in remarks(result, result.name))
-    return f"""---
-library_name: transformers
-base_model: {result.name}
-tags:
-- smoothq
-- quantized
----
-
-# {result.name}, quantized with smoothq
-
-| | |
-|---|---|
-{table}
-
-{notes}
-
-{LOADING}
-
-```python
-import smoothq  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-```
-
-{RECIPE}
-
-```yaml
-{result.recipe.to_yaml()}```
-"""
 
 
 def export_rows(exported: ExportResult) -> list[tuple[str, str]]:
@@ -164,27 +125,3 @@ def export_rows(exported: ExportResult) -> list[tuple[str, str]]:
         names = families_of(exported.left_out)
         rows.append(("left out, for what it reads is rotated", f"{names}"))
     return [*rows, ("time", duration_text(exported.seconds))]
-
-
-def served_card(card: str, exported: ExportResult) -> str:
-    """The README.md of an export. card: that of the checkpoint it was made from."""
-    figures = "\n".join(f"- {label}: {value}" for label, value in export_rows(exported)[:-1])
-    before, _, rest = card.partition(LOADING)
-    _, _, recipe = rest.partition(RECIPE)
-    return f"""{before}{LOADING}
-
-In the compressed-tensors format, written by smoothq, which is not needed to read it:
-
-{figures}
-
-```python
-from transformers import AutoModelForCausalLM  # with: pip install compressed-tensors
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-```
-
-```sh
-vllm serve PATH
-```
-
-{RECIPE}{recipe}"""

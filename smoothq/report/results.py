@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan.plan import Bits
-from ..recipe.recipe import Recipe
-
 
 @dataclass(frozen=True)
 class TimeEstimate:
@@ -33,27 +30,6 @@ def duration_text(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What a quantization came to: the figures of the closing table.
-
-    bytes_before, bytes_after: all tensors of the model; linear_bytes: the quantized ones.
-    peak_memory: bytes of the whole process, libraries included. repeated: the output was there,
-    made of just this, and nothing was done.
-    """
-
-    name: str
-    recipe: Recipe
-    bits: Bits
-    bytes_before: int
-    bytes_after: int
-    linear_bytes: int
-    seconds: float
-    peak_memory: int
-    notes: tuple[str, ...]
-    repeated: bool = False
 
 
 @dataclass(frozen=True)

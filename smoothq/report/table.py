@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 
@@ -29,3 +31,10 @@ def markdown(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
     """The same in Markdown, without a title."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_text(table: Table) -> str:
+    """A table as lines of text, as wide as it needs to be."""
+    file = io.StringIO()
+    Console(file=file, highlight=False, width=200).print(table)
+    return file.getvalue().rstrip("\n")

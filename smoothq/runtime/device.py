@@ -8,6 +8,17 @@ from ..errors import DeviceError
 from ..kernels import runs_on
 
 
+def resolve_device(device: str) -> str:
+    """The device that `auto` means here: a GPU where PyTorch sees one, else the CPU.
+
+    Raises DeviceError if the kernels do not run on the device, or it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
 def check_device(device: str) -> None:
     """Raise DeviceError if the kernels do not run on that device, or it is not there."""
     kind = device.partition(":")[0]

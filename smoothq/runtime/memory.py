@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 import threading
@@ -11,10 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import RecipeError
+
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for `mallopt`
 STEADY = 1 << 20
 APART = 64 << 10
 USUAL = 32 << 20  # where glibc's own adaptation ends in a process with large tensors
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: `8GB`, `8GiB` of powers of 1024, `500 MB`, `7.5e9`.
+
+    Raises RecipeError for what is no amount of memory.
+    """
+    parts = re.fullmatch(r"([0-9.e+]+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    try:
+        if parts is None:
+            raise ValueError(text)
+        unit = 1024 if parts[3] else 1000
+        return int(float(parts[1]) * unit ** " kmgt".index(parts[2] or " "))
+    except (ValueError, OverflowError) as error:
+        raise RecipeError(f"'{text}' is no amount of memory; write it as 8GB") from error
 
 
 def peak_memory() -> int:
