@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import CalibrationError, SmoothqError
+from ..errors import CalibrationError, RecipeError, SmoothqError
 from ..recipe.recipe import Preset
 from ..report.table import columns, pairs
 from .recipe_flags import DtypeName, RecipeFlags, takes_recipe
@@ -136,7 +136,7 @@ def quantize(
     _silence_transformers()
     if stop_above is not None and probe_every is None:
         raise typer.BadParameter("--stop-above needs --probe-every")
-    recipe = flags.chosen()
+    recipe, limit = flags.chosen(), _bytes(max_memory)
     device = resolve_device(device)
     world = World.join(device)
     if dry_run:
@@ -148,7 +148,7 @@ def quantize(
             form=form,
             servable=servable,
             checkpoint_every=checkpoint_every,
-            max_memory=max_memory,
+            max_memory=limit,
             as_json=as_json,
         )
         return
@@ -164,7 +164,7 @@ def quantize(
             overwrite=overwrite,
             resume=resume,
             checkpoint_every=checkpoint_every,
-            max_memory=max_memory,
+            max_memory=limit,
             progress=update,
             probe=probe_every,
             probe_text=probe_text,
@@ -687,7 +687,7 @@ def _dry_run(
     form: str,
     servable: bool,
     checkpoint_every: int,
-    max_memory: str | None,
+    max_memory: int | None,
     as_json: bool,
 ) -> None:
     """Print what quantizing would come to and take, of the model's own tensors."""
@@ -705,7 +705,7 @@ def _dry_run(
     plan = make_plan(empty, recipe)
     if form != "smoothq":
         refuse_blockers(empty, plan, model, form)
-    needs = estimate_resources(plan, _bytes(max_memory), checkpoint_every)
+    needs = estimate_resources(plan, max_memory, checkpoint_every)
     if not world.is_main:
         return
     estimate = estimate_time(plan, world.device)
@@ -720,7 +720,10 @@ def _dry_run(
 def _bytes(text: str | None) -> int | None:
     from ..runtime.memory import parse_bytes
 
-    return None if text is None else parse_bytes(text)
+    try:
+        return None if text is None else parse_bytes(text)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _plan_export(empty: PreTrainedModel, quantization: dict[str, Any], as_json: bool) -> None:
