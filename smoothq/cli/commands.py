@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 
 DONE_BEFORE = "the same command made it before, and it is whole"
+LONG_RUNS = "Long runs"  # a panel of the help
 WORST_SITES = 12  # that are printed
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or folder of a GGUF file.")]
@@ -93,30 +94,49 @@ def quantize(
             "--resume/--no-resume",
             help="Go on with what OUT.partial holds, or begin anew; without it, go on if there is "
             "work of this command.",
+            rich_help_panel=LONG_RUNS,
         ),
     ] = None,
     checkpoint_every: Annotated[
-        int, typer.Option(help="Blocks between two states to go on from.", min=1)
+        int,
+        typer.Option(
+            help="Blocks between two states to go on from.", min=1, rich_help_panel=LONG_RUNS
+        ),
     ] = 1,
     max_memory: Annotated[
-        str | None, typer.Option(help="Memory that the run may take, such as 8GB; or refuse.")
+        str | None,
+        typer.Option(
+            help="Memory that the run may take, such as 8GB; or refuse.", rich_help_panel=LONG_RUNS
+        ),
     ] = None,
     probe_every: Annotated[
         int | None,
-        typer.Option(help="Measure perplexity every so many blocks, the others float.", min=1),
+        typer.Option(
+            help="Measure perplexity every so many blocks, the others float.",
+            min=1,
+            rich_help_panel=LONG_RUNS,
+        ),
     ] = None,
     probe_text: Annotated[
-        str | None, typer.Option(help="Text that is measured on; without it the calibration's.")
+        str | None,
+        typer.Option(
+            help="Text that is measured on; without it the calibration's.",
+            rich_help_panel=LONG_RUNS,
+        ),
     ] = None,
     stop_above: Annotated[
         float | None,
-        typer.Option(help="Stop where perplexity is over so many times the float model's."),
+        typer.Option(
+            help="Stop where perplexity is over so many times the float model's.",
+            rich_help_panel=LONG_RUNS,
+        ),
     ] = None,
     check: Annotated[
         bool,
         typer.Option(
             "--check/--no-check",
             help="Load the output again before it is placed and compare it with what was computed.",
+            rich_help_panel=LONG_RUNS,
         ),
     ] = True,
     dry_run: Annotated[
@@ -360,9 +380,13 @@ def inspect(
     bits: Annotated[
         Preset, typer.Option(help="Number formats at which the methods' errors are measured.")
     ] = "w4a4",
-    text: Annotated[str, typer.Option(help="Text that the model reads, as for --calibration.")] = (
-        "wikitext2"
-    ),
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text that the model reads, as for quantize."),
+    ] = "wikitext2",
+    text: Annotated[
+        str | None, typer.Option(help="The earlier name of --calibration.", hidden=True)
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of it.", min=1)] = 4,
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
     seed: Annotated[int, typer.Option(help="Seed of rotations and of sampling.")] = 0,
@@ -373,7 +397,7 @@ def inspect(
 ) -> None:
     """Show the outliers in what MODEL's linears are fed, and what each method makes of them.
 
-    Example: smoothq inspect MODEL --text builtin -o report.html
+    Example: smoothq inspect MODEL --calibration builtin -o report.html
     """
     from ..checkpoint.source import open_source
     from ..data.text import TextSource, calibration_tokens
@@ -385,7 +409,8 @@ def inspect(
         _needs_package("matplotlib", "plots")
     source = open_source(model, gguf_file=gguf_file)
     tokenizer = _tokenizer(source)
-    tokens = calibration_tokens(tokenizer, TextSource(text), sequences, sequence_length, seed)
+    read = TextSource(text or calibration)
+    tokens = calibration_tokens(tokenizer, read, sequences, sequence_length, seed)
     with progress() as update:
         inspection = inspect_model(source, tokens, bits, seed, update, device)
     drawn = inspection.worst() if block is None else inspection.of(block, site)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+import yaml
 
 from ..recipe.presets import preset
 from ..recipe.recipe import (
@@ -40,61 +41,94 @@ class RecipeFlags:
         Effort, typer.Option(help="Time for accuracy: more text, more steps of tuning.")
     ] = "default"
     rounding: Annotated[
-        Literal["rtn", "gptq"] | None, typer.Option(help="Round to nearest, or GPTQ.")
+        Literal["rtn", "gptq"] | None, typer.Option(help="Round to nearest, or GPTQ.", hidden=True)
     ] = None
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML recipe in place of the flags above.")
     ] = None
     alpha: Annotated[
-        str | None, typer.Option(help="Migration strength of smoothing, or auto to search it.")
+        str | None,
+        typer.Option(help="Migration strength of smoothing, or auto to search it.", hidden=True),
     ] = None
     smooth_quantile: Annotated[
-        float | None, typer.Option(help="Smooth by this quantile in place of the maximum.")
+        float | None,
+        typer.Option(help="Smooth by this quantile in place of the maximum.", hidden=True),
     ] = None
     edges: Annotated[
-        str | None, typer.Option(help="Smoothed edges: norms,up_down,value_output.")
+        str | None, typer.Option(help="Smoothed edges: norms,up_down,value_output.", hidden=True)
     ] = None
     group_size: Annotated[
-        str | None, typer.Option(help="Weights in groups of this many channels, or auto.")
+        str | None,
+        typer.Option(help="Weights in groups of this many channels, or auto.", hidden=True),
     ] = None
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Weights with zero points; --a-bits 16 only.")
+        bool,
+        typer.Option(
+            "--asymmetric", help="Weights with zero points; --a-bits 16 only.", hidden=True
+        ),
     ] = False
-    w_bits: Annotated[int | None, typer.Option(help="Bits of a weight.")] = None
-    a_bits: Annotated[int | None, typer.Option(help="Bits of an activation; 16 is float.")] = None
+    w_bits: Annotated[int | None, typer.Option(help="Bits of a weight.", hidden=True)] = None
+    a_bits: Annotated[
+        int | None, typer.Option(help="Bits of an activation; 16 is float.", hidden=True)
+    ] = None
     activation_scales: Annotated[
         Literal["token", "tensor", "static"] | None,
-        typer.Option(help="One scale a token, a tensor, or a tensor calibrated (O1, O2, O3)."),
+        typer.Option(
+            help="One scale a token, a tensor, or a tensor calibrated (O1, O2, O3).", hidden=True
+        ),
     ] = None
     smooth_scope: Annotated[
-        Scope | None, typer.Option(help="Where runtime smoothing takes its scale from.")
+        Scope | None,
+        typer.Option(help="Where runtime smoothing takes its scale from.", hidden=True),
     ] = None
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Leave these linears in float: a pattern of full names; repeatable."),
+        typer.Option(
+            help="Leave these linears in float: a pattern of full names; repeatable.", hidden=True
+        ),
     ] = None
     embeddings: Annotated[
-        int | None, typer.Option(help="Bits of embedding and head: 8, or 16 for float.")
+        int | None,
+        typer.Option(help="Bits of embedding and head: 8, or 16 for float.", hidden=True),
     ] = None
     kv_bits: Annotated[
-        int | None, typer.Option(help="Bits of a cached key or value, 8 or 4; without it, float.")
+        int | None,
+        typer.Option(help="Bits of a cached key or value, 8 or 4; without it, float.", hidden=True),
     ] = None
     attention: Annotated[
         Attention | None,
-        typer.Option(help="Queries times keys in float or int8, the keys' mean removed or not."),
+        typer.Option(
+            help="Queries times keys in float or int8, the keys' mean removed or not.", hidden=True
+        ),
     ] = None
     calibration: Annotated[
         str | None,
         typer.Option(help="wikitext2, c4, ptb, a data set id, a text file, or builtin."),
     ] = None
-    split: Annotated[str | None, typer.Option(help="Split of the calibration data set.")] = None
-    text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of rotations and of sampling.")] = None
+    split: Annotated[
+        str | None, typer.Option(help="Split of the calibration data set.", hidden=True)
+    ] = None
+    text_column: Annotated[str | None, typer.Option(help="Column of its text.", hidden=True)] = None
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", hidden=True)] = None
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", hidden=True)] = (
+        None
+    )
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of rotations and of sampling.", hidden=True)
+    ] = None
     dtype: Annotated[
-        DtypeName, typer.Option(help="dtype of all that is not quantized; auto is the model's own.")
+        DtypeName,
+        typer.Option(
+            help="dtype of all that is not quantized; auto is the model's own.", hidden=True
+        ),
     ] = "auto"
+
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any field of the recipe: activations.bits=8, as in YAML; repeatable."
+        ),
+    ] = None
 
     def chosen(self) -> Recipe:
         """The recipe that the flags come to.
@@ -129,7 +163,7 @@ class RecipeFlags:
             "dtype": self.dtype,
         }
         given = {path: value for path, value in edits.items() if value is not None}
-        return self._base().edit(**given)
+        return self._base().edit(given | dict(map(_setting, self.settings or ())))
 
     def _base(self) -> Recipe:
         """The preset, or the file, whose fields the other flags edit."""
@@ -181,6 +215,17 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     taking.__annotations__ = {each.name: each.annotation for each in parameters}
     return taking
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A field's dotted path and its value, of `path=value`."""
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise typer.BadParameter(f"--set {text}: write it as section.field=value")
+    try:
+        return path.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"--set {text}: its value is no YAML") from error
 
 
 def _float_or_auto(text: str) -> float | str:
