@@ -355,13 +355,13 @@ def plan(
     needs = estimate_resources(made, None if max_memory is None else _bytes(max_memory))
     before = float_bytes(empty)
     estimate = estimate_time(made, torch.device(device))
-    ahead = advise(empty, made)
+    advice = advise(empty, made)
     if as_json:
         figures = report.plan_as_dict(model, before, made, estimate, needs)
-        print(json.dumps(figures | {"outlook": asdict(ahead)}))
+        print(json.dumps(figures | {"outlook": asdict(advice)}))
         return
     out.print(pairs(f"{model}, as planned", report.plan_rows(before, made, estimate, needs)))
-    for table in tables(ahead):
+    for table in tables(advice):
         out.print(table, soft_wrap=False)
     for line in report.remarks(made, model):
         out.print(line)

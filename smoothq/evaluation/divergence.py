@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smoothq.errors import CalibrationError
+from ..errors import CalibrationError
 
 _CHUNK_TOKENS = 256  # tokens whose log-probabilities are held at a time, of both models
 

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from smoothq.checkpoint.source import read_config, resolve_directory
-from smoothq.data.tokenizer import load_tokenizer
-from smoothq.errors import CheckpointError, SmoothqError, first_line
-from smoothq.evaluation.divergence import check_vocabularies
-from smoothq.modules.prepare import keep_packed
-from smoothq.runtime.device import check_device
-from smoothq.runtime.process import build_lock
+from ..checkpoint.source import read_config, resolve_directory
+from ..data.tokenizer import load_tokenizer
+from ..errors import CheckpointError, SmoothqError, first_line
+from ..modules.prepare import keep_packed
+from ..runtime.device import check_device
+from ..runtime.process import build_lock
+from .divergence import check_vocabularies
 
 
 def load_model(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from smoothq.architectures.positions import within_positions
-from smoothq.errors import CalibrationError, NumericsError
+from ..architectures.positions import within_positions
+from ..errors import CalibrationError, NumericsError
 
 # Logits turned to float32 at a time: 128 MiB, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25

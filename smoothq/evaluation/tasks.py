@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smoothq.errors import CalibrationError, SmoothqError, first_line
+from ..errors import CalibrationError, SmoothqError, first_line
 
 
 @dataclass(frozen=True)
