@@ -647,7 +647,7 @@ def compare(
     if as_markdown:
         print(side_by_side.markdown(found))
         return
-    measured = found[0].evaluation.texts[0].own
+    measured = found[0].evaluation.texts[0].perplexity
     sizes = f"{measured.windows} windows of {measured.sequence_length} tokens"
     title = f"{sizes} of {text}; tokens a second, batch 1"
     out.print(columns(title, side_by_side.HEADER, side_by_side.rows(found)), soft_wrap=False)
