@@ -209,9 +209,9 @@ def _results(measured: Evaluation) -> list[EvalResult]:
             dataset_type=each.text,
             dataset_name=each.text,
             metric_type="perplexity",
-            metric_value=each.own.perplexity,
-            metric_name=f"Perplexity, {each.own.windows} windows of "
-            f"{each.own.sequence_length} tokens",
+            metric_value=each.perplexity.perplexity,
+            metric_name=f"Perplexity, {each.perplexity.windows} windows of "
+            f"{each.perplexity.sequence_length} tokens",
         )
         for each in measured.texts
     ]

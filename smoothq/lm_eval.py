@@ -5,7 +5,7 @@ Both `--model smoothq` and `--model hf` then load checkpoints that smoothq wrote
 
 import sys
 
-from smoothq.errors import SmoothqError
+from .errors import SmoothqError
 
 
 def main() -> None:

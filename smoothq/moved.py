@@ -39,7 +39,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "memory": ("runtime.memory",),
     "migration": ("pipeline.alpha_search",),
     "observers": ("pipeline.observers",),
-    "outlook": ("advisor.costs",),
+    "outlook": ("advisor.chips", "advisor.runners", "advisor.costs"),
     "output": ("pipeline.shared_writer",),
     "positions": ("architectures.positions",),
     "price": ("pipeline.estimate", "report.results"),

@@ -223,7 +223,7 @@ def test_importing_smoothq_imports_only_lm_evals_table_of_models() -> None:
 def test_without_lm_eval_smoothq_works_and_says_what_to_install(
     loaded, folder, monkeypatch
 ) -> None:
-    from smoothq.evaluation.tasks import register
+    from smoothq.integrations.register import register
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:

@@ -4,12 +4,8 @@ import pytest
 import torch
 
 from smoothq import preset
-from smoothq.advisor.costs import (
-    A100,
-    Cost,
-    PlanAdvice,
-    advise,
-)
+from smoothq.advisor.chips import A100
+from smoothq.advisor.costs import Cost, PlanAdvice, advise
 from smoothq.plan.resolve import make_plan
 from tests.architectures import tiny_model
 from tests.conftest import RECIPES

@@ -1,1 +1,1 @@
-"""What `plan` and `models` answer beside a plan: who can run it, and what it costs there."""
+"""What `smoothq plan` and `smoothq models` print: runners, costs, vLLM's kernels, families."""

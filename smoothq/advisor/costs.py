@@ -1,7 +1,8 @@
-"""Who can run what a recipe makes, by which operators, and what it costs beside the alternatives.
+"""What a plan costs to run, beside float and the presets, for `smoothq plan`.
 
-Read off the plan and, for this machine's processor, timed on random weights; for other chips a
-bound by their data sheets. No weight of the model is read.
+Bits and bytes are counted from the plan. Speed is a roofline bound for the GPUs of `CHIPS`, and a
+micro-benchmark of one linear with random weights on this machine's CPU. No weight of the model is
+read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from ..architectures.attention_support import unquantizable_attention
 from ..architectures.graph import is_tied, text_config
 from ..discovery.experiments import EXPERT_COUNTS
-from ..errors import RecipeError, SmoothqError, UnsupportedModelError
+from ..errors import RecipeError, UnsupportedModelError
 from ..modules import (
     InputQuantizer,
     QuantizedLinear,
@@ -27,53 +28,39 @@ from ..modules import (
     WeightSpec,
 )
 from ..plan.plan import Plan, SitePlan
-from ..plan.portability import export_blockers, refuse_in_plugin
 from ..plan.resolve import float_bytes, make_plan
 from ..recipe.presets import preset
 from ..recipe.recipe import FLOAT_BITS, Preset
 from ..report.table import columns
 from ..rounding.rtn import round_to_nearest
+from .chips import CHIPS
+from .runners import Runner, list_runners
 
-PROMPT = 512  # tokens of a prompt
-TIMED_WEIGHTS = 1 << 23  # of a linear that is timed, at most
-REPETITIONS = 5
+PROMPT = 512  # tokens of the prompt that is bounded and timed
+TIMED_WEIGHTS = 1 << 23  # weights of the linear that is timed, at most
+REPETITIONS = 5  # timed calls of which the median is taken
 FLOAT_PRODUCTS = "16-bit float"
 PRESETS: tuple[Preset, ...] = ("w8a8", "w4a16", "w4a8", "w4a4")
 
 
 @dataclass(frozen=True)
-class Chip:
-    """A GPU by its data sheet: bytes a second of memory, dense operations a second."""
-
-    name: str
-    architecture: str
-    bandwidth: float
-    bfloat16: float
-    int8: float
-
-
-A100 = Chip("A100 SXM", "sm_80", 2.039e12, 312e12, 624e12)
-H100 = Chip("H100 SXM", "sm_90", 3.35e12, 989e12, 1979e12)
-CHIPS = (A100, H100)
-
-
-@dataclass(frozen=True)
-class Runner:
-    """Something that could run the result. how: the operators, or why it cannot."""
-
-    name: str
-    runs: bool
-    how: str
-
-
-@dataclass(frozen=True)
 class Cost:
-    """What a recipe costs to run.
+    """Size of a model under one recipe, bounds on its speed on GPUs, and its speed on this CPU.
 
-    weight, activation: bits an element, every scale counted. nbytes: of all tensors; read: of what
-    a decoded token reads. products: the type in which matrices are multiplied. decode: tokens a
-    second, at most, and prompt: seconds of 512 tokens' products, at least, by chip. here: times
-    as fast as float on this machine's processor, measured: one token, and a prompt.
+    Attributes:
+        name: the recipe's name; `float` is the unquantized model.
+        weight: bits a weight, scales and zero points counted, averaged over all linears.
+        activation: bits an element of the linears' inputs, scales counted, averaged likewise.
+        nbytes: bytes of all tensors of the checkpoint.
+        read: bytes of the weights that decoding one token reads: all tensors without an untied
+            embedding and without the experts that the token is not sent to.
+        products: the dtype in which matrices are multiplied.
+        decode: upper bound on decoded tokens a second at batch 1, by chip name: memory bandwidth
+            over `read`.
+        prompt: lower bound on the seconds of a prompt of 512 tokens, by chip name: operations of
+            the linears over the chip's peak.
+        here: speedup over float32 of the site with the widest input, measured on this machine's
+            CPU: with one token, and with 512.
     """
 
     name: str
@@ -89,9 +76,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class PlanAdvice:
-    """runners: who can run a recipe's result. costs: of float, the presets, and the recipe itself.
+    """What `smoothq plan` says of a plan beside its figures.
 
-    refused: presets that this model cannot take, and features that its family cannot, with why.
+    Attributes:
+        runners: devices and programs, with whether they can run the checkpoint.
+        costs: of the float model, of every preset that the model can take, and of the plan.
+        refused: reasons by command line option, for presets that the model cannot take and
+            features that its family does not have.
     """
 
     runners: tuple[Runner, ...]
@@ -101,7 +92,12 @@ class PlanAdvice:
 
 @torch.no_grad()
 def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
-    """What is ahead of a plan for a model, which may be on the meta device."""
+    """List who can run a plan's checkpoint, and what it costs beside float and the presets.
+
+    Args:
+        model: the float model, which may be on the meta device: no weight is read.
+        plan: its plan.
+    """
     refused: dict[str, str] = {}
     plans: dict[str, Plan] = {}
     for name in PRESETS:
@@ -109,71 +105,36 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
             plans[name] = make_plan(model, preset(name).edit(dtype=plan.recipe.dtype))
         except (RecipeError, UnsupportedModelError) as error:
             refused[f"--{name}"] = str(error)
-    asked = next((name for name, each in plans.items() if each.recipe == plan.recipe), None)
+    # The plan's own row: a preset's, renamed, or one more.
+    asked = next((name for name, other in plans.items() if other.recipe == plan.recipe), None)
     if asked is None:
         plans["as asked"] = plan
     else:
-        plans = {f"{name}, as asked" if name == asked else name: e for name, e in plans.items()}
+        plans = {
+            f"{name}, as asked" if name == asked else name: other for name, other in plans.items()
+        }
     reason = unquantizable_attention(text_config(model), type(model))
     if reason is not None:
         refused["--kv-bits, --attention"] = reason
     if plan.family.flattens:
         refused["--smooth-scope live"] = "its blocks join the tokens of all sequences"
-    costs = [_float_cost(model, plan), *(_cost(name, model, each) for name, each in plans.items())]
-    return PlanAdvice(tuple(_runners(model, plan)), tuple(costs), refused)
-
-
-def _runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
-    found = [_runner(f"this processor ({_processor()})", plan, "cpu")]
-    found += [_runner(f"{chip.name} ({chip.architecture})", plan, "cuda") for chip in CHIPS]
-    ours = "after `import smoothq`: the format's modules and operators are smoothq's"
-    found.append(Runner("transformers", True, ours))
-    in_the_way = "; ".join(map(str, export_blockers(model, plan)))
-    how = "after `smoothq export`; `smoothq plan` of that names vLLM's kernels"
-    without = "transformers without smoothq, vLLM"
-    found.append(Runner(without, not in_the_way, in_the_way or how))
-    refusal = ""
-    try:
-        refuse_in_plugin(model, plan)
-    except SmoothqError as error:
-        refusal = str(error)
-    plugin = "by its plugin, with the operators above; not in tensor parallel"
-    found.append(Runner("vLLM with smoothq installed", not refusal, refusal or plugin))
-    return found
-
-
-def _runner(name: str, plan: Plan, device: str) -> Runner:
-    """A kind of device, with the operators that the sites of the blocks run there."""
-    try:
-        by_operators: dict[tuple[str, ...], list[str]] = {}
-        for site in (site for block in plan.blocks for site in block.sites):
-            for spec in site.modules.values():
-                operators = spec.operators(site.input, torch.device(device))
-                stages = by_operators.setdefault(operators, [])
-                if site.site.stage not in stages:
-                    stages.append(site.site.stage)
-    except NotImplementedError as error:
-        return Runner(name, True, f"its operators cannot be listed here: {error}")
-    lines = (f"{', '.join(names)}: {' → '.join(ops)}" for ops, names in by_operators.items())
-    return Runner(name, True, "; ".join(lines))
-
-
-def _processor() -> str:
-    return str(torch.backends.cpu.get_cpu_capability())
+    costs = [_float_cost(model, plan)]
+    costs += [_cost(name, model, other) for name, other in plans.items()]
+    return PlanAdvice(tuple(list_runners(model, plan)), tuple(costs), refused)
 
 
 def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
-    """Of the model as it is."""
+    """The cost of the unquantized model, in the dtype that it is stored in."""
     nbytes, size = float_bytes(model), plan.stored_dtype.itemsize
     routed = _routed_share(model, plan)
     linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
     embedding = model.get_submodule(plan.parts.embedding).get_parameter("weight").numel()
-    resting = sum(
+    unread_experts = sum(
         (1 - _share(site, routed)) * size * spec.elements
         for site in _sites(plan)
         for spec in site.modules.values()
     )
-    read = nbytes - resting - (0 if is_tied(model) else size * embedding)
+    read = nbytes - unread_experts - (0 if is_tied(model) else size * embedding)
     return Cost(
         name="float",
         weight=8.0 * size,
@@ -188,15 +149,16 @@ def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
 
 
 def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
+    """The cost of a plan; times one of its linears on this machine's CPU."""
     rows, columns = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape
     embedding = rows * (columns + 2) if plan.tables else rows * columns * plan.stored_dtype.itemsize
     routed = _routed_share(model, plan)
-    resting = sum(
+    unread_experts = sum(
         (1 - _share(site, routed)) * spec.stored_bits / 8
         for site in _sites(plan)
         for spec in site.modules.values()
     )
-    read = plan.total_bytes - resting - (0 if is_tied(model) else embedding)
+    read = plan.total_bytes - unread_experts - (0 if is_tied(model) else embedding)
     linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
     bits = plan.recipe.activations.bits
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
@@ -219,27 +181,30 @@ def _sites(plan: Plan) -> list[SitePlan]:
 
 
 def _elements(site: SitePlan, routed: float) -> float:
-    """Weights of a site that one token meets."""
+    """Weights of a site that one token is multiplied with; routed: see `_routed_share`."""
     return _share(site, routed) * sum(spec.elements for spec in site.modules.values())
 
 
 def _share(site: SitePlan, routed: float) -> float:
-    """Which share of a site's weights one token meets; routed: of experts."""
+    """Share of a site's weights that one token is multiplied with: `routed` for experts, or 1."""
     return routed if site.site.routed else 1.0
 
 
 def _routed_share(model: PreTrainedModel, plan: Plan) -> float:
-    """Which share of a layer's experts one token is sent to."""
+    """Share of a layer's experts that one token is sent to; 1 for a model without experts."""
     if not any(site.site.routed for site in _sites(plan)):
         return 1.0
     config = text_config(model)
     experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))
-    passed: float = min(1.0, getattr(config, "num_experts_per_tok", 2) / experts)
-    return passed
+    share: float = min(1.0, getattr(config, "num_experts_per_tok", 2) / experts)
+    return share
 
 
 def _timed(site: SitePlan) -> tuple[float, float]:
-    """How many times as fast as float32 a linear of a site runs here: one token, and a prompt."""
+    """Speedup over float32 of a site's first linear on this CPU, with 1 and with PROMPT tokens.
+
+    The linear has random weights, and as many outputs as TIMED_WEIGHTS lets it.
+    """
     spec = next(iter(site.modules.values()))
     width, grid = spec.in_features, replace(spec.grid, clip=False)
     rows = min(spec.out_features, max(1, TIMED_WEIGHTS // width))
@@ -259,7 +224,7 @@ def _timed(site: SitePlan) -> tuple[float, float]:
 
 
 def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
-    """The medians' ratio of two calls that run in turns."""
+    """Median seconds of `slow` over those of `fast`; the two run in turns."""
     spent: dict[Callable[[], object], list[float]] = {slow: [], fast: []}
     for turn in range(REPETITIONS + 1):
         for call, times in spent.items():
@@ -270,13 +235,16 @@ def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
     return statistics.median(spent[slow]) / statistics.median(spent[fast])
 
 
-def tables(ahead: PlanAdvice) -> list[Table]:
-    """What `smoothq plan` prints of it."""
-    found = [
+def tables(advice: PlanAdvice) -> list[Table]:
+    """The tables that `smoothq plan` prints: runners, costs, bounds, and what is refused."""
+    printed = [
         columns(
             "Who can run it",
             ("", "runs", "by"),
-            [(each.name, "yes" if each.runs else "no", each.how) for each in ahead.runners],
+            [
+                (runner.name, "yes" if runner.runs else "no", runner.how)
+                for runner in advice.runners
+            ],
         ),
         columns(
             "What it costs beside the alternatives; speed of the widest linear measured on this "
@@ -290,7 +258,7 @@ def tables(ahead: PlanAdvice) -> list[Table]:
                     cost.products,
                     *(f"{value:.1f}" for value in cost.here),
                 )
-                for cost in ahead.costs
+                for cost in advice.costs
             ],
         ),
         columns(
@@ -309,11 +277,11 @@ def tables(ahead: PlanAdvice) -> list[Table]:
                         )
                     ),
                 )
-                for cost in ahead.costs
+                for cost in advice.costs
             ],
         ),
     ]
-    if ahead.refused:
+    if advice.refused:
         title = "What this model cannot take"
-        found.append(columns(title, ("", "because"), list(ahead.refused.items())))
-    return found
+        printed.append(columns(title, ("", "because"), list(advice.refused.items())))
+    return printed

@@ -1,4 +1,4 @@
-"""Which method each family can take, read off its graphs."""
+"""Support matrix: the methods that each model type can take, read from its block graphs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ _EDGES = {"norms": "norms", "up_down": "up→down", "value_output": "v→o"}
 
 
 def rows() -> list[tuple[str, ...]]:
-    """One row a model type, for its default config, with a cell a column of HEADER.
+    """The support matrix: one row a model type, one cell for each column of `HEADER`.
 
-    SmoothQuant, SmoothRot: the edges at which a divisor can be folded. QuaRot: whether the residual
-    stream is rotated offline, or each of its readers' inputs online. KV cache: whether it, and
-    attention in int8, can take the place of the family's own attention.
+    Each model type is represented by its default config. The cells:
+
+    - SmoothQuant, SmoothRot: the edges at which smoothing divisors can be folded into weights.
+    - QuaRot: `offline` if the rotation of the residual stream is folded into weights, `online, by
+      site` if the inputs of linears are rotated at run time instead.
+    - RS, RRS: the scopes of runtime smoothing that the family can take.
+    - KV cache: whether a quantized KV cache with int8 attention can replace the family's attention.
+    - experts: how many layers have them.
     """
     return [_row(model_type) for model_type in supported_model_types()]
 
 
 def markdown() -> str:
-    """The table as the README has it."""
+    """The support matrix as a Markdown table, as the README has it."""
     return markdown_table(HEADER, rows())
 
 

@@ -1,9 +1,9 @@
 """Which of vLLM's kernels would run an export, layer by layer: read from its code, not tried.
 
-The rules are those of vLLM 0.32: how a scheme is found for a linear (compressed_tensors.py), and
-the first kernel in its platform's list that can take it (kernels/linear). All that reads one tensor
-is one matrix there. Packed weights with quantized activations go to kernels that leave activations
-in 16 bits, without a word, unless Humming has them (vLLM issues 38066 and 50807).
+The rules are those of vLLM 0.32: how it chooses a scheme for a linear (compressed_tensors.py), and
+the first kernel in its platform's list that supports the scheme (kernels/linear). Linears that
+read the same tensor are merged into one matrix. Packed weights with quantized activations go to
+kernels that silently leave activations in 16 bits, except Humming (vLLM issues 38066 and 50807).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..report.table import columns
 
 VERSION = "0.32"
 DEVICES = ("CPU", "A100", "H100")
+# Group sizes of weight scales that each kernel supports; None: one scale an output channel.
 MARLIN_GROUPS = (None, 32, 64, 128)
 MACHETE_GROUPS = (None, 64, 128)
 TRITON_GROUPS = (None, 32, 64, 128, 256)
@@ -29,11 +30,16 @@ HUMMING = "HummingLinearKernel"
 
 @dataclass(frozen=True)
 class LayerKernel:
-    """What vLLM would do with some layers.
+    """The kernels that vLLM would take for one kind of layer.
 
-    layers: their stage. count: blocks that have them. shape: (N, K) of the merged matrix. kernels:
-    by device, None where no kernel takes them. floats: devices whose kernel leaves activations in
-    16 bits although the scheme quantizes them.
+    Attributes:
+        layers: the stage of the block that the layers are, such as `qkv` or `down`.
+        count: blocks that have such a layer.
+        scheme: bits, group size and format of weights and activations, as text.
+        shape: (N, K) of the merged matrix, N outputs and K inputs.
+        kernels: kernel names by device of `DEVICES`, None where no kernel supports the layer.
+        floats: devices whose kernel leaves activations in 16 bits although the scheme quantizes
+            them.
     """
 
     layers: str
@@ -45,9 +51,17 @@ class LayerKernel:
 
 
 def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[LayerKernel]:
-    """Every kind of layer of an export. model: a skeleton; quantization: its config's entry.
+    """The kernels for each kind of layer of an export: same stage, scheme and shape.
 
-    Raises CheckpointError for a quantization_config of another kind.
+    Args:
+        model: its skeleton: no weight is read.
+        quantization: `quantization_config` of the export's config.json.
+
+    Returns:
+        One entry for each kind of layer, in the order of execution.
+
+    Raises:
+        CheckpointError: the quantization_config is not one of compressed-tensors.
     """
     plan = make_plan(model, Recipe())
     names = {
@@ -57,7 +71,7 @@ def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[
         for module, spec in site.modules.items()
     }
     schemes = schemes_of(quantization, list(names))
-    found: dict[tuple[str, Scheme, tuple[int, int]], int] = {}
+    blocks_with: dict[tuple[str, Scheme, tuple[int, int]], int] = {}
     for index, block in enumerate(plan.blocks):
         for site in block.sites:
             full = [f"{plan.parts.layers}.{index}.{module}" for module in site.modules]
@@ -65,11 +79,14 @@ def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[
             if scheme is not None:
                 shape = (sum(names[name].out_features for name in full), site.input.width)
                 key = (site.site.stage, scheme, shape)
-                found[key] = found.get(key, 0) + 1
-    return [_served(stage, count, scheme, shape) for (stage, scheme, shape), count in found.items()]
+                blocks_with[key] = blocks_with.get(key, 0) + 1
+    return [
+        _layer_kernel(stage, count, scheme, shape)
+        for (stage, scheme, shape), count in blocks_with.items()
+    ]
 
 
-def _served(stage: str, count: int, scheme: Scheme, shape: tuple[int, int]) -> LayerKernel:
+def _layer_kernel(stage: str, count: int, scheme: Scheme, shape: tuple[int, int]) -> LayerKernel:
     kernels = {device: kernel_of(scheme, shape, device) for device in DEVICES}
     quantizes = scheme.input_bits != FLOAT_BITS and scheme.format == "pack-quantized"
     floats = [d for d, kernel in kernels.items() if quantizes and kernel not in (None, HUMMING)]
@@ -77,7 +94,16 @@ def _served(stage: str, count: int, scheme: Scheme, shape: tuple[int, int]) -> L
 
 
 def kernel_of(scheme: Scheme, shape: tuple[int, int], device: str) -> str | None:
-    """The kernel of a matrix (N, K) on a device of `DEVICES`, of one rank, in 16-bit floats."""
+    """The kernel that vLLM takes for a matrix, without tensor parallelism, in a 16-bit float dtype.
+
+    Args:
+        scheme: format, bits and group size of its weights, and bits of its inputs.
+        shape: (N, K), outputs and inputs.
+        device: one of `DEVICES`.
+
+    Returns:
+        The name of the kernel's class, or None if no kernel supports the matrix.
+    """
     if scheme.format == "int-quantized":
         return f"{'CPU' if device == 'CPU' else 'Cutlass'}Int8ScaledMMLinearKernel"
     (n, k), group = shape, scheme.group_size
@@ -95,33 +121,33 @@ def kernel_of(scheme: Scheme, shape: tuple[int, int], device: str) -> str | None
     return HUMMING
 
 
-def table(found: list[LayerKernel]) -> Table:
-    """What `smoothq plan` prints of an export."""
+def table(layers: list[LayerKernel]) -> Table:
+    """The table that `smoothq plan` prints of an export: a row a kind of layer."""
     return columns(
         f"Kernels that vLLM {VERSION} would take, read from its code",
         ("", "scheme", "N, K", *DEVICES),
         [
             (
-                f"{each.count} {each.layers}",
-                each.scheme,
-                ", ".join(map(str, each.shape)),
-                *(_short(kernel) for kernel in each.kernels.values()),
+                f"{layer.count} {layer.layers}",
+                layer.scheme,
+                ", ".join(map(str, layer.shape)),
+                *(_short(kernel) for kernel in layer.kernels.values()),
             )
-            for each in found
+            for layer in layers
         ],
     )
 
 
 def _short(kernel: str | None) -> str:
-    """A kernel's name without what all have."""
+    """A kernel's name without the suffix that all have."""
     return (kernel or "none").removesuffix("LinearKernel").replace("ScaledMM", "")
 
 
-def remarks(found: list[LayerKernel]) -> list[str]:
-    """What the user should know of it, one line each."""
-    floats = [device for device in DEVICES if any(device in each.floats for each in found)]
+def remarks(layers: list[LayerKernel]) -> list[str]:
+    """Warnings for the user: layers without a kernel, and activations that stay in 16 bits."""
+    floats = [device for device in DEVICES if any(device in layer.floats for layer in layers)]
     lines = []
-    if any(kernel is None for each in found for kernel in each.kernels.values()):
+    if any(kernel is None for layer in layers for kernel in layer.kernels.values()):
         lines.append("Where it has none vLLM refuses to load the model, and says so.")
     if floats:
         lines.append(

@@ -329,13 +329,13 @@ def plan(
     needs = estimate_resources(made, _bytes(max_memory))
     before = float_bytes(empty)
     estimate = estimate_time(made, torch.device(device))
-    ahead = advise(empty, made)
+    advice = advise(empty, made)
     if as_json:
         figures = report.plan_as_dict(model, before, made, estimate, needs)
-        print(json.dumps(figures | {"outlook": asdict(ahead)}))
+        print(json.dumps(figures | {"outlook": asdict(advice)}))
         return
     out.print(pairs(f"{model}, as planned", report.plan_rows(before, made, estimate, needs)))
-    for table in tables(ahead):
+    for table in tables(advice):
         out.print(table, soft_wrap=False)
     for line in report.remarks(made, model):
         out.print(line)
@@ -626,7 +626,7 @@ def compare(
     if as_markdown:
         print(side_by_side.markdown(found))
         return
-    measured = found[0].evaluation.texts[0].own
+    measured = found[0].evaluation.texts[0].perplexity
     sizes = f"{measured.windows} windows of {measured.sequence_length} tokens"
     title = f"{sizes} of {text}; tokens a second, batch 1"
     out.print(columns(title, side_by_side.HEADER, side_by_side.rows(found)), soft_wrap=False)

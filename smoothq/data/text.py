@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from smoothq.data.tokenizer import in_one_line
-from smoothq.errors import CalibrationError
+from ..errors import CalibrationError
+from .tokenizer import in_one_line
 
-logger = logging.getLogger("smoothq")
+log = logging.getLogger("smoothq")
 
 Purpose = Literal["calibration", "evaluation"]
 Row = Mapping[str, Any]
@@ -146,7 +146,7 @@ def calibration_tokens(
             f"{sequence_length}: use a smaller --sequence-length or a longer text"
         )
     if available < samples:
-        logger.warning(
+        log.warning(
             "calibration text %r holds %d whole sequences of %d tokens, %d were asked for: "
             "using %d",
             source.name,

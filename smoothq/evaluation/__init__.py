@@ -1,1 +1,1 @@
-"""."""
+"""Perplexity, agreement with a reference model, lm-eval's tasks, and comparisons of models."""

@@ -25,33 +25,42 @@ from .load import check_stored_vocabularies, load_model
 
 log = logging.getLogger("smoothq")
 
-PROMPT, DECODED, REPETITIONS = 512, 16, 3
+PROMPT, DECODED = 512, 16  # tokens of the timed prompt, and tokens decoded after it
+REPETITIONS = 3  # timed prompts, and decodings, of which the median is taken
 HEADER = ("model", "MB", "held", "bits", "inputs", "perplexity", "KL", "prefill", "decode")
 
 
 @dataclass(frozen=True)
 class ModelMeasurement:
-    """A model, measured. stored: bytes of its tensors' files; held: of its tensors once loaded.
+    """Size, speed and loss of one model.
 
-    bits: None for a float model. prefill, decode: tokens a second, batch 1.
+    Attributes:
+        name: directory or hub id.
+        recipe: its fields as `section.field`; empty for a float model.
+        bits: average bits of weights and inputs; None for a float model.
+        stored: bytes of the files that hold its tensors.
+        loaded: bytes of all its tensors in memory, see `loaded_bytes`.
+        prefill: tokens a second of a prompt of 512 tokens, batch 1.
+        decode: tokens a second, decoded one by one after that prompt, batch 1.
+        evaluation: perplexity, and agreement with the reference.
     """
 
     name: str
     recipe: dict[str, Any]
     bits: Bits | None
     stored: int
-    held: int
+    loaded: int
     prefill: float
     decode: float
     evaluation: Evaluation
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """The figures as plain data, for `smoothq compare --json`."""
         return {
             "recipe": self.recipe or None,
             "bits": None if self.bits is None else vars(self.bits),
             "stored_bytes": self.stored,
-            "held_bytes": self.held,
+            "held_bytes": self.loaded,
             "prefill_tokens_per_second": self.prefill,
             "decode_tokens_per_second": self.decode,
             **self.evaluation.as_dict(),
@@ -71,8 +80,20 @@ def compare(
 ) -> list[ModelMeasurement]:
     """Measure models one after the other, on the same text and against the same reference.
 
-    Raises SmoothqError for a model that cannot be loaded, CalibrationError for a name given twice
-    and for a model of another vocabulary than the reference's.
+    Args:
+        models: directories or hub ids, float or quantized.
+        text: where perplexity is measured.
+        against: directory or hub id of the reference that KL divergence is measured from.
+        windows: at most so many windows of the text; None for all.
+        sequence_length: tokens a window; fewer where a model has fewer positions.
+        dtype: of all that is not quantized, as for `load_model`.
+        device: where the models run, such as `cpu` or `cuda`.
+        on_window: called after each window, as for `perplexity`.
+
+    Raises:
+        SmoothqError: a model cannot be loaded.
+        CalibrationError: a name is given twice, or a model has another vocabulary than the
+            reference.
     """
     if len(set(models)) < len(models):
         raise CalibrationError("a model is named twice: give each once")
@@ -87,7 +108,7 @@ def compare(
     reference, its_tokenizer = (
         (None, None) if against is None else load_model(against, dtype, device)
     )
-    found = []
+    measurements = []
     for name in models:
         model, tokenizer = load_model(name, dtype, device)
         evaluation = evaluate(
@@ -103,46 +124,57 @@ def compare(
         plan: Plan | None = getattr(getattr(model, "hf_quantizer", None), "plan", None)
         files = set(tensor_files(resolve_directory(name), name).values())
         prefill, decode = _speed(model)
-        found.append(
+        measurements.append(
             ModelMeasurement(
                 name=name,
                 recipe={} if plan is None else _flat(plan.recipe.model_dump(mode="json")),
                 bits=None if plan is None else plan.bits,
                 stored=sum(path.stat().st_size for path in files),
-                held=held_bytes(model),
+                loaded=loaded_bytes(model),
                 prefill=prefill,
                 decode=decode,
                 evaluation=evaluation,
             )
         )
         del model
-    return found
+    return measurements
 
 
-def differences(contenders: Sequence[ModelMeasurement]) -> dict[str, list[str]]:
-    """The fields in which the recipes of quantized models differ, with each model's value."""
-    quantized = [each.recipe for each in contenders if each.recipe]
+def differences(measurements: Sequence[ModelMeasurement]) -> dict[str, list[str]]:
+    """Recipe fields in which quantized models differ, with the values in the models' order.
+
+    The value is "" for a float model, and where a recipe lacks the field.
+    """
+    quantized = [measurement.recipe for measurement in measurements if measurement.recipe]
     fields = dict.fromkeys(field for recipe in quantized for field in recipe)
     return {
-        field: [str(each.recipe.get(field, "")) if each.recipe else "" for each in contenders]
+        field: [
+            str(measurement.recipe.get(field, "")) if measurement.recipe else ""
+            for measurement in measurements
+        ]
         for field in fields
         if len({str(recipe.get(field)) for recipe in quantized}) > 1
     }
 
 
-def held_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all tensors that a model holds, those derived for running it included."""
-    held: dict[int, int] = {}
+def loaded_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all tensors of a model in memory, those at the same address counted once.
+
+    Counted are parameters, buffers, and tensors that modules keep as plain attributes, such as
+    weights unpacked for a faster kernel.
+    """
+    bytes_at: dict[int, int] = {}
     for module in model.modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        for tensor in (*own, *(each for each in vars(module).values() if isinstance(each, Tensor))):
-            held[tensor.data_ptr()] = tensor.nbytes
-    return sum(held.values())
+        registered = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        attributes = (value for value in vars(module).values() if isinstance(value, Tensor))
+        for tensor in (*registered, *attributes):
+            bytes_at[tensor.data_ptr()] = tensor.nbytes
+    return sum(bytes_at.values())
 
 
 @torch.no_grad()
 def _speed(model: PreTrainedModel) -> tuple[float, float]:
-    """Tokens a second, medians: a prompt's, and decoded ones' behind it. Batch 1."""
+    """Median tokens a second, of a prompt and of decoding after it; batch 1, random tokens."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     limit = positions_of(model)
     decoded = DECODED if limit is None else min(DECODED, limit // 2)
@@ -167,6 +199,7 @@ def _speed(model: PreTrainedModel) -> tuple[float, float]:
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The output of a forward, and its wall-clock seconds."""
     start = time.perf_counter()
     result = call()
     result.logits[0, 0, 0].item()  # waits for the device
@@ -174,7 +207,7 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as `section.field`."""
+    """Nested dictionaries as one, with keys such as `section.field`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
@@ -184,51 +217,51 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def rows(contenders: Sequence[ModelMeasurement]) -> list[tuple[str, ...]]:
-    """The table: MB stored and held, bits, perplexity, KL to the reference, tokens a second."""
+def rows(measurements: Sequence[ModelMeasurement]) -> list[tuple[str, ...]]:
+    """The cells of the table, a row a model, with the columns of `HEADER`; sizes in MB."""
     lines: list[tuple[str, ...]] = []
-    for each in contenders:
-        result = each.evaluation.texts[0]
+    for measurement in measurements:
+        result = measurement.evaluation.texts[0]
         lines.append(
             (
-                each.name,
-                f"{each.stored / 1e6:.1f}",
-                f"{each.held / 1e6:.1f}",
-                "float" if each.bits is None else f"{each.bits.weight:.2f}",
-                "float" if each.bits is None else f"{each.bits.activation:.2f}",
-                f"{result.own.perplexity:.3f}",
+                measurement.name,
+                f"{measurement.stored / 1e6:.1f}",
+                f"{measurement.loaded / 1e6:.1f}",
+                "float" if measurement.bits is None else f"{measurement.bits.weight:.2f}",
+                "float" if measurement.bits is None else f"{measurement.bits.activation:.2f}",
+                f"{result.perplexity.perplexity:.3f}",
                 "" if result.against is None else f"{result.against.divergence:.4f}",
-                f"{each.prefill:.1f}",
-                f"{each.decode:.1f}",
+                f"{measurement.prefill:.1f}",
+                f"{measurement.decode:.1f}",
             )
         )
     return lines
 
 
-def markdown(contenders: Sequence[ModelMeasurement]) -> str:
-    """The table and the recipes' differences in Markdown."""
-    text = markdown_table(HEADER, rows(contenders))
-    differing = [(field, *values) for field, values in differences(contenders).items()]
+def markdown(measurements: Sequence[ModelMeasurement]) -> str:
+    """The table, and the recipe fields in which the models differ, in Markdown."""
+    text = markdown_table(HEADER, rows(measurements))
+    differing = [(field, *values) for field, values in differences(measurements).items()]
     if not differing:
         return text
-    names = ("recipe", *(each.name for each in contenders))
+    names = ("recipe", *(measurement.name for measurement in measurements))
     return f"{text}\n\n{markdown_table(names, differing)}"
 
 
-def plot(contenders: Sequence[ModelMeasurement], path: Path) -> None:
-    """Size against loss: KL to the reference where there is one, else perplexity."""
+def plot(measurements: Sequence[ModelMeasurement], path: Path) -> None:
+    """Draw size against loss as a PNG file: KL to the reference if there is one, or perplexity."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     loss = "perplexity"
-    for each in contenders:
-        result, size = each.evaluation.texts[0], each.stored / 1e6
-        value = result.own.perplexity
+    for measurement in measurements:
+        result, size = measurement.evaluation.texts[0], measurement.stored / 1e6
+        value = result.perplexity.perplexity
         if result.against is not None:
             loss, value = "KL to the reference, nats a token", result.against.divergence
         axes.plot(size, value, "o")
-        axes.annotate(each.name, (size, value), xytext=(6, 6), textcoords="offset points")
+        axes.annotate(measurement.name, (size, value), xytext=(6, 6), textcoords="offset points")
     axes.set_xlabel("MB stored")
     axes.set_ylabel(loss)
     axes.margins(0.2)

@@ -1,4 +1,4 @@
-"""How far a quantized model's predictions are from another's, and from its own token by token."""
+"""KL divergence and top-1 agreement: of two models, and of one model's decode and prefill."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smoothq.errors import CalibrationError
+from ..errors import CalibrationError
 
-_CHUNK_TOKENS = 256  # tokens whose log-probabilities are held at a time, of both models
+_CHUNK_TOKENS = 256  # tokens whose log-probabilities are in memory at a time, of both models
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two predictions of the same tokens compare, averaged over all of them.
+    """How closely two models predict the same tokens, averaged over all of them.
 
-    divergence: KL(reference ‖ model) in nats a token, at least zero. top1: share of tokens at which
-    both find the same next token most likely. tokens: how many were compared.
+    Attributes:
+        divergence: KL(reference ‖ model) in nats a token, at least zero.
+        top1: share of tokens at which both have the same most likely next token, from 0 to 1.
+        tokens: how many were compared.
     """
 
     divergence: float
@@ -26,9 +28,13 @@ class Agreement:
 
 
 def check_vocabularies(sizes: Mapping[str, int]) -> None:
-    """Raise CalibrationError where models predict tokens of different vocabularies.
+    """Check that models predict tokens of one vocabulary, by its size.
 
-    sizes: logits of each model, by its name, the reference first.
+    Args:
+        sizes: number of logits by model name, the reference first.
+
+    Raises:
+        CalibrationError: a model has another number of logits than the reference.
     """
     (first, wanted), *others = sizes.items()
     for name, size in others:
@@ -40,7 +46,7 @@ def check_vocabularies(sizes: Mapping[str, int]) -> None:
 
 
 def logits_count(model: PreTrainedModel) -> int:
-    """How many tokens a model predicts: rows of its head."""
+    """The size of a model's output vocabulary: rows of its head."""
     head = model.get_output_embeddings()
     out_features = getattr(head, "out_features", None)
     return int(out_features or model.config.get_text_config(decoder=True).vocab_size)
@@ -50,8 +56,13 @@ def logits_count(model: PreTrainedModel) -> int:
 def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tensor) -> Agreement:
     """Compare the predictions of two models that share a vocabulary, window by window.
 
-    windows: int64 (windows, length). Both models run in eval mode. Raises CalibrationError for
-    windows of another shape.
+    Args:
+        model: the model that is judged, in eval mode.
+        reference: the model that it is compared with, in eval mode; may be on another device.
+        windows: int64 (windows, length).
+
+    Raises:
+        CalibrationError: `windows` is of another shape, or empty.
     """
     if windows.dim() != 2 or not windows.numel():
         raise CalibrationError(f"windows must be (windows, length), not {tuple(windows.shape)}")
@@ -64,10 +75,13 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, windows: Tenso
 
 @torch.no_grad()
 def prefill_and_decode(model: PreTrainedModel, tokens: Tensor) -> Agreement:
-    """Compare a model's predictions token by token, through its cache, with those of one prefill.
+    """Compare decoding token by token through the KV cache with one prefill, the reference.
 
-    tokens: int64 (1, length). The prefill is the reference. A causal recipe differs by float
-    rounding only.
+    With a causal recipe the two differ by float rounding only.
+
+    Args:
+        model: in eval mode.
+        tokens: int64 (1, length).
     """
     whole = logits_of(model, tokens)
     cache, steps = None, []
@@ -79,18 +93,24 @@ def prefill_and_decode(model: PreTrainedModel, tokens: Tensor) -> Agreement:
 
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits of one window, int64 (1, length) → float32 (length, vocabulary)."""
+    """Logits of one window: tokens int64 (1, length) → float32 (length, vocabulary)."""
     logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits[0]
     return logits.float()
 
 
 def summed_divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """Σ KL(p ‖ q) over tokens, in nats; log-probabilities, float32 (tokens, vocabulary)."""
+    """Σ KL(p ‖ q) over tokens, in nats.
+
+    Args:
+        log_p: log-probabilities of the reference, float32 (tokens, vocabulary).
+        log_q: log-probabilities of the model, of the same shape and device.
+    """
     # Summed on the CPU: not every accelerator has float64.
     return log_p.exp().mul_(log_p - log_q).sum(-1).cpu().double().sum().item()
 
 
 def _compared(pairs: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Agreement:
+    """Agreement over pairs of logits (model, reference), float32 (length, vocabulary) each."""
     divergence, same = 0.0, 0
     for logits, reference in pairs:
         chunks = zip(

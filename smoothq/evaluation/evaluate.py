@@ -1,4 +1,4 @@
-"""Everything that `smoothq eval` measures of a model, and how it is told."""
+"""`smoothq eval`: perplexity, agreement with a reference and lm-eval's tasks, in one result."""
 
 from __future__ import annotations
 
@@ -26,27 +26,44 @@ from .divergence import (
 from .perplexity import Perplexity, perplexity, windows_of
 from .tasks import TaskResults, run_tasks
 
-OnWindow = Callable[[int, int, float], None]
+OnWindow = Callable[[int, int, float], None]  # windows done, windows in all, perplexity so far
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """A model on one text. against: the reference's perplexity there, and how far they agree."""
+    """What was measured of a model on one text.
+
+    Attributes:
+        text: name of the text's source.
+        perplexity: of the model.
+        reference: perplexity of the reference model on the same windows, None without one.
+        against: agreement with the reference model on these windows, None without one.
+    """
 
     text: str
-    own: Perplexity
+    perplexity: Perplexity
     reference: Perplexity | None = None
     against: Agreement | None = None
 
     @property
     def ratio(self) -> float | None:
-        """Perplexity over the reference's."""
-        return None if self.reference is None else self.own.perplexity / self.reference.perplexity
+        """The model's perplexity over the reference's, None without a reference."""
+        if self.reference is None:
+            return None
+        return self.perplexity.perplexity / self.reference.perplexity
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model. decoded: its decoding set against its own prefill."""
+    """What was measured of a model.
+
+    Attributes:
+        model: its name.
+        reference: name of the model that it was compared with, None without one.
+        texts: results on each text.
+        decoded: agreement of decoding token by token with prefill, None if not measured.
+        tasks: results of lm-eval's tasks, None if none was run.
+    """
 
     model: str
     reference: str | None
@@ -55,46 +72,47 @@ class Evaluation:
     tasks: TaskResults | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """The figures as plain data, for `smoothq eval --json`."""
         return {
             "model": self.model,
             "against": self.reference,
             "texts": [
                 {
-                    "text": each.text,
-                    **asdict(each.own),
+                    "text": result.text,
+                    **asdict(result.perplexity),
                     **(
                         {}
-                        if each.reference is None or each.against is None
+                        if result.reference is None or result.against is None
                         else {
-                            "reference_perplexity": each.reference.perplexity,
-                            "perplexity_ratio": each.ratio,
-                            "divergence": each.against.divergence,
-                            "top1": each.against.top1,
+                            "reference_perplexity": result.reference.perplexity,
+                            "perplexity_ratio": result.ratio,
+                            "divergence": result.against.divergence,
+                            "top1": result.against.top1,
                         }
                     ),
                 }
-                for each in self.texts
+                for result in self.texts
             ],
             "decode": None if self.decoded is None else asdict(self.decoded),
             "tasks": None if self.tasks is None else [asdict(value) for value in self.tasks.values],
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """The table: label and value."""
+        """The rows of the table: (label, value)."""
         rows = []
-        for each in self.texts:
-            own = each.own
+        for result in self.texts:
+            measured = result.perplexity
+            windows = f"{measured.windows} windows of {measured.sequence_length} tokens"
             rows += [
-                ("text", f"{each.text}, {own.windows} windows of {own.sequence_length} tokens"),
-                ("perplexity", f"{own.perplexity:.4f}"),
+                ("text", f"{result.text}, {windows}"),
+                ("perplexity", f"{measured.perplexity:.4f}"),
             ]
-            if each.reference is not None and each.against is not None:
-                theirs = f"{each.reference.perplexity:.4f}"
+            if result.reference is not None and result.against is not None:
+                reference = f"{result.reference.perplexity:.4f}"
                 rows += [
-                    (f"perplexity of {self.reference}", f"{theirs}, ratio {each.ratio:.4f}"),
-                    ("KL to it, nats a token", f"{each.against.divergence:.5f}"),
-                    ("same next token", f"{each.against.top1:.2%}"),
+                    (f"perplexity of {self.reference}", f"{reference}, ratio {result.ratio:.4f}"),
+                    ("KL to it, nats a token", f"{result.against.divergence:.5f}"),
+                    ("same next token", f"{result.against.top1:.2%}"),
                 ]
         if self.decoded is not None:
             tokens = self.decoded.tokens
@@ -109,7 +127,7 @@ class Evaluation:
         return rows
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """The table in Markdown, headed by the model's name."""
         return markdown(("", self.model), self.rows())
 
 
@@ -132,15 +150,31 @@ def evaluate(
     num_fewshot: int | None = None,
     on_window: OnWindow | None = None,
 ) -> Evaluation:
-    """Measure a model: perplexity on texts, agreement with another, with itself, and tasks.
+    """Measure a model: perplexity, agreement with a reference, decode against prefill, and tasks.
 
-    reference: a model of the same vocabulary, mostly the float one; `agreement` takes the same
-    windows as the perplexity, of no more tokens than either model has positions.
-    reference_tokenizer: what the reference reads text with, to see that ids mean the same to it.
-    decode_tokens: so many tokens of the first text are decoded one by one and compared with their
-    prefill. tasks, include_path, limit, num_fewshot: as for
-    `run_tasks`. Raises CalibrationError for what cannot be measured, CheckpointError for a
-    tokenizer whose tokens the model does not have.
+    Args:
+        model: float or quantized, in memory.
+        tokenizer: the model's.
+        texts: texts that perplexity and agreement are measured on.
+        name: the model's name in the result and in messages.
+        reference: a model of the same vocabulary, usually the float one; its perplexity and the
+            agreement are measured on the windows of the model's perplexity.
+        reference_name: its name in the result and in messages.
+        reference_tokenizer: its tokenizer, to check that token ids mean the same to both models.
+        windows: at most so many windows of each text; None for all.
+        sequence_length: tokens a window; fewer where a model has fewer positions.
+        batch_size: windows, or requests of a task, a forward.
+        decode_tokens: so many first tokens of the first text are decoded one by one and compared
+            with their prefill; 0 for none.
+        tasks: lm-eval's tasks or task files, as for `run_tasks`.
+        include_path: directory of more task files, as for `run_tasks`.
+        limit: documents of each task, from the start; None for all.
+        num_fewshot: examples in a task's prompt, None for the task's default.
+        on_window: called after each window, as for `perplexity`.
+
+    Raises:
+        CalibrationError: something cannot be measured.
+        CheckpointError: the tokenizer has tokens that the model does not have.
     """
     if (reference is not None or decode_tokens) and not texts:
         raise CalibrationError("agreement needs a text to be measured on: give one")
@@ -151,30 +185,34 @@ def evaluate(
         check_vocabularies({named: logits_count(reference), name: logits_count(model)})
         if reference_tokenizer is not None:
             _check_meaning(tokenizer, reference_tokenizer, [tokens for _, tokens in read], named)
-    for each in models if texts else ():
-        sequence_length = within_positions(each, sequence_length, "windows")
-        decode_tokens = within_positions(each, decode_tokens, "tokens to decode")
+    for measured_model in models if texts else ():
+        sequence_length = within_positions(measured_model, sequence_length, "windows")
+        decode_tokens = within_positions(measured_model, decode_tokens, "tokens to decode")
     results, decoded = [], None
     for source, tokens in read:
         embedding: Any = model.get_input_embeddings()
         check_tokens(tokens, embedding.weight.shape[0], name)
-        own = perplexity(model, tokens, sequence_length, windows, batch_size, on_window)
-        theirs = against = None
+        model_perplexity = perplexity(
+            model, tokens, sequence_length, windows, batch_size, on_window
+        )
+        reference_perplexity = against = None
         if reference is not None:
-            theirs = perplexity(reference, tokens, sequence_length, windows, batch_size, on_window)
+            reference_perplexity = perplexity(
+                reference, tokens, sequence_length, windows, batch_size, on_window
+            )
             against = agreement(model, reference, windows_of(tokens, sequence_length, windows))
-        results.append(TextResult(source.name, own, theirs, against))
+        results.append(TextResult(source.name, model_perplexity, reference_perplexity, against))
         if decode_tokens and decoded is None:
             decoded = prefill_and_decode(model, torch.LongTensor(tokens[:, :decode_tokens]))
-    done = None
+    task_results = None
     if tasks:
-        done = run_tasks(
+        task_results = run_tasks(
             *(model, tokenizer, tasks, include_path),
             limit=limit,
             batch_size=batch_size,
             num_fewshot=num_fewshot,
         )
-    return Evaluation(name, reference_name, tuple(results), decoded, done)
+    return Evaluation(name, reference_name, tuple(results), decoded, task_results)
 
 
 def _check_meaning(
@@ -186,9 +224,9 @@ def _check_meaning(
     """Raise CalibrationError where an id in the texts is another token to the reference."""
     used = torch.cat([tokens.flatten() for tokens in texts]).unique().tolist()
     pairs = zip(ours.convert_ids_to_tokens(used), theirs.convert_ids_to_tokens(used), strict=True)
-    for number, (own, other) in zip(used, pairs, strict=True):
-        if own != other:
+    for number, (token, reference_token) in zip(used, pairs, strict=True):
+        if token != reference_token:
             raise CalibrationError(
-                f"token {number} is {own!r}, and {other!r} to {reference}: predictions are "
-                "compared between models of one vocabulary"
+                f"token {number} is {token!r}, and {reference_token!r} to {reference}: "
+                "predictions are compared between models of one vocabulary"
             )

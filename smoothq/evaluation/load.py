@@ -1,27 +1,35 @@
-"""A checkpoint → a model that runs, with its tokenizer."""
+"""Loads a checkpoint as a model that runs, with its tokenizer."""
 
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from smoothq.checkpoint.source import read_config, resolve_directory
-from smoothq.data.tokenizer import load_tokenizer
-from smoothq.errors import CheckpointError, SmoothqError, first_line
-from smoothq.evaluation.divergence import check_vocabularies
-from smoothq.modules.prepare import keep_packed
-from smoothq.runtime.device import check_device
-from smoothq.runtime.process import build_lock
+from ..checkpoint.source import read_config, resolve_directory
+from ..data.tokenizer import load_tokenizer
+from ..errors import CheckpointError, SmoothqError, first_line
+from ..modules.prepare import keep_packed
+from ..runtime.device import check_device
+from ..runtime.process import build_lock
+from .divergence import check_vocabularies
 
 
 def load_model(
     model: str, dtype: str = "auto", device: str = "cpu", memory: str = "fast"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A float or quantized causal LM and its tokenizer, from a directory or the hub.
+    """Load a float or quantized causal LM and its tokenizer, from a directory or the hub.
 
-    dtype: of all that is not quantized, by its name in torch; auto is the model's own, and float32
-    on a CPU. memory: fast holds 4-bit weights also as int8 where that is faster, low packed alone.
-    Raises CheckpointError for a model that cannot be loaded, DeviceError for the device.
+    Args:
+        model: a directory or a hub id.
+        dtype: of all that is not quantized, by its name in torch; `auto` is the checkpoint's
+            dtype, and float32 on a CPU.
+        device: where the model runs, such as `cpu` or `cuda`.
+        memory: `fast` keeps 4-bit weights also unpacked to int8 where kernels are faster that
+            way, `low` keeps only the packed weights.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        DeviceError: the device is not available.
     """
     check_device(device)
     directory = resolve_directory(model)
@@ -44,9 +52,14 @@ def load_model(
 
 
 def check_stored_vocabularies(reference: str, *models: str) -> None:
-    """Raise CalibrationError where a model predicts another number of tokens than the reference.
+    """Check that models have the reference's vocabulary size, reading only their configs.
 
-    Only their configs are read.
+    Args:
+        reference: a directory or a hub id.
+        models: directories or hub ids.
+
+    Raises:
+        CalibrationError: a model has another vocabulary size than the reference.
     """
     configs = {name: read_config(name) for name in (reference, *models)}
     check_vocabularies(

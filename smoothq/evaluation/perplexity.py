@@ -1,4 +1,4 @@
-"""Perplexity over windows that do not overlap, the protocol of GPTQ and of the papers after it."""
+"""Perplexity over non-overlapping windows, the protocol of GPTQ and of the papers after it."""
 
 import math
 import time
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from smoothq.architectures.positions import within_positions
-from smoothq.errors import CalibrationError, NumericsError
+from ..architectures.positions import within_positions
+from ..errors import CalibrationError, NumericsError
 
 # Logits turned to float32 at a time: 128 MiB, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25
@@ -20,9 +20,12 @@ _CHUNK_ELEMENTS = 2**25
 class Perplexity:
     """A measured perplexity and what it was measured on.
 
-    tokens: predicted tokens, windows × (sequence_length − 1).
-    sequence_length: the windows' length; the text's own where it is shorter than one window.
-    seconds: wall-clock time of the whole measurement.
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of a token.
+        tokens: predicted tokens, windows × (sequence_length − 1).
+        windows: how many were measured.
+        sequence_length: tokens a window; the text's length if it is shorter than one window.
+        seconds: wall-clock time of the whole measurement.
     """
 
     perplexity: float
@@ -40,20 +43,25 @@ def perplexity(
     batch_size: int = 1,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
-    """exp of the mean negative log-likelihood of all predicted tokens.
+    """Measure a model's perplexity: exp of the mean negative log-likelihood of predicted tokens.
 
-    The text is cut into windows of `sequence_length`, or of the model's positions where they are
-    fewer, from its start, and each predicts all of its tokens but the first. A last incomplete
-    window is dropped, unless it is the only one.
+    The text is cut into windows from its start, and each window predicts all of its tokens but the
+    first. A last incomplete window is dropped, unless it is the only one.
     Log-softmax is float32 on a few rows of logits at a time and the sum is float64, so that memory
     is bounded by the model's own logits and the batch size changes the result by rounding only.
     The model runs in eval mode and gets its mode back.
 
-    tokens: (1, tokens) int64 on any device, as `calibration.evaluation_tokens` makes them.
-    windows: at most so many, from the start; None for all.
-    on_window: called after each window with windows done, windows in all, perplexity so far.
-    Raises CalibrationError for fewer than 2 tokens or numbers out of range, NumericsError where the
-    loss is NaN or infinite.
+    Args:
+        model: a causal LM, float or quantized.
+        tokens: int64 (1, tokens) on any device, as `data.text.evaluation_tokens` returns them.
+        sequence_length: tokens a window; the model's positions where they are fewer.
+        windows: at most so many, from the start; None for all.
+        batch_size: windows a forward.
+        on_window: called after each window with windows done, windows in all, perplexity so far.
+
+    Raises:
+        CalibrationError: fewer than 2 tokens, or a number out of range.
+        NumericsError: the loss is NaN or infinite.
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
         raise CalibrationError(
@@ -101,9 +109,15 @@ def perplexity(
 def windows_of(
     tokens: torch.Tensor, sequence_length: int, windows: int | None = None
 ) -> torch.Tensor:
-    """The windows that perplexity is measured on, int64 (windows, sequence_length or less).
+    """The windows that perplexity is measured on.
 
-    tokens: (1, tokens). windows: at most so many; None for all that are whole.
+    Args:
+        tokens: int64 (1, tokens).
+        sequence_length: tokens a window; all tokens where they are fewer.
+        windows: at most so many, from the start; None for all complete ones.
+
+    Returns:
+        int64 (windows, length), a view of `tokens`.
     """
     length = min(sequence_length, tokens.shape[1])
     count = tokens.shape[1] // length
@@ -121,7 +135,12 @@ def _window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]
 
 
 def window_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
-    """−log softmax(logits)[next token], summed; logits (length, vocabulary), window (length,)."""
+    """A window's summed negative log-likelihood, in nats, accumulated in float64.
+
+    Args:
+        logits: (length, vocabulary), of any float dtype and device.
+        window: its tokens, int64 (length,); all but the first are predicted.
+    """
     rows, total = max(1, _CHUNK_ELEMENTS // logits.shape[-1]), 0.0
     following = window[1:].to(logits.device)
     for chunk, targets in zip(logits[:-1].split(rows), torch.split(following, rows), strict=True):
@@ -132,5 +151,5 @@ def window_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
 
 
 def perplexity_of(loss: float, tokens: int) -> float:
-    """exp(loss / tokens), of a summed loss; infinity where math.exp raises OverflowError."""
+    """exp(loss / tokens) of a summed loss; infinity where math.exp would raise OverflowError."""
     return torch.tensor(loss / tokens, dtype=torch.float64).exp().item()

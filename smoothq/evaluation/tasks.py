@@ -1,7 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness (lm-eval), on a model in memory.
 
-lm-eval is optional and takes seconds to import: before a task is run, nothing here imports more of
-it than its table of models.
+lm-eval is optional and takes seconds to import: it is imported when a task is run.
 """
 
 import time
@@ -13,17 +12,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smoothq.errors import CalibrationError, SmoothqError, first_line
+from ..errors import CalibrationError, SmoothqError, first_line
 
 
 @dataclass(frozen=True)
 class TaskValue:
     """One metric of a task or of a group of tasks, as lm-eval computes it.
 
-    filter: what was made of the model's answers before they were scored; mostly `none`.
-    stderr: the value's standard error, None where lm-eval has none.
-    higher_is_better: None where it is not said, or the tasks of a group differ.
-    samples: documents that were scored.
+    Attributes:
+        task: name of the task or the group.
+        metric: name of the metric, such as `acc`.
+        filter: lm-eval's filter for the model's answers before scoring; usually `none`.
+        value: the metric.
+        stderr: its standard error, None where lm-eval has none.
+        higher_is_better: None where lm-eval does not say, or the tasks of a group differ.
+        samples: documents that were scored.
     """
 
     task: str
@@ -37,10 +40,11 @@ class TaskValue:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What a run of tasks came to.
+    """Results of a run of tasks.
 
-    values: every metric that is a number, in lm-eval's order: tasks, then groups.
-    seconds: wall-clock time of the whole run, reading the data included.
+    Attributes:
+        values: every metric that is a number, in lm-eval's order: tasks, then groups.
+        seconds: wall-clock time of the whole run, reading the data included.
     """
 
     values: tuple[TaskValue, ...]
@@ -58,21 +62,28 @@ def run_tasks(
     max_length: int | None = None,
     num_fewshot: int | None = None,
 ) -> TaskResults:
-    """Run tasks by `lm_eval.simple_evaluate`, whose figures these are to the last digit.
-
-    tasks: names of tasks, groups and tags, or task files that end in .yaml. A file brings all task
-    files below its directory with it. Relative data paths in a task file are relative to the
-    working directory, as everywhere in lm-eval; a function named by `custom_dataset` can look
-    beside itself.
-    include_path: a directory of more task files, which go before lm-eval's own of the same name.
-    limit: documents of each task, from the start; None for all.
-    batch_size: requests a forward. max_length: tokens a request; None for the model's own limit.
-    num_fewshot: examples in a prompt, None for each task's own number.
+    """Run tasks by `lm_eval.simple_evaluate`, and return its figures to the last digit.
 
     The model runs in eval mode and gets its mode back. lm-eval seeds the generators of random,
     numpy and torch, and gives a tokenizer without a padding token one.
-    Raises CalibrationError where lm-eval is not installed or refuses, and for an unknown task, a
-    task or data set that cannot be loaded, or numbers out of range.
+
+    Args:
+        model: a causal LM, float or quantized.
+        tokenizer: the model's.
+        tasks: names of tasks, groups and tags, or task files that end in .yaml. A file brings all
+            task files below its directory with it. Relative data paths in a task file are relative
+            to the working directory, as everywhere in lm-eval; a function named by
+            `custom_dataset` can look beside itself.
+        include_path: a directory of more task files, which take precedence over lm-eval's tasks of
+            the same name.
+        limit: documents of each task, from the start; None for all.
+        batch_size: requests a forward.
+        max_length: tokens a request; None for the model's limit.
+        num_fewshot: examples in a prompt, None for each task's default.
+
+    Raises:
+        CalibrationError: lm-eval is not installed or refuses, a task is unknown, a task or data
+            set cannot be loaded, or a number is out of range.
     """
     if not tasks:
         raise CalibrationError("no task is named: give a task's name or a .yaml task file")
@@ -115,7 +126,7 @@ def run_tasks(
 
 
 def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
-    """lm-eval's TaskManager that knows all tasks asked for, and their names there."""
+    """An lm-eval TaskManager that knows all requested tasks, and their names in it."""
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).expanduser().absolute() for task in tasks if task.endswith(".yaml")}
@@ -155,7 +166,7 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
 
 
 def _is_whole(name: str, index: dict[str, Any]) -> bool:
-    """Whether a task, or a group with all its members, is among those indexed."""
+    """Whether a task, or a group with all its members, is in a TaskManager's index."""
     if name not in index:
         return False
     config = index[name].cfg or {}  # a tag has none
@@ -172,15 +183,15 @@ def _is_whole(name: str, index: dict[str, Any]) -> bool:
 def _load(manager: Any, name: str) -> list[Any]:
     """The group of that name, or the task, or the tasks of the tag, with their data."""
     try:
-        found = manager.load([name])
+        loaded = manager.load([name])
     except Exception as error:  # datasets, the hub's client, Jinja and task files' own functions
         raise _unloadable(manager.task_index[name], error) from error
-    groups: dict[str, Any] = found["groups"]
-    return [groups[name]] if name in groups else list(found["tasks"].values())
+    groups: dict[str, Any] = loaded["groups"]
+    return [groups[name]] if name in groups else list(loaded["tasks"].values())
 
 
 def _unloadable(entry: Any, error: Exception) -> CalibrationError:
-    """One line for a task, lm-eval's Entry, whose file or data could not be read."""
+    """The error for a task (lm-eval's Entry) whose file or data could not be read."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     data = (entry.cfg or {}).get("dataset_path")
     task = f"'{entry.name}' with data set '{data}'" if data else f"'{entry.name}'"
@@ -196,6 +207,7 @@ def _unloadable(entry: Any, error: Exception) -> CalibrationError:
 
 
 def _values(outcome: dict[str, Any]) -> Iterator[TaskValue]:
+    """The numeric metrics in what `simple_evaluate` returns."""
     for task, figures in outcome["results"].items():
         better = outcome["higher_is_better"].get(task, {})
         for key, value in figures.items():

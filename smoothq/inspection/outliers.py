@@ -1,9 +1,10 @@
-"""What a model's linears are fed: outliers by block and site, before and after each transform.
+"""Outliers in the inputs of a model's linears, by block and site, under each method.
 
-Each method transforms its own copy of a block, which computes the same, and its inputs are watched
-as their quantizer will see them. Definitions: a *channel-wise* outlier is large at every token, a
-*spike* at one token only (RRS, arXiv 2409.20361, section 3); a token of *massive activations* holds
-a value a thousand times the median (arXiv 2402.17762, section 2).
+Each method (SmoothQuant, QuaRot, ...) transforms a copy of every block without changing what it
+computes, and the inputs of its linears are recorded as the input quantizer sees them. Definitions:
+a *channel-wise* outlier is large at every token, a *spike* at one token only (RRS, arXiv
+2409.20361, section 3); a token with *massive activations* has a value of a thousand times the
+median (arXiv 2402.17762, section 2).
 """
 
 from __future__ import annotations
@@ -45,23 +46,33 @@ METHODS: dict[Method, str] = {
     "rs": "RS",
     "rrs": "RRS",
 }
-CHANNEL_RATIO = 8.0  # times the median channel's median magnitude: a channel-wise outlier
-SPIKE_RATIO = 100.0  # times the median magnitude of its channel, and of all: a spike
-MASSIVE_RATIO = 1000.0  # times the median magnitude: a massive activation
-SURFACE = 128  # tokens and channels of a surface, at most
-MEDIAN_TOKENS = 512  # of which medians are taken, evenly spaced
-ERROR_TOKENS = 512  # on which the error of a site's outputs is measured
+# A channel is an outlier if its median magnitude is over so many times the median channel's.
+CHANNEL_RATIO = 8.0
+# A value is a spike if it is over so many times the median magnitude, of its channel and of all.
+SPIKE_RATIO = 100.0
+# A value is a massive activation if it is over so many times the median magnitude.
+MASSIVE_RATIO = 1000.0
+SURFACE = 128  # cells of a surface, at most, along tokens and along channels
+MEDIAN_TOKENS = 512  # tokens that medians are taken of, at most, evenly spaced
+ERROR_TOKENS = 512  # first tokens on which the error of a site's outputs is measured
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a site is fed, under one method.
+    """Statistics of a site's input under one method.
 
-    largest, median: of the magnitudes; medians are of 512 tokens at most. kurtosis: of all values;
-    3 is a normal distribution's, 0 stands for values that are all the same. channels, spikes: how
-    many outliers of either kind. massive: tokens, by their number in the text. error: ‖ŷ − y‖ / ‖y‖
-    of what the site's linears make of a token, weights rounded to nearest and inputs quantized.
-    surface: largest magnitudes of (tokens, channels), in at most 128 stretches of each.
+    Attributes:
+        largest: largest magnitude.
+        median: median magnitude, of at most 512 tokens.
+        kurtosis: of all values; 3 for a normal distribution, 0 if all values are the same.
+        channels: number of channel-wise outliers.
+        spikes: number of values that are spikes.
+        massive: tokens with massive activations, by their index in the flattened text; empty for
+            experts.
+        error: relative error ‖ŷ − y‖ / ‖y‖ of the site's outputs, root mean square over tokens,
+            with weights rounded to nearest and inputs quantized.
+        surface: magnitudes, float32 (T', K') with T', K' ≤ 128: each cell is the largest one of a
+            chunk of tokens and channels.
     """
 
     largest: float
@@ -74,17 +85,24 @@ class Profile:
     surface: Tensor
 
     def peak(self) -> float:
-        """The largest value in units of the median."""
+        """The largest magnitude over the median one."""
         return self.largest / self.median if self.median else self.largest
 
     def figures(self) -> dict[str, object]:
-        """Everything but the surface, as plain data."""
+        """All fields but the surface, as plain data."""
         return {name: value for name, value in vars(self).items() if name != "surface"}
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site of one block, with a profile by method."""
+    """One site of one block, with a profile by method.
+
+    Attributes:
+        block: index of the block.
+        site: name of the site within the block.
+        width: channels of its input.
+        profiles: the statistics under each method; `rtn` leaves the input as it is.
+    """
 
     block: int
     site: str
@@ -93,18 +111,26 @@ class SiteReport:
 
     @property
     def peak(self) -> float:
-        """The largest value as it is, in units of the median."""
+        """The largest magnitude over the median one, without a transform."""
         return self.profiles["rtn"].peak()
 
     @property
     def best(self) -> Method:
-        """The method with the least error."""
+        """The method with the least error of the outputs."""
         return min(self.profiles, key=lambda method: self.profiles[method].error)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's sites in the order of execution. bits: at which errors are measured."""
+    """The inputs of a model's linears, site by site.
+
+    Attributes:
+        model: its name.
+        bits: preset whose number formats the errors are measured with, such as `w4a4`.
+        tokens: the text, int64 (sequences, length).
+        methods: the methods that were compared.
+        sites: the sites of all blocks in the order of execution.
+    """
 
     model: str
     bits: Preset
@@ -113,20 +139,28 @@ class Inspection:
     sites: tuple[SiteReport, ...]
 
     def worst_first(self) -> list[SiteReport]:
-        """All sites by their largest value, in units of its median."""
+        """All sites, the highest peak first."""
         return sorted(self.sites, key=lambda site: site.peak, reverse=True)
 
     def worst(self) -> SiteReport:
-        """The first of them."""
+        """The site with the highest peak."""
         return max(self.sites, key=lambda site: site.peak)
 
     def of(self, block: int, site: str | None) -> SiteReport:
-        """A site by block and name; without a name the block's worst. Raises RecipeError."""
-        found = [s for s in self.sites if s.block == block and site in (None, s.site)]
-        if not found:
-            names = ", ".join(dict.fromkeys(each.site for each in self.sites))
+        """Look up a site.
+
+        Args:
+            block: index of the block.
+            site: name of the site; None for the one with the block's highest peak.
+
+        Raises:
+            RecipeError: the block has no such site.
+        """
+        candidates = [s for s in self.sites if s.block == block and site in (None, s.site)]
+        if not candidates:
+            names = ", ".join(dict.fromkeys(report.site for report in self.sites))
             raise RecipeError(f"block {block} has no site '{site}'; sites are {names}")
-        return max(found, key=lambda site: site.peak)
+        return max(candidates, key=lambda site: site.peak)
 
 
 @torch.no_grad()
@@ -138,11 +172,21 @@ def inspect_model(
     progress: Progress | None = None,
     device: str = "cpu",
 ) -> Inspection:
-    """Watch the inputs of every linear of a float model, one block in memory at a time.
+    """Record the inputs of every linear of a float model under each method, block by block.
 
-    tokens: int64 (sequences, length). bits: of the number formats whose error is measured; runtime
-    smoothing is there with w4a4 alone. seed: of the rotations. Raises SmoothqError for a model that
-    cannot be taken.
+    Only one block is in memory at a time.
+
+    Args:
+        source: the float model.
+        tokens: int64 (sequences, length); cut to the model's positions.
+        bits: preset whose number formats the errors are measured with; the methods with runtime
+            smoothing (RS, RRS) exist for `w4a4` only.
+        seed: of the rotations.
+        progress: called before each block.
+        device: where blocks run, such as `cpu` or `cuda`.
+
+    Raises:
+        SmoothqError: the model cannot be quantized.
     """
     world = World.join(device)
     model = skeleton(source)
@@ -166,20 +210,24 @@ def inspect_model(
         for view in views:
             for name, profile in view.block(index).items():
                 profiles.setdefault(name, {})[view.method] = profile
-        widths = {each.site.name: each.input.width for each in views[0].plan.blocks[index].sites}
-        whole = {name: each for name, each in profiles.items() if len(each) == len(views)}
-        sites += [SiteReport(index, name, widths[name], each) for name, each in whole.items()]
+        site_plans = views[0].plan.blocks[index].sites
+        widths = {site_plan.site.name: site_plan.input.width for site_plan in site_plans}
+        sites += [
+            SiteReport(index, name, widths[name], by_method)
+            for name, by_method in profiles.items()
+            if len(by_method) == len(views)
+        ]
     methods = tuple(view.method for view in views)
     return Inspection(source.name, bits, tokens, methods, tuple(sites))
 
 
 def _methods(bits: Preset) -> list[Method]:
-    """The methods that exist at some bits."""
+    """The methods that exist at a preset's bits."""
     return [method for method in METHODS if bits == "w4a4" or method not in ("rs", "rrs")]
 
 
 class _View:
-    """A model under one method, on its way from block to block."""
+    """A model under one method: its hidden states, advanced block by block."""
 
     def __init__(
         self,
@@ -190,14 +238,14 @@ class _View:
         stream: HiddenStates,
         device: torch.device,
     ) -> None:
-        """model: the skeleton of the source. stream: what enters its blocks, as the plan has it."""
+        """model: the skeleton of the source. stream: hidden states that enter the first block."""
         self.method, self.plan = method, plan
         self._source, self._model, self._stream, self._device = source, model, stream, device
 
     def block(self, index: int) -> dict[str, Profile]:
-        """The profiles of a block's sites by name; moves past the block.
+        """Profiles of a block's sites by name; advances the hidden states past the block.
 
-        Experts that no token reached have none.
+        Sites that no token reached, as of an unused expert, are left out.
         """
         block = load_block(self._source, self._model, self.plan, index, self._device)
         transform_block(block, self.plan, self._stream)
@@ -221,11 +269,15 @@ class _View:
 
 
 def _keep(batches: list[Tensor], x: Tensor) -> None:
+    """Append an input, (..., K), as float32 (tokens, K)."""
     batches.append(x.float().flatten(0, -2))
 
 
 def _profile(block: Block, plan: SitePlan, token_groups: dict[tuple[str, ...], Tensor]) -> Profile:
-    """lanes: what modules of the site were fed, float32 (tokens, K)."""
+    """The profile of a site.
+
+    token_groups: inputs, float32 (tokens, K), by the names of the modules that read them.
+    """
     site, quantizer = plan.site, InputQuantizer(plan.site.name, plan.input, 1, SequenceContext())
     if plan.input.rotation is not None:
         for reader in site.readers:
@@ -249,7 +301,7 @@ def _profile(block: Block, plan: SitePlan, token_groups: dict[tuple[str, ...], T
 
 
 def _as_quantized(quantizer: InputQuantizer, x: Tensor) -> Tensor:
-    """An input, float32 (tokens, K), as its codes see it: rotated, and runtime-smoothed."""
+    """An input, float32 (tokens, K), as the quantizer rounds it: rotated, runtime-smoothed."""
     x, spec = quantizer.rotate(x), quantizer.spec
     if spec.mode != "groups":
         return x
@@ -260,7 +312,7 @@ def _as_quantized(quantizer: InputQuantizer, x: Tensor) -> Tensor:
 
 
 def _kurtosis(x: Tensor) -> float:
-    """E (x − μ)⁴ / σ⁴ of all values; 0 where all are the same."""
+    """E (x − μ)⁴ / σ⁴ of all values; 0 if all are the same."""
     centred = x - x.mean()
     square = centred.square()
     variance = square.mean().square()
@@ -268,10 +320,18 @@ def _kurtosis(x: Tensor) -> float:
 
 
 def pooled(magnitudes: Tensor, cells: int = SURFACE) -> Tensor:
-    """The largest magnitudes of at most so many stretches of tokens and of channels, (T', K')."""
+    """Max-pool magnitudes to a grid.
+
+    Args:
+        magnitudes: float32 (tokens, K).
+        cells: cells of the grid, at most, along tokens and along channels.
+
+    Returns:
+        float32 (min(tokens, cells), min(K, cells)).
+    """
     sizes = [min(cells, size) for size in magnitudes.shape]
-    found: Tensor = F.adaptive_max_pool2d(magnitudes[None, None], sizes)
-    return found[0, 0]
+    maxima: Tensor = F.adaptive_max_pool2d(magnitudes[None, None], sizes)
+    return maxima[0, 0]
 
 
 def _output_error(
@@ -280,7 +340,7 @@ def _output_error(
     quantizer: InputQuantizer,
     token_groups: dict[tuple[str, ...], Tensor],
 ) -> float:
-    """The root mean square over a site's first tokens of ‖ŷ_t − y_t‖ / ‖y_t‖."""
+    """Root mean square of ‖ŷ_t − y_t‖ / ‖y_t‖ over a site's first ERROR_TOKENS tokens."""
     errors = []
     for modules, x in token_groups.items():
         x = x[:ERROR_TOKENS]

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs nothing beside itself."""
+"""An inspection as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -96,7 +96,16 @@ all</dd>
 def write_page(
     inspection: Inspection, site: SiteReport, drawn: dict[str, Figure], massive: str, path: Path
 ) -> None:
-    """Write the page. massive: the tokens of massive activations of `site`, as text."""
+    """Write an inspection as an HTML page with embedded figures.
+
+    Args:
+        inspection: what is shown.
+        site: the site whose surfaces and heat maps were drawn.
+        drawn: the figures by name, as `plots.figures` returns them.
+        massive: tokens with massive activations at `site`, as `summary.massive_tokens` returns
+            them.
+        path: the file that is written.
+    """
     page = Environment(autoescape=True).from_string(_PAGE)
     images = {name: _encoded(figure) for name, figure in drawn.items()}
     text = page.render(
@@ -113,7 +122,7 @@ def write_page(
 
 
 def _encoded(figure: Figure) -> str:
-    """A figure as PNG, in base64."""
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=_DOTS)
-    return base64.b64encode(held.getvalue()).decode("ascii")
+    """A figure as a base64-encoded PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DOTS)
+    return base64.b64encode(png.getvalue()).decode("ascii")

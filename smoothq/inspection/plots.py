@@ -31,7 +31,15 @@ WIDE = (12.4, 7.2)  # inches, at 100 dots an inch
 
 
 def figures(inspection: Inspection, site: SiteReport) -> dict[str, Figure]:
-    """Every figure by name. site: whose surfaces and heat maps are drawn."""
+    """Draw every figure of an inspection.
+
+    Args:
+        inspection: what is drawn.
+        site: the site whose surfaces and heat maps are drawn.
+
+    Returns:
+        The figures by name: `surfaces`, `heat_maps`, `depth`, `kurtosis`, `error`.
+    """
     return {
         "surfaces": surfaces(inspection, site),
         "heat_maps": heat_maps(inspection, site),
@@ -44,7 +52,15 @@ def figures(inspection: Inspection, site: SiteReport) -> dict[str, Figure]:
 
 
 def save(drawn: dict[str, Figure], directory: Path) -> list[Path]:
-    """Write figures as PNG files; returns their paths."""
+    """Write figures as PNG files.
+
+    Args:
+        drawn: figures by name.
+        directory: where NAME.png goes; made if it does not exist.
+
+    Returns:
+        The paths of the files.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in drawn.items():
@@ -54,7 +70,7 @@ def save(drawn: dict[str, Figure], directory: Path) -> list[Path]:
 
 
 def surfaces(inspection: Inspection, site: SiteReport) -> Figure:
-    """Magnitudes over channels and tokens, a surface a method, each with an axis of its own."""
+    """A site's input magnitudes as a 3D surface for each method, each with its own scale."""
     figure = Figure(figsize=WIDE, layout="constrained")
     for number, method in enumerate(inspection.methods):
         profile = site.profiles[method]
@@ -81,7 +97,7 @@ def surfaces(inspection: Inspection, site: SiteReport) -> Figure:
 
 
 def heat_maps(inspection: Inspection, site: SiteReport) -> Figure:
-    """The same as colours, with one logarithmic scale for all methods."""
+    """A site's input magnitudes as a heat map for each method, on one logarithmic scale."""
     figure = Figure(figsize=WIDE, layout="constrained")
     drawn = [site.profiles[method] for method in inspection.methods]
     highest = max(profile.largest for profile in drawn)
@@ -112,9 +128,16 @@ def over_depth(
     value: Callable[[Profile], float],
     logarithmic: bool = False,
 ) -> Figure:
-    """One value over the blocks, a line a method, for each kind of site."""
+    """A figure with a subplot for each stage: one value over the blocks, a line for each method.
+
+    Args:
+        inspection: what is drawn.
+        label: of the value.
+        value: takes the value from a profile; a block's stage shows its largest one.
+        logarithmic: whether the value's axis is.
+    """
     figure = Figure(figsize=WIDE, layout="constrained")
-    stages = list(dict.fromkeys(each.site.partition(".")[0] for each in inspection.sites))
+    stages = list(dict.fromkeys(report.site.partition(".")[0] for report in inspection.sites))
     rows = -(-len(stages) // 2)
     grid = figure.subplots(rows, 2, squeeze=False, sharex=True)
     for number, axes in enumerate(grid.flat):
@@ -125,8 +148,8 @@ def over_depth(
             by_block: dict[int, float] = {}
             for site in inspection.sites:
                 if site.site.partition(".")[0] == stages[number]:
-                    found = value(site.profiles[method])
-                    by_block[site.block] = max(found, by_block.get(site.block, found))
+                    plotted = value(site.profiles[method])
+                    by_block[site.block] = max(plotted, by_block.get(site.block, plotted))
             axes.plot(
                 list(by_block),
                 list(by_block.values()),

@@ -1,11 +1,11 @@
-"""What quantizing each site of each block alone costs, and a mixed-precision recipe made of it.
+"""What quantizing each site of each block alone costs, and a mixed-precision recipe from that.
 
 One site is quantized in a float model whose blocks are transformed as the recipe says, and the
-predictions at the model's end are compared with the float ones. Weights are rounded to nearest and
-the product is taken in float: on the same grids that is the function which integer kernels compute,
-so the figures speak of the recipe, short of what GPTQ and tuning win back. A divergence grows with
-the square of a small error and errors of different sites are hardly related, so what units cost
-alone roughly adds up, and units can be chosen by it. Attention and KV cache are float here.
+model's predictions are compared with the float ones. Weights are rounded to nearest and products
+are computed in float. On the same grids integer kernels compute the same function, so the figures
+hold for the recipe, except for what GPTQ and tuning recover. A divergence grows with the square of
+a small error, and errors of different sites are hardly correlated, so the divergences of sites
+quantized alone roughly add up, and sites can be chosen by them. Attention and KV cache stay float.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from ..recipe.recipe import (
 from ..runtime.device import check_device
 from ..runtime.distributed import World
 
-RICH_BITS = 8
+RICH_BITS = 8  # of weights and inputs in the rich format
 CHUNK_ELEMENTS = 1 << 22  # probabilities that are compared at a time
-NO_TARGET = -100  # what F.nll_loss leaves out
+NO_TARGET = -100  # the target that F.nll_loss ignores
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,18 @@ class SiteSensitivity:
     """One site of one block, quantized alone: as the recipe has it, and in the rich format.
 
     The rich format is 8-bit weights with a scale a channel, and inputs of at least 8 bits with a
-    scale a token. modules: full names. bits, rich_bits: that all their weights take, scales
-    included. divergence, rich_divergence: KL(float ‖ quantized) in nats a token. perplexity_ratio:
-    the perplexity as the recipe has it over the float one.
+    scale a token.
+
+    Attributes:
+        block: index of the block.
+        site: name of the site within the block.
+        modules: full names of its linears.
+        elements: number of their weights.
+        bits: total bits of their weights as the recipe has them, scales included.
+        rich_bits: total bits of their weights in the rich format, scales included.
+        divergence: KL(float ‖ quantized) as the recipe has it, nats a token.
+        rich_divergence: KL(float ‖ quantized) in the rich format, nats a token.
+        perplexity_ratio: perplexity as the recipe has it over the float model's.
     """
 
     block: int
@@ -67,21 +76,25 @@ class SiteSensitivity:
 
     @property
     def extra_bits(self) -> int:
-        """What the rich format takes more."""
+        """Bits that the rich format takes more than the recipe's."""
         return self.rich_bits - self.bits
 
     @property
     def saved(self) -> float:
-        """The divergence that the rich format avoids."""
+        """Divergence that the rich format avoids, nats a token."""
         return self.divergence - self.rich_divergence
 
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What was measured of a model.
+    """The sensitivities of all sites of a model.
 
-    units: in the order of execution. elements, bits: of all linears of the blocks, those that stay
-    float included. perplexity: of the float model on the text. tokens: of the text.
+    Attributes:
+        units: one a site, in the order of execution.
+        elements: number of weights in all linears of the blocks, float ones included.
+        bits: total bits of these weights under the recipe, scales included.
+        perplexity: of the float model on the text.
+        tokens: number of tokens of the text.
     """
 
     units: tuple[SiteSensitivity, ...]
@@ -92,17 +105,25 @@ class Sensitivities:
 
     @property
     def ranked(self) -> tuple[SiteSensitivity, ...]:
-        """The units, the largest divergence first."""
+        """The sites, the largest divergence first."""
         return tuple(sorted(self.units, key=lambda unit: unit.divergence, reverse=True))
 
     def bits_with(self, rich: Iterable[SiteSensitivity]) -> float:
-        """Bits a weight, all scales counted, with some units in the rich format."""
+        """Average bits a weight, scales included, with the sites of `rich` in the rich format."""
         return (self.bits + sum(unit.extra_bits for unit in rich)) / self.elements
 
     def fitting(
         self, units: Iterable[SiteSensitivity], budget_bits: float
     ) -> list[SiteSensitivity]:
-        """Units in their order, without those that would take more than so many bits a weight."""
+        """Choose sites for the rich format greedily, within a budget.
+
+        Args:
+            units: candidates, in the order in which they are tried.
+            budget_bits: average bits a weight that are not exceeded, scales included.
+
+        Returns:
+            The candidates that fit, in their order.
+        """
         chosen: list[SiteSensitivity] = []
         for unit in units:
             if self.bits_with([*chosen, unit]) <= budget_bits:
@@ -118,12 +139,23 @@ def measure(
     progress: Progress | None = None,
     device: str = "cpu",
 ) -> Sensitivities:
-    """Quantize every site of a source alone, in two formats, and compare with the float model.
+    """Quantize every site of a model alone, in two formats, and compare with the float model.
 
-    tokens: int64 (windows, length), also what the recipe's smoothing is calibrated on. The float32
-    model, what enters each of its blocks and its logits are held in memory. A unit takes two
-    forwards from its block to the end. Raises SmoothqError for what cannot be quantized,
-    CalibrationError for tokens of another shape, NumericsError for a float model with NaN or Inf.
+    In memory are the float32 model, the hidden states that enter each block, and the logits of all
+    tokens. Each site takes two forwards from its block to the end of the model.
+
+    Args:
+        source: the float model.
+        recipe: how sites are quantized.
+        tokens: int64 (windows, length), for calibration of the recipe's smoothing and for the
+            comparison; cut to the model's positions.
+        progress: called before each site.
+        device: where the model runs, such as `cpu` or `cuda`.
+
+    Raises:
+        SmoothqError: the model cannot be quantized.
+        CalibrationError: `tokens` is of another shape.
+        NumericsError: the float model's loss is NaN or Inf.
     """
     check_device(device)
     if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
@@ -169,11 +201,19 @@ def measure(
 
 
 def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: float) -> Recipe:
-    """The recipe with the units in the rich format that save most, within a budget.
+    """A recipe with the most sensitive sites in the rich format, within a budget.
 
-    recipe: the one measured, or one with another rounding, tuning or calibration. budget_bits: bits
-    a weight, all scales counted. Units are taken by divergence saved a bit, as long as they fit.
-    Raises RecipeError for a budget below the recipe's own bits, and where no weight could get more.
+    Sites are taken by divergence saved per extra bit, as long as they fit.
+
+    Args:
+        sensitivities: what `measure` returned.
+        recipe: the recipe that was measured, or one that differs in rounding, tuning or
+            calibration.
+        budget_bits: average bits a weight that are not exceeded, scales included.
+
+    Raises:
+        RecipeError: the budget is below the bits that `recipe` takes, or all weights have the
+            bits of the rich format already.
     """
     candidates = [unit for unit in sensitivities.units if unit.extra_bits > 0]
     least, most = sensitivities.bits_with(()), sensitivities.bits_with(candidates)
@@ -194,13 +234,18 @@ def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: floa
 
 
 def enriched(recipe: Recipe, units: Iterable[SiteSensitivity]) -> Recipe:
-    """The recipe with some units in the rich format, as overrides."""
+    """A recipe with some sites in the rich format.
+
+    Args:
+        recipe: the recipe that is extended; its overrides stay, after the new ones.
+        units: the sites.
+    """
     overrides = [_rich(recipe, pattern) for pattern in _patterns(units)]
     return recipe.edit(name=f"{recipe.name}-mixed", overrides=(*overrides, *recipe.overrides))
 
 
 def _rich(recipe: Recipe, match: str) -> Override:
-    """The rich format for some linears: inputs that have 8 bits or more stay as they are."""
+    """An override to the rich format; inputs that have 8 bits or more stay as they are."""
     weights = Weights(bits=RICH_BITS, rounding=recipe.weights.rounding)
     few = recipe.activations.bits < RICH_BITS
     activations = Activations(bits=RICH_BITS) if few else None
@@ -208,7 +253,7 @@ def _rich(recipe: Recipe, match: str) -> Override:
 
 
 def _patterns(units: Iterable[SiteSensitivity]) -> list[str]:
-    """Shell patterns of the units' modules: one for the same module of up to ten blocks."""
+    """Shell patterns of the sites' modules; one pattern covers a module in up to ten blocks."""
     digits: dict[tuple[str, str], list[int]] = {}
     for unit in sorted(units, key=lambda unit: unit.block):
         tens, digit = divmod(unit.block, 10)
@@ -224,7 +269,7 @@ def _patterns(units: Iterable[SiteSensitivity]) -> list[str]:
 class _FloatModel:
     """A float model in memory, transformed as its plan says; one site at a time is quantized.
 
-    loss: its mean negative log-likelihood of a next token.
+    loss: its mean negative log-likelihood of a next token, in nats.
     """
 
     def __init__(self, source: Source, plan: Plan, tokens: Tensor, device: torch.device) -> None:
@@ -252,9 +297,9 @@ class _FloatModel:
             raise NumericsError(f"{source.name}: the float model's loss on the text is {self.loss}")
 
     def losses(self, index: int, site: SitePlan) -> tuple[float, float]:
-        """What one site of block `index`, quantized, does to the predictions.
+        """Quantize one site of block `index`, and restore its weights afterwards.
 
-        Returns KL(float ‖ quantized) in nats a token, and the perplexity over the float one.
+        Returns KL(float ‖ quantized) in nats a token, and the perplexity over the float model's.
         """
         block, settings = self._blocks[index], self._plan.recipe.runtime_smoothing
         site_input = InputQuantizer(site.site.name, site.input, 1, SequenceContext())
@@ -262,21 +307,23 @@ class _FloatModel:
         normalise = settings is not None and settings.normalise
         self._entering[index].calibrate(block, index, site.site, site_input, normalise)
         weights = {name: block.get_submodule(name).get_parameter("weight") for name in site.modules}
-        held = {name: weight.clone() for name, weight in weights.items()}
+        float_weights = {name: weight.clone() for name, weight in weights.items()}
         hooks = [quantize_linear(block, name, site, site_input) for name in site.modules]
         divergence, loss = self._compared(index)
         for hook in hooks:
             hook.remove()
         for name, weight in weights.items():
-            weight.copy_(held[name])
+            weight.copy_(float_weights[name])
         return divergence, perplexity_of(loss - self.loss, 1)
 
     def _compared(self, first: int) -> tuple[float, float]:
-        """Blocks from `first` on against the float model: the divergence, and the loss as such."""
+        """Divergence from the float model and mean loss, nats a token, run from block `first`."""
         divergence = loss = 0.0
         for batch in zip(self._logits(first), self._reference, self._targets, strict=True):
             count = max(1, CHUNK_ELEMENTS // batch[0].shape[1])
-            for logits, log_p, targets in zip(*(each.split(count) for each in batch), strict=True):
+            for logits, log_p, targets in zip(
+                *(tensor.split(count) for tensor in batch), strict=True
+            ):
                 log_q = logits.log_softmax(-1)
                 loss += F.nll_loss(log_q, targets, reduction="sum").item()
                 divergence += summed_divergence(log_p, log_q)
@@ -284,9 +331,9 @@ class _FloatModel:
         return divergence / len(targets), loss / int((targets != NO_TARGET).sum())
 
     def _logits(self, first: int) -> Iterator[Tensor]:
-        """Logits of each micro-batch, float32 (tokens, vocabulary): from block `first` on.
+        """Logits of each micro-batch, float32 (tokens, vocabulary).
 
-        What enters that block is known.
+        Runs from block `first` on, whose input hidden states are in memory.
         """
         stream = self._entering[first]
         for hidden in stream:

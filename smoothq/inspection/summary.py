@@ -1,4 +1,4 @@
-"""An inspection in words and figures: for the terminal, and as plain data."""
+"""An inspection as tables for the terminal, and as plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ _SHOWN_TOKENS = 8  # of massive activations that are named
 
 
 def tables(inspection: Inspection, sites: Sequence[SiteReport]) -> list[Table]:
-    """Sites with their outliers as they are, their peaks and their errors by method.
+    """The tables that `smoothq inspect` prints: outliers, and peaks and errors by method.
 
-    Of each site's peaks and errors the least is marked.
+    The least peak and the least error of each site are bold.
+
+    Args:
+        inspection: the whole inspection.
+        sites: the sites that are listed.
     """
     outliers = []
     for site in sites:
@@ -55,7 +59,7 @@ def _by_method(
     form: str,
     value: Callable[[Profile], float],
 ) -> Table:
-    """One figure of each site under every method."""
+    """A table of one value: a row for each site, a column for each method, the least one bold."""
     rows = []
     for site in sites:
         cells = [f"{value(profile):{form}}" for profile in site.profiles.values()]
@@ -72,20 +76,29 @@ def _name(site: SiteReport) -> str:
 def massive_tokens(
     inspection: Inspection, site: SiteReport, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The tokens of massive activations at a site: their text and their place in the sequence."""
+    """Describe the tokens with massive activations at a site.
+
+    Args:
+        inspection: the whole inspection.
+        site: one of its sites.
+        tokenizer: the model's.
+
+    Returns:
+        The first eight tokens with their positions in their sequences; "" if there are none.
+    """
     length = inspection.tokens.shape[1]
     flat = inspection.tokens.flatten()
-    found = site.profiles["rtn"].massive
+    massive = site.profiles["rtn"].massive
     named = [
         f"{tokenizer.decode(flat[number])!r} at {number % length}"
-        for number in found[:_SHOWN_TOKENS]
+        for number in massive[:_SHOWN_TOKENS]
     ]
-    more = len(found) - len(named)
+    more = len(massive) - len(named)
     return ", ".join(named) + (f", and {more} more" if more else "")
 
 
 def as_dict(inspection: Inspection) -> dict[str, Any]:
-    """Everything but the surfaces, as plain data."""
+    """All figures but the surfaces, as plain data."""
     return {
         "model": inspection.model,
         "bits": inspection.bits,
@@ -96,7 +109,7 @@ def as_dict(inspection: Inspection) -> dict[str, Any]:
                 "block": site.block,
                 "site": site.site,
                 "width": site.width,
-                "methods": {name: each.figures() for name, each in site.profiles.items()},
+                "methods": {name: profile.figures() for name, profile in site.profiles.items()},
             }
             for site in inspection.sites
         ],

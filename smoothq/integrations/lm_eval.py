@@ -1,7 +1,7 @@
 """The model `smoothq` of lm-eval.
 
 lm-eval imports this file when it is first asked for that model; the name itself is registered by
-`evaluation.harness.register`, which needs nothing of lm-eval that is slow to import.
+`integrations.register`, which needs nothing of lm-eval that is slow to import.
 """
 
 import logging

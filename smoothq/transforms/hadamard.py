@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from smoothq.errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError
 
 _CHUNK_ELEMENTS = 1 << 22  # bounds the temporaries of one application to some 100 MB
 
