@@ -187,8 +187,8 @@ def _quantize(
         )
     world.broadcast_from(lambda: writer.check(0))
     source = open_source(model, tokenizer, gguf_file)
-    for each in (writer, exporter) if exporter is not None else (writer,):
-        world.broadcast_from(lambda each=each: each.check(0, source.paths))  # type: ignore[misc]
+    for target in (writer, exporter) if exporter is not None else (writer,):
+        world.broadcast_from(lambda target=target: target.check(0, source.paths))  # type: ignore[misc]
     empty = skeleton(source)
     if servable:
         recipe = exportable(empty, recipe, world.is_main)

@@ -325,19 +325,19 @@ def plan(
     empty = skeleton_of(config, model)
     if servable:
         recipe = exportable(empty, recipe, True)
-    made = make_plan(empty, recipe)
-    needs = estimate_resources(made, _bytes(max_memory))
+    planned = make_plan(empty, recipe)
+    needs = estimate_resources(planned, _bytes(max_memory))
     before = float_bytes(empty)
-    estimate = estimate_time(made, torch.device(device))
-    advice = advise(empty, made)
+    estimate = estimate_time(planned, torch.device(device))
+    advice = advise(empty, planned)
     if as_json:
-        figures = report.plan_as_dict(model, before, made, estimate, needs)
+        figures = report.plan_as_dict(model, before, planned, estimate, needs)
         print(json.dumps(figures | {"outlook": asdict(advice)}))
         return
-    out.print(pairs(f"{model}, as planned", report.plan_rows(before, made, estimate, needs)))
+    out.print(pairs(f"{model}, as planned", report.plan_rows(before, planned, estimate, needs)))
     for table in tables(advice):
         out.print(table, soft_wrap=False)
-    for line in report.remarks(made, model):
+    for line in report.remarks(planned, model):
         out.print(line)
 
 
@@ -470,11 +470,11 @@ def sensitivity(
     )
     tokens = calibration_tokens(_tokenizer(source), text, windows, window_length, recipe.seed)
     with progress() as update:
-        found = measure(source, recipe, tokens, update, device)
+        sensitivities = measure(source, recipe, tokens, update, device)
     if output is not None and budget is not None:
-        output.write_text(mixed_recipe(found, recipe, budget).to_yaml(), "utf-8")
+        output.write_text(mixed_recipe(sensitivities, recipe, budget).to_yaml(), "utf-8")
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(sensitivities)))
         return
     rows = [
         (
@@ -482,11 +482,11 @@ def sensitivity(
             f"{unit.divergence:.5f}",
             f"{unit.perplexity_ratio:.4f}",
             f"{unit.rich_divergence:.5f}",
-            f"{unit.elements / found.elements:.2%}",
+            f"{unit.elements / sensitivities.elements:.2%}",
         )
-        for unit in (found.ranked if every_site else found.ranked[:WORST_SITES])
+        for unit in (sensitivities.ranked if every_site else sensitivities.ranked[:WORST_SITES])
     ]
-    title = f"{model}: one site quantized; float perplexity {found.perplexity:.3f}"
+    title = f"{model}: one site quantized; float perplexity {sensitivities.perplexity:.3f}"
     header = ("block, site", "KL", "perplexity, times float", "KL at 8 bits", "weights")
     out.print(columns(title, header, rows), soft_wrap=False)
     if output is not None:
@@ -548,10 +548,10 @@ def evaluate(
         (None, None) if against is None else load_model(against, dtype, device, memory)
     )
     with progress() as update:
-        found = measure(
+        evaluation = measure(
             loaded,
             tokenizer,
-            [TextSource(each, split, text_column) for each in texts],
+            [TextSource(source, split, text_column) for source in texts],
             name=model,
             reference=reference,
             reference_name=against,
@@ -567,11 +567,11 @@ def evaluate(
             on_window=perplexity_so_far(update),
         )
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps(evaluation.as_dict()))
     elif as_markdown:
-        print(found.markdown())
+        print(evaluation.markdown())
     else:
-        out.print(pairs(model, found.rows()))
+        out.print(pairs(model, evaluation.rows()))
 
 
 @app.command()
@@ -608,7 +608,7 @@ def compare(
     if plot is not None:
         _needs_package("matplotlib", "plots")
     with progress() as update:
-        found = side_by_side.compare(
+        measurements = side_by_side.compare(
             models,
             TextSource(text),
             against=against,
@@ -619,18 +619,18 @@ def compare(
             on_window=perplexity_so_far(update),
         )
     if plot is not None:
-        side_by_side.plot(found, plot)
+        side_by_side.plot(measurements, plot)
     if as_json:
-        print(json.dumps([each.as_dict() for each in found]))
+        print(json.dumps([measurement.as_dict() for measurement in measurements]))
         return
     if as_markdown:
-        print(side_by_side.markdown(found))
+        print(side_by_side.markdown(measurements))
         return
-    measured = found[0].evaluation.texts[0].perplexity
+    measured = measurements[0].evaluation.texts[0].perplexity
     sizes = f"{measured.windows} windows of {measured.sequence_length} tokens"
     title = f"{sizes} of {text}; tokens a second, batch 1"
-    out.print(columns(title, side_by_side.HEADER, side_by_side.rows(found)), soft_wrap=False)
-    differing = [(name, *values) for name, values in side_by_side.differences(found).items()]
+    out.print(columns(title, side_by_side.HEADER, side_by_side.rows(measurements)), soft_wrap=False)
+    differing = [(name, *values) for name, values in side_by_side.differences(measurements).items()]
     if differing:
         header = ("recipe", *models)
         out.print(columns("What the recipes differ in", header, differing), soft_wrap=False)
@@ -755,12 +755,12 @@ def _plan_export(empty: PreTrainedModel, quantization: dict[str, Any], as_json: 
     """Print which of vLLM's kernels would run an export."""
     from ..advisor.vllm_kernels import layer_kernels, remarks, table
 
-    found = layer_kernels(empty, quantization)
+    layers = layer_kernels(empty, quantization)
     if as_json:
-        print(json.dumps([asdict(each) for each in found]))
+        print(json.dumps([asdict(layer) for layer in layers]))
         return
-    out.print(table(found), soft_wrap=False)
-    for line in remarks(found):
+    out.print(table(layers), soft_wrap=False)
+    for line in remarks(layers):
         out.print(line)
 
 

@@ -199,12 +199,12 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         )
         for field in fields(RecipeFlags)
     ]
-    own = {
+    parameters_of_command = {
         name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
     }
     parameters: list[inspect.Parameter] = []
-    for name, parameter in own.items():
+    for name, parameter in parameters_of_command.items():
         parameters += options if name == "flags" else [parameter]
 
     @functools.wraps(command)
@@ -213,7 +213,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
         command(flags=flags, **values)
 
     taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    taking.__annotations__ = {each.name: each.annotation for each in parameters}
+    taking.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return taking
 
 

@@ -101,9 +101,9 @@ _EFFORTS: dict[Effort, dict[str, Any]] = {
 
 def _one_of(given: object, kind: str, known: tuple[Choice, ...]) -> Choice:
     """The known name that was given, in whatever case. Raises RecipeError naming all of them."""
-    for each in known:
-        if isinstance(given, str) and given.lower() == each:
-            return each
+    for choice in known:
+        if isinstance(given, str) and given.lower() == choice:
+            return choice
     raise RecipeError(f"no {kind} {given!r}: there are {', '.join(known)}")
 
 

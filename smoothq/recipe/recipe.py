@@ -311,7 +311,7 @@ class Recipe(_Frozen):
 
     def override(self, module: str) -> Override | None:
         """The first override that matches a linear, by its full name."""
-        matching = (each for each in self.overrides if fnmatchcase(module, each.match))
+        matching = (override for override in self.overrides if fnmatchcase(module, override.match))
         return next(matching, None)
 
     @property
