@@ -1,9 +1,14 @@
 """Each package imports only packages that stand below it; the kernels know nothing of smoothq."""
 
 import ast
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from smoothq import moved
 
 LAYERS = [  # from the ground up; names on one line do not import one another
     {"errors", "progress", "version", "compat", "moved"},
@@ -106,3 +111,69 @@ def test_no_circle_within_a_package(package):
 
     for node in edges:
         visit(node, ())
+
+
+def names_in(file: Path):
+    """(name, line) of every variable, parameter, attribute, function and class of a file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        for field in ("id", "arg", "attr", "name"):
+            name = getattr(node, field, None)
+            if isinstance(name, str) and not isinstance(node, ast.alias):
+                yield name, node.lineno if hasattr(node, "lineno") else 0
+
+
+@pytest.mark.parametrize("root", [ROOT, KERNELS])
+def test_a_name_says_what_a_thing_is_not_when_it_came(root: Path):
+    empty = {"held", "found", "made", "each", "own", "there"}
+    wrong = [
+        f"{file}:{line}: {name}"
+        for file in sorted(root.rglob("*.py"))
+        for name, line in names_in(file)
+        if name.strip("_") in empty
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_importing_smoothq_imports_neither_torch_nor_transformers():
+    code = "import sys, smoothq; assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize("first", ["smoothq", "transformers.quantizers.auto"])
+def test_the_format_is_registered_in_either_order_of_imports(first: str):
+    second = {"smoothq": "transformers.quantizers.auto"}.get(first, "smoothq")
+    code = (
+        f"import {first}, {second}; from transformers.quantizers.auto import *; "
+        "assert 'smoothq' in AUTO_QUANTIZER_MAPPING; "
+        "assert 'smoothq' in AUTO_QUANTIZATION_CONFIG_MAPPING"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize"], ["plan", "MODEL"]])
+def test_help_and_misuse_are_answered_without_torch(arguments: list[str]):
+    code = (
+        "import sys; from smoothq.cli import main; sys.argv = sys.argv[1:]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "smoothq", *arguments],
+        check=True,
+        cwd=ROOT.parent,
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize("old", sorted(moved.MODULES))
+def test_a_module_is_importable_under_its_earlier_name(old: str):
+    home = import_module(f"smoothq.{moved.MODULES[old][0]}")
+    name = next(
+        name
+        for name, value in vars(home).items()
+        if getattr(value, "__module__", "") == home.__name__ or name.isupper()
+    )
+    module = import_module(f"smoothq.{old}")
+    with pytest.warns(DeprecationWarning, match="is now"):
+        assert getattr(module, name) is getattr(home, name)
