@@ -150,7 +150,9 @@ def test_the_format_is_registered_in_either_order_of_imports(first: str):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize"], ["plan", "MODEL"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quantize"], ["quantize", "MODEL", "-o", "OUT"]]
+)
 def test_help_and_misuse_are_answered_without_torch(arguments: list[str]):
     code = (
         "import sys; from smoothq.cli import main; sys.argv = sys.argv[1:]\n"

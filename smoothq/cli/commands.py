@@ -148,15 +148,15 @@ def quantize(
 
     Example: smoothq quantize MODEL --w8a8 -o OUT --calibration builtin
     """
-    from .. import api
+    if stop_above is not None and probe_every is None:
+        raise typer.BadParameter("--stop-above needs --probe-every")
+    recipe, limit = flags.chosen(), _bytes(max_memory)
+    from .. import api  # imports torch, which no answer to misuse waits for
     from ..report import figures as report
     from ..runtime.device import resolve_device
     from ..runtime.distributed import World
 
     _silence_transformers()
-    if stop_above is not None and probe_every is None:
-        raise typer.BadParameter("--stop-above needs --probe-every")
-    recipe, limit = flags.chosen(), _bytes(max_memory)
     device = resolve_device(device)
     world = World.join(device)
     if dry_run:
