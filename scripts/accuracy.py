@@ -1,4 +1,4 @@
-"""The ablation: every method on one model, and the README's table of it.
+"""The ablation: every method on one model, and docs/benchmarks/accuracy.md's table of it.
 
     python scripts/accuracy.py --model DIR --text wiki.test.raw --calibration wiki.valid.tokens
     python scripts/accuracy.py --table
@@ -6,7 +6,7 @@
 A row is a `smoothq quantize` command, run once a seed: quantized into a checkpoint, loaded afresh,
 measured through its integer path; nothing is simulated. Each run's figures go to RESULTS as soon as
 they are there, and a run whose figures are there already, of the same recipe, is not repeated.
-`--only` takes row names, `--list` shows them; `--table` writes the README's table from
+`--only` takes row names, `--list` shows them; `--table` writes the page's table from
 RESULTS.
 """
 
@@ -40,7 +40,7 @@ from smoothq.report.figures import activation_bits
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "accuracy.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks" / "accuracy.md"
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 EXAMPLES = "examples"
 FLOAT = "float"
@@ -245,7 +245,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def table(results: Results) -> str:
-    """The README's table in Markdown, of the rows that have been run."""
+    """The page's table in Markdown, of the rows that have been run."""
     lines = [
         "| method | `smoothq quantize MODEL` … | bits per weight | bits per activation "
         "| perplexity | second text | KL to float |",
@@ -271,9 +271,9 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def write_table(results: Results, readme: Path) -> None:
-    """Put the table between the README's two marks."""
-    readme.write_text(replaced(readme.read_text(), BEGIN, END, table(results)))
+def write_table(results: Results, page: Path) -> None:
+    """Put the table between the page's two marks."""
+    page.write_text(replaced(page.read_text(), BEGIN, END, table(results)))
 
 
 def main() -> None:
@@ -287,8 +287,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of rows; without it all")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many a row")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="write the README's table")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--table", action="store_true", help="write the page's table")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     args = parser.parse_args()
     logging.disable_progress_bar()
@@ -300,7 +300,7 @@ def main() -> None:
     if args.model:
         run_missing(args, rows, results)
     if args.table:
-        write_table(results, args.readme)
+        write_table(results, args.page)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python scripts/needs.py measure llama-3.2-3b      # writes it with random weights, quantizes it
     python scripts/needs.py compute llama-3.1-70b
     python scripts/needs.py depth llama-3.2-3b 12 48  # peaks of models of other depths
-    python scripts/needs.py table                     # the README's, of all that is known
+    python scripts/needs.py table                     # docs/benchmarks/needs.md's
 
 Peak memory is the process's, libraries included; disk is the most that the output took on its way.
 """
@@ -34,7 +34,8 @@ from smoothq.plan.resolve import make_plan
 from smoothq.report.results import duration_text
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "needs.json"
+PAGE = ROOT / "docs" / "benchmarks" / "needs.md"
+RESULTS = ROOT / "benchmarks" / "needs.json"
 BEGIN, END = "<!-- needs: begin -->", "<!-- needs: end -->"
 TEXT = {"calibration__samples": 16, "calibration__sequence_length": 512}
 RECIPES: dict[str, Recipe] = {
@@ -154,7 +155,7 @@ def depth(shapes: Shapes, layers: list[int]) -> None:
 
 
 def written(text: str) -> str:
-    """The README's text with the table of today between its two marks."""
+    """The page's text with the table of today between its two marks."""
     results = known()
     lines = [
         f"On {results['machine']}, random weights in bfloat16:",
@@ -172,8 +173,8 @@ def written(text: str) -> str:
 
 @app.command()
 def table() -> None:
-    """Write the README's table."""
-    README.write_text(written(README.read_text()))
+    """Write the table of docs/benchmarks/needs.md."""
+    PAGE.write_text(written(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the README's tables of CPU speed from what `make bench` measured.
+"""Write docs/benchmarks/speed.md's tables of CPU speed from what `make bench` measured.
 
 python scripts/speed_table.py
 """
@@ -12,7 +12,7 @@ from typing import Any
 from marked import replaced
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks"
+PAGE, RESULTS = ROOT / "docs" / "benchmarks" / "speed.md", ROOT / "benchmarks"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 FLOATS = ("float32", "bfloat16")
 
@@ -82,9 +82,9 @@ def blank(lines: list[str]) -> list[str]:
 
 
 def written(text: str) -> str:
-    """The README's text with the tables of today between its two marks."""
+    """The page's text with the tables of today between its two marks."""
     return replaced(text, BEGIN, END, tables())
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    PAGE.write_text(written(PAGE.read_text()))

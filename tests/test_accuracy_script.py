@@ -1,4 +1,4 @@
-"""The accuracy script: what it measures once, what it keeps, and the README's table of it."""
+"""The accuracy script: what it measures once, what it keeps, and the page's table of it."""
 
 import argparse
 import importlib.util
@@ -35,10 +35,10 @@ def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, mo
     ]
     monkeypatch.setattr(script, "ROWS", rows)
     monkeypatch.setattr(script, "DECODED_TOKENS", 8)
-    readme, results = tmp_path / "README.md", tmp_path / "results.json"
-    readme.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    page, results = tmp_path / "accuracy.md", tmp_path / "results.json"
+    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
     texts = ("--text", "builtin", "--calibration", "builtin", "--evaluation-length", "32")
-    files = ("--results", str(results), "--readme", str(readme), "--windows", "2")
+    files = ("--results", str(results), "--page", str(page), "--windows", "2")
     arguments = ["", "--model", str(float_checkpoint("llama")), *texts, *files, "--table"]
     monkeypatch.setattr(sys, "argv", arguments)
     script.main()
@@ -51,7 +51,7 @@ def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, mo
     assert runs[0]["divergence"] == pytest.approx(0, abs=1e-6)
     assert 0 < runs[1]["divergence"] < runs[2]["divergence"]
     assert all(run["decode_divergence"] < 1e-2 for run in runs)
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
@@ -89,9 +89,9 @@ def test_a_run_counts_although_its_recipe_lacks_fields_that_came_later() -> None
     assert not script.is_of(known | {"seed": 1}, known)
 
 
-def test_the_readme_holds_the_table_of_the_stored_results() -> None:
+def test_the_page_holds_the_table_of_the_stored_results() -> None:
     script = accuracy()
-    text = (ROOT / "README.md").read_text()
+    text = script.PAGE.read_text()
     stored = text.split(script.BEGIN)[1].split(script.END)[0].strip()
     assert stored == script.table(script.Results(script.RESULTS))
 

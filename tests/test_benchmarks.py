@@ -191,15 +191,15 @@ def test_linears_are_measured_in_every_form(monkeypatch) -> None:
     assert all(spread.median > 0 for spread in found.values())
 
 
-def test_the_readme_quotes_what_was_measured(monkeypatch) -> None:
+def test_the_speed_page_quotes_what_was_measured(monkeypatch) -> None:
     table = load(monkeypatch, "speed_table")
-    text = table.README.read_text()
+    text = table.PAGE.read_text()
     assert table.written(text) == text
 
 
-def test_the_readme_says_what_quantizing_took(monkeypatch) -> None:
+def test_the_needs_page_says_what_quantizing_took(monkeypatch) -> None:
     needs = load(monkeypatch, "needs")
-    text = needs.README.read_text()
+    text = needs.PAGE.read_text()
     assert needs.written(text) == text
 
 

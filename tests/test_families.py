@@ -655,8 +655,8 @@ def test_supported_types_are_listed_for_an_unknown_one() -> None:
 
 
 class TestTable:
-    def test_the_readme_has_the_table_of_the_graphs(self) -> None:
-        text = families_table.README.read_text()
+    def test_the_manual_has_the_table_of_the_graphs(self) -> None:
+        text = families_table.PAGE.read_text()
         assert families_table.written(text) == text
 
     def test_each_supported_type_has_a_row(self) -> None:
