@@ -8,15 +8,18 @@ Granite is wired as Llama is. The model here is a tiny random one, so nothing is
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, PretrainedConfig
 
-from smoothq import preset, quantize
-from smoothq.architectures import (
+from smoothq import (
     BlockGraph,
     Family,
     Norm,
+    gated_mlp,
+    preset,
+    prove_family,
+    quantize,
     register_family,
+    separate_attention,
+    writers,
 )
-from smoothq.architectures.parts import gated_mlp, separate_attention, writers
-from smoothq.discovery.infer import prove_family
 
 
 def block(config: PretrainedConfig, index: int) -> BlockGraph:

@@ -13,7 +13,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoothq import evaluate
-from smoothq.data.text import TextSource
 
 QUESTIONS = [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo"), ("Egypt", "Cairo")]
 CAPITALS = [capital for _, capital in QUESTIONS]
@@ -36,12 +35,12 @@ with tempfile.TemporaryDirectory() as scratch:
     rows = [{"country": country, "capital": capital} for country, capital in QUESTIONS]
     data.write_text("\n".join(json.dumps(row) for row in rows))
     task.write_text(TASK.format(data=data, choices=json.dumps(CAPITALS)))
-    found = evaluate(
+    evaluation = evaluate(
         model,
         tokenizer,
-        [TextSource("builtin")],
+        text="builtin",
         windows=2,
         sequence_length=256,
         tasks=[str(task)],
     )
-print(found.markdown())
+print(evaluation.markdown())

@@ -6,12 +6,16 @@ python examples/look_at_outliers.py MODEL report.html
 import sys
 from pathlib import Path
 
-from smoothq.checkpoint.source import open_source
-from smoothq.data.text import TextSource, calibration_tokens
-from smoothq.inspection.outliers import METHODS, inspect_model
-from smoothq.inspection.page import write_page
-from smoothq.inspection.plots import figures
-from smoothq.inspection.summary import massive_tokens
+from smoothq import (
+    METHODS,
+    TextSource,
+    calibration_tokens,
+    figures,
+    inspect_model,
+    massive_tokens,
+    open_source,
+    write_page,
+)
 
 source = open_source(sys.argv[1])
 tokenizer = source.tokenizer()

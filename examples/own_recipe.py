@@ -10,13 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from smoothq import (
-    BlockDone,
-    Probe,
-    preset,
-    quantize,
-)
-from smoothq.data.text import TextSource, evaluation_tokens
+from smoothq import BlockDone, Probe, TextSource, evaluation_tokens, preset, quantize
 
 model, out = sys.argv[1], Path(sys.argv[2])
 recipe = preset("w8a8").edit(

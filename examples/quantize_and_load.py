@@ -13,7 +13,7 @@ from smoothq import preset, quantize
 
 model, out = sys.argv[1:]
 recipe = preset("w8a8").edit(calibration__source="builtin", calibration__samples=8)
-quantize(model, recipe, output=out)
+print(quantize(model, recipe, output=out))
 
 loaded = AutoModelForCausalLM.from_pretrained(out)
 tokenizer = AutoTokenizer.from_pretrained(out)

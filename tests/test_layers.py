@@ -179,3 +179,17 @@ def test_a_module_is_importable_under_its_earlier_name(old: str):
     module = import_module(f"smoothq.{old}")
     with pytest.warns(DeprecationWarning, match="is now"):
         assert getattr(module, name) is getattr(home, name)
+
+
+@pytest.mark.parametrize("example", sorted((ROOT.parent / "examples").glob("*.py")), ids=str)
+def test_an_example_imports_from_smoothq_alone(example: Path):
+    for node in ast.walk(ast.parse(example.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smoothq"):
+            assert node.module == "smoothq"
+
+
+def test_every_public_name_is_there():
+    import smoothq
+
+    for name in smoothq.__all__:
+        assert getattr(smoothq, name) is not None

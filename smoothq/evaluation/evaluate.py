@@ -136,6 +136,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[TextSource] = (),
     *,
+    text: str | Sequence[str] = (),
     name: str = "model",
     reference: PreTrainedModel | None = None,
     reference_name: str | None = None,
@@ -156,6 +157,7 @@ def evaluate(
         model: float or quantized, in memory.
         tokenizer: the model's.
         texts: texts that perplexity and agreement are measured on.
+        text: the names of further ones: `wikitext2`, a data set, a file, `builtin`.
         name: the model's name in the result and in messages.
         reference: a model of the same vocabulary, usually the float one; its perplexity and the
             agreement are measured on the windows of the model's perplexity.
@@ -176,6 +178,8 @@ def evaluate(
         CalibrationError: something cannot be measured.
         CheckpointError: the tokenizer has tokens that the model does not have.
     """
+    named_texts = [text] if isinstance(text, str) else text
+    texts = [*texts, *map(TextSource, named_texts)]
     if (reference is not None or decode_tokens) and not texts:
         raise CalibrationError("agreement needs a text to be measured on: give one")
     read = [(source, evaluation_tokens(tokenizer, source)) for source in texts]
