@@ -75,14 +75,14 @@ def push_to_hub(
     api = HfApi(token=token, library_name="smoothq", library_version=__version__)
     try:
         url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
-        there = api.model_info(repo_id, revision=revision)
-        if private and not there.private:
+        repo = api.model_info(repo_id, revision=revision)
+        if private and not repo.private:
             raise CheckpointError(
                 f"'{repo_id}' is there and public; make it private on the hub, or give another name"
             )
         stale = [
             sibling.rfilename
-            for sibling in there.siblings or []
+            for sibling in repo.siblings or []
             if _STALE.fullmatch(sibling.rfilename) and sibling.rfilename not in files
         ]
         # Not `upload_folder`: it makes several commits of a long upload, and until the last of them
@@ -146,7 +146,7 @@ def _evaluation(figures: dict[str, Any], repo_id: str) -> Evaluation:
         return Evaluation(
             repo_id,
             None if figures["against"] is None else _public(str(figures["against"])),
-            tuple(_text_result(each) for each in figures["texts"]),
+            tuple(_text_result(text) for text in figures["texts"]),
             _parsed(Agreement | None, figures["decode"]),
             None if figures["tasks"] is None else _tasks(figures["tasks"]),
         )
@@ -157,13 +157,13 @@ def _evaluation(figures: dict[str, Any], repo_id: str) -> Evaluation:
 
 
 def _text_result(figures: dict[str, Any]) -> TextResult:
-    own = _parsed(Perplexity, figures)
+    perplexity = _parsed(Perplexity, figures)
     reference = against = None
     if "reference_perplexity" in figures:
-        reference = replace(own, perplexity=float(figures["reference_perplexity"]))
-        tokens = own.windows * own.sequence_length
+        reference = replace(perplexity, perplexity=float(figures["reference_perplexity"]))
+        tokens = perplexity.windows * perplexity.sequence_length
         against = _parsed(Agreement, figures | {"tokens": tokens})
-    return TextResult(_public(str(figures["text"])), own, reference, against)
+    return TextResult(_public(str(figures["text"])), perplexity, reference, against)
 
 
 def _tasks(figures: list[dict[str, Any]]) -> TaskResults:
@@ -206,14 +206,14 @@ def _results(measured: Evaluation) -> list[EvalResult]:
     texts = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=each.text,
-            dataset_name=each.text,
+            dataset_type=result.text,
+            dataset_name=result.text,
             metric_type="perplexity",
-            metric_value=each.own.perplexity,
-            metric_name=f"Perplexity, {each.own.windows} windows of "
-            f"{each.own.sequence_length} tokens",
+            metric_value=result.own.perplexity,
+            metric_name=f"Perplexity, {result.own.windows} windows of "
+            f"{result.own.sequence_length} tokens",
         )
-        for each in measured.texts
+        for result in measured.texts
     ]
     tasks = [
         EvalResult(

@@ -168,7 +168,7 @@ def mount_points() -> set[Path]:
     # The fifth field, in which space, tab, newline and backslash are written in octal.
     fields = (line.split(" ")[4] for line in lines)
     return {
-        Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field))
+        Path(re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), field))
         for field in fields
     }
 
@@ -195,7 +195,7 @@ def _holds_us(directory: Path) -> bool:
 def _is_or_holds(directory: Path, path: Path) -> bool:
     """Whether a path, with links followed, is a directory or lies in it."""
     real = path.resolve()
-    return any(_is_same(directory, each) for each in (real, *real.parents))
+    return any(_is_same(directory, parent) for parent in (real, *real.parents))
 
 
 def _is_same(one: Path, other: Path) -> bool:

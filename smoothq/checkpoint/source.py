@@ -48,8 +48,8 @@ from ..errors import CheckpointError, NumericsError, UnsupportedModelError, firs
 from ..runtime.memory import give_back
 from ..runtime.process import build_lock, default_modes
 from .in_memory import (
-    held_bytes,
     module_types,
+    storage_bytes,
     tensors_of,
     unwrapped,
 )
@@ -174,8 +174,10 @@ class CheckpointSource:
     def adopt(self, model: PreTrainedModel) -> None:
         """Learn the names and conversions under which transformers loads this checkpoint."""
         transforms = get_model_conversion_mapping(model)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [
+            transform for transform in transforms if isinstance(transform, WeightConverter)
+        ]
         by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
         wanted, prefix = model.state_dict(), model.base_model_prefix
         stored_specs = {
@@ -185,7 +187,7 @@ class CheckpointSource:
         }
         self._model = model
         self._stored: dict[str, str] = {}
-        self._converted: dict[str, _Converted] = {}
+        self._conversions: dict[str, _Conversion] = {}
         unnamed: dict[str, str] = {}
         for stored in sorted(stored_specs, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
@@ -196,20 +198,20 @@ class CheckpointSource:
             elif pattern is None:
                 self._stored[name] = stored
             else:
-                made = _Converted(name, by_pattern[pattern], [])
-                self._converted.setdefault(name, made).parts.append((pattern, stored))
+                conversion = _Conversion(name, by_pattern[pattern], [])
+                self._conversions.setdefault(name, conversion).parts.append((pattern, stored))
         self.specs = {name: stored_specs[stored] for name, stored in self._stored.items()}
-        for converted in list(self._converted.values()):
+        for conversion in list(self._conversions.values()):
             # A converter says which tensors it makes by making them, here without values.
             empty = {
                 stored: torch.empty(shape, dtype=dtype, device="meta")
                 for stored, (shape, dtype) in (
-                    (stored, stored_specs[stored]) for _, stored in converted.parts
+                    (stored, stored_specs[stored]) for _, stored in conversion.parts
                 )
             }
-            for name, tensor in self._convert(converted, empty).items():
+            for name, tensor in self._convert(conversion, empty).items():
                 if name in wanted:
-                    self._converted[name] = converted
+                    self._conversions[name] = conversion
                     self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
         self._settle_ties(model)
         _take_dtypes(model, self.specs)
@@ -241,12 +243,14 @@ class CheckpointSource:
         left = dict.fromkeys(name for name in names if name not in stored)
         while left:
             name = next(iter(left))
-            if name in self._converted:
-                converted = self._converted[name]
-                made = self._convert(converted, dict(self._read(s for _, s in converted.parts)))
-                for each in [each for each in left if each in made]:
-                    del left[each]
-                    yield each, made[each]
+            if name in self._conversions:
+                conversion = self._conversions[name]
+                parameters = self._convert(
+                    conversion, dict(self._read(s for _, s in conversion.parts))
+                )
+                for parameter in [key for key in left if key in parameters]:
+                    del left[parameter]
+                    yield parameter, parameters[parameter]
                 if name in left:
                     raise CheckpointError(
                         f"{self.name}: '{name}' cannot be made of the stored tensors"
@@ -267,7 +271,7 @@ class CheckpointSource:
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """A parameter in stretches of so many rows, without ever holding more of it."""
-        if name in self._converted:
+        if name in self._conversions:
             ((_, tensor),) = self.tensors([name])
             yield from tensor.split(count)
             return
@@ -302,21 +306,24 @@ class CheckpointSource:
                             digest.update(file.read(min(END_BYTES, end - first)))
         return digest.hexdigest()
 
-    def _convert(self, converted: _Converted, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _convert(self, conversion: _Conversion, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What transformers makes of several stored tensors, or several of one, by name."""
-        converter: Any = copy.deepcopy(converted.converter)
-        for pattern, stored in converted.parts:
+        converter: Any = copy.deepcopy(conversion.converter)
+        for pattern, stored in conversion.parts:
             read = partial(tensors.__getitem__, stored)
-            converter.add_tensor(converted.name, stored, pattern, read)
+            converter.add_tensor(conversion.name, stored, pattern, read)
         try:
-            made = converter.convert(converted.name, model=self._model, config=self._model.config)
+            parameters = converter.convert(
+                conversion.name, model=self._model, config=self._model.config
+            )
         except Exception as error:  # whatever transformers' conversions make of foreign tensors
             raise CheckpointError(
-                f"{self.name}: '{converted.name}' cannot be made of the stored tensors: "
+                f"{self.name}: '{conversion.name}' cannot be made of the stored tensors: "
                 f"{first_line(error)}"
             ) from error
         return {
-            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
+            name: tensor[0] if isinstance(tensor, list) else tensor
+            for name, tensor in parameters.items()
         }
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -325,20 +332,24 @@ class CheckpointSource:
 
     def side_files(self) -> SideFiles:
         """What goes along of the directory."""
-        found = SideFiles.of(self.directory)
-        if GENERATION_CONFIG in found.files:
-            return found
+        side_files = SideFiles.of(self.directory)
+        if GENERATION_CONFIG in side_files.files:
+            return side_files
         # Older configs hold generation parameters, which transformers reads there, but drops of a
         # config that it loads and writes.
-        held = GenerationConfig.from_model_config(
+        stored_config = GenerationConfig.from_model_config(
             json.loads((self.directory / CONFIG).read_bytes())
         )
-        kept = GenerationConfig.from_model_config(copy.deepcopy(self.config))
-        return found if held == kept else replace(found, generation_config=held)
+        loaded_config = GenerationConfig.from_model_config(copy.deepcopy(self.config))
+        return (
+            side_files
+            if stored_config == loaded_config
+            else replace(side_files, generation_config=stored_config)
+        )
 
 
 @dataclass(frozen=True)
-class _Converted:
+class _Conversion:
     """How transformers makes parameters of stored tensors that are cut otherwise.
 
     name: of the first parameter made. parts: (pattern, stored name) pairs.
@@ -378,7 +389,7 @@ class ModuleSource:
         generation_config = getattr(model, "generation_config", None)
         self._side_files = SideFiles(dict(files or {}), (), tokenizer, generation_config)
         self._tensors = tensors_of(model)
-        self.nbytes = held_bytes(self._tensors)
+        self.nbytes = storage_bytes(self._tensors)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Learn which of the tensors a model names: the names are its own.
@@ -724,12 +735,12 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
     dtype: of the floats (None: as stored). A buffer that is not stored stays as the class makes it.
     Raises CheckpointError for a missing tensor or a wrong shape, NumericsError for NaN or Inf.
     """
-    held = module.state_dict()
+    expected = module.state_dict()
     unstored = {n for n, _ in module.named_buffers() if f"{prefix}.{n}" not in source.specs}
-    names = {f"{prefix}.{name}": name for name in held if name not in unstored}
+    names = {f"{prefix}.{name}": name for name in expected if name not in unstored}
     loaded = {}
     for full, tensor in source.tensors(names):
-        check_weight(tensor, full, tuple(held[names[full]].shape), source.name)
+        check_weight(tensor, full, tuple(expected[names[full]].shape), source.name)
         # A copy, never a view: transforms write in place.
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         loaded[names[full]] = tensor.to(wanted, copy=True)
@@ -852,7 +863,9 @@ def tensor_shapes(path: Path) -> dict[str, Spec]:
     Raises CheckpointError for a file that cannot be read or a dtype that PyTorch does not have.
     """
     if is_bin(path):
-        return {name: Spec(tuple(held.shape), held.dtype) for name, held in open_bin(path).items()}
+        return {
+            name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in open_bin(path).items()
+        }
     file = _open_safetensors(path)
     headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     specs = {}

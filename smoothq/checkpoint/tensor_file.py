@@ -56,10 +56,10 @@ class TensorFile:
         start, digest, dtype = self.length, hashlib.sha256(), torch.float32
         self._file.seek(start)
         for part in rows:
-            dtype, held = part.dtype, as_bytes(part)
-            digest.update(held)
-            self._file.write(held)
-            self.length += len(held)
+            dtype, data = part.dtype, as_bytes(part)
+            digest.update(data)
+            self._file.write(data)
+            self.length += len(data)
         name = str(dtype).removeprefix("torch.")
         return Entry(
             dtype=name,
@@ -71,11 +71,11 @@ class TensorFile:
 
     def read(self, entry: Entry) -> Tensor:
         """A tensor again, on the CPU."""
-        held = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._file.flush()
         self._file.seek(entry.offset)
-        self._file.readinto(as_bytes(held))
-        return held.view(entry.torch_dtype).view(entry.shape)
+        self._file.readinto(as_bytes(buffer))
+        return buffer.view(entry.torch_dtype).view(entry.shape)
 
     def blocks(self, entry: Entry) -> Iterator[bytes]:
         """The bytes of a tensor, a few megabytes at a time."""

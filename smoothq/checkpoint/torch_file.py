@@ -22,16 +22,16 @@ def open_bin(path: Path) -> dict[str, Tensor]:
     holds anything but tensors.
     """
     try:
-        held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # pickle, zip and PyTorch each raise their own
         raise CheckpointError(
             f"{path} cannot be mapped ({first_line(error)}){_advice(path)}"
         ) from error
-    if not isinstance(held, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):
         raise CheckpointError(f"{path} holds more than tensors by name{_advice(path)}")
-    return held
+    return tensors
 
 
 def _advice(path: Path) -> str:

@@ -172,16 +172,16 @@ class CheckpointWriter:
 
     def is_made_of(self, identity: RunKey, side_files: Mapping[str, str]) -> bool:
         """Whether the output is whole and was made by a run, with side files of these hashes."""
-        made = None if self._overwrite else self._finished()
-        if made is None:
+        manifest = None if self._overwrite else self._finished()
+        if manifest is None:
             return False
-        run = {} if made.run is None else made.run.model_dump()
+        run = {} if manifest.run is None else manifest.run.model_dump()
         other = [name for name, value in identity.model_dump().items() if run.get(name) != value]
-        own, wanted = (
+        stored_hashes, wanted_hashes = (
             {name: digest for name, digest in hashes.items() if goes_along(name)}
-            for hashes in (made.files, side_files)
+            for hashes in (manifest.files, side_files)
         )
-        if own != wanted:
+        if stored_hashes != wanted_hashes:
             other.append("side files")
         if other:
             raise self._not_empty(other)
@@ -261,17 +261,17 @@ class CheckpointWriter:
         Raises CheckpointError, leaving `OUT.partial` as it is, where that holds other work or
         damaged work, or nothing although `resume` demands it.
         """
-        found = None if self._resume is False else self._found(identity, surroundings)
+        resumed = None if self._resume is False else self._resumable_state(identity, surroundings)
         with self._writing():
-            if found is None:
+            if resumed is None:
                 self._clear()
             model = self.partial / "model"
             model.mkdir(exist_ok=True)
-            state = found or State(identity=identity, surroundings=surroundings)
+            state = resumed or State(identity=identity, surroundings=surroundings)
             self._shards = ShardWriter(model, state.shards, self._shard_bytes)
             self._state = state
-            held = {self._stream_path(name) for name in state.streams}
-            for path in set(self.partial.glob("hidden-*")) - held:
+            kept_paths = {self._stream_path(name) for name in state.streams}
+            for path in set(self.partial.glob("hidden-*")) - kept_paths:
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
@@ -319,9 +319,9 @@ class CheckpointWriter:
             }
             text = self._state.model_dump_json()
             digest = hashlib.sha256(text.encode()).hexdigest()
-            held = {"format": STATE_FORMAT, "sha256": digest, "state": text}
+            record = {"format": STATE_FORMAT, "sha256": digest, "state": text}
             fresh = self.partial / "state.json.new"
-            fresh.write_text(json.dumps(held), encoding="utf-8")
+            fresh.write_text(json.dumps(record), encoding="utf-8")
             sync(fresh)
             os.replace(fresh, self.partial / "state.json")
             sync(self.partial)
@@ -352,7 +352,7 @@ class CheckpointWriter:
         with self._writing():
             self._place.put()
 
-    def _found(self, identity: RunKey, surroundings: Environment) -> State | None:
+    def _resumable_state(self, identity: RunKey, surroundings: Environment) -> State | None:
         """The state of the work in `OUT.partial`, if there is any, and it is ours."""
         path = self.partial / "state.json"
         if not path.exists():
@@ -363,14 +363,14 @@ class CheckpointWriter:
             return None
         anew = "use --no-resume to begin anew"
         try:
-            held = json.loads(path.read_bytes())
-            if held["format"] != STATE_FORMAT:
+            record = json.loads(path.read_bytes())
+            if record["format"] != STATE_FORMAT:
                 raise CheckpointError(
-                    f"{path} has format {held['format']}, this smoothq goes on from {STATE_FORMAT}"
-                    f"; go on with the version that wrote it, or {anew}"
+                    f"{path} has format {record['format']}, this smoothq goes on from "
+                    f"{STATE_FORMAT}; go on with the version that wrote it, or {anew}"
                 )
-            state = State.model_validate_json(held["state"])
-            if hashlib.sha256(held["state"].encode()).hexdigest() != held["sha256"]:
+            state = State.model_validate_json(record["state"])
+            if hashlib.sha256(record["state"].encode()).hexdigest() != record["sha256"]:
                 raise ValueError("its hash is another")
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise CheckpointError(f"{path} is damaged ({first_line(error)}); {anew}") from error

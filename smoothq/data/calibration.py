@@ -132,10 +132,10 @@ class _Reader:
             yield from _visible(columns["input_ids"], columns.get("attention_mask"), where)
             return
         wanted = (self.settings.text_column, "messages", *TEXT_COLUMNS)
-        found = next(
+        column = next(
             (columns[name] for name in wanted if name is not None and name in columns), None
         )
-        documents = found if isinstance(found, list | tuple) else [found]
+        documents = column if isinstance(column, list | tuple) else [column]
         if documents and isinstance(documents[0], Mapping):
             documents = [documents]
         for document in documents:
@@ -197,7 +197,7 @@ def _visible(values: Any, mask: Any, where: str) -> Iterator[Tensor]:
         yield from ids
         return
     masks = list(_rows(mask, f"the attention_mask of {where}"))
-    if [len(each) for each in masks] != [len(each) for each in ids]:
+    if [len(row) for row in masks] != [len(row) for row in ids]:
         raise CalibrationError(f"{where}: attention_mask and input_ids differ in shape")
     for row, seen in zip(ids, masks, strict=True):
         if not bool(((seen == 0) | (seen == 1)).all()):

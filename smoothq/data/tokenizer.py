@@ -34,7 +34,7 @@ def encode_prompt(
     name = tokenizer.name_or_path or "the model"
     if chat:
         with in_one_line(f"{name}: its chat template cannot be used", "or go without (--no-chat)"):
-            found = tokenizer.apply_chat_template(
+            encoded = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 add_generation_prompt=True,
                 return_tensors="pt",
@@ -42,12 +42,12 @@ def encode_prompt(
             )
     else:
         with in_one_line(f"{name}: its tokenizer cannot encode the prompt"):
-            found = tokenizer(prompt, return_tensors="pt")
-    assert isinstance(found, BatchEncoding)
-    if not found["input_ids"].numel():
+            encoded = tokenizer(prompt, return_tensors="pt")
+    assert isinstance(encoded, BatchEncoding)
+    if not encoded["input_ids"].numel():
         raise CheckpointError(f"{name}: its tokenizer makes no token of the prompt; give a longer")
-    check_tokens(found["input_ids"], rows, name)
-    return found
+    check_tokens(encoded["input_ids"], rows, name)
+    return encoded
 
 
 def check_tokens(tokens: torch.Tensor, rows: int, name: str) -> None:

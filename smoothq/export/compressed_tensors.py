@@ -81,9 +81,9 @@ def export_compressed_tensors(
                 tensors["bias"] = linear.bias
             writer.add({f"{linear.name}.{key}": tensor for key, tensor in tensors.items()})
             nbytes += sum(tensor.nbytes for tensor in tensors.values())
-        for each in folded.floats():
-            writer.add_rows(each.name, each.rows, each.shape, each.nbytes)
-            nbytes += each.nbytes
+        for tensor in folded.floats():
+            writer.add_rows(tensor.name, tensor.rows, tensor.shape, tensor.nbytes)
+            nbytes += tensor.nbytes
         seconds = time.perf_counter() - start
         exported = replace(exported, bytes_after=nbytes, seconds=seconds, repeated=False)
         writer.assemble(config, side_files, served_card(card_of(directory), exported))

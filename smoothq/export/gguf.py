@@ -261,11 +261,11 @@ def _infos(folded: ExportReader, names: _Names) -> Iterator[_Info]:
         if getattr(folded.model.get_submodule(name), "bias", None) is not None:
             bias = names.of(f"{name}.bias")
             yield _Info(bias, shape[:1], GGMLQuantizationType.F32, 4 * shape[0])
-    for each in folded.floats():
-        vector = len(each.shape) == 1
+    for tensor in folded.floats():
+        vector = len(tensor.shape) == 1
         kind = GGMLQuantizationType.F32 if vector else FLOATS[folded.plan.stored_dtype]
-        nbytes = 4 * each.shape[0] if vector else each.nbytes
-        yield _Info(names.of(each.name), each.shape, kind, nbytes)
+        nbytes = 4 * tensor.shape[0] if vector else tensor.nbytes
+        yield _Info(names.of(tensor.name), tensor.shape, kind, nbytes)
     factors = _rope_factors(folded)
     if factors is not None:
         yield _Info(ROPE_FREQS, tuple(factors.shape), GGMLQuantizationType.F32, factors.nbytes)
@@ -306,10 +306,10 @@ def _data(
         yield [blocks(weight, _kind(linear.name, linear.spec))]
         if bias is not None:
             yield [bias.float()]
-    for each in folded.floats():
-        order = names.order(each.name, each.shape[0])
-        rows = each.rows if order is None else [torch.cat(list(each.rows))[order]]
-        yield (part.float() for part in rows) if len(each.shape) == 1 else rows
+    for tensor in folded.floats():
+        order = names.order(tensor.name, tensor.shape[0])
+        rows = tensor.rows if order is None else [torch.cat(list(tensor.rows))[order]]
+        yield (part.float() for part in rows) if len(tensor.shape) == 1 else rows
     factors = _rope_factors(folded)
     if factors is not None:
         yield [factors]

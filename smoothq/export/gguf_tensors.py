@@ -67,8 +67,8 @@ def blocks(weight: QuantizedWeight, kind: GGMLQuantizationType) -> Tensor:
     if kind is not GGMLQuantizationType.Q8_0:
         low, high = (codes + 8).chunk(2, -1)
         codes = low | high << 4
-    held = [torch.stack(numbers, -1).half().view(torch.uint8), codes.view(torch.uint8)]
-    return torch.cat(held, -1).flatten(1)
+    parts = [torch.stack(numbers, -1).half().view(torch.uint8), codes.view(torch.uint8)]
+    return torch.cat(parts, -1).flatten(1)
 
 
 def lost_scales(weight: QuantizedWeight) -> int:
@@ -105,7 +105,7 @@ def paired_rows(rows: int, heads: int) -> Tensor:
 
 def with_rows(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
     """A rounded matrix with its rows in another order, int64 (N,)."""
-    return QuantizedWeight(weight.codes[order], weight.scales.map(lambda each: each[order]))
+    return QuantizedWeight(weight.codes[order], weight.scales.map(lambda values: values[order]))
 
 
 @dataclass(frozen=True)
@@ -179,16 +179,16 @@ def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
     parts = first["pretokenizers"] if first["type"] == "Sequence" else [first]
     if not parts or parts[-1]["type"] != "ByteLevel" or parts[-1]["add_prefix_space"]:
         raise _unsupported("its tokens are no bytes of the text as it stands")
-    found = []
+    splits = []
     for part in parts[:-1]:
         pattern = part.get("pattern", {}).get("Regex")
         if part["type"] == "Digits" and part["individual_digits"]:
-            found.append("digits")
+            splits.append("digits")
         elif pattern and part["behavior"] == "Isolated" and not part["invert"]:
-            found.append(pattern)
+            splits.append(pattern)
         else:
             raise _unsupported(f"it splits text by {part['type']}")
-    return (*found, "gpt2") if parts[-1]["use_regex"] else tuple(found)
+    return (*splits, "gpt2") if parts[-1]["use_regex"] else tuple(splits)
 
 
 def _space_prefix(spec: dict[str, Any]) -> bool:

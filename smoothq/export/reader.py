@@ -181,7 +181,7 @@ class ExportReader:
         read = parts.embedding if module == parts.head and is_tied(self.model) else module
         shape = tuple(self.model.get_submodule(read).get_parameter("weight").shape)
         dtype = self.plan.stored_dtype
-        rows = (each.to(dtype) for each in float_rows(self.source, self.model, read, fold))
+        rows = (chunk.to(dtype) for chunk in float_rows(self.source, self.model, read, fold))
         return FoldedFloat(f"{module}.weight", rows, shape, shape[0] * shape[1] * dtype.itemsize)
 
     def _read(self, name: str) -> Tensor:

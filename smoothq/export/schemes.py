@@ -133,7 +133,7 @@ def schemes_of(quantization: Mapping[str, Any], linears: list[str]) -> dict[str,
 
     Undoes `quantization_config`. Raises CheckpointError for a config with anything else in it.
     """
-    found: dict[str, Scheme] = {}
+    schemes: dict[str, Scheme] = {}
     try:
         ignored = set(quantization["ignore"])
         for group in quantization["config_groups"].values():
@@ -149,7 +149,7 @@ def schemes_of(quantization: Mapping[str, Any], linears: list[str]) -> dict[str,
             if any(group[field] != value for field, value in scheme.arguments().items()):
                 raise ValueError(f"a group of another kind: {group}")
             names = group["targets"]
-            found |= dict.fromkeys(linears if names == ["Linear"] else names, scheme)
+            schemes |= dict.fromkeys(linears if names == ["Linear"] else names, scheme)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"quantization_config is not one of ours: {error!r}") from error
-    return {name: scheme for name, scheme in found.items() if name not in ignored}
+    return {name: scheme for name, scheme in schemes.items() if name not in ignored}

@@ -59,14 +59,14 @@ class World:
         """
         if self.size == 1:
             return make()
-        made: list[Value | None] = [None]
+        result: list[Value | None] = [None]
         failed: list[Exception | None] = [None]
         if self.owns(number):
             try:
-                made[0] = make()
+                result[0] = make()
             except Exception as error:  # handed on: the others wait for an answer
                 failed[0] = error
-        both = [made[0], failed[0]]
+        both = [result[0], failed[0]]
         dist.broadcast_object_list(both, src=number % self.size, device=self._carrier)
         if both[1] is not None:
             raise both[1]  # type: ignore[misc]
@@ -76,16 +76,16 @@ class World:
         """What every process makes for itself; what one raises, all raise."""
         if self.size == 1:
             return make()
-        made: Value | None = None
+        result: Value | None = None
         failed: Exception | None = None
         try:
-            made = make()
+            result = make()
         except Exception as error:  # handed on: the others would wait for this process
             failed = error
         for problem in self.gather(failed):
             if problem is not None:
                 raise problem
-        return made  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def maximum(self, values: Tensor) -> Tensor:
         """The elementwise maximum over all processes."""
@@ -99,16 +99,16 @@ class World:
         """Every process's value, in the order of their ranks."""
         if self.size == 1:
             return [value]
-        found: list[Value | None] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        values: list[Value | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size == 1:
             return values
-        held = values.to(self._carrier, copy=True)
-        dist.all_reduce(held, how)
-        return held.to(values.device)
+        reduced = values.to(self._carrier, copy=True)
+        dist.all_reduce(reduced, how)
+        return reduced.to(values.device)
 
     @property
     def _carrier(self) -> torch.device:

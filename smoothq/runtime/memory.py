@@ -27,10 +27,10 @@ def spare_memory() -> int:
     """Bytes that this process can take without taking more than it once had; 0 where unknown."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            held = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
-    return max(0, peak_memory() - held)
+    return max(0, peak_memory() - resident)
 
 
 def give_back() -> None:
@@ -76,15 +76,15 @@ def _threshold(value: int) -> Iterator[None]:
     if adjust is None:
         yield
         return
-    own = object()
+    context = object()
     with _changing:
-        _thresholds[own] = value
+        _thresholds[context] = value
         _apply(adjust)
     try:
         yield
     finally:
         with _changing:
-            del _thresholds[own]
+            del _thresholds[context]
             _apply(adjust)
 
 
