@@ -458,8 +458,8 @@ class CheckpointWriter:
                 raise ValueError("its hash is another")
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise CheckpointError(f"{path} is damaged ({first_line(error)}); {anew}") from error
-        ours, theirs = identity.model_dump(), state.identity.model_dump()
-        other = [name for name, value in ours.items() if value != theirs[name]]
+        key, stored_key = identity.model_dump(), state.identity.model_dump()
+        other = [name for name, value in key.items() if value != stored_key[name]]
         if other:
             raise CheckpointError(
                 f"'{self.partial}' holds {state.blocks} finished blocks of another run: its "

@@ -198,10 +198,10 @@ def _refuse_source(output: Path, source: CheckpointSource) -> None:
     """Raise CheckpointError where writing would replace a file of the checkpoint."""
     partial = _partial(output)
     for path in source.directory.iterdir():
-        for ours in (output, partial):
-            if ours.exists() and path.suffix != ".gguf" and os.path.samefile(ours, path):
+        for written in (output, partial):
+            if written.exists() and path.suffix != ".gguf" and os.path.samefile(written, path):
                 raise CheckpointError(
-                    f"output '{ours}' is a file of the checkpoint itself; give another output"
+                    f"output '{written}' is a file of the checkpoint itself; give another output"
                 )
 
 

@@ -45,9 +45,9 @@ class World:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, torch.device(device))
-        ours = not dist.is_initialized()
+        creates_group = not dist.is_initialized()
         state = PartialState(cpu=device == "cpu")
-        if ours:  # else its threads outlive the interpreter, and end the process with an error
+        if creates_group:  # its threads would outlive the interpreter and end it with an error
             atexit.register(dist.destroy_process_group)
         return cls(state.process_index, state.num_processes, state.device)
 
