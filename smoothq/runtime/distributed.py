@@ -12,7 +12,7 @@ import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -72,18 +72,17 @@ class World:
         """
         if self.size == 1:
             return make()
-        result: list[Value | None] = [None]
-        failed: list[Exception | None] = [None]
+        outcome: list[Any] = [None, None]  # result, exception
         if self.owns(number):
             try:
-                result[0] = make()
+                outcome[0] = make()
             except Exception as error:  # broadcast: the other ranks wait for a result
-                failed[0] = error
-        both = [result[0], failed[0]]
-        dist.broadcast_object_list(both, src=number % self.size, device=self._carrier)
-        if both[1] is not None:
-            raise both[1]  # type: ignore[misc]
-        return both[0]  # type: ignore[return-value]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=number % self.size, device=self._carrier)
+        result: Value = outcome[0]
+        if outcome[1] is not None:
+            raise outcome[1]
+        return result
 
     def raise_together(self, make: Callable[[], Value]) -> Value:
         """Run `make` on every rank and return this rank's result, or raise on all ranks.
@@ -98,14 +97,14 @@ class World:
         if self.size == 1:
             return make()
         result: Value | None = None
-        failed: Exception | None = None
+        failure: Exception | None = None
         try:
             result = make()
         except Exception as error:  # gathered: all ranks raise it
-            failed = error
-        for problem in self.gather(failed):
-            if problem is not None:
-                raise problem
+            failure = error
+        for failure_of_rank in self.gather(failure):
+            if failure_of_rank is not None:
+                raise failure_of_rank
         return result  # type: ignore[return-value]
 
     def maximum(self, values: Tensor) -> Tensor:
