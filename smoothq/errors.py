@@ -10,7 +10,7 @@ class RecipeError(SmoothqError):
 
 
 class UnsupportedModelError(SmoothqError):
-    """The model's architecture, or its state (already quantized), is not one we can quantize."""
+    """The model's architecture or state (such as already quantized) is not supported."""
 
 
 class CalibrationError(SmoothqError):
@@ -18,7 +18,7 @@ class CalibrationError(SmoothqError):
 
 
 class NumericsError(SmoothqError):
-    """A tensor holds NaN or Inf, or a factorisation failed for good."""
+    """A tensor holds NaN or Inf, or a matrix could not be factorised."""
 
 
 class CheckpointError(SmoothqError):
@@ -26,17 +26,17 @@ class CheckpointError(SmoothqError):
 
 
 class DeviceError(SmoothqError):
-    """No kernel of ours runs on the device asked for."""
+    """smoothq has no kernel for the requested device, or PyTorch does not see it."""
 
 
 class OutputError(CheckpointError):
-    """The disk does not take what is written to it; the work so far is kept."""
+    """Writing the output failed, for example on a full disk; finished work is kept."""
 
 
 class StoppedError(SmoothqError):
-    """A run was stopped on purpose, or cannot go on as asked; the work so far is kept."""
+    """A run was stopped on purpose, or cannot resume as asked; finished work is kept."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its type's name where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

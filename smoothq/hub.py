@@ -1,4 +1,4 @@
-"""Publishing a quantized model on the hub."""
+"""Publishing a quantized model on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .report.model_card import LOADING
 from .version import __version__
 
 CARD = "README.md"
-# What would be read of an earlier push, if it stayed.
+# Files of an earlier push that transformers would still read: they are deleted where not replaced.
 _STALE = re.compile(
     r"model[^/]*\.safetensors(\.index\.json)?|(additional_chat_templates/.*|chat_template)\.jinja"
 )
@@ -51,18 +51,25 @@ def push_to_hub(
 ) -> str:
     """Publish a directory that `smoothq quantize` or an export wrote, in one commit.
 
-    Returns the URL. What goes up is the directory, with its model card made fit for the hub, and
-    its manifest for that card; the directory stays as it is. Weights and chat templates of an
-    earlier push that it has not are removed.
+    Uploads the directory's files, with the model card adapted to the hub and the manifest to that
+    card; the directory itself is not changed. Weights and chat templates of an earlier push that
+    the directory does not have are deleted from the repo.
 
-    private: make a new repo private; without it, it is as its owner's default says.
-    revision: a branch that exists, instead of the main one.
-    message: the commit's.
-    evaluation: what `smoothq eval --json` printed, for the card.
-    token: of the hub; without it, the one that is logged in.
+    Args:
+        directory: a finished checkpoint.
+        repo_id: `owner/name`; the repo is created if it does not exist.
+        private: create a new repo as private; False leaves that to the owner's default.
+        revision: an existing branch to commit to, instead of the main one.
+        message: commit message, instead of the default one.
+        evaluation: the parsed output of `smoothq eval --json`, for the model card.
+        token: access token, instead of the one that is logged in.
 
-    Raises CheckpointError for a directory that is not a finished checkpoint, for an evaluation that
-    is none, and for all that the hub refuses.
+    Returns:
+        The URL of the repo, or of its revision.
+
+    Raises:
+        CheckpointError: for a directory that is no finished checkpoint, for an evaluation in
+            another form, and for everything that the hub refuses.
     """
     if not HUB_ID.fullmatch(repo_id):
         raise CheckpointError(f"'{repo_id}' is no name of a repo; give owner/name")
@@ -75,18 +82,18 @@ def push_to_hub(
     api = HfApi(token=token, library_name="smoothq", library_version=__version__)
     try:
         url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
-        there = api.model_info(repo_id, revision=revision)
-        if private and not there.private:
+        repo = api.model_info(repo_id, revision=revision)
+        if private and not repo.private:
             raise CheckpointError(
                 f"'{repo_id}' is there and public; make it private on the hub, or give another name"
             )
         stale = [
             sibling.rfilename
-            for sibling in there.siblings or []
+            for sibling in repo.siblings or []
             if _STALE.fullmatch(sibling.rfilename) and sibling.rfilename not in files
         ]
-        # Not `upload_folder`: it makes several commits of a long upload, and until the last of them
-        # the repo holds one model's config beside another's weights.
+        # Not `upload_folder`: it splits a long upload into several commits, and until the last one
+        # the repo holds one model's config beside another model's weights.
         api.create_commit(
             repo_id,
             [
@@ -104,7 +111,7 @@ def push_to_hub(
 
 
 def _manifest(directory: Path) -> Manifest:
-    """A finished checkpoint's. Raises CheckpointError where the directory is not one."""
+    """The manifest of a finished checkpoint; CheckpointError for any other directory."""
     begun = Place(directory).partial.is_dir() and not (directory / "config.json").exists()
     if directory.suffix == ".partial" or begun:
         raise CheckpointError(
@@ -129,7 +136,7 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """The files of a directory by their names in the repo, without the hidden ones."""
+    """The files of a directory, hidden ones excepted, by their names in the repo."""
     paths = {
         path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()
     }
@@ -141,12 +148,12 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _evaluation(figures: dict[str, Any], repo_id: str) -> Evaluation:
-    """What `Evaluation.as_dict` made figures of, of the model under its name on the hub."""
+    """The Evaluation that `Evaluation.as_dict` gave as `figures`, named after the repo."""
     try:
         return Evaluation(
             repo_id,
             None if figures["against"] is None else _public(str(figures["against"])),
-            tuple(_text_result(each) for each in figures["texts"]),
+            tuple(_text_result(text) for text in figures["texts"]),
             _parsed(Agreement | None, figures["decode"]),
             None if figures["tasks"] is None else _tasks(figures["tasks"]),
         )
@@ -157,13 +164,13 @@ def _evaluation(figures: dict[str, Any], repo_id: str) -> Evaluation:
 
 
 def _text_result(figures: dict[str, Any]) -> TextResult:
-    own = _parsed(Perplexity, figures)
+    perplexity = _parsed(Perplexity, figures)
     reference = against = None
     if "reference_perplexity" in figures:
-        reference = replace(own, perplexity=float(figures["reference_perplexity"]))
-        tokens = own.windows * own.sequence_length
+        reference = replace(perplexity, perplexity=float(figures["reference_perplexity"]))
+        tokens = perplexity.windows * perplexity.sequence_length
         against = _parsed(Agreement, figures | {"tokens": tokens})
-    return TextResult(_public(str(figures["text"])), own, reference, against)
+    return TextResult(_public(str(figures["text"])), perplexity, reference, against)
 
 
 def _tasks(figures: list[dict[str, Any]]) -> TaskResults:
@@ -175,7 +182,7 @@ def _parsed(kind: Any, figures: Any) -> Any:
 
 
 def _card(path: Path, repo_id: str, revision: str | None, measured: Evaluation | None) -> str:
-    """A checkpoint's model card as the hub wants it."""
+    """A checkpoint's model card with the repo's name and the evaluation, without local paths."""
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -194,7 +201,7 @@ def _card(path: Path, repo_id: str, revision: str | None, measured: Evaluation |
 
 
 def _add_measured(card: RepoCard, measured: Evaluation) -> None:
-    """Put the numbers before the card's snippet, and into its metadata."""
+    """Add an evaluation to a card: a table before the loading snippet, and metadata."""
     before, loading, after = card.text.partition(LOADING)
     table = f"## Measured\n\n{measured.markdown()}"
     card.text = f"{before.rstrip()}\n\n{table}\n\n{loading}{after}"
@@ -206,14 +213,14 @@ def _results(measured: Evaluation) -> list[EvalResult]:
     texts = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=each.text,
-            dataset_name=each.text,
+            dataset_type=result.text,
+            dataset_name=result.text,
             metric_type="perplexity",
-            metric_value=each.perplexity.perplexity,
-            metric_name=f"Perplexity, {each.perplexity.windows} windows of "
-            f"{each.perplexity.sequence_length} tokens",
+            metric_value=result.perplexity.perplexity,
+            metric_name=f"Perplexity, {result.perplexity.windows} windows of "
+            f"{result.perplexity.sequence_length} tokens",
         )
-        for each in measured.texts
+        for result in measured.texts
     ]
     tasks = [
         EvalResult(
@@ -230,18 +237,18 @@ def _results(measured: Evaluation) -> list[EvalResult]:
 
 
 def _is_of_hub(name: str) -> bool:
-    """Whether a model's name can only be one of the hub."""
+    """Whether a model's name is a hub id and no local path."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _public(name: str) -> str:
-    """A model's or a text's name; of a path its last part, for the rest is nobody's business."""
+    """A model's or a text's name; of a local path only the last part, as the rest is private."""
     return name if _is_of_hub(name) else Path(name).name or name
 
 
 def _refusal(error: Exception, repo_id: str, revision: str | None) -> str:
-    """What the hub did not like, in one line."""
-    # The client hides what a server answered to one file behind an error of its own.
+    """The error message for a failed push, in one line."""
+    # For a single file the client wraps the server's response in another error.
     answer = next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
     status = None if answer is None else answer.response.status_code
     if isinstance(answer, RevisionNotFoundError):

@@ -1,4 +1,4 @@
-"""What is told of the progress of long work."""
+"""Callbacks that report the progress of long work."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told where the pass is."""
+    """Callback that is called when a pass over the blocks enters a stage."""
 
     def __call__(self, block: int, blocks: int, stage: str) -> None:
-        """Block `block` of `blocks` (from 0) has entered `stage`."""
+        """Report that a stage begins.
+
+        Args:
+            block: index of the block, from 0.
+            blocks: number of blocks.
+            stage: name of the stage, such as `export`.
+        """
 
 
 class Stage(Protocol):
-    """Told which stage of a block has begun."""
+    """Callback that is called when a stage of the current block begins."""
 
     def __call__(self, stage: str) -> None:
-        """`stage` has begun."""
+        """Report that the stage of this name begins."""
 
 
 def silent(block: int, blocks: int, stage: str) -> None:
-    """No progress is wanted."""
+    """A `Progress` that reports nothing."""

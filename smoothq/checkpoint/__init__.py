@@ -1,1 +1,1 @@
-"""Reading models block by block, and writing quantized ones."""
+"""Reading float models tensor by tensor, and writing quantized checkpoints."""

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint hold the tensors that a model needs."""
+"""Compares the tensors in a checkpoint's files with those of a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from .source import Spec, tensor_shapes
 
 
 def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
-    """Raise CheckpointError unless the files hold the tensors that the model needs.
+    """Check that files hold the tensors of a model, by name, shape and dtype.
 
-    Beside them they may hold those of modules that the model's class does not have, never others of
-    its own modules.
+    Further tensors are allowed if they belong to modules that the model's class does not have. A
+    float may be stored in another float dtype.
+
+    Args:
+        model: may be on the meta device.
+        files: paths of the checkpoint's weight files.
+
+    Raises:
+        CheckpointError: for a missing or unknown tensor, or one of another shape or dtype.
     """
     expected = dict(model.state_dict())
     tied = set(getattr(model, "all_tied_weights_keys", {}))

@@ -1,4 +1,4 @@
-"""A model in memory as it may arrive: wrapped, compiled, offloaded, or none that can be taken."""
+"""Models in memory: unwrapping, reading offloaded tensors, and refusing unsupported kinds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """The causal LM that was given, out of what compiles it or runs it on several devices.
+    """Return a causal LM without torch.compile, DataParallel or DistributedDataParallel around it.
 
-    Raises UnsupportedModelError, saying what to give instead, for all that is no float causal LM of
-    transformers with its weights whole: adapters, shards, another head or none, another tool's
-    quantized weights, or no model.
+    Args:
+        model: a float causal LM of transformers, possibly wrapped.
+
+    Raises:
+        UnsupportedModelError: for adapters, sharded weights, a model without a language-modelling
+            head, weights quantized by another tool, or an object that is no model. The message
+            says what to pass instead.
     """
     while not isinstance(model, PreTrainedModel):
         inner = _wrapped(model)
@@ -34,31 +38,32 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 
 def tensors_of(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """Parameters and persistent buffers by name; what accelerate offloads is read when asked for.
+    """Return parameters and persistent buffers by name; offloaded ones are read on access.
 
-    Raises UnsupportedModelError for a tensor that is nowhere.
+    Raises:
+        UnsupportedModelError: for a tensor on the meta device that accelerate has not offloaded.
     """
-    held = {_plain(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {_plain(name): tensor for name, tensor in model.state_dict().items()}
     offloaded = {}
-    for full in (name for name, tensor in held.items() if tensor.is_meta):
-        found = _offload(model, full)
-        if found is None:
+    for full in (name for name, tensor in tensors.items() if tensor.is_meta):
+        location = _offload(model, full)
+        if location is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its tensor '{full}' is on the meta device and in no "
                 "offload of accelerate's: give the folder's path instead of the model"
             )
-        offloaded[full] = found
-    return _Offloading(held, offloaded) if offloaded else held
+        offloaded[full] = location
+    return _Offloading(tensors, offloaded) if offloaded else tensors
 
 
 def module_types(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """The type of every module by name, of what torch.compile wraps its own."""
+    """The type of every module by name; of a compiled module, the type that it wraps."""
     names = {f"{name}.": module for name, module in model.named_modules()}
     return {_plain(name).rstrip("."): type(module) for name, module in names.items()}
 
 
-def held_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of a model's tensors; what shares memory counts once."""
+def storage_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a model's tensors; a storage that several tensors share counts once."""
     if isinstance(tensors, _Offloading):
         return tensors.nbytes
     storages = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors.values()}
@@ -66,30 +71,30 @@ def held_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 class _Offloading(Mapping[str, Tensor]):
-    """A model's tensors, some of which are read from accelerate's offload, one when it is asked."""
+    """A model's tensors by name; those that accelerate offloaded are read on access."""
 
     def __init__(
-        self, held: dict[str, Tensor], offloaded: dict[str, tuple[Mapping[str, Tensor], str]]
+        self, tensors: dict[str, Tensor], offloaded: dict[str, tuple[Mapping[str, Tensor], str]]
     ) -> None:
-        """held: all by name. offloaded: for some, the map that has it, and its name there."""
-        self._held, self._offloaded = held, offloaded
+        """tensors: all by name. offloaded: name → (accelerate's weights map, key in that map)."""
+        self._tensors, self._offloaded = tensors, offloaded
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(tensor.nbytes for tensor in self._held.values())
+        """Bytes of all tensors, the offloaded ones included."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._offloaded:
-            return self._held[name]
+            return self._tensors[name]
         weights, key = self._offloaded[name]
         return weights[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._tensors)
 
 
 def _plain(name: str) -> str:
@@ -98,14 +103,17 @@ def _plain(name: str) -> str:
 
 
 def _offload(model: nn.Module, full: str) -> tuple[Mapping[str, Tensor], str] | None:
-    """Where accelerate's hook of a tensor's module, or of one around it, holds the tensor."""
+    """The weights map and key under which accelerate offloaded a tensor, or None.
+
+    The map belongs to a hook of the tensor's module or of a module that contains it.
+    """
     for name, module in model.named_modules():
         prefix = f"{_plain(name)}." if name else ""
         if not full.startswith(prefix):
             continue
         hook: Any = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
+        for align_hook in getattr(hook, "hooks", (hook,)):
+            weights = getattr(align_hook, "weights_map", None)
             try:
                 if weights is not None and weights[full.removeprefix(prefix)] is not None:
                     return weights, full.removeprefix(prefix)
@@ -115,7 +123,7 @@ def _offload(model: nn.Module, full: str) -> tuple[Mapping[str, Tensor], str] | 
 
 
 def _wrapped(model: Any) -> Any:
-    """What a wrapper holds: of torch.compile, or of data in parallel; None where it is none."""
+    """The module inside torch.compile's or a data-parallel wrapper; None if this is no wrapper."""
     if not isinstance(model, nn.Module):
         return None
     if _COMPILED in model._modules:
@@ -126,16 +134,17 @@ def _wrapped(model: Any) -> Any:
 
 
 def _no_model(given: Any) -> str:
-    """Why what was given cannot be taken, and what to give."""
+    """The error message for an object that is no supported model, with what to pass instead."""
     name = type(given).__name__
     ancestors = {
-        f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in type(given).mro()
+        f"{ancestor.__module__.partition('.')[0]}.{ancestor.__name__}"
+        for ancestor in type(given).mro()
     }
-    if any(each.startswith("peft.") for each in ancestors):
+    if any(ancestor.startswith("peft.") for ancestor in ancestors):
         if hasattr(given, "merge_and_unload"):
             return f"{name} holds an adapter beside its weights: give model.merge_and_unload()"
         return f"{name} holds a learned prompt, which no weight can take in: give its base model"
-    if any(each.rpartition(".")[2] in _SHARDED for each in ancestors):
+    if any(ancestor.rpartition(".")[2] in _SHARDED for ancestor in ancestors):
         return f"{name} holds shards of its weights: save the whole model, and give the folder"
     if isinstance(getattr(given, "model", None), PreTrainedModel):
         return f"{name} is no model: give its .model"
@@ -143,9 +152,9 @@ def _no_model(given: Any) -> str:
 
 
 def _refuse_adapters(model: PreTrainedModel, name: str) -> None:
-    """Refuse layers that peft put in: their weights are another sum than those that are stored."""
+    """Refuse peft's adapter layers: their effective weight differs from the stored one."""
     for layer, module in model.named_modules():
-        if any(each.__module__.startswith("peft.") for each in type(module).mro()):
+        if any(ancestor.__module__.startswith("peft.") for ancestor in type(module).mro()):
             raise UnsupportedModelError(
                 f"{name}: '{layer}' holds an adapter beside its weight: save the adapter, load it "
                 "by peft.PeftModel.from_pretrained(base, folder), and give its merge_and_unload()"
@@ -153,12 +162,12 @@ def _refuse_adapters(model: PreTrainedModel, name: str) -> None:
 
 
 def _refuse_other_heads(model: PreTrainedModel, name: str) -> None:
-    """Refuse a class that predicts no next token."""
+    """Refuse a class that has no language-modelling head."""
     known: Any = AutoModelForCausalLM._model_mapping
     try:
         wanted = known[type(model.config)]
     except KeyError:
-        return  # code of its own, or no causal LM at all: building it will say so
+        return  # remote code, or no causal LM at all: building the model reports that
     classes = wanted if isinstance(wanted, tuple) else (wanted,)
     if not isinstance(model, classes):
         raise UnsupportedModelError(
@@ -168,7 +177,7 @@ def _refuse_other_heads(model: PreTrainedModel, name: str) -> None:
 
 
 def _refuse_other_tensors(model: PreTrainedModel, name: str) -> None:
-    """Refuse weights that are not whole float tensors: shards, or another tool's codes."""
+    """Refuse weights that are no complete float tensors: shards, or another tool's codes."""
     odd = {
         full: f"{type(value.data).__name__} of {value.dtype}"
         for full, value in model.named_parameters()

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a finished checkpoint consists of, by hash."""
+"""`manifest.json`: the hashes of a finished checkpoint's tensors and files, and its run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from ..errors import CheckpointError, first_line
 from .tensor_file import COPY_BYTES, Entry
 
 MANIFEST = "manifest.json"
-COMPRESSED_TENSORS = "compressed-tensors"  # the form of an export
+COMPRESSED_TENSORS = "compressed-tensors"  # value of RunKey.form for such an export
 
 
 class RunKey(BaseModel, frozen=True):
-    """What a run's bytes follow from: to go on with the work of another is refused.
+    """What determines the bytes of a run's output; work with another key is not resumed.
 
-    form: of the output, our own or an export's.
+    Attributes:
+        version: of smoothq.
+        recipe: hash of the recipe.
+        model: hash of the float model.
+        calibration: hash of the calibration tokens.
+        form: format of the output: `smoothq`, or that of an export.
     """
 
     version: str
@@ -28,10 +33,12 @@ class RunKey(BaseModel, frozen=True):
 
 
 class Manifest(BaseModel):
-    """The hash of every tensor's bytes, as in `Entry`, by dtype and name, and of other files.
+    """The content of `manifest.json`.
 
-    files: by name, with `/` before what lies in a directory. run: what made the checkpoint;
-    manifests of earlier versions do not say.
+    Attributes:
+        tensors: dtype → tensor name → hash of the tensor's bytes, as in `Entry.sha256`.
+        files: name relative to the checkpoint, with `/` → SHA-256; all files but the weights.
+        run: of the run that wrote the checkpoint; None in manifests of earlier versions.
     """
 
     tensors: dict[str, dict[str, str]]
@@ -40,19 +47,29 @@ class Manifest(BaseModel):
 
     @classmethod
     def of(cls, directory: Path, tensors: dict[str, Entry], run: RunKey) -> Manifest:
-        """What a checkpoint of these tensors in a directory consists of."""
+        """The manifest of a checkpoint.
+
+        Args:
+            directory: with all files but the manifest.
+            tensors: the stored tensors by name.
+            run: that wrote the checkpoint.
+        """
         by_dtype: dict[str, dict[str, str]] = {}
         for name, entry in tensors.items():
             by_dtype.setdefault(entry.dtype, {})[name] = entry.sha256
         return cls(tensors=by_dtype, files=hashes_of(directory), run=run)
 
     def write(self, directory: Path) -> None:
-        """Put it into a checkpoint."""
+        """Write `manifest.json` into a checkpoint's directory."""
         (directory / MANIFEST).write_text(self.model_dump_json(), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """A checkpoint's. Raises CheckpointError where there is none, or it cannot be read."""
+        """Read a checkpoint's manifest.
+
+        Raises:
+            CheckpointError: if there is none, or it cannot be read.
+        """
         path = directory / MANIFEST
         if not path.is_file():
             raise CheckpointError(f"{directory} has no {MANIFEST}: smoothq quantize writes one")
@@ -63,14 +80,14 @@ class Manifest(BaseModel):
 
 
 def hashes_of(directory: Path) -> dict[str, str]:
-    """Of every file in a directory and below that is not weights, by name."""
+    """SHA-256 of every file in a directory tree but `*.safetensors`, by relative name with `/`."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     others = [path for path in paths if path.suffix != ".safetensors"]
     return {path.relative_to(directory).as_posix(): sha256_of(path) for path in others}
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(COPY_BYTES):

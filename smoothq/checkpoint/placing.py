@@ -1,13 +1,14 @@
-"""Where an output goes, and the last act, which puts it there.
+"""Where an output directory and its work directory are, and moving the finished output into place.
 
-Work goes to `OUT.partial`, and where there is no `OUT` the last act is one renaming. A directory
-that is there is filled, never replaced: it may be a mount point or somebody's current directory.
-What it held moves to `replaced`, its config first, then what was assembled moves in, the manifest
-and the config last; so a directory with a config is never half of one. Where a renaming beside the
-directory cannot be, work goes to `OUT/.partial`.
+The work directory is `OUT.partial`; where `OUT` cannot have a sibling on its file system, it is
+`OUT/.partial`. If `OUT` does not exist, placing is one rename of `OUT.partial/final` to `OUT`. An
+existing directory is filled instead of replaced, because it may be a mount point or a current
+directory: its content moves to `OUT.partial/replaced`, `config.json` first, and the new content
+moves in, manifest and `config.json` last. So a directory with a `config.json` is always complete.
 
-`placing` marks that this has begun, and `filling` that all of the old has moved out. A placing that
-was stopped is undone from these before anything else is done.
+Two marker files in the work directory record how far placing is: `placing` is created when it
+begins, and renamed to `filling` when the old content has moved out. An interrupted placing is
+undone before anything else happens.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from ..errors import CheckpointError
 from .manifest import MANIFEST
 
 MARKS = ("placing", "filling")
-LAST = (MANIFEST, "config.json")  # to come, and in turn the first to go
-# Of a directory: what of it is no content. The last is the root of a file system's own.
+LAST = (MANIFEST, "config.json")  # moved in last, and moved out first
+# Names in a directory that do not count as its content. File systems have lost+found at the root.
 _NO_CONTENT = frozenset({".partial", ".smoothq", ".smoothq.partial", "lost+found"})
 
 
 class Place:
-    """An output directory and the one that work for it goes to."""
+    """An output directory and its work directory.
+
+    Attributes:
+        out: the output directory.
+        inside: whether the work directory lies in `out` instead of beside it.
+        partial: the work directory.
+        final: the directory in `partial` in which the output is assembled.
+    """
 
     def __init__(self, out: Path) -> None:
         if out.name in ("", ".."):
@@ -41,25 +49,34 @@ class Place:
         self._placing, self._filling = (self.partial / mark for mark in MARKS)
 
     def beside(self, name: str) -> Path:
-        """A directory on the output's own file system, for work that leads to it."""
+        """The path for a work directory on the output's file system: `OUT.name` or `OUT/.name`."""
         return (
             self.out / f".{name}" if self.inside else self.out.with_name(f"{self.out.name}.{name}")
         )
 
     @property
     def disk(self) -> Path:
-        """A directory that exists, on the disk that the output goes to."""
+        """An existing directory on the disk that the output goes to."""
         if self.inside:
             return self.out
         return next(path for path in self.out.absolute().parents if path.exists())
 
     @property
     def content(self) -> list[Path]:
-        """What the output directory holds, what makes a checkpoint of it last."""
+        """The paths in the output directory, manifest and config last; empty if there is none."""
         return _in_order(self.out) if self.out.is_dir() else []
 
     def refuse_unfit(self, overwrite: bool) -> None:
-        """Raise CheckpointError for an output that could not be put here at the end."""
+        """Refuse an output that could not be placed at the end of a run.
+
+        Args:
+            overwrite: whether the output's present content will be replaced.
+
+        Raises:
+            CheckpointError: for symbolic links, files, foreign content of the work directory, no
+                permission to write, and content that `overwrite` does not replace: a current
+                directory or a mount point below the output.
+        """
         for path in (self.out, self.partial):
             if path.is_symlink():
                 raise CheckpointError(f"'{path}' is a symbolic link; give what it leads to")
@@ -89,10 +106,10 @@ class Place:
                     )
 
     def refuse_sources(self, sources: Iterable[Path]) -> None:
-        """Raise CheckpointError where placing would remove what the model is read from."""
+        """Raise CheckpointError if placing would remove a path that the model is read from."""
         for source in sources:
             if self.inside and _is_or_holds(self.beside("smoothq"), source):
-                continue  # an earlier step's work, which is no content
+                continue  # the work directory of an earlier step, which placing leaves alone
             for directory in (self.out, self.partial):
                 if _is_or_holds(directory, source):
                     how = "is" if _is_same(directory, source) else "holds"
@@ -102,7 +119,11 @@ class Place:
                     )
 
     def put(self) -> None:
-        """Make what was assembled in `final` the output, and remove all else."""
+        """Make `final` the output, and remove the work directory and the old content.
+
+        Raises:
+            OSError: if the disk refuses; then the old content is back in place.
+        """
         self._placing.touch()
         sync(self.partial)
         if not self.out.exists():
@@ -130,11 +151,14 @@ class Place:
 
     @property
     def was_stopped(self) -> bool:
-        """Whether a placing was begun, and neither ended nor undone."""
+        """Whether a marker shows that a placing began and was neither finished nor undone."""
         return self._placing.exists() or self._filling.exists()
 
     def undo(self) -> None:
-        """Take back a placing that was stopped; of one that had ended, remove what is left."""
+        """Undo an interrupted placing; if all was in place, only remove the work directory.
+
+        Without `final` the output is complete: `final` is renamed or removed as the last step.
+        """
         if not self.final.is_dir():
             self.remove()
             return
@@ -149,7 +173,7 @@ class Place:
         self._placing.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the directory of the work, the marks last: they say what is left of it."""
+        """Remove the work directory, the marker files last, so that a removal can be resumed."""
         if self.partial.is_dir():
             for path in self.partial.iterdir():
                 if path.is_dir():
@@ -160,15 +184,15 @@ class Place:
 
 
 def mount_points() -> set[Path]:
-    """Where file systems are mounted, as far as the system says."""
+    """The mount points that /proc/self/mountinfo lists; empty where there is no such file."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
-    # The fifth field, in which space, tab, newline and backslash are written in octal.
+    # The fifth field is the mount point; space, tab, newline and backslash are octal escapes in it.
     fields = (line.split(" ")[4] for line in lines)
     return {
-        Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field))
+        Path(re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), field))
         for field in fields
     }
 
@@ -179,7 +203,7 @@ def is_mounted(path: Path) -> bool:
 
 
 def _can_have_siblings(out: Path) -> bool:
-    """Whether a directory can be renamed, and others be made beside it on its file system."""
+    """Whether `out` can be renamed, and directories be created beside it on its file system."""
     parent = out.absolute().parent
     return not (is_mounted(out) or _holds_us(out)) and os.access(parent, os.W_OK)
 
@@ -193,24 +217,24 @@ def _holds_us(directory: Path) -> bool:
 
 
 def _is_or_holds(directory: Path, path: Path) -> bool:
-    """Whether a path, with links followed, is a directory or lies in it."""
+    """Whether a path, with links followed, is `directory` or lies below it."""
     real = path.resolve()
-    return any(_is_same(directory, each) for each in (real, *real.parents))
+    return any(_is_same(directory, parent) for parent in (real, *real.parents))
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, by whatever names."""
+    """Whether two paths lead to the same file or directory."""
     return one.exists() and other.exists() and os.path.samefile(one, other)
 
 
 def _in_order(directory: Path) -> list[Path]:
-    """The content of a directory, what makes a checkpoint of it last."""
+    """The content of a directory, sorted, with manifest and config last."""
     paths = [path for path in sorted(directory.iterdir()) if path.name not in _NO_CONTENT]
     return sorted(paths, key=lambda path: LAST.index(path.name) + 1 if path.name in LAST else 0)
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or a directory's names."""
+    """Flush a file, or the names in a directory, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

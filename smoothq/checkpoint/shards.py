@@ -1,9 +1,9 @@
-"""Safetensors files that are written as tensors come, none of which need stay in memory.
+"""Safetensors shards written tensor by tensor, without keeping tensors in memory.
 
-The format's header stands first and names every tensor behind it. So the tensors of a shard go to
-a plain file as they come, and a full shard is copied behind its header, on the disk. What
-`ShardState` says is enough to go on from: the files of closed shards, and how much of the open
-one's is whole.
+A safetensors header precedes the data and lists every tensor. So the tensors of a shard are
+appended to a raw file (`shard-NNNNN.data`), and a full shard is copied behind its header into
+`shard-NNNNN.safetensors`. A run resumes from `ShardState`: the tensors of the closed shards, and
+those that were completely written to the open one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardState(BaseModel):
-    """The tensors of every shard so far, by name; `open` says whether the last may still grow."""
+    """Which tensors have been written.
+
+    Attributes:
+        shards: for each shard, its tensors by name.
+        open: whether the last shard is still a raw file to which tensors are appended.
+    """
 
     shards: list[dict[str, Entry]] = []
     open: bool = False
@@ -44,10 +49,20 @@ class ShardState(BaseModel):
 
 
 class ShardWriter:
-    """Writes tensors to the shards of a directory, going on from a state."""
+    """Writes tensors to the shards of a directory, resuming from a state."""
 
     def __init__(self, directory: Path, state: ShardState, shard_bytes: int = SHARD_BYTES) -> None:
-        """Raises CheckpointError where the files are not what the state says, OSError if unread."""
+        """Open a directory and check its shards against the state.
+
+        Args:
+            directory: where the shards are; files that the state does not list are removed.
+            state: what has been written; the writer updates it in place.
+            shard_bytes: size of a shard's tensors above which the next one begins.
+
+        Raises:
+            CheckpointError: if a stored tensor's hash differs from the state.
+            OSError: if a file cannot be read.
+        """
         self.directory, self.state = directory, state
         self._shard_bytes = shard_bytes
         self._data: TensorFile | None = None
@@ -61,12 +76,19 @@ class ShardWriter:
                 _check_shard(self._path(number), shard)
         for path in directory.glob("shard-*"):
             if int(path.stem.rpartition("-")[2]) >= len(state.shards):
-                path.unlink()  # begun after the state was taken
+                path.unlink()  # begun after the state was saved
 
     def add(self, name: str, rows: Iterable[Tensor], shape: tuple[int, ...], nbytes: int) -> None:
-        """Write a tensor of so many bytes, given whole or by its rows in order."""
-        held = 0 if self._data is None else self._data.length
-        if held and held + nbytes > self._shard_bytes:
+        """Append a tensor, closing the open shard first if the tensor does not fit.
+
+        Args:
+            name: of the tensor in the checkpoint.
+            rows: chunks of the tensor along its first axis, in order; or the whole tensor.
+            shape: of the whole tensor.
+            nbytes: of the whole tensor.
+        """
+        open_bytes = 0 if self._data is None else self._data.length
+        if open_bytes and open_bytes + nbytes > self._shard_bytes:
             self._close()
         if self._data is None:
             self._data = TensorFile(self._path(len(self.state.shards), "data"))
@@ -75,18 +97,20 @@ class ShardWriter:
         self.state.shards[-1][name] = self._data.append(rows, shape)
 
     def sync(self) -> None:
-        """Wait until the disk has everything that was added."""
+        """Flush all added tensors to the disk (fsync)."""
         if self._data is not None:
             self._data.sync()
 
     def forget_copied(self) -> None:
-        """Remove what a closed shard was copied from, once a state that says so is on the disk."""
+        """Remove the raw files of closed shards; call after the state has been saved."""
         for number in range(len(self.state.shards) - self.state.open):
             self._path(number, "data").unlink(missing_ok=True)
 
     def finish(self, final: Path) -> None:
-        """Close the last shard, move all to a directory under their final names, and write their
-        index where there are several."""
+        """Close the last shard and move all shards to `final` under transformers' file names.
+
+        Of several shards the index file is written too.
+        """
         self._close()
         names = final_names(len(self.state.shards))
         for number, name in enumerate(names):
@@ -101,7 +125,7 @@ class ShardWriter:
 
     @staticmethod
     def take_back(final: Path, directory: Path) -> None:
-        """Undo a `finish` after which nothing came, and remove what it had assembled."""
+        """Undo `finish`: move the shards from `final` back to `directory`, and delete `final`."""
         if not final.is_dir():
             return
         for path in sorted(final.glob("*.safetensors")):
@@ -110,12 +134,12 @@ class ShardWriter:
         shutil.rmtree(final)
 
     def close(self) -> None:
-        """Let go of the open file."""
+        """Close the open raw file, which stays on the disk."""
         if self._data is not None:
             self._data.close()
 
     def _close(self) -> None:
-        """Copy the open shard behind its header."""
+        """Copy the open shard's raw file behind its header."""
         if self._data is None:
             return
         self._data.sync()
@@ -132,19 +156,19 @@ class ShardWriter:
 
 
 def shard_name(number: int, suffix: str = "safetensors") -> str:
-    """Of a shard while it is not known how many there will be."""
+    """File name of a shard while the total number of shards is unknown."""
     return f"shard-{number:05d}.{suffix}"
 
 
 def final_names(count: int) -> list[str]:
-    """Of all shards, as transformers calls them."""
+    """File names of `count` shards, as transformers names them."""
     if count == 1:
         return [SINGLE]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def in_file_order(shard: dict[str, Entry]) -> list[tuple[str, Entry]]:
-    """A shard's tensors as its file has them: the widest dtypes first, so that all are aligned."""
+    """A shard's tensors in the order of its file: widest dtype first, so that all are aligned."""
     return sorted(shard.items(), key=lambda item: (-item[1].torch_dtype.itemsize, item[0]))
 
 

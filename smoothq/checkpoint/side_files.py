@@ -1,9 +1,9 @@
-"""What lies beside a model's weights and goes along with them: by kind, never by a model's name.
+"""Side files: the files beside a model's weights that are copied into an output.
 
-Of a folder's files those go along that a loader may want, or that the law wants: files of
-`SUFFIXES`, up to `LARGEST_BYTES` each, and what is named like a licence; of its directories
-`DIRECTORIES` alone. Weights in any form, training's leftovers, other formats and all that is
-written anew stay behind. Code is copied, never run.
+Copied are files with a suffix of `SUFFIXES` and files that are named like a licence, up to
+`LARGEST_BYTES` each, from the folder itself and from its `DIRECTORIES`. Not copied are weights in
+any format, leftovers of training, and files that the output gets anew, such as `config.json`.
+Python files are copied, never run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ SUFFIXES = frozenset(
     {".json", ".jinja", ".jinja2", ".txt", ".py", ".model", ".tiktoken", ".vocab", ".bpe", ".spm"}
 )
 DIRECTORIES = (TEMPLATES, "custom_generate")
-LARGEST_BYTES = 100 << 20  # of a file; the largest tokenizers have some 40 MB
+LARGEST_BYTES = 100 << 20  # of one file; the largest tokenizers have some 40 MB
 _LEGAL_WORDS = ("license", "licence", "notice", "policy", "copying", "copyright", "patents")
 _LEGAL = re.compile("|".join(_LEGAL_WORDS), re.IGNORECASE)
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"})
-# Written anew; or true of the weights as they were, in another format or another quantization.
+# Files that the output gets anew, or that describe the original weights, another format or another
+# quantization.
 _LEFT = (
     *(CONFIG, CARD, MANIFEST, "*.index.json", "params.json", "model_index.json"),
     *("*quant*config.json", "adapter_config.json", "zero_to_fp32.py"),
@@ -44,22 +45,24 @@ _TOKENIZER = (
     *(*_VOCABULARY, "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.bpe"),
     *("chat_template.jinja", f"{TEMPLATES}/*"),
 )
-# Of these it is no news that they stay behind.
+# Files that are never copied and need not be reported as left out.
 _EXPECTED = (CONFIG, CARD, MANIFEST, "*.index.json", "*.safetensors", "pytorch_model*.bin")
-# What to download of a repo beside its weights.
+# Patterns of the files to download from a hub repo beside its weights.
 DOWNLOADED = (
     *(f"*{suffix}" for suffix in sorted({*SUFFIXES, ".md"})),
-    *(f"*{word}*" for each in _LEGAL_WORDS for word in (each, each.capitalize(), each.upper())),
+    *(f"*{word}*" for lower in _LEGAL_WORDS for word in (lower, lower.capitalize(), lower.upper())),
 )
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """What goes beside the weights of an output.
+    """The files that go beside the weights of an output.
 
-    files: by their names in the output, relative, with `/`. left_out: names of what a folder holds
-    besides, a directory's with a `/` at its end. tokenizer, generation_config: what is there as an
-    object, and is written as its own method writes it.
+    Attributes:
+        files: name in the output (relative, with `/`) → path of the original, which is copied.
+        left_out: names in the model's folder that are not copied; directories end with `/`.
+        tokenizer: an object to write with `save_pretrained`, instead of files.
+        generation_config: an object to write as `generation_config.json`.
     """
 
     files: dict[str, Path]
@@ -69,7 +72,11 @@ class SideFiles:
 
     @classmethod
     def of(cls, directory: Path) -> SideFiles:
-        """What of a folder goes along. Raises CheckpointError for a file that cannot be read."""
+        """Collect the side files of a model's folder.
+
+        Raises:
+            CheckpointError: for a side file that cannot be read.
+        """
         files, left_out = {}, []
         for name, path in _entries(directory):
             if goes_along(name) and path.is_file() and path.stat().st_size <= LARGEST_BYTES:
@@ -85,21 +92,35 @@ class SideFiles:
         return sum(path.stat().st_size for path in self.files.values())
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> SideFiles:
-        """The same with another tokenizer, if one is given, in place of the folder's."""
+        """Return a copy with this tokenizer instead of the folder's tokenizer files.
+
+        Args:
+            tokenizer: None keeps the folder's files.
+        """
         if tokenizer is None:
             return self
         files = {name: path for name, path in self.files.items() if not is_of_tokenizer(name)}
         return replace(self, files=files, tokenizer=tokenizer)
 
     def write(self, directory: Path) -> None:
-        """Put all into a directory. Raises OSError, or as `write_objects` does."""
+        """Copy the files and write the objects into a directory.
+
+        Raises:
+            OSError: if the disk refuses.
+            CheckpointError: as `write_objects` does.
+        """
         for name, path in self.files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             copyfile(path, directory / name)
         self.write_objects(directory)
 
     def write_objects(self, directory: Path) -> None:
-        """Put into a directory what is not copied. Raises CheckpointError for what is no JSON."""
+        """Write the generation config and the tokenizer, where they are objects, into a directory.
+
+        Raises:
+            OSError: if the disk refuses.
+            CheckpointError: if an object cannot be written as JSON.
+        """
         for what, write in (
             ("generation config", self._write_generation_config),
             ("tokenizer", self._write_tokenizer),
@@ -108,7 +129,7 @@ class SideFiles:
                 write(directory)
             except OSError:
                 raise
-            except Exception as error:  # whatever transformers makes of an object's content
+            except Exception as error:  # transformers has no common base for bad content
                 raise CheckpointError(
                     f"the model's {what} cannot be written: {first_line(error)}"
                 ) from error
@@ -126,7 +147,11 @@ class SideFiles:
 
 
 def goes_along(name: str) -> bool:
-    """Whether a file of this name, relative to its folder, goes along with the weights."""
+    """Whether a file is copied beside the weights, judged by its name.
+
+    Args:
+        name: relative to the model's folder, with `/`.
+    """
     directory, _, file = name.rpartition("/")
     if directory and directory not in DIRECTORIES:
         return False
@@ -142,12 +167,12 @@ def is_legal(name: str) -> bool:
 
 
 def is_of_tokenizer(name: str) -> bool:
-    """Whether a file belongs to the tokenizer, not to a processor or to the model."""
+    """Whether a file is one of a tokenizer's, rather than a processor's or the model's."""
     return _is_one_of(name, _TOKENIZER)
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a folder holds any file that a tokenizer could be made of."""
+    """Whether a folder holds a file that a tokenizer can be loaded from."""
     return any(_is_one_of(path.name, _VOCABULARY) for path in directory.iterdir())
 
 
@@ -165,7 +190,10 @@ def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _entries(directory: Path) -> Iterator[tuple[str, Path]]:
-    """Names and paths of a folder, and of the directories in it that go along; none hidden."""
+    """(name, path) of a folder's files, other directories, and files in `DIRECTORIES`.
+
+    Hidden names and `__pycache__` are skipped.
+    """
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
@@ -180,7 +208,7 @@ def _entries(directory: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _without_spaces(path: Path) -> None:
-    """Write a JSON file again without the whitespace, which is half of a tokenizer's."""
+    """Rewrite a JSON file without whitespace, which is half of a tokenizer file's bytes."""
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)

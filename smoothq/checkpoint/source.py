@@ -1,7 +1,7 @@
-"""Where float weights come from: a checkpoint read tensor by tensor, or a model in memory.
+"""Sources of float weights: a checkpoint read tensor by tensor, or a model in memory.
 
-Both give a skeleton (the model on the meta device) and single tensors by name, so that the
-pipeline never holds more than the block it works on.
+Both give single tensors by name for a skeleton, which is the model with parameters on the meta
+device; so the pipeline needs memory for one block at a time.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from ..errors import CheckpointError, NumericsError, UnsupportedModelError, firs
 from ..runtime.memory import give_back
 from ..runtime.process import build_lock, default_modes
 from .in_memory import (
-    held_bytes,
     module_types,
+    storage_bytes,
     tensors_of,
     unwrapped,
 )
@@ -68,14 +68,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
-HUB = "hf://"  # before an id of the hub
+HUB = "hf://"  # prefix of a hub id
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-LARGEST_SIZE = 1 << 28  # of a number in a config: beyond any model's
-END_BYTES = 4096  # of either end of a tensor, where a fingerprint is taken
-COMPARED_ROWS = 4096  # of two tensors that may be the same, at a time
-NAMED = 4  # kinds of tensors that a note names
+LARGEST_SIZE = 1 << 28  # integers in a config above this are taken for damage
+END_BYTES = 4096  # hashed at the beginning and at the end of a tensor, for a fingerprint
+COMPARED_ROWS = 4096  # read at a time when two tensors are compared
+NAMED = 4  # name patterns that a note lists at most
 PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DTYPES = {  # of safetensors, by the names that stand in a file's header
+DTYPES = {  # name in a safetensors header → torch.dtype
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -108,9 +108,15 @@ class Spec(NamedTuple):
 class Source(Protocol):
     """A float causal LM that can be read tensor by tensor.
 
-    specs: what it has for the model that it was adopted for, by the model's names: parameters and
-    persistent buffers. extras: tensors that the model's class does not know, by their own names;
-    they are kept. notes: what else of it the user should know.
+    Attributes:
+        name: of the model, for messages.
+        config: of the model.
+        nbytes: bytes of all tensors.
+        specs: shape and dtype of the stored parameters and persistent buffers by the names that the
+            adopted model gives them. Set by `adopt`, as are `extras` and `notes`.
+        extras: the same of tensors that the model's class does not have, by their stored names;
+            they are copied into the output unchanged.
+        notes: remarks for the user, such as tensors that are left out.
     """
 
     name: str
@@ -122,37 +128,67 @@ class Source(Protocol):
 
     @property
     def paths(self) -> list[Path]:
-        """The directories and files that it is read from."""
+        """The directories and files that the model is read from."""
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Learn how the stored tensors make those of a model, which may be on meta.
+        """Map the stored tensors to those of a model, before the first read.
 
-        The model takes their dtypes, and those ties that they do not contradict.
+        Args:
+            model: may be on the meta device. In place, its floats get the stored dtypes, and a tied
+                parameter whose stored values differ from its twin's is untied.
         """
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the model, as they are stored, one by one. Raises CheckpointError if missing.
+        """(name, tensor) of tensors in their stored dtypes, one by one, in any order.
 
-        names: of the model's tensors, or of extras.
+        Args:
+            names: of the model's tensors, or of `extras`.
+
+        Raises:
+            CheckpointError: for a tensor that is not stored.
         """
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
-        """A parameter in stretches of so many rows, without ever holding more of it."""
+        """A parameter in chunks of `count` rows, of which one at a time is in memory.
+
+        Args:
+            name: of the parameter in the model.
+            count: rows of a chunk; the last may be shorter.
+        """
 
     def fingerprint(self) -> str:
-        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        """SHA-256 over the config and every tensor's name, shape, dtype, first and last values."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
 
     def side_files(self) -> SideFiles:
-        """What goes along with the weights into an output. Raises CheckpointError if unreadable."""
+        """The files to copy into an output beside the weights.
+
+        Raises:
+            CheckpointError: for a file that cannot be read.
+        """
 
 
 class CheckpointSource:
-    """A directory of safetensors with a config.json, opened lazily."""
+    """A directory with `config.json` and weights (safetensors or `.bin`), read tensor by tensor.
+
+    Attributes:
+        directory: of the checkpoint.
+        files: stored tensor name → the file that holds it.
+    """
 
     def __init__(self, directory: Path, name: str) -> None:
+        """Read the config and the tensors' names; no weights.
+
+        Args:
+            directory: of the checkpoint.
+            name: of the model, for messages.
+
+        Raises:
+            CheckpointError: for files that are missing or cannot be read.
+            UnsupportedModelError: for a config that fits no model.
+        """
         self.name, self.directory = name, directory
         self.config = _read_config(directory, name)
         self.files = tensor_files(directory, name)
@@ -161,21 +197,21 @@ class CheckpointSource:
         if (directory / GENERATION_CONFIG).is_file():
             try:
                 GenerationConfig.from_pretrained(directory)
-            except Exception as error:  # whatever transformers makes of a damaged file
+            except Exception as error:  # transformers has no common base for damaged files
                 raise CheckpointError(
                     f"{name}: {GENERATION_CONFIG} cannot be read: {first_line(error)}"
                 ) from error
 
     @property
     def paths(self) -> list[Path]:
-        """The directory, and the files, which may be links to others."""
+        """The directory and its weight and side files, which may be symbolic links."""
         return [self.directory, *set(self.files.values()), *self.side_files().files.values()]
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Learn the names and conversions under which transformers loads this checkpoint."""
+        """Map the stored tensors to a model's by transformers' renamings and conversions."""
         transforms = get_model_conversion_mapping(model)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
         by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
         wanted, prefix = model.state_dict(), model.base_model_prefix
         stored_specs = {
@@ -185,7 +221,7 @@ class CheckpointSource:
         }
         self._model = model
         self._stored: dict[str, str] = {}
-        self._converted: dict[str, _Converted] = {}
+        self._conversions: dict[str, _Conversion] = {}
         unnamed: dict[str, str] = {}
         for stored in sorted(stored_specs, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
@@ -196,20 +232,20 @@ class CheckpointSource:
             elif pattern is None:
                 self._stored[name] = stored
             else:
-                made = _Converted(name, by_pattern[pattern], [])
-                self._converted.setdefault(name, made).parts.append((pattern, stored))
+                conversion = _Conversion(name, by_pattern[pattern], [])
+                self._conversions.setdefault(name, conversion).parts.append((pattern, stored))
         self.specs = {name: stored_specs[stored] for name, stored in self._stored.items()}
-        for converted in list(self._converted.values()):
-            # A converter says which tensors it makes by making them, here without values.
+        for conversion in list(self._conversions.values()):
+            # A converter names its results only by converting: here on the meta device.
             empty = {
                 stored: torch.empty(shape, dtype=dtype, device="meta")
                 for stored, (shape, dtype) in (
-                    (stored, stored_specs[stored]) for _, stored in converted.parts
+                    (stored, stored_specs[stored]) for _, stored in conversion.parts
                 )
             }
-            for name, tensor in self._convert(converted, empty).items():
+            for name, tensor in self._convert(conversion, empty).items():
                 if name in wanted:
-                    self._converted[name] = converted
+                    self._conversions[name] = conversion
                     self.specs[name] = Spec(tuple(tensor.shape), tensor.dtype)
         self._settle_ties(model)
         _take_dtypes(model, self.specs)
@@ -217,7 +253,7 @@ class CheckpointSource:
         self.notes = _notes_on(self.extras, useless)
 
     def _settle_ties(self, model: PreTrainedModel) -> None:
-        """Tie what transformers would: a stored tensor that differs from its twin stays its own."""
+        """Tie as transformers would: where both twins are stored and differ, untie them."""
         for target, source in list(model.all_tied_weights_keys.items()):
             if target in self._stored and source not in self.specs:
                 self.specs[source] = self.specs.pop(target)
@@ -228,25 +264,30 @@ class CheckpointSource:
                 self.specs.pop(target, None)
 
     def _same(self, one: str, other: str) -> bool:
-        """Whether two stored tensors hold the same numbers."""
+        """Whether two stored tensors are equal, compared in chunks of rows."""
         if self.specs[one].shape != self.specs[other].shape:
             return False
         pairs = zip(self.rows(one, COMPARED_ROWS), self.rows(other, COMPARED_ROWS), strict=True)
         return all(torch.equal(left, right) for left, right in pairs)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors mapped from the file, or made of several: keep copies of the mapped."""
+        """(name, tensor), mapped from a file or converted; copy a mapped one to keep it.
+
+        A conversion yields all of its tensors that are asked for together.
+        """
         names = list(names)
         stored = {name: name for name in names if name in self.extras}
         left = dict.fromkeys(name for name in names if name not in stored)
         while left:
             name = next(iter(left))
-            if name in self._converted:
-                converted = self._converted[name]
-                made = self._convert(converted, dict(self._read(s for _, s in converted.parts)))
-                for each in [each for each in left if each in made]:
-                    del left[each]
-                    yield each, made[each]
+            if name in self._conversions:
+                conversion = self._conversions[name]
+                parameters = self._convert(
+                    conversion, dict(self._read(s for _, s in conversion.parts))
+                )
+                for parameter in [key for key in left if key in parameters]:
+                    del left[parameter]
+                    yield parameter, parameters[parameter]
                 if name in left:
                     raise CheckpointError(
                         f"{self.name}: '{name}' cannot be made of the stored tensors"
@@ -260,14 +301,14 @@ class CheckpointSource:
             yield stored[key], tensor
 
     def _read(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors under the names that they have in the files."""
+        """(stored name, tensor), file by file."""
         for key in sorted(stored, key=lambda key: str(self.files[key])):
-            # Opened for this tensor only: pages of a file that stays mapped count as our memory.
+            # Opened for this tensor only: pages of a mapped file count as resident memory.
             yield key, read_tensor(self.files[key], key)
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
-        """A parameter in stretches of so many rows, without ever holding more of it."""
-        if name in self._converted:
+        """A parameter in chunks of `count` rows; a converted parameter is in memory as a whole."""
+        if name in self._conversions:
             ((_, tensor),) = self.tensors([name])
             yield from tensor.split(count)
             return
@@ -283,7 +324,7 @@ class CheckpointSource:
             yield _open_safetensors(path).get_slice(key)[first : first + count]
 
     def fingerprint(self) -> str:
-        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        """SHA-256 over the config and every tensor's name, shape, dtype, first and last values."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
         for path in sorted(set(self.files.values())):
             digest.update(path.name.encode())
@@ -302,21 +343,27 @@ class CheckpointSource:
                             digest.update(file.read(min(END_BYTES, end - first)))
         return digest.hexdigest()
 
-    def _convert(self, converted: _Converted, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What transformers makes of several stored tensors, or several of one, by name."""
-        converter: Any = copy.deepcopy(converted.converter)
-        for pattern, stored in converted.parts:
+    def _convert(self, conversion: _Conversion, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Apply one of transformers' conversions, and return its results by name in the model.
+
+        It merges several stored tensors, or splits one. tensors: inputs by stored name.
+        """
+        converter: Any = copy.deepcopy(conversion.converter)
+        for pattern, stored in conversion.parts:
             read = partial(tensors.__getitem__, stored)
-            converter.add_tensor(converted.name, stored, pattern, read)
+            converter.add_tensor(conversion.name, stored, pattern, read)
         try:
-            made = converter.convert(converted.name, model=self._model, config=self._model.config)
-        except Exception as error:  # whatever transformers' conversions make of foreign tensors
+            parameters = converter.convert(
+                conversion.name, model=self._model, config=self._model.config
+            )
+        except Exception as error:  # transformers' conversions have no common base
             raise CheckpointError(
-                f"{self.name}: '{converted.name}' cannot be made of the stored tensors: "
+                f"{self.name}: '{conversion.name}' cannot be made of the stored tensors: "
                 f"{first_line(error)}"
             ) from error
         return {
-            name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()
+            name: tensor[0] if isinstance(tensor, list) else tensor
+            for name, tensor in parameters.items()
         }
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -324,24 +371,28 @@ class CheckpointSource:
         return load_tokenizer(self.directory, self.name) if has_tokenizer(self.directory) else None
 
     def side_files(self) -> SideFiles:
-        """What goes along of the directory."""
-        found = SideFiles.of(self.directory)
-        if GENERATION_CONFIG in found.files:
-            return found
-        # Older configs hold generation parameters, which transformers reads there, but drops of a
-        # config that it loads and writes.
-        held = GenerationConfig.from_model_config(
+        """The directory's side files, with generation parameters of an older config.json."""
+        side_files = SideFiles.of(self.directory)
+        if GENERATION_CONFIG in side_files.files:
+            return side_files
+        # Older configs hold generation parameters. transformers reads them from config.json, but
+        # does not keep them in a config that it loads and writes again.
+        stored_config = GenerationConfig.from_model_config(
             json.loads((self.directory / CONFIG).read_bytes())
         )
-        kept = GenerationConfig.from_model_config(copy.deepcopy(self.config))
-        return found if held == kept else replace(found, generation_config=held)
+        loaded_config = GenerationConfig.from_model_config(copy.deepcopy(self.config))
+        return (
+            side_files
+            if stored_config == loaded_config
+            else replace(side_files, generation_config=stored_config)
+        )
 
 
 @dataclass(frozen=True)
-class _Converted:
-    """How transformers makes parameters of stored tensors that are cut otherwise.
+class _Conversion:
+    """One of transformers' conversions between stored tensors and parameters, as for experts.
 
-    name: of the first parameter made. parts: (pattern, stored name) pairs.
+    name: of its first parameter. parts: (source pattern, stored name) of its inputs.
     """
 
     name: str
@@ -350,7 +401,7 @@ class _Converted:
 
 
 class ModuleSource:
-    """A model in memory. It is read, never changed."""
+    """A model in memory, which is read and never changed."""
 
     def __init__(
         self,
@@ -361,10 +412,19 @@ class ModuleSource:
         files: Mapping[str, Path] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """paths: what the model was read from. files: those of its side files that are files.
+        """Take a model as it is; no tensor is copied.
 
-        dtype: of its floats once they are stored; None is their own. Raises CheckpointError for a
-        config that cannot be written.
+        Args:
+            model: on any device, or offloaded by accelerate.
+            tokenizer: of the model, if there is one.
+            name: of the model, for messages.
+            paths: directories and files that the model was read from.
+            files: side files to copy: name in the output → path.
+            dtype: that floats are stored in; None keeps each tensor's dtype.
+
+        Raises:
+            CheckpointError: for a config that cannot be written as JSON.
+            UnsupportedModelError: for a tensor on the meta device that is not offloaded.
         """
         self.name, self.config = name, model.config
         try:
@@ -378,13 +438,14 @@ class ModuleSource:
         generation_config = getattr(model, "generation_config", None)
         self._side_files = SideFiles(dict(files or {}), (), tokenizer, generation_config)
         self._tensors = tensors_of(model)
-        self.nbytes = held_bytes(self._tensors)
+        self.nbytes = storage_bytes(self._tensors)
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Learn which of the tensors a model names: the names are its own.
+        """Map the tensors to those of a model of the same class, by equal names.
 
-        Raises UnsupportedModelError where a module was put in the place of its class's own: what is
-        quantized is what the class makes.
+        Raises:
+            UnsupportedModelError: if a module or tensor of the model in memory is not one that its
+                class builds.
         """
         wanted = model.state_dict()
         for name, kind in module_types(model).items():
@@ -424,34 +485,34 @@ class ModuleSource:
         return self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the model, shared with it."""
+        """(name, tensor) in their present dtypes, sharing memory with the model."""
         for name in names:
             if name not in self._tensors:
                 raise CheckpointError(f"{self.name}: the model has no tensor '{name}'")
             yield name, self._tensors[name].detach()
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
-        """A parameter in stretches of so many rows."""
+        """A parameter in chunks of `count` rows, sharing memory with the model."""
         ((_, tensor),) = self.tensors([name])
         yield from tensor.split(count)
 
     def fingerprint(self) -> str:
-        """A hash of the config, of every tensor's name, shape and dtype, and of its two ends."""
+        """SHA-256 over the config and every tensor's name, shape, dtype, first and last values."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
         _digest_tensors(digest, self._tensors)
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that came with the model, if one did."""
+        """The tokenizer that was given with the model, or None."""
         return self._side_files.tokenizer
 
     def side_files(self) -> SideFiles:
-        """The tokenizer and the generation config."""
+        """The tokenizer, the generation config and the given files."""
         return self._side_files
 
 
 def _digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Add every tensor's name, shape and dtype, and its two ends, to a hash."""
+    """Add to a hash every tensor's name, shape, dtype, and first and last values."""
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
@@ -464,10 +525,16 @@ def open_source(
     tokenizer: PreTrainedTokenizerBase | None = None,
     gguf_file: str | None = None,
 ) -> Source:
-    """Open a hub id, a local directory, a GGUF file in either, or a model in memory.
+    """Open a float model by hub id or directory, from a GGUF file in either, or in memory.
 
-    Raises CheckpointError where nothing is found, UnsupportedModelError for a model that is
-    already quantized, or none.
+    Args:
+        model: hub id, `hf://owner/name[@revision]`, directory, GGUF file, or model.
+        tokenizer: of a model in memory; others bring their own.
+        gguf_file: name of a GGUF file in `model`, which is dequantized to bfloat16.
+
+    Raises:
+        CheckpointError: if there is no such model, or it cannot be read.
+        UnsupportedModelError: for a model that is quantized already, or not supported.
     """
     if not isinstance(model, str | Path):
         model = unwrapped(model)
@@ -484,7 +551,11 @@ def open_source(
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """The config of a hub id or a local directory. Raises SmoothqError where there is none."""
+    """The config of a hub id or a local directory; no weights are downloaded.
+
+    Raises:
+        SmoothqError: if there is no config, or it cannot be read.
+    """
     return _read_config(resolve_directory(model, weights=False), model)
 
 
@@ -503,15 +574,20 @@ def refuse_quantized(config: PretrainedConfig, name: str) -> None:
 
 
 def resolve_directory(model: str, weights: bool = True) -> Path:
-    """The local directory of a model: itself, or the snapshot of a hub id, downloaded.
+    """The local directory of a model; a hub id is downloaded first.
 
-    model: a directory, an id, or `hf://owner/name[@revision]`. weights: whether they are wanted.
+    Args:
+        model: a directory, a hub id, or `hf://owner/name[@revision]`.
+        weights: whether to download weights too, not just config, tokenizer and side files.
+
+    Raises:
+        CheckpointError: if there is no such directory or repo, or the hub cannot be reached.
     """
     path = Path(model)
     try:
         if path.is_dir():
             return path
-    except OSError as error:  # such as a name of more letters than a name can have
+    except OSError as error:  # such as a name longer than file names may be
         raise CheckpointError(f"model '{model[:40]}…' is no directory: {error.strerror}") from error
     odd = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
     if odd and not model.startswith(HUB):
@@ -534,9 +610,12 @@ def resolve_directory(model: str, weights: bool = True) -> Path:
 
 
 def parse_hub_id(text: str) -> tuple[str, str | None]:
-    """The repo id and the revision of `hf://owner/name` or `hf://owner/name@revision`.
+    """Split `hf://owner/name[@revision]` into repo id and revision (None without one).
 
-    Any text without `hf://` is a repo id as it stands. Raises CheckpointError for another `hf://`.
+    A text without `hf://` is returned unchanged as the repo id.
+
+    Raises:
+        CheckpointError: for any other text with `hf://`.
     """
     if not text.startswith(HUB):
         return text, None
@@ -547,13 +626,18 @@ def parse_hub_id(text: str) -> tuple[str, str | None]:
 
 
 def untie(model: PreTrainedModel, target: str) -> None:
-    """Give a parameter that its config ties to another a place of its own, in place."""
+    """Untie a parameter in place: it becomes a parameter by itself, on the meta device.
+
+    Args:
+        model: whose `all_tied_weights_keys` has the parameter.
+        target: full name of the parameter.
+    """
     del model.all_tied_weights_keys[target]
     _set_tensor(model, target, torch.empty_like(model.get_parameter(target), device="meta"))
 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a parameter or buffer in the place of another."""
+    """Replace a parameter or buffer by full name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
@@ -563,7 +647,7 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _take_dtypes(model: PreTrainedModel, specs: dict[str, Spec]) -> None:
-    """Give a skeleton's floats the dtypes that they are stored in."""
+    """Set a skeleton's floats to their stored dtypes, and tie again what is tied."""
     for name, tensor in model.state_dict().items():
         if name in specs and tensor.is_floating_point() and specs[name].dtype.is_floating_point:
             _set_tensor(model, name, tensor.to(specs[name].dtype))
@@ -575,10 +659,11 @@ def _take_dtypes(model: PreTrainedModel, specs: dict[str, Spec]) -> None:
 def _sorted_out(
     model: PreTrainedModel, unnamed: dict[str, str], specs: dict[str, Spec]
 ) -> tuple[dict[str, Spec], list[str]]:
-    """Of tensors that no parameter is made of: what belongs to modules that the class does not
-    have, such as those that predict several tokens, and what a module that it has does not use.
+    """Divide stored tensors that the model does not name into (extras, useless).
 
-    unnamed: stored name → the name that transformers gives it.
+    extras: of modules that the model's class does not have, such as multi-token prediction layers.
+    useless: names of those in modules that it has, whose code does not use them.
+    unnamed: stored name → the name that transformers' renamings give it. specs: by stored name.
     """
     modules = {name for name, _ in model.named_modules()}
     extras, useless = {}, []
@@ -606,17 +691,19 @@ def _notes_on(extras: dict[str, Spec], useless: list[str]) -> list[str]:
 
 
 def families_of(names: Iterable[str]) -> str:
-    """Names with `*` for every number in them, each once, a few of them."""
+    """The distinct patterns of tensor names, with `*` for numbers; the first `NAMED`, joined."""
     kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
     return ", ".join(kinds[:NAMED]) + (f", … ({len(kinds)} kinds)" if len(kinds) > NAMED else "")
 
 
 def skeleton(source: Source) -> PreTrainedModel:
-    """The model of a source with its parameters on the meta device and its buffers real.
+    """Build a source's model with parameters on the meta device and real buffers, and adopt it.
 
-    Its tensors have the dtypes of the source's, and its ties are those that the source has.
-    Raises CheckpointError, before any work, for a tensor that is missing or has another shape,
-    UnsupportedModelError for one in a number format that means nothing without its scales.
+    Its floats have the stored dtypes, and parameters are tied where the stored values agree.
+
+    Raises:
+        CheckpointError: for a tensor that is missing or has another shape.
+        UnsupportedModelError: for a float stored in a dtype that needs scales, such as float8.
     """
     model = skeleton_of(source.config, source.name)
     source.adopt(model)
@@ -646,17 +733,24 @@ def _check_spec(spec: Spec, name: str, wanted: Tensor, model: str) -> None:
 
 
 def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
-    """The same from a config alone; of a quantized model it is the float one's.
+    """Build the float model of a config, in eval mode, with parameters on the meta device.
 
-    Raises UnsupportedModelError for a config that fits no model.
+    Floats have the dtype that the config names. The config may be a quantized checkpoint's.
+
+    Args:
+        config: of the model.
+        name: of the model, for messages.
+
+    Raises:
+        UnsupportedModelError: for a config that fits no model.
     """
     try:
         model = empty_model(config)
-    except Exception as error:  # whatever transformers makes of a config that fits no model
+    except Exception as error:  # transformers has no common base for unfit configs
         raise UnsupportedModelError(
             f"{name}: no model can be built from its config: {first_line(error)}"
         ) from error
-    # Building it named the working dtype there; the plan wants the checkpoint's own.
+    # `empty_model` builds in float32, which transformers recorded in the config.
     model.config.dtype = config.dtype
     named = dtype_named_by(config)
     _take_dtypes(model, {n: Spec(tuple(p.shape), named) for n, p in model.named_parameters()})
@@ -665,9 +759,10 @@ def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
 
 
 def dtype_named_by(config: PretrainedConfig) -> torch.dtype:
-    """The dtype that a config names, float32 where it names none.
+    """The dtype that a config names, or float32 if it names none.
 
-    Raises UnsupportedModelError for one that is no float.
+    Raises:
+        UnsupportedModelError: for a dtype that is no float.
     """
     named = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
@@ -677,9 +772,10 @@ def dtype_named_by(config: PretrainedConfig) -> torch.dtype:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config with its parameters on the meta device and its buffers real.
+    """Build the model of a config with parameters on the meta device and real buffers.
 
-    No weight is ever allocated. Raises whatever transformers makes of a config that fits no model.
+    No weight is allocated. Whatever transformers raises for a config that fits no model, this
+    raises too.
     """
     with build_lock, default_modes():
         with torch.device("meta"):
@@ -693,14 +789,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 def _make_buffers(model: PreTrainedModel) -> None:
     """Give a model on the meta device real buffers, computed as `from_pretrained` computes them.
 
-    One that a checkpoint stores is zero until it is read, unless the model's class initialises it.
-    Raises UnsupportedModelError for another that is computed nowhere but in `__init__`:
-    transformers would load the model with whatever lies in memory there.
+    A persistent buffer is zero until it is read, unless the model's class initialises it. Raises
+    UnsupportedModelError for a non-persistent buffer that only `__init__` computes: transformers
+    would load the model with uninitialised memory there.
     """
     computed: dict[str, tuple[Tensor, int]] = {}
     for prefix, module in list(model.named_modules()):
         for name, weight in list(module.named_parameters(recurse=False)):
-            if not weight.is_meta:  # made by an operator that knows of no device
+            if not weight.is_meta:  # made by an operator that ignores the default device
                 setattr(module, name, nn.Parameter(weight.data.to("meta"), weight.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             real = torch.zeros_like(buffer, device="cpu")
@@ -719,17 +815,26 @@ def _make_buffers(model: PreTrainedModel) -> None:
 
 
 def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
-    """Fill a module's parameters and persistent buffers from a source.
+    """Fill a module's parameters and persistent buffers from a source, with copies.
 
-    dtype: of the floats (None: as stored). A buffer that is not stored stays as the class makes it.
-    Raises CheckpointError for a missing tensor or a wrong shape, NumericsError for NaN or Inf.
+    A buffer that is not stored keeps the values that the model's class computed.
+
+    Args:
+        module: of the model that the source has adopted.
+        prefix: full name of the module.
+        source: of the weights.
+        dtype: of the floats; None keeps the stored dtypes.
+
+    Raises:
+        CheckpointError: for a missing tensor or a wrong shape.
+        NumericsError: for NaN or Inf.
     """
-    held = module.state_dict()
+    expected = module.state_dict()
     unstored = {n for n, _ in module.named_buffers() if f"{prefix}.{n}" not in source.specs}
-    names = {f"{prefix}.{name}": name for name in held if name not in unstored}
+    names = {f"{prefix}.{name}": name for name in expected if name not in unstored}
     loaded = {}
     for full, tensor in source.tensors(names):
-        check_weight(tensor, full, tuple(held[names[full]].shape), source.name)
+        check_weight(tensor, full, tuple(expected[names[full]].shape), source.name)
         # A copy, never a view: transforms write in place.
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         loaded[names[full]] = tensor.to(wanted, copy=True)
@@ -738,7 +843,18 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
 
 
 def check_weight(tensor: Tensor, name: str, shape: tuple[int, ...], model: str) -> None:
-    """Raise CheckpointError for a wrong shape, NumericsError for NaN or Inf."""
+    """Check a weight that was read.
+
+    Args:
+        tensor: as read.
+        name: of the tensor, for messages.
+        shape: that the model's config asks for.
+        model: name of the model, for messages.
+
+    Raises:
+        CheckpointError: for another shape.
+        NumericsError: for NaN or Inf.
+    """
     if tensor.shape != shape:
         raise CheckpointError(
             f"{model}: tensor '{name}' has shape {tuple(tensor.shape)}, the config asks for {shape}"
@@ -748,7 +864,7 @@ def check_weight(tensor: Tensor, name: str, shape: tuple[int, ...], model: str) 
 
 
 def unload_module(module: nn.Module) -> None:
-    """Give back the memory of a module's tensors, to the system too."""
+    """Move a module to the meta device, and return its memory to the system."""
     module.to("meta")
     give_back()
 
@@ -764,7 +880,7 @@ def _read_config(directory: Path, name: str) -> PretrainedConfig:
         raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory)
-    except Exception as error:  # whatever transformers makes of a damaged file
+    except Exception as error:  # transformers has no common base for damaged files
         raise UnsupportedModelError(
             f"{name}: its config cannot be read: {first_line(error)}"
         ) from error
@@ -772,9 +888,15 @@ def _read_config(directory: Path, name: str) -> PretrainedConfig:
 
 
 def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:
-    """Raise UnsupportedModelError for numbers in a config that no model of these tensors has.
+    """Refuse a damaged config, which would make transformers build until memory is exhausted.
 
-    Else a damaged config would have us build layers, or buffers, until memory ends.
+    Args:
+        config: of the model.
+        tensors: names of the stored tensors; a model has at most as many layers.
+        name: of the model, for messages.
+
+    Raises:
+        UnsupportedModelError: for an integer above `LARGEST_SIZE` or an impossible layer count.
     """
     text = config.get_text_config(decoder=True)
     for field, value in (config.to_dict() | text.to_dict()).items():
@@ -788,7 +910,15 @@ def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -
 
 
 def tensor_files(directory: Path, name: str) -> dict[str, Path]:
-    """The file of every stored tensor: of the files that transformers would load, in its order."""
+    """Stored tensor name → its file, for the weight files that transformers would load.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the model, for messages.
+
+    Raises:
+        CheckpointError: if there are no weight files, one is missing, or one cannot be read.
+    """
     for file in (_named_in_config(directory), *WEIGHTS):
         if file is not None and (directory / file).is_file():
             break
@@ -797,12 +927,13 @@ def tensor_files(directory: Path, name: str) -> dict[str, Path]:
     paths = [directory / file]
     if file.endswith(".index.json"):
         paths = [directory / shard for shard in _shards(directory / file, name)]
-    # What the files hold, not what an index says: so transformers loads, the last of a name wins.
+    # Names come from the files, not the index, and the last file with a name wins: transformers'
+    # rules.
     return {tensor: path for path in paths for tensor in tensor_names(path)}
 
 
 def _named_in_config(directory: Path) -> str | None:
-    """The file of weights that a config names, if it does."""
+    """The weight file that config.json names as `transformers_weights`, or None."""
     try:
         named = json.loads((directory / CONFIG).read_bytes())["transformers_weights"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -811,7 +942,7 @@ def _named_in_config(directory: Path) -> str | None:
 
 
 def _shards(index: Path, name: str) -> list[str]:
-    """The files that an index names."""
+    """The shards that an index file lists, all of which exist."""
     try:
         weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -829,7 +960,7 @@ def _shards(index: Path, name: str) -> list[str]:
 
 
 def _other(directory: Path) -> str:
-    """What a directory without weights of ours has instead, and what makes them of it."""
+    """The end of an error message: how to convert a weight variant, if the directory has one."""
     variants = sorted(path.name for path in directory.glob("model*.*.safetensors*"))
     if variants:
         variant = variants[0].split(".")[1]
@@ -842,17 +973,20 @@ def _other(directory: Path) -> str:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names of all tensors in a file of weights; no data is read."""
+    """The names of all tensors in a weight file; no data is read."""
     return list(open_bin(path)) if is_bin(path) else list(_open_safetensors(path).keys())
 
 
 def tensor_shapes(path: Path) -> dict[str, Spec]:
-    """The shape and dtype of every tensor in a file of weights; no data is read.
+    """The shape and dtype of every tensor in a weight file, by name; no data is read.
 
-    Raises CheckpointError for a file that cannot be read or a dtype that PyTorch does not have.
+    Raises:
+        CheckpointError: for a file that cannot be read, or a dtype that PyTorch does not have.
     """
     if is_bin(path):
-        return {name: Spec(tuple(held.shape), held.dtype) for name, held in open_bin(path).items()}
+        return {
+            name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in open_bin(path).items()
+        }
     file = _open_safetensors(path)
     headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     specs = {}
@@ -866,7 +1000,15 @@ def tensor_shapes(path: Path) -> dict[str, Spec]:
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
-    """A tensor of a file of weights, mapped while it lives. Raises CheckpointError."""
+    """A tensor of a weight file, on the CPU; the file stays mapped while the tensor lives.
+
+    Args:
+        path: of the weight file.
+        key: name of the tensor in the file.
+
+    Raises:
+        CheckpointError: if the file or the tensor cannot be read.
+    """
     if is_bin(path):
         return open_bin(path)[key]
     try:
@@ -894,7 +1036,7 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
         )
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error
-    # Dequantized by transformers: what is left is a float model, of which few want 32 bits.
+    # transformers has dequantized it to float32, a dtype that few models need.
     del float_model.config.quantization_config
     float_model.config.dtype = torch.bfloat16
     beside = SideFiles.of(directory).files.items()

@@ -1,7 +1,7 @@
-"""Tensors one after the other in a file, written and read back one at a time.
+"""Raw tensors one after another in a file, written and read back one at a time.
 
-What is read is copied into memory of its own: a mapped file's pages would count as ours for as long
-as the mapping lives.
+Reading copies into newly allocated memory instead of mapping the file: pages of a mapping count as
+resident memory of the process for as long as the mapping lives.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-DIGITS = 32  # of a tensor's hash: as many as tell any two apart, in half the space
-COPY_BYTES = 16 << 20  # what is read at a time to be copied or hashed
+DIGITS = 32  # hexadecimal digits kept of a tensor's SHA-256: 128 bits
+COPY_BYTES = 16 << 20  # read at a time for copying or hashing
 
 
 class Entry(BaseModel, frozen=True):
-    """Where a tensor lies in a file, what it is, and the first 128 bits of its bytes' SHA-256."""
+    """A tensor in a file.
+
+    Attributes:
+        dtype: PyTorch's name, such as `bfloat16`.
+        shape: of the tensor.
+        offset: of its first byte in the file.
+        nbytes: its length in bytes.
+        sha256: the first 128 bits of its bytes' SHA-256, in hexadecimal.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,18 +39,23 @@ class Entry(BaseModel, frozen=True):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Its dtype as PyTorch's own."""
+        """The dtype as a torch.dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
 class TensorFile:
-    """A file of raw tensors that grows."""
+    """A file to which raw tensors are appended, and from which they are read."""
 
     def __init__(self, path: Path, length: int = 0) -> None:
-        """length: bytes of an existing file that are kept; what lies behind them is cut off.
+        """Create a file, or open an existing one.
 
-        Raises OSError where the file cannot be opened, or is shorter.
+        Args:
+            path: of the file.
+            length: bytes of the existing file to keep, the rest is cut off; 0 starts an empty file.
+
+        Raises:
+            OSError: if the file cannot be opened or is shorter than `length`.
         """
         self.path = path
         self._file = open(path, "r+b" if length else "w+b")  # noqa: SIM115 (open as long as this)
@@ -52,14 +65,19 @@ class TensorFile:
         self.length = length
 
     def append(self, rows: Iterable[Tensor], shape: tuple[int, ...]) -> Entry:
-        """Write a tensor of a shape, given whole or by its rows in order."""
+        """Append a tensor and return its entry.
+
+        Args:
+            rows: chunks of the tensor along its first axis, in order; or the whole tensor.
+            shape: of the whole tensor.
+        """
         start, digest, dtype = self.length, hashlib.sha256(), torch.float32
         self._file.seek(start)
         for part in rows:
-            dtype, held = part.dtype, as_bytes(part)
-            digest.update(held)
-            self._file.write(held)
-            self.length += len(held)
+            dtype, data = part.dtype, as_bytes(part)
+            digest.update(data)
+            self._file.write(data)
+            self.length += len(data)
         name = str(dtype).removeprefix("torch.")
         return Entry(
             dtype=name,
@@ -70,20 +88,20 @@ class TensorFile:
         )
 
     def read(self, entry: Entry) -> Tensor:
-        """A tensor again, on the CPU."""
-        held = torch.empty(entry.nbytes, dtype=torch.uint8)
+        """Read a tensor into new memory, on the CPU."""
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._file.flush()
         self._file.seek(entry.offset)
-        self._file.readinto(as_bytes(held))
-        return held.view(entry.torch_dtype).view(entry.shape)
+        self._file.readinto(as_bytes(buffer))
+        return buffer.view(entry.torch_dtype).view(entry.shape)
 
     def blocks(self, entry: Entry) -> Iterator[bytes]:
-        """The bytes of a tensor, a few megabytes at a time."""
+        """The bytes of a tensor, `COPY_BYTES` at a time."""
         self._file.flush()
         return blocks_of(self._file, entry.offset, entry.nbytes)
 
     def sync(self) -> None:
-        """Wait until the disk has everything."""
+        """Flush everything to the disk (fsync)."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -93,13 +111,17 @@ class TensorFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, on the CPU, without a copy where it lies there in one piece."""
+    """A tensor's bytes; a contiguous CPU tensor is not copied."""
     flat: Any = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 def blocks_of(file: BinaryIO, offset: int, nbytes: int) -> Iterator[bytes]:
-    """A stretch of a file, a few megabytes at a time. Raises OSError where the file ends in it."""
+    """The bytes of a range of a file, `COPY_BYTES` at a time.
+
+    Raises:
+        OSError: if the file ends within the range.
+    """
     file.seek(offset)
     while nbytes:
         block = file.read(min(nbytes, COPY_BYTES))
@@ -110,7 +132,7 @@ def blocks_of(file: BinaryIO, offset: int, nbytes: int) -> Iterator[bytes]:
 
 
 def is_intact(blocks: Iterable[bytes | memoryview], sha256: str) -> bool:
-    """Whether a tensor's bytes have the hash of an `Entry`."""
+    """Whether a tensor's bytes, given in order, have the hash `Entry.sha256`."""
     digest = hashlib.sha256()
     for block in blocks:
         digest.update(block)

@@ -1,4 +1,4 @@
-"""Weights as `torch.save` wrote them, `pytorch_model*.bin`: mapped, and never run as code."""
+"""Weights that `torch.save` wrote (`pytorch_model*.bin`): mapped, with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from ..errors import CheckpointError, first_line
 
 
 def is_bin(path: Path) -> bool:
-    """Whether a file of weights is one of PyTorch's own."""
+    """Whether a weight file is one of `torch.save`'s, by its suffix `.bin`."""
     return path.suffix == ".bin"
 
 
 def open_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, mapped while they live.
+    """The tensors of a file by name, on the CPU; the file stays mapped while they live.
 
-    Raises CheckpointError for one that cannot be mapped, with what converts it, and for one that
-    holds anything but tensors.
+    Raises:
+        CheckpointError: for a file that cannot be mapped or holds anything but tensors by name; the
+            message says how to convert it.
     """
     try:
-        held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # pickle, zip and PyTorch each raise their own
         raise CheckpointError(
             f"{path} cannot be mapped ({first_line(error)}){_advice(path)}"
         ) from error
-    if not isinstance(held, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):
         raise CheckpointError(f"{path} holds more than tensors by name{_advice(path)}")
-    return held
+    return tensors
 
 
 def _advice(path: Path) -> str:

@@ -1,10 +1,10 @@
-"""Writing a checkpoint so that an unfinished one is never mistaken for a finished one.
+"""Crash-safe writing of a checkpoint: the output directory appears only when it is complete.
 
-All work goes to `OUT.partial`: the tensors to `model/`, the calibration's hidden states beside it,
-and `state.json` says how much of both is whole and what it was made of. A state is written to the
-disk after what it speaks of, and takes the place of the one before at once; so whatever ends a run,
-the next goes on from the last state. The whole checkpoint is assembled in `final/`, and the last
-act is making that `OUT`, as `placing` says.
+All work goes to `OUT.partial`: tensors to `model/`, the calibration's hidden states to
+`hidden-*` files, and `state.json` records how much of both is complete and from which run. The
+state is written after the data that it describes and replaces the previous state atomically, so a
+run that was killed resumes from the last state. The checkpoint is assembled in `final/`, which the
+module `placing` then moves to `OUT`.
 """
 
 from __future__ import annotations
@@ -59,11 +59,18 @@ from .tensor_file import Entry, TensorFile, is_intact
 log = logging.getLogger("smoothq")
 
 STATE_FORMAT = 1
-RESERVE_BYTES = 16 << 20  # room for config, tokenizer and card beside the tensors
+RESERVE_BYTES = 16 << 20  # disk space for config, tokenizer and card beside the tensors
 
 
 class Environment(BaseModel, frozen=True):
-    """What may move a result's last bits: a run goes on elsewhere with a warning."""
+    """What may change the last bits of a result; a run that resumes in another warns.
+
+    Attributes:
+        torch: version of PyTorch.
+        device: device type, such as `cuda`.
+        threads: PyTorch's intra-op CPU threads.
+        processes: number of ranks.
+    """
 
     torch: str
     device: str
@@ -72,16 +79,25 @@ class Environment(BaseModel, frozen=True):
 
     @classmethod
     def here(cls, device: str, processes: int) -> Self:
-        """Those of this process. device: its kind."""
+        """The environment of this process.
+
+        Args:
+            device: device type, such as `cuda`.
+            processes: number of ranks.
+        """
         threads = get_num_threads()
         return cls(torch=torch_version, device=device, threads=threads, processes=processes)
 
 
 class State(BaseModel):
-    """How far a run has come.
+    """The progress of a run, as `state.json` stores it.
 
-    blocks: finished ones. streams: the micro-batches of hidden states that enter the next block, by
-    the name of their stream.
+    Attributes:
+        identity: the key of the run.
+        surroundings: the environment in which the run began.
+        blocks: number of finished blocks.
+        shards: the tensors written so far.
+        streams: name of a stream of hidden states → its micro-batches that enter the next block.
     """
 
     identity: RunKey
@@ -94,9 +110,14 @@ class State(BaseModel):
 class CheckpointWriter:
     """Writes tensors and metadata to a directory that appears only when complete.
 
-    A context manager, of one process at a time. Left with an error of the input's it removes
-    `OUT.partial`; after anything else the finished blocks stay there, to go on from.
-    Raises CheckpointError for an output that cannot be taken, OutputError where the disk refuses.
+    A context manager that locks `OUT.partial` against other processes. On leaving with an error of
+    the input (a SmoothqError other than OutputError and StoppedError), or before the first block is
+    finished, it deletes `OUT.partial`; after any other exception the finished blocks stay there and
+    the same call resumes from them.
+
+    Raises:
+        CheckpointError: for an output that cannot be used.
+        OutputError: if the disk refuses.
     """
 
     def __init__(
@@ -108,10 +129,17 @@ class CheckpointWriter:
         every: int = 1,
         export: CheckpointWriter | None = None,
     ) -> None:
-        """resume: True demands work to go on with, False begins anew, None goes on where it can.
+        """Nothing is read or written before `check` or `__enter__`.
 
-        every: blocks between two states. export: the writer of what is made of this output, which
-        then goes; where that is finished, this is.
+        Args:
+            out: the output directory.
+            overwrite: whether to replace the content of an existing output.
+            shard_bytes: size of a shard's tensors above which the next one begins.
+            resume: True requires finished blocks to resume from, False starts anew, None resumes
+                where it can.
+            every: number of blocks between two saved states.
+            export: writer of an export that is made from this output, which is deleted afterwards;
+                this output counts as finished when the export is.
         """
         self._place = Place(out)
         self.out, self.partial = self._place.out, self._place.partial
@@ -124,18 +152,26 @@ class CheckpointWriter:
 
     @property
     def scratch(self) -> Path:
-        """A directory for what does not outlive the run."""
+        """A directory for temporary files of the run."""
         return self.partial / "scratch"
 
     def beside(self, name: str) -> Path:
-        """A directory on the output's disk for another step's work: `OUT.name`, where it can be."""
+        """The path for another step's work on the output's disk: `OUT.name` or `OUT/.name`."""
         return self._place.beside(name)
 
     def check(self, expected_bytes: int, sources: Iterable[Path] = ()) -> None:
-        """Refuse, before any work, an output that cannot be written to or is too small a disk.
+        """Refuse an output before any work, and undo a placing that was interrupted.
 
-        sources: what the model is read from. A finished checkpoint that says what made it passes:
-        `is_finished` looks at that.
+        An output that is a finished checkpoint with a run in its manifest passes: `is_finished`
+        compares that.
+
+        Args:
+            expected_bytes: that the run will write.
+            sources: paths that the model is read from.
+
+        Raises:
+            CheckpointError: for an output that cannot be written, holds something else, would
+                remove a source, or lies on a disk with too little space.
         """
         if self._place.was_stopped and not self._place.partial.is_symlink():
             with self._writing(), self._locked():
@@ -154,10 +190,18 @@ class CheckpointWriter:
     def is_finished(
         self, identity: RunKey, config: PretrainedConfig, side_files: SideFiles
     ) -> bool:
-        """Whether the output is there already, whole and made of just this.
+        """Whether the output exists already, complete and from the same run and side files.
 
-        All that will be written of objects is written for that, once: what cannot be is refused
-        here, before any work. Raises CheckpointError for the finished output of another run.
+        Writes config, tokenizer and generation config to a temporary directory to hash them, so
+        objects that cannot be written are refused here, before any work.
+
+        Args:
+            identity: the key of the run.
+            config: of the output's model.
+            side_files: of the output.
+
+        Raises:
+            CheckpointError: if the output is finished, but from another run.
         """
         with self._writing(), tempfile.TemporaryDirectory(prefix="smoothq-") as scratch:
             _write_config(config, Path(scratch))
@@ -171,24 +215,32 @@ class CheckpointWriter:
         return self.is_made_of(identity, hashes)
 
     def is_made_of(self, identity: RunKey, side_files: Mapping[str, str]) -> bool:
-        """Whether the output is whole and was made by a run, with side files of these hashes."""
-        made = None if self._overwrite else self._finished()
-        if made is None:
+        """Whether the output is complete, from this run, and with these side files.
+
+        Args:
+            identity: the key of the run.
+            side_files: name in the output → SHA-256.
+
+        Raises:
+            CheckpointError: if the output is finished, but from another run.
+        """
+        manifest = None if self._overwrite else self._finished()
+        if manifest is None:
             return False
-        run = {} if made.run is None else made.run.model_dump()
+        run = {} if manifest.run is None else manifest.run.model_dump()
         other = [name for name, value in identity.model_dump().items() if run.get(name) != value]
-        own, wanted = (
+        stored_hashes, wanted_hashes = (
             {name: digest for name, digest in hashes.items() if goes_along(name)}
-            for hashes in (made.files, side_files)
+            for hashes in (manifest.files, side_files)
         )
-        if own != wanted:
+        if stored_hashes != wanted_hashes:
             other.append("side files")
         if other:
             raise self._not_empty(other)
         return True
 
     def _finished(self) -> Manifest | None:
-        """The output's manifest, if that is a whole checkpoint and says what made it."""
+        """The manifest of an output that is complete, unchanged, and names its run; else None."""
         try:
             manifest = Manifest.read(self.out)
             stored = tensor_files(self.out, str(self.out))
@@ -215,7 +267,7 @@ class CheckpointWriter:
         return self
 
     def _take_lock(self) -> IO[str]:
-        lock = open(self.partial / "lock", "w")  # noqa: SIM115 (held as long as it is open)
+        lock = open(self.partial / "lock", "w")  # noqa: SIM115 (closing it releases the lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -256,29 +308,42 @@ class CheckpointWriter:
         self._lock.close()
 
     def begin(self, identity: RunKey, surroundings: Environment) -> State:
-        """The state to go on from: that of `OUT.partial`, or an empty one.
+        """Prepare `OUT.partial` and return the state to resume from, or an empty state.
 
-        Raises CheckpointError, leaving `OUT.partial` as it is, where that holds other work or
-        damaged work, or nothing although `resume` demands it.
+        Args:
+            identity: the key of this run.
+            surroundings: the environment of this run.
+
+        Raises:
+            CheckpointError: leaving `OUT.partial` unchanged, if it holds damaged work or work of
+                another run, or none although `resume` requires it.
         """
-        found = None if self._resume is False else self._found(identity, surroundings)
+        resumed = None if self._resume is False else self._resumable_state(identity, surroundings)
         with self._writing():
-            if found is None:
+            if resumed is None:
                 self._clear()
             model = self.partial / "model"
             model.mkdir(exist_ok=True)
-            state = found or State(identity=identity, surroundings=surroundings)
+            state = resumed or State(identity=identity, surroundings=surroundings)
             self._shards = ShardWriter(model, state.shards, self._shard_bytes)
             self._state = state
-            held = {self._stream_path(name) for name in state.streams}
-            for path in set(self.partial.glob("hidden-*")) - held:
+            kept_paths = {self._stream_path(name) for name in state.streams}
+            for path in set(self.partial.glob("hidden-*")) - kept_paths:
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
         return state.model_copy()
 
     def stream(self, name: str) -> Iterator[Tensor]:
-        """The micro-batches of a stream, as the state has them, one by one."""
+        """The stored micro-batches of a stream of hidden states, one by one.
+
+        Args:
+            name: of the stream in `State.streams`.
+
+        Raises:
+            StoppedError: if the state has no such stream.
+            CheckpointError: if a micro-batch's hash differs from the state.
+        """
         assert self._state is not None
         if name not in self._state.streams:
             raise StoppedError(
@@ -294,20 +359,33 @@ class CheckpointWriter:
             file.close()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Store tensors that are in memory."""
+        """Write tensors that are in memory, by their names in the checkpoint."""
         for name, tensor in tensors.items():
             self.add_rows(name, [tensor], tuple(tensor.shape), tensor.nbytes)
 
     def add_rows(
         self, name: str, rows: Iterable[Tensor], shape: tuple[int, ...], nbytes: int
     ) -> None:
-        """Store a tensor of so many bytes that comes in stretches of its rows."""
+        """Write a tensor that comes in chunks of rows.
+
+        Args:
+            name: in the checkpoint.
+            rows: chunks along the first axis, in order.
+            shape: of the whole tensor.
+            nbytes: of the whole tensor.
+        """
         assert self._shards is not None
         with self._writing():
             self._shards.add(name, rows, shape, nbytes)
 
     def commit(self, blocks: int, streams: Mapping[str, Iterable[Tensor]]) -> None:
-        """Make sure that a next run can go on after so many blocks, with these hidden states."""
+        """Save a state from which another run can resume.
+
+        Args:
+            blocks: number of finished blocks.
+            streams: name of a stream → the micro-batches of hidden states that enter the next
+                block.
+        """
         assert self._state is not None
         assert self._shards is not None
         with self._writing():
@@ -319,9 +397,9 @@ class CheckpointWriter:
             }
             text = self._state.model_dump_json()
             digest = hashlib.sha256(text.encode()).hexdigest()
-            held = {"format": STATE_FORMAT, "sha256": digest, "state": text}
+            record = {"format": STATE_FORMAT, "sha256": digest, "state": text}
             fresh = self.partial / "state.json.new"
-            fresh.write_text(json.dumps(held), encoding="utf-8")
+            fresh.write_text(json.dumps(record), encoding="utf-8")
             sync(fresh)
             os.replace(fresh, self.partial / "state.json")
             sync(self.partial)
@@ -330,7 +408,13 @@ class CheckpointWriter:
             self._shards.forget_copied()
 
     def assemble(self, config: PretrainedConfig, side_files: SideFiles, card: str) -> Path:
-        """The whole checkpoint on the disk, in a directory that is not the output yet."""
+        """Assemble the checkpoint in `OUT.partial/final` and return that directory.
+
+        Args:
+            config: of the model; written as `config.json`.
+            side_files: to copy or write.
+            card: text of the model card.
+        """
         assert self._shards is not None
         assert self._state is not None
         final = self._place.final
@@ -348,12 +432,12 @@ class CheckpointWriter:
         return final
 
     def place(self) -> None:
-        """Make what was assembled the output, and remove all else."""
+        """Move the assembled checkpoint to the output, and delete `OUT.partial`."""
         with self._writing():
             self._place.put()
 
-    def _found(self, identity: RunKey, surroundings: Environment) -> State | None:
-        """The state of the work in `OUT.partial`, if there is any, and it is ours."""
+    def _resumable_state(self, identity: RunKey, surroundings: Environment) -> State | None:
+        """The state in `OUT.partial`, or None without one; errors as in `begin`."""
         path = self.partial / "state.json"
         if not path.exists():
             if self._resume:
@@ -363,19 +447,19 @@ class CheckpointWriter:
             return None
         anew = "use --no-resume to begin anew"
         try:
-            held = json.loads(path.read_bytes())
-            if held["format"] != STATE_FORMAT:
+            record = json.loads(path.read_bytes())
+            if record["format"] != STATE_FORMAT:
                 raise CheckpointError(
-                    f"{path} has format {held['format']}, this smoothq goes on from {STATE_FORMAT}"
-                    f"; go on with the version that wrote it, or {anew}"
+                    f"{path} has format {record['format']}, this smoothq goes on from "
+                    f"{STATE_FORMAT}; go on with the version that wrote it, or {anew}"
                 )
-            state = State.model_validate_json(held["state"])
-            if hashlib.sha256(held["state"].encode()).hexdigest() != held["sha256"]:
+            state = State.model_validate_json(record["state"])
+            if hashlib.sha256(record["state"].encode()).hexdigest() != record["sha256"]:
                 raise ValueError("its hash is another")
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise CheckpointError(f"{path} is damaged ({first_line(error)}); {anew}") from error
-        ours, theirs = identity.model_dump(), state.identity.model_dump()
-        other = [name for name, value in ours.items() if value != theirs[name]]
+        key, stored_key = identity.model_dump(), state.identity.model_dump()
+        other = [name for name, value in key.items() if value != stored_key[name]]
         if other:
             raise CheckpointError(
                 f"'{self.partial}' holds {state.blocks} finished blocks of another run: its "
@@ -411,7 +495,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the disk says into one line."""
+        """Turn errors of the file system into an OutputError of one line."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -421,13 +505,14 @@ class CheckpointWriter:
 
 
 def _write_config(config: PretrainedConfig, directory: Path) -> None:
-    """Write a model's config as it is.
+    """Write `config.json`, with the Python files of a model with remote code.
 
-    Not by `save_pretrained`, which refuses generation parameters that older configs hold.
+    `save_pretrained` is not used, because it refuses generation parameters, which older configs
+    have.
     """
     written = copy.deepcopy(config)
     if hasattr(written, "transformers_weights"):
-        del written.transformers_weights  # the name of a file that is not ours
+        del written.transformers_weights  # names a weight file of the float model
     if written._auto_class is not None:
         custom_object_save(written, directory, config=written)  # type: ignore[arg-type]
     written.to_json_file(directory / CONFIG, use_diff=True)

@@ -1,1 +1,1 @@
-"""Text and data that a model is calibrated and measured on, as tokens."""
+"""Calibration and evaluation data: texts and data sets, tokenizers, and the tokens of both."""

@@ -1,4 +1,4 @@
-"""Calibration data as callers hold them → tokens: arrays, lists, texts, batches, data sets."""
+"""Converts calibration data in memory to tokens: arrays, lists, texts, batches, data sets."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _FORMS = (
 
 
 class TextSettings(Protocol):
-    """How much of texts is taken, and from which column: a recipe's `Calibration`."""
+    """How many texts and tokens to take, and from which column; a recipe's `Calibration` is one."""
 
     @property
     def samples(self) -> int:
-        """Texts that are taken."""
+        """Number of texts to take."""
 
     @property
     def sequence_length(self) -> int:
-        """Tokens that are taken of each."""
+        """Number of tokens to take of each text."""
 
     @property
     def text_column(self) -> str | None:
-        """The column that holds them, or None for whichever is usual."""
+        """The column of texts or chats; None stands for the first of `TEXT_COLUMNS` that exists."""
 
 
 def tokens_of(
@@ -47,15 +47,25 @@ def tokens_of(
     vocabulary: int,
     longest: int | None,
 ) -> Tokens:
-    """The tokens of calibration data in any of the forms that `quantize` takes.
+    """Convert calibration data, in any form that `quantize` accepts, to tokens.
 
-    Token ids are taken as they are, each row a sequence, without those that an `attention_mask`
-    hides; what is left of a row follows one another. Of texts, and of data that do not say how many
-    they are, the first `samples` of the settings are taken, and of a text the first
-    `sequence_length` tokens.
-    vocabulary: ids lie below it. longest: tokens that a sequence is shortened to.
+    Rows of token ids become sequences as they are, without the tokens that an `attention_mask`
+    hides. Of texts, and of iterables without a length, the first `settings.samples` are taken; a
+    text is cut to `settings.sequence_length` tokens.
 
-    Raises CalibrationError for all that are no token ids, and for none.
+    Args:
+        data: token ids (int tensor or array, (length,) or (samples, length); nested lists), texts,
+            chats, a datasets.Dataset, or batches with `input_ids` and `attention_mask`.
+        settings: how much of texts to take.
+        tokenizer: for texts and chats; not needed for token ids.
+        vocabulary: number of token ids of the model; every id must be below.
+        longest: tokens to which a longer sequence is cut, with a warning; None for no limit.
+
+    Returns:
+        The sequences, on the CPU.
+
+    Raises:
+        CalibrationError: for data that are no token ids or texts, and for empty data.
     """
     reader = _Reader(settings, tokenizer)
     rows = list(reader.sequences(data))
@@ -84,7 +94,10 @@ def tokens_of(
 
 @dataclass
 class _Reader:
-    """Reads one caller's data. texts: how many were read. full: more than the recipe takes came."""
+    """Reads calibration data, and counts.
+
+    texts: number of texts read. full: whether the data hold more than the settings ask for.
+    """
 
     settings: TextSettings
     tokenizer: PreTrainedTokenizerBase | None
@@ -92,7 +105,7 @@ class _Reader:
     full: bool = False
 
     def sequences(self, data: Any) -> Iterator[Tensor]:
-        """Every sequence, int64 (length,), one token or more."""
+        """The sequences of the data, int64 (length,), none of them empty."""
         if isinstance(data, np.ndarray) and data.dtype.kind in "OU":
             data = data.tolist()
         if isinstance(data, Mapping):
@@ -127,15 +140,15 @@ class _Reader:
             yield from _ids(item, where)
 
     def _columns(self, columns: Mapping[str, Any], where: str) -> Iterator[Tensor]:
-        """A row or a batch that names its columns: ids, with or without a mask, chats or texts."""
+        """Sequences of a row or batch with named columns: ids (and a mask), chats or texts."""
         if "input_ids" in columns:
             yield from _visible(columns["input_ids"], columns.get("attention_mask"), where)
             return
         wanted = (self.settings.text_column, "messages", *TEXT_COLUMNS)
-        found = next(
+        column = next(
             (columns[name] for name in wanted if name is not None and name in columns), None
         )
-        documents = found if isinstance(found, list | tuple) else [found]
+        documents = column if isinstance(column, list | tuple) else [column]
         if documents and isinstance(documents[0], Mapping):
             documents = [documents]
         for document in documents:
@@ -153,7 +166,7 @@ class _Reader:
         yield from self._text(render_chat(list(messages), where, self._known_tokenizer()))
 
     def _text(self, text: str) -> Iterator[Tensor]:
-        """A text's first tokens; none of an empty one, of which running text has many."""
+        """A text's first tokens; nothing for an empty text, such as WikiText's empty rows."""
         self.full |= self.texts == self.settings.samples
         if self.full:
             return
@@ -183,7 +196,7 @@ def _is_row(data: Any) -> bool:
 
 
 def _ids(values: Any, where: str) -> Iterator[Tensor]:
-    """Token ids by sequence, int64 (length,)."""
+    """Sequences of token ids, int64 (length,), on the CPU."""
     for row in _rows(values, where):
         if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
             raise CalibrationError(f"{where} holds {row.dtype}, which are no token ids: {_FORMS}")
@@ -191,13 +204,13 @@ def _ids(values: Any, where: str) -> Iterator[Tensor]:
 
 
 def _visible(values: Any, mask: Any, where: str) -> Iterator[Tensor]:
-    """Token ids by sequence without those that a mask hides. mask: 1 or 0 a token, or None."""
+    """Sequences of token ids without those that the mask hides. mask: 0 or 1 per id, or None."""
     ids = list(_ids(values, where))
     if mask is None:
         yield from ids
         return
     masks = list(_rows(mask, f"the attention_mask of {where}"))
-    if [len(each) for each in masks] != [len(each) for each in ids]:
+    if [len(row) for row in masks] != [len(row) for row in ids]:
         raise CalibrationError(f"{where}: attention_mask and input_ids differ in shape")
     for row, seen in zip(ids, masks, strict=True):
         if not bool(((seen == 0) | (seen == 1)).all()):
@@ -211,7 +224,7 @@ def _visible(values: Any, mask: Any, where: str) -> Iterator[Tensor]:
 
 
 def _rows(values: Any, where: str) -> Iterator[Tensor]:
-    """The rows of an array of one or two dimensions, or of nested lists; none is empty."""
+    """Non-empty rows (length,) of an array with one or two dimensions, or of nested lists."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         values = torch.from_numpy(values.astype(np.int64))
     elif isinstance(values, np.ndarray):

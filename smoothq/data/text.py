@@ -1,4 +1,4 @@
-"""Text or data set → token batches, for calibration and for evaluation.
+"""Reads texts and data sets, and tokenises them for calibration and for evaluation.
 
 A `TextSource` names where text comes from: a data set of the Hugging Face hub, a local file, or
 `builtin`, the Python language reference that every Python installation carries. `load_texts` reads
@@ -29,10 +29,11 @@ Row = Mapping[str, Any]
 class TextSource:
     """Where text comes from.
 
-    name: `wikitext2`, `c4`, `ptb`, `builtin`, a local file, or the id of a data set on the hub.
-    split: the data set's split, instead of the usual one for the purpose; may be a slice such as
-        `train[:1000]`, except for `c4`.
-    text_column: the column that holds the text, or a chat as a list of role and content.
+    Attributes:
+        name: `wikitext2`, `c4`, `ptb`, `builtin`, a local file, or the id of a data set on the hub.
+        split: of the data set, instead of the default for the purpose; may be a slice such as
+            `train[:1000]`, except for `c4`.
+        text_column: the column of texts, or of chats as lists of role and content.
     """
 
     name: str = "wikitext2"
@@ -42,7 +43,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class _HubDataset:
-    """How `datasets.load_dataset` is called for a data set, and its split for each purpose."""
+    """Arguments of `datasets.load_dataset` for a data set, and its split for each purpose."""
 
     path: str
     calibration: str = "train"
@@ -60,7 +61,7 @@ _NAMED = {
         "ptb-text-only/ptb_text_only", data_dir="penn_treebank", revision="refs/convert/parquet"
     ),
 }
-# Rows of these are lines or articles of one running text; other data sets hold separate documents.
+# Rows of these sources are lines or sections of one running text, not separate documents.
 _RUNNING_TEXT = ("wikitext2", "ptb", "builtin")
 _TABLE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_SUFFIXES = (*_TABLE_BUILDERS, ".txt", ".raw", ".tokens", ".text", ".md", ".rst")
@@ -83,9 +84,17 @@ def load_texts(
     of strings). `builtin` gives the topics of the Python language reference sorted by name, every
     fourth one for evaluation and the rest for calibration.
 
-    Returns a list for text files and for the named sources that are small, otherwise an iterator
-    that reads as it goes; reading may then raise too.
-    Raises CalibrationError where the source cannot be found, reached or read, or has no text.
+    Args:
+        source: of the texts.
+        purpose: selects the split where the source names none.
+        tokenizer: whose chat template renders `messages`.
+
+    Returns:
+        A list for text files, `builtin`, `wikitext2` and `ptb`; otherwise an iterator that reads
+        lazily and may raise as well.
+
+    Raises:
+        CalibrationError: if the source cannot be found, reached or read, or has no text.
     """
     if source.name == "builtin":
         _refuse_selection(source)
@@ -116,17 +125,27 @@ def calibration_tokens(
     sequence_length: int,
     seed: int,
 ) -> torch.LongTensor:
-    """Cut random windows that do not overlap out of a source's tokens.
+    """Draw random windows that do not overlap from a source's tokens.
 
-    Documents of `wikitext2`, `ptb` and `builtin` are joined with blank lines and tokenised at
-    once, as a text file is; other documents are tokenised one by one and put end to end, until
-    there are several times as many tokens as asked for. Special tokens appear only where
-    `tokenizer(text)` puts them at the beginning of the whole. The windows are drawn without
-    repetition from the grid of whole windows, by a generator of their own with this seed.
+    Documents of `wikitext2`, `ptb` and `builtin` are joined with blank lines and tokenised as one
+    text, as a text file is; other documents are tokenised one by one and concatenated, until there
+    are `_STREAM_MARGIN` times as many tokens as the windows need. Special tokens appear only where
+    `tokenizer(text)` puts them at the very beginning. The windows are drawn without repetition from
+    the grid of whole windows, with a generator that only `seed` determines.
 
-    Returns (samples, sequence_length) int64 on the CPU; fewer rows, with a warning, where the text
-    holds fewer whole windows.
-    Raises CalibrationError for numbers below 1, no text, or less text than one window.
+    Args:
+        tokenizer: of the model.
+        source: of the texts.
+        samples: number of windows.
+        sequence_length: tokens of a window.
+        seed: of the draw.
+
+    Returns:
+        int64 (samples, sequence_length) on the CPU; fewer rows, with a warning, if the text holds
+        fewer whole windows.
+
+    Raises:
+        CalibrationError: for numbers below 1, no text, or less text than one window.
     """
     if samples < 1 or sequence_length < 1:
         raise CalibrationError(
@@ -165,12 +184,19 @@ def calibration_tokens(
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> torch.LongTensor:
     """Tokenise a source's whole evaluation text at once, as published perplexities do.
 
-    Documents are joined with blank lines; a text file is taken as it stands; `c4` is the first
-    1100 documents of its validation split joined with spaces, of which published figures use the
-    first 256 windows of 2048 tokens (GPTQ, arXiv 2210.17323, and its datautils.py).
+    Documents are joined with blank lines; a text file is one document; `c4` is the first 1100
+    documents of its validation split joined with spaces, of which published figures use the first
+    256 windows of 2048 tokens (GPTQ, arXiv 2210.17323, and its datautils.py).
 
-    Returns (1, tokens) int64 on the CPU.
-    Raises CalibrationError where the source cannot be read or holds no text.
+    Args:
+        tokenizer: of the model.
+        source: of the text.
+
+    Returns:
+        int64 (1, tokens) on the CPU.
+
+    Raises:
+        CalibrationError: if the source cannot be read or holds no text.
     """
     separator = " " if source.name == "c4" else "\n\n"
     text = separator.join(load_texts(source, "evaluation", tokenizer))
@@ -183,12 +209,23 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, source: TextSource) ->
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], enough: int | None = None
 ) -> list[int]:
-    """Tokenise documents one by one and put them end to end, until there are `enough` tokens."""
+    """Tokenise documents one by one and concatenate their tokens.
+
+    Special tokens appear only at the very beginning; empty documents are skipped.
+
+    Args:
+        tokenizer: of the model.
+        documents: texts.
+        enough: number of tokens after which no further document is read; None reads all.
+
+    Returns:
+        Token ids, at least `enough` of them where the documents suffice.
+    """
     tokens: list[int] = []
     for document in documents:
         if not document:
             continue
-        # A chat template writes the beginning-of-sequence token itself; it must not come twice.
+        # A chat template writes the beginning-of-sequence token itself: do not add a second one.
         begun = bool(tokens) or (
             bool(tokenizer.bos_token) and document.startswith(str(tokenizer.bos_token))
         )
@@ -207,7 +244,7 @@ def tokenize(
 
 
 def _builtin_topics(purpose: Purpose) -> list[str]:
-    """The Python language reference by topic; a topic serves one purpose only."""
+    """Topics of the Python language reference: every fourth for evaluation, else calibration."""
     from pydoc_data.topics import topics
 
     held_out = purpose == "evaluation"
@@ -215,7 +252,7 @@ def _builtin_topics(purpose: Purpose) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    """The whole file; bytes are decoded here because text mode would rewrite line ends."""
+    """The text of a file, decoded from bytes, because text mode would translate line ends."""
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -249,11 +286,11 @@ def _table_texts(
 def _hub_texts(
     source: TextSource, dataset: _HubDataset, purpose: Purpose, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
-    """The documents of a data set on the hub, or of a local folder that holds one."""
+    """The documents of a data set on the hub, or of a data set in a local folder."""
     import datasets
 
     split = source.split or getattr(dataset, purpose)
-    # C4 is 300 GB; of an unknown data set calibration needs the beginning only.
+    # C4 has 300 GB; of other data sets than `_NAMED`, calibration needs only the beginning.
     streaming = source.name == "c4" or (
         source.name not in _NAMED and purpose == "calibration" and _can_stream(split)
     )
@@ -274,7 +311,7 @@ def _hub_texts(
 def _texts(
     rows: Iterable[Row], source: TextSource, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
-    """One document a row; empty rows stay, because they shape the joined text."""
+    """One document per row; empty strings stay, because they become blank lines when joined."""
     column = None
     for index, row in enumerate(_rows(rows, source)):
         if column is None:
@@ -292,14 +329,14 @@ def _texts(
 
 
 def _rows(rows: Iterable[Row], source: TextSource) -> Iterator[Row]:
-    """The rows themselves; what goes wrong while streaming becomes an error of ours."""
+    """The rows unchanged; errors raised while streaming become CalibrationErrors."""
     iterator = iter(rows)
     while True:
         try:
             row = next(iterator)
         except StopIteration:
             return
-        except Exception as error:  # as for load_dataset: streaming parses and downloads here
+        except Exception as error:  # streaming downloads and parses here, without a common base
             raise _unreadable(source, error) from error
         yield row
 
@@ -328,7 +365,16 @@ def _text_column(row: Row, source: TextSource) -> str:
 def render_chat(
     messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """A chat as the model sees it, through the tokenizer's own template. where: it stands."""
+    """Render a chat with the tokenizer's chat template.
+
+    Args:
+        messages: role and content of each message.
+        where: position in the data, for messages of errors.
+        tokenizer: with a chat template.
+
+    Raises:
+        CalibrationError: if the template cannot render the messages.
+    """
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template may raise anything that Jinja can
@@ -339,12 +385,12 @@ def render_chat(
 
 
 def _can_stream(split: str) -> bool:
-    """`datasets` takes slices such as `train[:100]` only of what it has downloaded whole."""
+    """Whether `datasets` can stream a split: not a slice such as `train[:100]`."""
     return "[" not in split
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a name that no file has was meant as a file: hub ids are `name` or `owner/name`."""
+    """Whether the name of a missing file looks like a path and not like `[owner/]name`."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1
@@ -354,7 +400,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _refuse_selection(source: TextSource) -> None:
-    """Plain text has no splits or columns, and ignoring a wish for one would mislead."""
+    """Refuse a split or text column for plain text, which has neither."""
     for field in ("split", "text_column"):
         if getattr(source, field) is not None:
             raise CalibrationError(
@@ -367,7 +413,7 @@ def _no_text(source: TextSource) -> CalibrationError:
 
 
 def _unreadable(source: TextSource, error: Exception) -> CalibrationError:
-    """One line for whatever went wrong while reading a file or the hub."""
+    """The CalibrationError for an exception raised while reading a file or the hub."""
     if Path(source.name).expanduser().exists() and source.name not in _NAMED:
         return CalibrationError(
             f"cannot read {source.name!r} ({_reason(error)}): check the file's format and the split"

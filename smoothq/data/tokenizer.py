@@ -1,4 +1,4 @@
-"""Tokenizers as they are used here: one that is damaged is answered in one line, by its model."""
+"""Loading and using tokenizers, with errors of damaged ones reported in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from ..errors import CheckpointError, SmoothqError, first_line
 def load_tokenizer(
     directory: Path, name: str, gguf_file: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's directory. Raises CheckpointError where it cannot be read."""
+    """Load the tokenizer of a model's directory.
+
+    Args:
+        directory: of the model.
+        name: of the model, for messages.
+        gguf_file: name of a GGUF file in the directory to take the tokenizer from.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     with in_one_line(f"{name}: its tokenizer cannot be read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **options)
@@ -25,16 +34,25 @@ def load_tokenizer(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, rows: int
 ) -> BatchEncoding:
-    """A prompt as a model is given it, one sequence.
+    """Tokenise a prompt for a model.
 
-    chat: as a message in the tokenizer's chat template. rows: of the model's embedding. Raises
-    CheckpointError for a tokenizer or a template that fails, for no token at all, and for a token
-    that the model does not have.
+    Args:
+        tokenizer: of the model.
+        prompt: text.
+        chat: whether to wrap the prompt as a user message in the tokenizer's chat template.
+        rows: of the model's embedding; token ids must be below.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 (1, tokens).
+
+    Raises:
+        CheckpointError: if the tokenizer or its template fails, gives no token, or gives a token
+            that the model does not have.
     """
     name = tokenizer.name_or_path or "the model"
     if chat:
         with in_one_line(f"{name}: its chat template cannot be used", "or go without (--no-chat)"):
-            found = tokenizer.apply_chat_template(
+            encoded = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 add_generation_prompt=True,
                 return_tensors="pt",
@@ -42,16 +60,25 @@ def encode_prompt(
             )
     else:
         with in_one_line(f"{name}: its tokenizer cannot encode the prompt"):
-            found = tokenizer(prompt, return_tensors="pt")
-    assert isinstance(found, BatchEncoding)
-    if not found["input_ids"].numel():
+            encoded = tokenizer(prompt, return_tensors="pt")
+    assert isinstance(encoded, BatchEncoding)
+    if not encoded["input_ids"].numel():
         raise CheckpointError(f"{name}: its tokenizer makes no token of the prompt; give a longer")
-    check_tokens(found["input_ids"], rows, name)
-    return found
+    check_tokens(encoded["input_ids"], rows, name)
+    return encoded
 
 
 def check_tokens(tokens: torch.Tensor, rows: int, name: str) -> None:
-    """Raise CheckpointError for a token that an embedding of so many rows does not have."""
+    """Check that a model's embedding has a row for every token.
+
+    Args:
+        tokens: token ids, int64, at least one.
+        rows: of the embedding.
+        name: of the model, for messages.
+
+    Raises:
+        CheckpointError: for a token id of `rows` or above.
+    """
     highest = int(tokens.max())
     if highest >= rows:
         raise CheckpointError(
@@ -62,13 +89,18 @@ def check_tokens(tokens: torch.Tensor, rows: int, name: str) -> None:
 
 @contextmanager
 def in_one_line(what: str, advice: str = "or get its files again") -> Iterator[None]:
-    """Turn whatever a library of tokenizers raises into a CheckpointError of one line."""
+    """Context that turns exceptions of tokenizer libraries into a CheckpointError of one line.
+
+    Args:
+        what: beginning of the message: what failed.
+        advice: end of the message: what else to do than to repair the tokenizer.
+    """
     try:
         yield
     except SmoothqError:
         raise
     except BaseException as error:
-        # The tokenizers library panics on some files, which to Python is no Exception.
+        # The Rust library panics on some files: PanicException derives from BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(

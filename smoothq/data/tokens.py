@@ -1,4 +1,4 @@
-"""Sequences of tokens that a model is calibrated on, in the stretches that one forward takes."""
+"""Token sequences for calibration, grouped by length and divided into micro-batches."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MICRO_BATCH_TOKENS = 2048  # tokens that one calibration forward takes
+MICRO_BATCH_TOKENS = 2048  # tokens of one calibration forward, or one longer sequence
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences, those of one length together: int64 (sequences, length), each of another length.
+    """Token sequences grouped by length, without padding.
 
-    A token that a mask hides is not among them. So nothing that is made of tokens, neither a
-    statistic nor a loss nor an expert's input, has to know of masks, and nothing is ever padded.
+    Masked tokens have been removed, so statistics, losses and the inputs of experts need no mask.
+
+    Attributes:
+        groups: int64 (sequences, length), one tensor for each distinct length.
     """
 
     groups: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, rows: Iterable[Tensor]) -> Tokens:
-        """Sequences of any lengths, int64 (length,) each."""
+        """Group sequences by length.
+
+        Args:
+            rows: sequences of any lengths, int64 (length,).
+        """
         by_length: dict[int, list[Tensor]] = {}
         for row in rows:
             by_length.setdefault(len(row), []).append(row)
@@ -32,16 +38,16 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """Tokens of all sequences."""
+        """Number of tokens in all sequences."""
         return sum(group.numel() for group in self.groups)
 
     @property
     def micro_batches(self) -> tuple[Tensor, ...]:
-        """All sequences, int64 (sequences, length), in the stretches that one forward takes."""
+        """All sequences as inputs of single forwards, int64 (sequences, length)."""
         return tuple(batch for group in self.groups for batch in micro_batches(group))
 
     def fingerprint(self) -> str:
-        """A hash of every sequence's length and tokens."""
+        """SHA-256 of the sequences' lengths and tokens, in hexadecimal."""
         digest = hashlib.sha256()
         for group in self.groups:
             digest.update(f"{tuple(group.shape)}".encode())
@@ -50,6 +56,13 @@ class Tokens:
 
 
 def micro_batches(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Sequences of one length, int64 (samples, length), in the stretches that one forward takes."""
+    """Split sequences of one length into inputs of single forwards.
+
+    Args:
+        tokens: int64 (samples, length).
+
+    Returns:
+        int64 (n, length) views, with n · length ≤ `MICRO_BATCH_TOKENS` or n = 1.
+    """
     batches: tuple[Tensor, ...] = tokens.split(max(1, MICRO_BATCH_TOKENS // tokens.shape[1]))
     return batches

@@ -1,4 +1,4 @@
-"""A checkpoint of ours in the formats that others read."""
+"""Export of a smoothq checkpoint to compressed-tensors or GGUF."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write a checkpoint of ours in a format that others read.
+    """Export a quantized checkpoint to a format that other libraries read.
 
-    form: `compressed-tensors`, a directory for transformers and vLLM, or `gguf`, a file for
-    llama.cpp. Raises as `export_compressed_tensors` and `export_gguf` do.
+    Args:
+        directory: of a checkpoint that smoothq wrote.
+        output: a directory, or for `gguf` a file.
+        form: `compressed-tensors`, a directory for transformers and vLLM, or `gguf`, a file for
+            llama.cpp.
+        overwrite: whether to replace an existing output.
+        progress: called at each block.
+
+    Raises:
+        SmoothqError: as `export_compressed_tensors` and `export_gguf` do.
     """
     if form == "gguf":
         return export_gguf(Path(directory), Path(output), overwrite, progress)
@@ -37,7 +45,7 @@ def export_checkpoint(
 
 
 class _Callable(ModuleType):
-    """`smoothq.export(...)`, as it was called before `export_checkpoint`."""
+    """Makes this module callable: `smoothq.export(...)` is the old name of `export_checkpoint`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> ExportResult:
         return export_checkpoint(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A quantized checkpoint in a format that others read: no float copy of it is ever made."""
+"""Export to compressed-tensors: the codes are repacked, without dequantizing them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..version import __version__
 from .reader import ExportReader
 from .schemes import METHOD, Scheme, quantization_config
 
-# Fields of configs that say how many layers predict further tokens.
+# Fields of configs with the number of multi-token prediction layers.
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
@@ -34,13 +34,21 @@ def export_compressed_tensors(
     writer: CheckpointWriter,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write a checkpoint of ours in the compressed-tensors format.
+    """Write a smoothq checkpoint in the compressed-tensors format.
 
-    The scales of inputs that readers find by themselves follow their convention: the maximum over
-    127.5, or over 7.5.
+    Readers compute the scales of dynamic inputs by their own convention: the absolute maximum over
+    127.5 (8 bits) or 7.5 (4 bits).
 
-    Raises CheckpointError for a directory that is none of ours or an output that cannot be taken,
-    RecipeError for a recipe with something that the format has no place for.
+    Args:
+        directory: of a checkpoint that smoothq wrote.
+        writer: of the output.
+        progress: called at each block.
+
+    Raises:
+        CheckpointError: for a directory that is no smoothq checkpoint, or an output that cannot be
+            used.
+        RecipeError: for a recipe that the format cannot express.
+        OutputError: if the disk refuses.
     """
     start = time.perf_counter()
     folded = ExportReader(directory, METHOD)
@@ -81,9 +89,9 @@ def export_compressed_tensors(
                 tensors["bias"] = linear.bias
             writer.add({f"{linear.name}.{key}": tensor for key, tensor in tensors.items()})
             nbytes += sum(tensor.nbytes for tensor in tensors.values())
-        for each in folded.floats():
-            writer.add_rows(each.name, each.rows, each.shape, each.nbytes)
-            nbytes += each.nbytes
+        for tensor in folded.floats():
+            writer.add_rows(tensor.name, tensor.rows, tensor.shape, tensor.nbytes)
+            nbytes += tensor.nbytes
         seconds = time.perf_counter() - start
         exported = replace(exported, bytes_after=nbytes, seconds=seconds, repeated=False)
         writer.assemble(config, side_files, served_card(card_of(directory), exported))
@@ -92,7 +100,13 @@ def export_compressed_tensors(
 
 
 def scheme_of(spec: WeightSpec, site_input: InputSpec) -> Scheme:
-    """How the format says what a linear of ours is; of a plan without obstacles."""
+    """The compressed-tensors scheme of a quantized linear.
+
+    Args:
+        spec: of its weight.
+        site_input: of its input; its mode is `float`, `token` or `static`, as `ExportReader`
+            ensures.
+    """
     grouped = spec.groups > 1
     mode = site_input.mode
     assert mode in ("float", "token", "static")
@@ -107,13 +121,16 @@ def scheme_of(spec: WeightSpec, site_input: InputSpec) -> Scheme:
 
 
 def card_of(directory: Path) -> str:
-    """The model card of a checkpoint, or nothing."""
+    """The text of a checkpoint's model card, or an empty string."""
     card = directory / "README.md"
     return card.read_text(encoding="utf-8") if card.is_file() else ""
 
 
 def _identity(directory: Path) -> RunKey:
-    """What an export follows from: what its checkpoint does, else the manifest of that."""
+    """The run key of an export: that of the checkpoint's run in this form and version.
+
+    For a checkpoint whose manifest names no run, the manifest's hash stands for the model.
+    """
     path = directory / MANIFEST
     run = Manifest.read(directory).run if path.is_file() else None
     if run is None:

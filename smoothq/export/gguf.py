@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a GGUF file that llama.cpp reads, with the codes as they are."""
+"""Export to a GGUF file for llama.cpp, which keeps the codes unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .gguf_tensors import (
 from .reader import ExportReader
 
 FORMAT = "GGUF"
-MADE_FROM = "smoothq.made_from"  # of a file's keys
+MADE_FROM = "smoothq.made_from"  # metadata key: manifest hash and smoothq version
 FILE_TYPES = {
     GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
@@ -55,7 +55,7 @@ FLOATS = {
     torch.float16: GGMLQuantizationType.F16,
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
-ROPE = {  # what each kind of rotary positions is described by
+ROPE = {  # rope_type → parameters that it must have
     "default": set[str](),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
@@ -64,7 +64,8 @@ ROPE = {  # what each kind of rotary positions is described by
         *("low_freq_factor", "high_freq_factor"),
     },
 }
-ROPE_PLAIN = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1}  # the only values
+# Further parameters, with the only values that are supported.
+ROPE_PLAIN = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1}
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -72,8 +73,12 @@ ROPE_FREQS = "rope_freqs.weight"
 class Family:
     """How llama.cpp runs a model_type.
 
-    pairs: rows that are rotated together are neighbours, not half a head apart. biases: tensors
-    that may have one. rope_tensor: whether frequencies may come with the file.
+    Attributes:
+        arch: llama.cpp's architecture.
+        pairs: whether the two rows that RoPE rotates together are adjacent in a head, instead of
+            half a head apart.
+        biases: names of the tensors that may have a bias.
+        rope_tensor: whether the file may hold RoPE frequency factors.
     """
 
     arch: gguf.MODEL_ARCH
@@ -95,7 +100,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class _Info:
-    """A tensor of the file before its data."""
+    """An entry in the file's tensor table. nbytes: of the data in the form `kind`."""
 
     name: str
     shape: tuple[int, ...]
@@ -109,17 +114,26 @@ def export_gguf(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write a checkpoint of ours as a GGUF file.
+    """Write a smoothq checkpoint as a GGUF file.
 
-    8-bit linears become Q8_0 and 4-bit ones Q4_0, with zero points Q4_1. The codes are ours, the
-    scales are rounded to float16. Embedding, head and what else stays float keeps its dtype,
-    vectors are float32. How activations are quantized is not carried: llama.cpp does that itself,
-    to 8 bits, 32 at a time. A sliding window, which it would not have here, bounds the context
+    8-bit linears become Q8_0, 4-bit ones Q4_0, or Q4_1 with zero points. Codes are kept, scales are
+    rounded to float16. Float matrices, such as embedding and head, keep their dtype; vectors become
+    float32. The recipe's quantization of activations is lost: llama.cpp quantizes them to 8 bits in
+    blocks of 32. llama.cpp has no sliding window for these models, so a window limits the context
     length.
 
-    Raises CheckpointError for a directory that is none of ours or an output that cannot be taken,
-    RecipeError for linears that no block type holds, UnsupportedModelError for an architecture or
-    a tokenizer that is not llama.cpp's, OutputError where the disk refuses.
+    Args:
+        directory: of a checkpoint that smoothq wrote.
+        output: the file.
+        overwrite: whether to replace an existing file.
+        progress: called at each block.
+
+    Raises:
+        CheckpointError: for a directory that is no smoothq checkpoint, or an output that cannot be
+            used.
+        RecipeError: for linears that no GGUF block type can hold.
+        UnsupportedModelError: for an architecture or tokenizer that llama.cpp does not have.
+        OutputError: if the disk refuses.
     """
     start = time.perf_counter()
     _refuse_output(output)
@@ -184,10 +198,10 @@ def _refuse_source(output: Path, source: CheckpointSource) -> None:
     """Raise CheckpointError where writing would replace a file of the checkpoint."""
     partial = _partial(output)
     for path in source.directory.iterdir():
-        for ours in (output, partial):
-            if ours.exists() and path.suffix != ".gguf" and os.path.samefile(ours, path):
+        for written in (output, partial):
+            if written.exists() and path.suffix != ".gguf" and os.path.samefile(written, path):
                 raise CheckpointError(
-                    f"output '{ours}' is a file of the checkpoint itself; give another output"
+                    f"output '{written}' is a file of the checkpoint itself; give another output"
                 )
 
 
@@ -196,25 +210,25 @@ def _partial(output: Path) -> Path:
 
 
 def _made_from(directory: Path) -> str | None:
-    """What a file follows from: the checkpoint's manifest and this version; None without one."""
+    """Manifest hash and smoothq version, for `MADE_FROM`; None without a manifest."""
     manifest = directory / MANIFEST
     return f"{sha256_of(manifest)} {__version__}" if manifest.is_file() else None
 
 
 def _said_in(output: Path) -> str | None:
-    """What a whole GGUF file of ours says that it was made from."""
+    """The value of `MADE_FROM` in a GGUF file; None if that is missing or unreadable."""
     try:
         field = GGUFReader(output).get_field(MADE_FROM)
-    except Exception:  # whatever the library makes of a file that is none, or damaged
+    except Exception:  # the library has no common base for damaged files
         return None
     return None if field is None else str(field.contents())
 
 
 class _Names:
-    """What llama.cpp calls the tensors of a model, and the order in which it has their rows."""
+    """llama.cpp's names of a model's tensors, and the order of their rows."""
 
     def __init__(self, folded: ExportReader) -> None:
-        """Raises UnsupportedModelError for an architecture that it runs otherwise, or not."""
+        """Raises UnsupportedModelError for an architecture that llama.cpp lacks or differs in."""
         config = folded.source.config
         self._model, self._config = folded.name, config
         if config.model_type not in FAMILIES:
@@ -230,7 +244,7 @@ class _Names:
         self._map = gguf.get_tensor_name_map(self.family.arch, config.num_hidden_layers)
 
     def of(self, tensor: str) -> str:
-        """The name of a tensor."""
+        """llama.cpp's name of a tensor. Raises UnsupportedModelError if it has none."""
         name = self._map.get_name(tensor, try_suffixes=(".weight", ".bias"))
         owner, _, kind = (name or "").rpartition(".")
         if name is None or (kind == "bias" and owner.split(".")[-1] not in self.family.biases):
@@ -241,7 +255,7 @@ class _Names:
         return name
 
     def order(self, tensor: str, rows: int) -> Tensor | None:
-        """int64 (rows,), or None where the rows stay as they are."""
+        """Which row comes where, int64 (rows,), or None where the order is unchanged."""
         heads = {
             "q_proj": self._config.num_attention_heads,
             "k_proj": self._config.num_key_value_heads,
@@ -253,7 +267,7 @@ class _Names:
 
 
 def _infos(folded: ExportReader, names: _Names) -> Iterator[_Info]:
-    """All tensors of the file, in the order of `_data`."""
+    """Table entries of all tensors, in the order of `_data`."""
     for name, spec in folded.specs.items():
         kind, shape = _kind(name, spec), (spec.out_features, spec.in_features)
         nbytes = spec.elements // BLOCK * block_bytes(kind)
@@ -261,18 +275,18 @@ def _infos(folded: ExportReader, names: _Names) -> Iterator[_Info]:
         if getattr(folded.model.get_submodule(name), "bias", None) is not None:
             bias = names.of(f"{name}.bias")
             yield _Info(bias, shape[:1], GGMLQuantizationType.F32, 4 * shape[0])
-    for each in folded.floats():
-        vector = len(each.shape) == 1
+    for tensor in folded.floats():
+        vector = len(tensor.shape) == 1
         kind = GGMLQuantizationType.F32 if vector else FLOATS[folded.plan.stored_dtype]
-        nbytes = 4 * each.shape[0] if vector else each.nbytes
-        yield _Info(names.of(each.name), each.shape, kind, nbytes)
+        nbytes = 4 * tensor.shape[0] if vector else tensor.nbytes
+        yield _Info(names.of(tensor.name), tensor.shape, kind, nbytes)
     factors = _rope_factors(folded)
     if factors is not None:
         yield _Info(ROPE_FREQS, tuple(factors.shape), GGMLQuantizationType.F32, factors.nbytes)
 
 
 def _kind(name: str, spec: WeightSpec) -> GGMLQuantizationType:
-    """The type of a linear's blocks. Raises RecipeError where there is none for it."""
+    """The GGUF block type of a linear. Raises RecipeError if none can hold it."""
     grid, why = spec.grid, None
     if (grid.bits, grid.symmetric) not in TYPES:
         why = f"no type has {grid.bits} bits and zero points; quantize with 4, or without them"
@@ -290,7 +304,7 @@ def _data(
     names: _Names,
     progress: Progress | None,
 ) -> Iterator[Iterable[Tensor]]:
-    """The rows of every tensor, in the order of `_infos`."""
+    """The data of all tensors as chunks of rows, in the order of `_infos`."""
     for linear in folded.linears(progress):
         order = names.order(f"{linear.name}.weight", linear.spec.out_features)
         weight, bias = linear.weight, linear.bias
@@ -306,17 +320,17 @@ def _data(
         yield [blocks(weight, _kind(linear.name, linear.spec))]
         if bias is not None:
             yield [bias.float()]
-    for each in folded.floats():
-        order = names.order(each.name, each.shape[0])
-        rows = each.rows if order is None else [torch.cat(list(each.rows))[order]]
-        yield (part.float() for part in rows) if len(each.shape) == 1 else rows
+    for tensor in folded.floats():
+        order = names.order(tensor.name, tensor.shape[0])
+        rows = tensor.rows if order is None else [torch.cat(list(tensor.rows))[order]]
+        yield (part.float() for part in rows) if len(tensor.shape) == 1 else rows
     factors = _rope_factors(folded)
     if factors is not None:
         yield [factors]
 
 
 def _append(file: IO[bytes], info: _Info, rows: Iterable[Tensor], alignment: int) -> None:
-    """Write a tensor where the file ends, and what brings it to a multiple of the alignment."""
+    """Append a tensor, padded before and after to a multiple of the alignment."""
     file.write(bytes(-file.tell() % alignment))
     start = file.tell()
     for part in rows:
@@ -327,7 +341,7 @@ def _append(file: IO[bytes], info: _Info, rows: Iterable[Tensor], alignment: int
 
 
 def _describe(writer: GGUFWriter, folded: ExportReader, family: Family) -> None:
-    """Write down a model's shape and its tokenizer."""
+    """Add the metadata of a model: shape, RoPE and tokenizer."""
     config = folded.source.config
     heads, hidden = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or hidden // heads
@@ -373,7 +387,7 @@ def _describe_rope(writer: GGUFWriter, folded: ExportReader, family: Family) -> 
 
 
 def _rope_factors(folded: ExportReader) -> Tensor | None:
-    """float32 (head size / 2,): by what llama3's frequencies are divided, if they are."""
+    """Divisors of the RoPE frequencies for `llama3`, float32 (head size / 2,); None for others."""
     rope = folded.source.config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None

@@ -1,4 +1,4 @@
-"""The GGUF format, which llama.cpp reads: blocks of codes, the order of rotated rows, tokenizers.
+"""GGUF, the format of llama.cpp: blocks of codes, order of rows for RoPE, tokenizers.
 
 A row is cut into blocks of 32 weights with one float16 scale d each, which may be negative. Q8_0
 holds int8 codes q that stand for d · q. Q4_0 holds nibbles n that stand for d · (n − 8), Q4_1 also
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UnsupportedModelError
 from ..rounding.grid import QuantizedWeight
 
-BLOCK = 32  # weights
-SCALE_LOSS = 2.0**-9  # of a scale, at most: what bfloat16 would lose of it
-TYPES = {  # by bits of a code, and whether there are no zero points
+BLOCK = 32  # weights of a block
+SCALE_LOSS = 2.0**-9  # largest relative rounding error of a scale: that of bfloat16
+TYPES = {  # (bits of a code, symmetric) → block type
     (4, True): GGMLQuantizationType.Q4_0,
     (4, False): GGMLQuantizationType.Q4_1,
     (8, True): GGMLQuantizationType.Q8_0,
@@ -37,7 +37,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is split before merging, and whether a word that is a token skips the merges.
+# (pre-tokenizer steps, ignore_merges: whether a word in the vocabulary skips the merges) → the name
+# of llama.cpp's pre-tokenizer.
 _PRE = {
     (("gpt2",), False): "gpt-2",
     (("digits", "gpt2"), False): "smollm",
@@ -50,16 +51,21 @@ _SPACE = "▁"  # a space in a sentencepiece vocabulary
 
 
 def block_bytes(kind: GGMLQuantizationType) -> int:
-    """Bytes of a block, with its scale."""
+    """Bytes of a block: 32 codes, their scale, and for Q4_1 the offset."""
     nbytes: int = GGML_QUANT_SIZES[kind][1]
     return nbytes
 
 
 def blocks(weight: QuantizedWeight, kind: GGMLQuantizationType) -> Tensor:
-    """A rounded matrix (N, K) as uint8 (N, K / 32 · block_bytes), in the type of its codes.
+    """Encode a quantized matrix in GGUF blocks.
 
-    K and the matrix's groups must be multiples of 32, and `lost_scales` 0 for codes to mean what
-    they do.
+    Args:
+        weight: codes (N, K); K and the group size must be multiples of 32. Exact only where
+            `lost_scales` is 0.
+        kind: the block type of its codes.
+
+    Returns:
+        uint8 (N, K / 32 · block_bytes).
     """
     scales, offsets = _block_scales(weight)
     numbers = [scales] if offsets is None else [scales, offsets]
@@ -67,12 +73,12 @@ def blocks(weight: QuantizedWeight, kind: GGMLQuantizationType) -> Tensor:
     if kind is not GGMLQuantizationType.Q8_0:
         low, high = (codes + 8).chunk(2, -1)
         codes = low | high << 4
-    held = [torch.stack(numbers, -1).half().view(torch.uint8), codes.view(torch.uint8)]
-    return torch.cat(held, -1).flatten(1)
+    parts = [torch.stack(numbers, -1).half().view(torch.uint8), codes.view(torch.uint8)]
+    return torch.cat(parts, -1).flatten(1)
 
 
 def lost_scales(weight: QuantizedWeight) -> int:
-    """How many blocks' scales float16 does not hold: too large, or so small that digits go."""
+    """The number of block scales that float16 cannot hold: overflow, or error > SCALE_LOSS."""
     exact, offsets = _block_scales(weight)
     lost = (exact.half().float() - exact).abs() > SCALE_LOSS * exact.abs()
     if offsets is not None:
@@ -81,9 +87,9 @@ def lost_scales(weight: QuantizedWeight) -> int:
 
 
 def _block_scales(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
-    """float32 (N, K / 32) each: d, and with zero points m.
+    """Scales d, and with zero points offsets m, both float32 (N, K / 32).
 
-    Both are 0 in a block of zeros, whose scale means nothing.
+    Both are 0 in a block in which all weights are zero, whose scale has no effect.
     """
     scales, (_, columns) = weight.scales, weight.codes.shape
     steps = scales.step_by_column(columns // BLOCK, torch.float32)
@@ -91,29 +97,43 @@ def _block_scales(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     levels = weight.codes if zeros is None else weight.codes - zeros
     steps = torch.where(levels.unflatten(1, (-1, BLOCK)).any(-1), steps, 0.0)
     lowest = scales.zero_by_column(columns // BLOCK, torch.float32)
-    # Of the scale as it is held: so a weight of zero stays near zero.
+    # From the scale rounded to float16, so that a weight of zero stays near zero.
     return steps, None if lowest is None else -steps.half().float() * (lowest + 8)
 
 
 def paired_rows(rows: int, heads: int) -> Tensor:
-    """int64 (rows,): which rows of a query or key come where, for rotated pairs to be neighbours.
+    """Order of a query's or key's rows that makes the rows of each RoPE pair adjacent.
 
-    transformers rotates a head's element j with its element j + size / 2.
+    transformers rotates element j of a head together with element j + head_size / 2.
+
+    Args:
+        rows: of the matrix: heads · head_size.
+        heads: of the query or key.
+
+    Returns:
+        int64 (rows,): the source row of each row.
     """
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 def with_rows(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
-    """A rounded matrix with its rows in another order, int64 (N,)."""
-    return QuantizedWeight(weight.codes[order], weight.scales.map(lambda each: each[order]))
+    """A quantized matrix with its rows permuted: row i is row `order[i]`, int64 (N,)."""
+    return QuantizedWeight(weight.codes[order], weight.scales.map(lambda values: values[order]))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in GGUF's words.
+    """A tokenizer as GGUF describes it.
 
-    model: `gpt2` for byte-level BPE with `pre`, how text is split first, and `merges`; `llama` for
-    sentencepiece with `scores`. space_prefix: whether text gets a space in front.
+    Attributes:
+        model: `gpt2` for byte-level BPE, which uses `pre` and `merges`; `llama` for sentencepiece,
+            which uses `scores`.
+        tokens: text of each token, by id.
+        types: type of each token, by id.
+        pre: name of the pre-tokenizer, which splits text into words.
+        merges: pairs separated by a space, in order of priority.
+        scores: priority of each token as the result of a merge, by id.
+        space_prefix: whether a space is put in front of a text.
     """
 
     model: str
@@ -126,12 +146,19 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """What llama.cpp needs to split text as a tokenizer does, for a model of so many tokens.
+    """Describe a tokenizer to llama.cpp, so that it gives the same tokens.
 
-    Two things it does otherwise: it knows no normal form of Unicode, so that text which is not in
-    NFC stays so; and with a sentencepiece vocabulary it puts a space in front of text even where
-    one is there, or a special token is before. Raises UnsupportedModelError for a tokenizer that
-    llama.cpp does not have, or with tokens beyond the model's.
+    Two differences remain: llama.cpp does not normalise text to NFC; and with a sentencepiece
+    vocabulary it puts a space in front of a text even if there is one already, or after a special
+    token.
+
+    Args:
+        tokenizer: with a fast (tokenizers) backend.
+        size: of the model's vocabulary; ids without a token are padded.
+
+    Raises:
+        UnsupportedModelError: for a tokenizer that llama.cpp does not have, or one with token ids
+            of `size` or above.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -172,23 +199,23 @@ def _unsupported(why: str) -> UnsupportedModelError:
 
 
 def _steps(spec: dict[str, Any]) -> tuple[str, ...]:
-    """How a byte-level tokenizer splits text, step by step: by a pattern, `digits` or `gpt2`."""
+    """The pre-tokenizer steps of byte-level BPE: regular expressions, `digits` and `gpt2`."""
     if (spec["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise _unsupported(f"it normalizes text by {spec['normalizer']['type']}")
     first = spec["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
     parts = first["pretokenizers"] if first["type"] == "Sequence" else [first]
     if not parts or parts[-1]["type"] != "ByteLevel" or parts[-1]["add_prefix_space"]:
         raise _unsupported("its tokens are no bytes of the text as it stands")
-    found = []
+    splits = []
     for part in parts[:-1]:
         pattern = part.get("pattern", {}).get("Regex")
         if part["type"] == "Digits" and part["individual_digits"]:
-            found.append("digits")
+            splits.append("digits")
         elif pattern and part["behavior"] == "Isolated" and not part["invert"]:
-            found.append(pattern)
+            splits.append(pattern)
         else:
             raise _unsupported(f"it splits text by {part['type']}")
-    return (*found, "gpt2") if parts[-1]["use_regex"] else tuple(found)
+    return (*splits, "gpt2") if parts[-1]["use_regex"] else tuple(splits)
 
 
 def _space_prefix(spec: dict[str, Any]) -> bool:
@@ -209,7 +236,7 @@ def _space_prefix(spec: dict[str, Any]) -> bool:
 def _scores(
     tokens: list[str], types: list[TokenType], merges: Sequence[tuple[str, ...]]
 ) -> tuple[float, ...]:
-    """Scores under which joining the best neighbours first is what a list of merges does."""
+    """A score per token id: merging the best-scored pair first equals the list of merges."""
     ranks: dict[str, int] = {}
     last = ""
     for pair in merges:

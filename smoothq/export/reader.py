@@ -1,6 +1,7 @@
-"""A quantized checkpoint as other formats can hold it: linears and floats, nothing beside them.
+"""Reads a quantized checkpoint for an export: quantized linears and float tensors only.
 
-Opening reads no weight. Everything comes tensor by tensor, an embedding or a head by its rows.
+The rotation of the residual stream is folded into embedding and head. Opening reads no weights;
+tensors are read one by one, embedding and head in chunks of rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,16 @@ from ..transforms.rotation import head_fold, rotate_input
 
 @dataclass(frozen=True)
 class FoldedLinear:
-    """A quantized linear, by full name. input_scale: float32 (), of a static input."""
+    """A quantized linear.
+
+    Attributes:
+        name: full name.
+        spec: of the weight.
+        input: of the input.
+        weight: codes (N, K) and scales.
+        bias: (N,), or None.
+        input_scale: float32 (), of a static input; else None.
+    """
 
     name: str
     spec: WeightSpec
@@ -45,7 +55,14 @@ class FoldedLinear:
 
 @dataclass(frozen=True)
 class FoldedFloat:
-    """A tensor that stays float, in the checkpoint's dtype, by its rows."""
+    """A float tensor in the checkpoint's dtype.
+
+    Attributes:
+        name: full name.
+        rows: chunks along the first axis, in order.
+        shape: of the whole tensor.
+        nbytes: of the whole tensor.
+    """
 
     name: str
     rows: Iterable[Tensor]
@@ -54,17 +71,28 @@ class FoldedFloat:
 
 
 class ExportReader:
-    """A directory that `quantize` wrote, opened for a format that others read.
+    """A checkpoint that `quantize` wrote, opened for an export.
 
-    The rotation of the residual stream is folded into the embeddings and into the head; a head that
-    was the embedding becomes a matrix of its own: `unties`.
+    Attributes:
+        name: the directory, for messages.
+        source: of the stored tensors.
+        model: the float model, on the meta device.
+        plan: of the checkpoint.
+        unties: whether a tied head becomes a separate matrix, because a rotation of the residual
+            stream is folded into embedding and head differently.
     """
 
     def __init__(self, directory: Path, form: str) -> None:
-        """form: the format's name, for messages.
+        """Open a checkpoint; reads no weights.
 
-        Raises CheckpointError for a directory that is none of ours or incomplete, RecipeError,
-        naming what is in the way, for a recipe that leaves something to run beside the linears.
+        Args:
+            directory: of the checkpoint.
+            form: name of the export's format, for messages.
+
+        Raises:
+            CheckpointError: for a directory that is no smoothq checkpoint, or is incomplete.
+            RecipeError: for a recipe with operations at run time that the export cannot hold, such
+                as online rotations; the message names them.
         """
         self.name = str(directory)
         self.source = CheckpointSource(directory, self.name)
@@ -77,19 +105,19 @@ class ExportReader:
 
     @property
     def extras(self) -> list[str]:
-        """Tensors of modules that the model's class does not have, such as a tower, by name."""
+        """Names of tensors of modules that the model's class lacks, such as a vision tower."""
         linears = tuple(f"{name}." for _, name, *_ in self._linears())
         known = set(self.model.state_dict()) | {scale for *_, scale in self._linears() if scale}
         return [n for n in self.source.files if n not in known and not n.startswith(linears)]
 
     @property
     def left_out(self) -> list[str]:
-        """Those that are not exported: all, where what they read of the model is rotated."""
+        """Names in `extras` that are not exported: all if the residual stream is rotated."""
         return self.extras if self.plan.residual_rotation is not None else []
 
     @property
     def added_bytes(self) -> int:
-        """Bytes of the head that untying adds."""
+        """Bytes of the head that untying adds; 0 without untying."""
         if not self.unties:
             return 0
         embedding = self.model.get_submodule(self.plan.parts.embedding).get_parameter("weight")
@@ -97,17 +125,17 @@ class ExportReader:
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
-        """The forms of the quantized linears by full name, in the order of `linears`."""
+        """Weight specs of the quantized linears by full name, in the order of `linears`."""
         return {name: spec for _, name, spec, *_ in self._linears()}
 
     @property
     def forms(self) -> dict[str, tuple[WeightSpec, InputSpec]]:
-        """The forms of the quantized linears and their inputs, in the order of `linears`."""
+        """Weight and input specs of the quantized linears by full name, ordered as `linears`."""
         return {name: (spec, fed) for _, name, spec, fed, _ in self._linears()}
 
     @property
     def float_linears(self) -> list[str]:
-        """Full names of the linears that are not quantized, the head and extras among them."""
+        """Full names of the linears left in float, including the head and exported extras."""
         specs = self.specs
         linears = [n for n, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         if not self.left_out:
@@ -116,7 +144,7 @@ class ExportReader:
         return [name for name in linears if name not in specs]
 
     def linears(self, progress: Progress | None = None) -> Iterator[FoldedLinear]:
-        """The quantized linears, one by one. progress: told of each block."""
+        """The quantized linears, one by one. progress: called at each block."""
         before = None
         for index, name, spec, site_input, scale in self._linears():
             if progress is not None and index != before:
@@ -137,7 +165,7 @@ class ExportReader:
             )
 
     def floats(self) -> Iterator[FoldedFloat]:
-        """Everything else, one by one."""
+        """All other tensors, one by one, with the rotation folded into embedding and head."""
         parts, rotation = self.plan.parts, self.plan.residual_rotation
         taken = {f"{name}." for _, name, *_ in self._linears()}
         taken |= {scale for *_, scale in self._linears() if scale is not None}
@@ -162,7 +190,7 @@ class ExportReader:
                 yield self._whole(name, self._read(name))
 
     def _linears(self) -> Iterator[tuple[int, str, WeightSpec, InputSpec, str | None]]:
-        """Block, full name, form, input, and the name of the input's stored scale, if there is."""
+        """(block, full name, weight spec, input spec, name of a static input's scale or None)."""
         for index, block in enumerate(self.plan.blocks):
             prefix = f"{self.plan.parts.layers}.{index}"
             for site in block.sites:
@@ -176,12 +204,12 @@ class ExportReader:
         return FoldedFloat(name, [cast], tuple(cast.shape), cast.nbytes)
 
     def _by_rows(self, module: str, fold: Callable[[Tensor], None]) -> FoldedFloat:
-        """An end, folded; a head is read from the embedding that it was tied to."""
+        """Embedding or head, folded in chunks of rows; a tied head is read from the embedding."""
         parts = self.plan.parts
         read = parts.embedding if module == parts.head and is_tied(self.model) else module
         shape = tuple(self.model.get_submodule(read).get_parameter("weight").shape)
         dtype = self.plan.stored_dtype
-        rows = (each.to(dtype) for each in float_rows(self.source, self.model, read, fold))
+        rows = (chunk.to(dtype) for chunk in float_rows(self.source, self.model, read, fold))
         return FoldedFloat(f"{module}.weight", rows, shape, shape[0] * shape[1] * dtype.itemsize)
 
     def _read(self, name: str) -> Tensor:

@@ -1,8 +1,8 @@
 """The compressed-tensors format, which transformers and vLLM read without smoothq.
 
-A matrix per output channel with 8-bit activations is `int-quantized`: int8 codes as they are. All
-else is `pack-quantized`: unsigned codes, dense in int32 words along a row, the lowest bits first. A
-group's scale may be negative: readers only multiply by it.
+8-bit weights with scales per output channel and 8-bit activations are `int-quantized`: int8 codes.
+All others are `pack-quantized`: unsigned codes packed along a row into int32 words, lowest bits
+first. A group's scale may be negative, because readers only multiply by it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from ..recipe.recipe import FLOAT_BITS
 from ..rounding.grid import QuantizedWeight
 
 METHOD = COMPRESSED_TENSORS
-WORD = 32  # bits of what codes are packed into
+WORD = 32  # bits of the integers that codes are packed into
 Strategy = Literal["channel", "group"]
 Inputs = Literal["float", "token", "static"]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear is held and fed.
+    """How a linear's weight and input are quantized.
 
-    bits, strategy, group_size: of its weight; group_size is None per channel. inputs: left in
-    float, with a scale a token that the reader finds, or one that is stored. input_bits: theirs.
-    symmetric: without zero points of the weight.
+    Attributes:
+        bits: of the weight's codes.
+        strategy: scales per output channel or per group of input channels.
+        group_size: input channels of a group; None per channel.
+        inputs: left in `float`, with a dynamic scale per `token`, or with one `static` scale.
+        input_bits: of the input's codes.
+        symmetric: whether the weight has no zero points.
     """
 
     bits: int
@@ -49,17 +53,19 @@ class Scheme:
 
     @property
     def format(self) -> Literal["int-quantized", "pack-quantized"]:
-        """The name of its layout."""
+        """compressed-tensors' name of the layout."""
         integers = self.bits == self.input_bits == 8 and self.inputs != "float"
         return "int-quantized" if integers and self.strategy == "channel" else "pack-quantized"
 
     def tensors(
         self, weight: QuantizedWeight, dtype: torch.dtype, input_scale: Tensor | None
     ) -> dict[str, Tensor]:
-        """What is stored of a matrix (N, K), by name within the linear.
+        """The tensors to store for a linear, by their names in the linear.
 
-        dtype: of packed codes' scales: readers hold them in the model's. input_scale: float32 (),
-        of `static` inputs.
+        Args:
+            weight: codes (N, K) and scales.
+            dtype: of the scales of packed codes, which readers expect in the model's dtype.
+            input_scale: float32 (), of `static` inputs.
         """
         scale = weight.scales.step(torch.float32)
         stored = {"weight": weight.codes, "weight_scale": scale}
@@ -75,7 +81,7 @@ class Scheme:
         return stored
 
     def arguments(self) -> dict[str, Any]:
-        """Its entries in a group of the config."""
+        """The entries of this scheme in `config_groups`."""
         weights = _arguments(self.bits, self.strategy, False)
         weights |= {"group_size": self.group_size, "symmetric": self.symmetric}
         inputs = None
@@ -92,7 +98,7 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """int8 codes (N, K) of 4 or 8 bits → int32 (N, ⌈K·bits/32⌉)."""
-    unsigned = codes.to(torch.uint8) + (1 << (bits - 1))  # wraps, as it must
+    unsigned = codes.to(torch.uint8) + (1 << (bits - 1))  # modulo 256
     octets = nn.functional.pad(unsigned, (0, -codes.shape[1] % (WORD // bits)))
     if bits == 4:
         octets = octets[:, ::2] | (octets[:, 1::2] << 4)
@@ -100,9 +106,11 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def quantization_config(schemes: Mapping[str, Scheme], floats: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model.
+    """The `quantization_config` of a model, in compressed-tensors' schema.
 
-    schemes: of each quantized linear, by full name. floats: full names of those left in float.
+    Args:
+        schemes: of the quantized linears, by full name.
+        floats: full names of the linears left in float.
     """
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -129,11 +137,19 @@ def quantization_config(schemes: Mapping[str, Scheme], floats: list[str]) -> dic
 
 
 def schemes_of(quantization: Mapping[str, Any], linears: list[str]) -> dict[str, Scheme]:
-    """The schemes in a model's `quantization_config`, by the full names of its linears.
+    """Read the schemes out of a `quantization_config`: the inverse of that function.
 
-    Undoes `quantization_config`. Raises CheckpointError for a config with anything else in it.
+    Args:
+        quantization: the config.
+        linears: full names of all linears of the model.
+
+    Returns:
+        Full name of a quantized linear → its scheme.
+
+    Raises:
+        CheckpointError: for a config that `quantization_config` did not write.
     """
-    found: dict[str, Scheme] = {}
+    schemes: dict[str, Scheme] = {}
     try:
         ignored = set(quantization["ignore"])
         for group in quantization["config_groups"].values():
@@ -149,7 +165,7 @@ def schemes_of(quantization: Mapping[str, Any], linears: list[str]) -> dict[str,
             if any(group[field] != value for field, value in scheme.arguments().items()):
                 raise ValueError(f"a group of another kind: {group}")
             names = group["targets"]
-            found |= dict.fromkeys(linears if names == ["Linear"] else names, scheme)
+            schemes |= dict.fromkeys(linears if names == ["Linear"] else names, scheme)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"quantization_config is not one of ours: {error!r}") from error
-    return {name: scheme for name, scheme in found.items() if name not in ignored}
+    return {name: scheme for name, scheme in schemes.items() if name not in ignored}

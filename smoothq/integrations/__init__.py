@@ -1,1 +1,1 @@
-"""Doors to other libraries."""
+"""Integrations: transformers' quantizers, vLLM's plugin, lm-eval's models."""

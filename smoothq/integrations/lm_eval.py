@@ -1,7 +1,7 @@
-"""The model `smoothq` of lm-eval.
+"""The lm-eval model `smoothq`.
 
-lm-eval imports this file when it is first asked for that model; the name itself is registered by
-`integrations.register`, which needs nothing of lm-eval that is slow to import.
+`integrations.register` registers the name without importing this module, which lm-eval imports when
+the model is first used.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger("smoothq")
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MEMORY = ("fast", "low")
-# What lm-eval's own `hf` heeds of a model that is loaded already; the rest it would drop.
+# Arguments of lm-eval's `hf` that apply to a model that is loaded already; it ignores all others.
 _SETTINGS = {
     "add_bos_token",
     "batch_size",
@@ -39,10 +39,16 @@ _SETTINGS = {
 class SmoothqLM(HFLM):  # type: ignore[misc]
     """A float or quantized causal LM, loaded as `smoothq eval` loads it.
 
-    pretrained: a directory or a hub id. dtype and memory: as for `load_model`. device: a GPU where
-    there is one. settings: model_args of lm-eval's own `hf` that are not about loading.
-    Raises CheckpointError for other arguments and for what cannot be loaded, DeviceError for the
-    device.
+    Args:
+        pretrained: a directory or a hub id.
+        dtype: as for `load_model`.
+        device: `cuda` falls back to the CPU, with a warning, where PyTorch sees no GPU.
+        memory: as for `load_model`.
+        settings: model_args of lm-eval's `hf` that do not concern loading.
+
+    Raises:
+        CheckpointError: for unknown arguments, and for a model that cannot be loaded.
+        DeviceError: for a device that smoothq has no kernels for.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class SmoothqLM(HFLM):  # type: ignore[misc]
                     f"lm-eval's model smoothq has no {field} '{value}'; give {', '.join(values)}"
                 )
         if device.startswith("cuda") and not torch.cuda.is_available():
-            # As `hf` does: lm-eval's command line asks for cuda:0 where nobody names a device.
+            # As `hf` does: lm-eval's command line passes cuda:0 by default.
             log.warning("PyTorch sees no GPU here: running on the CPU instead of '%s'", device)
             device = "cpu"
         model, tokenizer = load_model(pretrained, name, device, memory)

@@ -1,4 +1,4 @@
-"""What transformers and lm-eval learn of smoothq, each when it is imported, before or after us."""
+"""Registers smoothq with transformers and lm-eval when these are imported, before or after it."""
 
 from importlib import import_module
 from types import ModuleType
@@ -7,7 +7,7 @@ from wrapt import when_imported
 
 
 def register() -> None:
-    """Have both register us as soon as they are there; neither is imported for that."""
+    """Register now with whichever is imported, else when it is; this imports neither."""
     when_imported("transformers.quantizers.auto")(_register_format)
     when_imported("lm_eval.models")(_register_model)
 
@@ -17,7 +17,7 @@ def _register_format(quantizers: ModuleType) -> None:
 
 
 def _register_model(models: ModuleType) -> None:
-    """The name alone: what it stands for is imported when lm-eval is first asked for it."""
+    """Register the name `smoothq`; lm-eval imports its class on first use."""
     from lm_eval.api.registry import model_registry
 
     if "smoothq" not in model_registry:

@@ -1,12 +1,12 @@
 """Loading through transformers: `from_pretrained` understands `quant_method: smoothq`.
 
-Importing smoothq has transformers register a config and an HfQuantizer. The quantizer makes the
-plan again from the recipe in `config.json`, puts the empty modules of that plan in the place of the
-dense ones before any weight is read, and compares the checkpoint's tensors with them by name, shape
-and dtype: a missing, extra or foreign tensor is an error, never random weights.
+Importing this module registers a config and an HfQuantizer with transformers. The quantizer makes
+the plan again from the recipe in `config.json`, replaces dense modules by the plan's quantized ones
+before any weight is read, and compares the checkpoint's tensors with the modules by name, shape and
+dtype: a missing or unknown tensor is an error, never random weights.
 
-transformers imports this while it is being imported itself, so what needs its models is imported
-where it is used.
+This module is imported while transformers itself is being imported, so imports that need its models
+are inside functions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ register_quantization_config(METHOD)(SmoothqConfig)
 
 @register_quantizer(METHOD)
 class SmoothqHfQuantizer(HfQuantizer):
-    """Builds the quantized modules for `from_pretrained`, and takes them apart to dequantize."""
+    """Installs quantized modules for `from_pretrained`, and dense ones for `dequantize`."""
 
     requires_calibration = True
     quantization_config: SmoothqConfig
@@ -43,16 +43,16 @@ class SmoothqHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed integers have no gradient."""
+        """False: integer codes have no gradient."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """`torch.compile` and static caches work; not with experts, which run as tokens ask."""
+        """Whether `torch.compile` and static caches work: not with routed experts."""
         return not any(site.routed for block in self.plan.blocks for site in block.graph.sites)
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes what was loaded."""
+        """True: `save_pretrained` writes the quantized tensors as they were loaded."""
         return True
 
     def _process_model_before_weight_loading(
@@ -62,19 +62,19 @@ class SmoothqHfQuantizer(HfQuantizer):
         from ..plan.install import install
 
         _check_class(model)
-        # transformers builds the model under a meta-device context; rotations must be real.
+        # transformers calls this under a meta-device context; rotations need real tensors.
         with torch.device("cpu"):
             self.plan = self.quantization_config.plan_for(model)
             self._check_rotations(self.plan)
             install(model, self.plan)
         if self.plan.tables:
-            # The head looks its codes up in the embedding: there is no parameter to tie.
+            # A tied head uses the embedding's codes, so no parameter is tied.
             model.all_tied_weights_keys = {}
         if checkpoint_files:
             check_tensors(model, checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """None: a checkpoint of ours has the names that the modules have."""
+        """Return no conversions: smoothq's checkpoints use the names of the modules."""
         return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ class SmoothqHfQuantizer(HfQuantizer):
         from ..modules.prepare import check_filled, prepare
 
         check_filled(model)
-        model.requires_grad_(False)  # its operators have none, and a compiler would ask for it
+        model.requires_grad_(False)  # the operators have no gradients, for which torch.compile asks
         prepare(model)
         loaded: Any = model
         loaded._weight_conversions = _OneWay(get_model_conversion_mapping(model))
@@ -104,22 +104,25 @@ class SmoothqHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         from ..plan.install import dequantize
 
-        # A config that was written holds a name.
+        # A config that was read from JSON holds the dtype's name.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize(model, self.plan, wanted or model.dtype)
         return model
 
 
 class _OneWay(list[Any]):
-    """Conversions from stored names, for what transformers loads later, as layers that predict
-    several tokens; saving asks for them in reverse, and our tensors have their names already."""
+    """Weight conversions for loading only: reversed, as for saving, the list is empty.
+
+    transformers needs them for layers that it loads later, such as multi-token prediction, and
+    reverses them in `save_pretrained`, where the tensors already have their stored names.
+    """
 
     def __getitem__(self, index: Any) -> Any:
         return [] if index == slice(None, None, -1) else super().__getitem__(index)
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError for a class without the head that a checkpoint of ours has."""
+    """Raise UnsupportedModelError for a class without a language-modelling head."""
     if model.get_decoder() is model or not isinstance(
         model.get_output_embeddings(), torch.nn.Module
     ):

@@ -1,12 +1,15 @@
 """Serving through vLLM: a plugin that gives it `quant_method: smoothq`.
 
-vLLM loads it by its entry point in every process. The models are vLLM's own; what each of their
-layers gets is read off the skeleton that transformers would load into. Linears that vLLM merges (q,
-k and v; gate and up) read one tensor, so they are one QuantizedLinear of all their rows. vLLM has
-no hook where the residual stream enters the blocks or leaves them. Its only way in here is the
-embedding (what enters beside it is refused), so that rotates what it looks up. At the other end a
-norm's division commutes with a rotation: the head rotates back and multiplies by the norm's weight,
-which is loaded there, while the norm itself keeps its ones.
+vLLM loads the plugin through its entry point in every process. The models are vLLM's; the format of
+each layer is taken from the skeleton that transformers would load the checkpoint into. Linears that
+vLLM merges (q, k and v; gate and up) read the same input, so they become one QuantizedLinear with
+all their rows.
+
+A rotated residual stream needs a rotation where it enters the blocks and one where it leaves them,
+and vLLM has no hook for either. The stream enters only through the embedding (other inputs are
+refused), so the embedding rotates the rows that it looks up. At the end, an RMSNorm without weight
+commutes with a rotation: the final norm keeps a weight of ones, and the head rotates back and
+multiplies by the norm's weight, which is loaded into the head.
 """
 
 from __future__ import annotations
@@ -43,17 +46,24 @@ from .transformers import SmoothqHfQuantizer
 
 
 def register() -> None:
-    """Make vLLM understand `quant_method: smoothq`: the entry point, which it may call again."""
+    """Register `quant_method: smoothq` with vLLM. The entry point; repeated calls are harmless."""
     register_quantization_config(METHOD)(SmoothqVllmConfig)
 
 
 def skeleton(
     config: PretrainedConfig, quantization: dict[str, Any]
 ) -> tuple[PreTrainedModel, Plan]:
-    """The model that transformers would load a checkpoint into, on the meta device, and its plan.
+    """Build the model that transformers would load a checkpoint into, on the meta device.
 
-    quantization: the checkpoint's `quantization_config`. Raises UnsupportedModelError, RecipeError
-    or CheckpointError for what cannot be served.
+    Args:
+        config: of the model.
+        quantization: the checkpoint's `quantization_config`.
+
+    Returns:
+        The model with its quantized modules, and its plan.
+
+    Raises:
+        UnsupportedModelError, RecipeError, CheckpointError: for a model that the plugin cannot run.
     """
     with torch.device("cpu"):  # vLLM builds models under a device of its own
         model = empty_model(config)
@@ -64,9 +74,13 @@ def skeleton(
 
 
 class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
-    """What vLLM asks about a checkpoint: the method of each layer, and where its tensors go.
+    """Tells vLLM the method of each layer, and under which names to load the tensors.
 
-    It is pickled into vLLM's processes; each builds the skeleton for itself.
+    vLLM pickles it into its worker processes; each builds the skeleton again.
+
+    Attributes:
+        quantization: the checkpoint's `quantization_config`.
+        model_config: the model's config, set by `maybe_update_config`.
     """
 
     model_config: PretrainedConfig
@@ -77,31 +91,31 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SmoothqVllmConfig:
-        """From the `quantization_config` of a checkpoint."""
+        """Create it from a checkpoint's `quantization_config`."""
         return cls(config)
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The oldest GPU, as vLLM counts them: Triton's."""
+        """The minimum compute capability times 10: 80, because of the Triton kernels."""
         return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: everything is in `config.json`."""
+        """No further files: everything is in `config.json`."""
         return []
 
     def get_name(self) -> str:
-        """The method's name."""
+        """The value of `quant_method`."""
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All that vLLM has."""
+        """The activation dtypes: all of vLLM's."""
         return [torch.float32, torch.bfloat16, torch.float16]
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig, revision: str | None = None
     ) -> None:
-        """Take the model's config, and refuse here, before any process starts."""
+        """Keep the model's config, and refuse an unsupported model before any process starts."""
         self.model_config = hf_config
         skeleton(hf_config, self.quantization)
 
@@ -112,7 +126,16 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(
         self, layer: nn.Module, prefix: str
     ) -> base_config.QuantizeMethodBase | None:
-        """How a layer is loaded and run, by its type and its name in the model."""
+        """The method that loads and runs a layer, or None for layers that smoothq leaves to vLLM.
+
+        Args:
+            layer: of vLLM's model.
+            prefix: its full name in the model.
+
+        Raises:
+            RecipeError: for linears that vLLM merges but that are quantized differently, and for
+                pooling or prompt embeddings with a rotated residual stream.
+        """
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if not isinstance(layer, vocabulary.VocabParallelEmbedding):
@@ -147,10 +170,10 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
         return SmoothqMethod(*readers)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Where tensors go that no layer of vLLM has under the checkpoint's name.
+        """Rename tensors that vLLM's model does not have under the checkpoint's names.
 
-        A site's go to its first reader, whence vLLM's own mapping takes them; the final norm's
-        weight to the head, where that rotates back.
+        Tensors of an input quantizer go to the first linear that reads it, and vLLM maps that name
+        further, to merged linears. The final norm's weight goes to a head that rotates back.
         """
         model, plan = self._skeleton
         moved: dict[str, str] = {}
@@ -163,9 +186,11 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
 
 
 class SmoothqMethod(LinearMethodBase):  # type: ignore[misc]
-    """A module of ours that runs in a layer of vLLM's.
+    """Loads and runs a quantized module in place of a vLLM layer's weight.
 
-    parts: the skeleton's module, or all those that vLLM merges into the layer.
+    Attributes:
+        parts: the skeleton's module for the layer, or all modules that vLLM merges into it.
+        module: the module that runs, created by `create_weights`.
     """
 
     module: QuantizedLinear | QuantizedEmbedding
@@ -183,7 +208,11 @@ class SmoothqMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         weight_loader: Callable[..., None],
     ) -> None:
-        """Give a layer the module's tensors, empty, as parameters that vLLM loads."""
+        """Register the module's tensors, uninitialised, as parameters that vLLM loads.
+
+        Raises:
+            SmoothqError: for tensor parallelism.
+        """
         if layer.tp_size > 1:
             raise SmoothqError(
                 "tensor parallelism splits the input channels of o_proj and down_proj, but their "
@@ -191,19 +220,19 @@ class SmoothqMethod(LinearMethodBase):  # type: ignore[misc]
             )
         self.module = _empty_like(self.parts[0], sum(output_partition_sizes), params_dtype)
         for name, tensor in self.module.state_dict().items():
-            if name.startswith("input."):  # the site's: its readers share it
+            if name.startswith("input."):  # of the input quantizer, which the merged linears share
                 _register(layer, name, tensor, _copy)
             else:
                 _register(layer, name, tensor, weight_loader, len(self.parts), output_dim=0)
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> Any:
-        """Let a head multiply by the embedding's codes."""
+        """Share the embedding's parameters with a tied head, and return the head's layer."""
         for name in self.module.state_dict():
             setattr(layer, name, embed_tokens.get_parameter(name))
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Hand the loaded tensors to the module, and prepare it to run."""
+        """Move the loaded tensors into the module, and prepare it to run."""
         names = {name: name.replace(".", "_") for name in self.module.state_dict()}
         loaded = {name: _loaded(layer, parameter) for name, parameter in names.items()}
         self.module.load_state_dict(loaded, assign=True)
@@ -216,16 +245,19 @@ class SmoothqMethod(LinearMethodBase):  # type: ignore[misc]
         layer.quantized = self.module
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: float (..., K) → (..., N); the module has the layer's bias already."""
+        """x: float (..., K) → float (..., N); `bias` is ignored, as the module has the bias."""
         return layer.quantized(x)  # type: ignore[no-any-return]
 
-    embedding = apply  # token ids, int64 (...) → their rows, float (..., K)
+    embedding = apply  # token ids, int64 (...) → rows, float (..., K)
 
 
 class RotatedEnd(base_config.QuantizeMethodBase):  # type: ignore[misc]
-    """An embedding that rotates what it looks up, or a head that rotates back.
+    """An embedding that rotates its rows, or a head that rotates its input back.
 
-    inner: how it does the rest. head: which of the two.
+    Args:
+        inner: method of the embedding or head without rotation.
+        rotation: of the residual stream.
+        head: True for the head, False for the embedding.
     """
 
     def __init__(
@@ -234,18 +266,18 @@ class RotatedEnd(base_config.QuantizeMethodBase):  # type: ignore[misc]
         self.inner, self.rotation, self.head = inner, rotation, head
 
     def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
-        """Those of the end itself, and to a head the final norm's."""
+        """Create the inner method's weights, and for a head the final norm's weight (K,)."""
         self.inner.create_weights(layer, *sizes, **attributes)
         if self.head:
             weight = torch.empty(self.rotation.order, dtype=attributes["params_dtype"])
             _register(layer, "norm_weight", weight, _copy)
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> Any:
-        """As the end itself does."""
+        """Tie as the inner method does."""
         return self.inner.tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Construct the rotation's factors."""
+        """Process the inner method's weights, and construct the rotation's factors."""
         self.inner.process_weights_after_loading(layer)
         if self.head:
             _loaded(layer, "norm_weight")
@@ -253,12 +285,12 @@ class RotatedEnd(base_config.QuantizeMethodBase):  # type: ignore[misc]
         layer.online_rotation.prepare(layer.get_parameter("weight").device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: what the final norm gives without a weight, float (..., K) → logits (..., V)."""
+        """x: output of the final norm with a weight of ones, float (..., K) → logits (..., V)."""
         normed = layer.online_rotation(x) * layer.norm_weight
         return self.inner.apply(layer, normed, bias)  # type: ignore[no-any-return]
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        """The rows of token ids, times R: int64 (...) → float (..., K)."""
+        """Token ids, int64 (...) → rows times the rotation R, float (..., K)."""
         rows = self.inner.embedding(layer, input_)
         return layer.online_rotation(rows)  # type: ignore[no-any-return]
 
@@ -266,7 +298,7 @@ class RotatedEnd(base_config.QuantizeMethodBase):  # type: ignore[misc]
 def _empty_like(
     part: QuantizedLinear | QuantizedEmbedding | TiedHead, rows: int, dtype: torch.dtype
 ) -> QuantizedLinear | QuantizedEmbedding:
-    """A module of so many rows in a part's format, with an input of its own."""
+    """A module with `rows` output rows in the format of a part, and a separate input quantizer."""
     if isinstance(part, QuantizedEmbedding):
         return QuantizedEmbedding(rows, part.embedding_dim, dtype)
     grid = row_grid(part.in_features) if isinstance(part, TiedHead) else part.spec.grid
@@ -285,7 +317,10 @@ def _register(
     parts: int = 1,
     **attributes: Any,
 ) -> None:
-    """Give a layer an empty parameter that comes in so many parts, which are counted."""
+    """Register an uninitialised parameter that is loaded in `parts` pieces.
+
+    Its `missing` counts the pieces that are not loaded yet. like: gives shape and dtype.
+    """
 
     def load(parameter: Any, tensor: Tensor, *shard: Any) -> None:
         loader(parameter, tensor, *shard)
@@ -303,7 +338,7 @@ def _copy(parameter: Tensor, tensor: Tensor, *shard: Any) -> None:
 
 
 def _loaded(layer: Any, name: str) -> Tensor:
-    """A parameter's values. Raises CheckpointError where loading left them uninitialised."""
+    """A parameter's values; CheckpointError if pieces of it were not loaded."""
     parameter = layer.get_parameter(name)
     if parameter.missing > 0:
         raise CheckpointError(f"'{name}' of {layer.prefix} is missing in the checkpoint")

@@ -1,1 +1,1 @@
-"""This process and its fellows: memory, modes, devices, ranks."""
+"""What a run needs of its processes: memory, PyTorch modes, devices, ranks."""

@@ -1,4 +1,4 @@
-"""The device that work runs on."""
+"""Check of the device that a run is asked to use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ def resolve_device(device: str) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise DeviceError if the kernels do not run on that device, or it is not there."""
+    """Refuse a device that smoothq has no kernels for, or that PyTorch does not see.
+
+    Args:
+        device: a PyTorch device string, such as `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
+        DeviceError: naming what to use instead.
+    """
     kind = device.partition(":")[0]
     if not runs_on(kind):
         raise DeviceError(f"smoothq has no kernels for device '{device}'; use --device cpu or cuda")

@@ -1,8 +1,9 @@
-"""Several processes on one quantization, as `accelerate launch` or `torchrun` start them.
+"""Several processes for one quantization, as `accelerate launch` or `torchrun` start them.
 
-Each holds the same block and its own share of the micro-batches. What they observe is reduced, what
-they round is handed round, and the first of them writes. With one process every function here gives
-back what it is given.
+Every rank loads the same block and keeps its share of the micro-batches. Statistics are reduced
+over all ranks, rounded weights are broadcast from the rank that rounded them, and the main process
+(rank 0) writes the output. With one process nothing is communicated: `maximum` and `total` return
+their argument, `broadcast_from` and `raise_together` just call `make`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. rank: of this one, from 0. device: where it works."""
+    """The processes of a run, as one of them sees it.
+
+    Attributes:
+        rank: index of this process, from 0; rank 0 is the main process.
+        size: number of processes.
+        device: the device that this process computes on.
+    """
 
     rank: int
     size: int
@@ -31,86 +38,99 @@ class World:
 
     @classmethod
     def join(cls, device: str) -> World:
-        """Join the processes that the launcher started, or be alone.
+        """Join the process group that the launcher set up; without one, a World of size 1.
 
-        device: of several processes on GPUs, each takes its own.
+        Args:
+            device: `cpu` or `cuda`; of several processes on GPUs, each gets a GPU to itself.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, torch.device(device))
-        ours = not dist.is_initialized()
+        creates_group = not dist.is_initialized()
         state = PartialState(cpu=device == "cpu")
-        if ours:  # else its threads outlive the interpreter, and end the process with an error
+        if creates_group:  # its threads would outlive the interpreter and end it with an error
             atexit.register(dist.destroy_process_group)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the main process (rank 0), which writes the output and prints."""
         return self.rank == 0
 
     def owns(self, number: int) -> bool:
-        """Whether a piece of work, by its number, is this process's."""
+        """Whether this rank owns a piece of work: number `n` belongs to rank `n % size`."""
         return number % self.size == self.rank
 
     def broadcast_from(self, make: Callable[[], Value], number: int = 0) -> Value:
-        """What the owner of a piece of work makes, in all processes.
+        """Run `make` on one rank and return its result on every rank.
 
-        Called by all of them together; `make` by the owner alone. What it raises, all raise.
+        A collective operation: all ranks must call it, in the same order. An exception from `make`
+        is broadcast in place of a result and raised on every rank.
+
+        Args:
+            make: called on the owning rank only; its result or exception must be picklable.
+            number: of the piece of work; rank `number % size` owns it, by default the main process.
         """
         if self.size == 1:
             return make()
-        made: list[Value | None] = [None]
-        failed: list[Exception | None] = [None]
+        outcome: list[Any] = [None, None]  # result, exception
         if self.owns(number):
             try:
-                made[0] = make()
-            except Exception as error:  # handed on: the others wait for an answer
-                failed[0] = error
-        both = [made[0], failed[0]]
-        dist.broadcast_object_list(both, src=number % self.size, device=self._carrier)
-        if both[1] is not None:
-            raise both[1]  # type: ignore[misc]
-        return both[0]  # type: ignore[return-value]
+                outcome[0] = make()
+            except Exception as error:  # broadcast: the other ranks wait for a result
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=number % self.size, device=self._carrier)
+        result: Value = outcome[0]
+        if outcome[1] is not None:
+            raise outcome[1]
+        return result
 
     def raise_together(self, make: Callable[[], Value]) -> Value:
-        """What every process makes for itself; what one raises, all raise."""
+        """Run `make` on every rank and return this rank's result, or raise on all ranks.
+
+        A collective operation: all ranks must call it, in the same order. Where `make` fails on any
+        rank, all ranks raise the exception of the lowest rank that failed, so that none waits in
+        its next collective for a process that has ended.
+
+        Args:
+            make: called on every rank; an exception must be picklable.
+        """
         if self.size == 1:
             return make()
-        made: Value | None = None
-        failed: Exception | None = None
+        result: Value | None = None
+        failure: Exception | None = None
         try:
-            made = make()
-        except Exception as error:  # handed on: the others would wait for this process
-            failed = error
-        for problem in self.gather(failed):
-            if problem is not None:
-                raise problem
-        return made  # type: ignore[return-value]
+            result = make()
+        except Exception as error:  # gathered: all ranks raise it
+            failure = error
+        for failure_of_rank in self.gather(failure):
+            if failure_of_rank is not None:
+                raise failure_of_rank
+        return result  # type: ignore[return-value]
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The elementwise maximum over all processes."""
+        """The elementwise maximum of a tensor over all ranks, on its device. A collective."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def total(self, values: Tensor) -> Tensor:
-        """The elementwise sum over all processes."""
+        """The elementwise sum of a tensor over all ranks, on its device. A collective."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, in the order of their ranks."""
+        """The values of all ranks, in rank order, on every rank. A collective; it pickles them."""
         if self.size == 1:
             return [value]
-        found: list[Value | None] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        values: list[Value | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size == 1:
             return values
-        held = values.to(self._carrier, copy=True)
-        dist.all_reduce(held, how)
-        return held.to(values.device)
+        reduced = values.to(self._carrier, copy=True)
+        dist.all_reduce(reduced, how)
+        return reduced.to(values.device)
 
     @property
     def _carrier(self) -> torch.device:
-        """Where tensors must lie to travel."""
+        """The device on which the backend takes tensors: NCCL this GPU, others the CPU."""
         return self.device if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The memory of this process: what it has taken, and how it is given back."""
+"""The memory of this process: its peak, and when glibc returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from typing import Any
 
 from ..errors import RecipeError
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for `mallopt`
-STEADY = 1 << 20
-APART = 64 << 10
-USUAL = 32 << 20  # where glibc's own adaptation ends in a process with large tensors
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # parameters of glibc's `mallopt`
+# Values of M_MMAP_THRESHOLD in bytes. An allocation above it is mapped on its own (mmap) and
+# unmapped when it is freed; a smaller one lies in the heap, where freed memory may be kept.
+STEADY_THRESHOLD = 1 << 20
+OUTSIDE_THRESHOLD = 64 << 10
+DEFAULT_THRESHOLD = 32 << 20  # to which glibc raises it by itself in a process with large tensors
 
 
 def parse_bytes(text: str) -> int:
@@ -36,23 +38,26 @@ def parse_bytes(text: str) -> int:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has taken at most."""
+    """The peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
 def spare_memory() -> int:
-    """Bytes that this process can take without taking more than it once had; 0 where unknown."""
+    """Bytes between the present resident memory and its peak so far; 0 where that is unknown.
+
+    So much can be allocated without a new peak.
+    """
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            held = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
-    return max(0, peak_memory() - held)
+    return max(0, peak_memory() - resident)
 
 
 def give_back() -> None:
-    """Return freed memory to the system."""
+    """Return freed memory of the heap to the system (glibc's `malloc_trim`)."""
     trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
@@ -60,30 +65,39 @@ def give_back() -> None:
 
 @contextmanager
 def steady_heap() -> Iterator[None]:
-    """Within it, freed tensors leave the process at once.
+    """Context with M_MMAP_THRESHOLD at 1 MiB: freed tensors return to the system at once.
 
-    glibc would learn to keep them in a heap, which the tensors of one block after another fragment.
+    Without it glibc raises the threshold to 32 MiB and keeps freed tensors in the heap, which the
+    tensors of block after block fragment.
     """
-    with _threshold(STEADY):
+    with _threshold(STEADY_THRESHOLD):
         yield
 
 
 @contextmanager
 def busy_heap() -> Iterator[None]:
-    """Within it, freed tensors stay for the next ones: forwards would fault in every page anew."""
-    with _threshold(USUAL):
+    """Context with M_MMAP_THRESHOLD at 32 MiB: the next tensors reuse the memory of freed ones.
+
+    For forwards and tuning. At 1 MiB every temporary tensor would be a new mapping, with a page
+    fault for each of its pages.
+    """
+    with _threshold(DEFAULT_THRESHOLD):
         yield
 
 
 @contextmanager
 def outside_heap() -> Iterator[None]:
-    """Within it, tensors stand outside the heap: in it, what stays keeps the holes around it."""
-    with _threshold(APART):
+    """Context with M_MMAP_THRESHOLD at 64 KiB: for tensors that outlive their neighbours.
+
+    In the heap such a tensor keeps the memory of temporaries around it from being returned: the
+    quantization of a model took up to a fifth more memory.
+    """
+    with _threshold(OUTSIDE_THRESHOLD):
         yield
 
 
-# In bytes, of the contexts that are open in all threads: larger tensors are mapped. There is one
-# heap, so the context that was opened last decides until it is closed.
+# The thresholds of all open contexts, of all threads, in the order of opening. The process has one
+# heap setting, so the context that was opened last decides until it is closed.
 _thresholds: dict[object, int] = {}
 _changing = threading.Lock()
 
@@ -94,24 +108,24 @@ def _threshold(value: int) -> Iterator[None]:
     if adjust is None:
         yield
         return
-    own = object()
+    context = object()
     with _changing:
-        _thresholds[own] = value
+        _thresholds[context] = value
         _apply(adjust)
     try:
         yield
     finally:
         with _changing:
-            del _thresholds[own]
+            del _thresholds[context]
             _apply(adjust)
 
 
 def _apply(adjust: Any) -> None:
-    threshold = [USUAL, *_thresholds.values()][-1]
-    adjust(_MMAP_THRESHOLD, threshold)
-    adjust(_TRIM_THRESHOLD, 2 * threshold)
+    threshold = [DEFAULT_THRESHOLD, *_thresholds.values()][-1]
+    adjust(_M_MMAP_THRESHOLD, threshold)
+    adjust(_M_TRIM_THRESHOLD, 2 * threshold)
 
 
 def _of_libc(name: str) -> Any:
-    """A function of the C library; None where that has no such."""
+    """A function of the C library by name; None where the library does not have it."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

@@ -1,4 +1,4 @@
-"""The process around us: PyTorch's modes of a thread, and what only one thread may do at a time."""
+"""PyTorch's global state: default modes of a thread, and a lock for building models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 build_lock = threading.RLock()
-"""Held while transformers makes a model: it sets the default dtype of all threads meanwhile, and
-has no tie of weights; two threads that overlap would leave both as they found them in the other."""
+"""Serialises the construction of models by transformers, which changes global state meanwhile: the
+default dtype and the tying of weights. Of two threads that overlap, one would restore the temporary
+values of the other."""
 
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """Within it, tensors are made and multiplied as in a fresh process, whatever the caller set.
+    """Context in which this thread has PyTorch's default modes, whatever the caller set.
 
-    Inference mode (whose tensors no gradient ever passes), autocast and the default device are the
-    thread's own. The default dtype is the process's, which is why nothing here may depend on it.
+    Inference mode (whose tensors can never take part in autograd) and autocast are off, and the
+    default device is the CPU. The default dtype is shared by all threads and left as it is, so the
+    code inside must not depend on it.
     """
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
