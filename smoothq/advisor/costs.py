@@ -146,7 +146,7 @@ def _runner(name: str, plan: Plan, device: str) -> Runner:
     """A kind of device, with the operators that the sites of the blocks run there."""
     try:
         by_operators: dict[tuple[str, ...], list[str]] = {}
-        for site in (site for block in plan.blocks for site in block.sites):
+        for _, _, site in plan.sites():
             for spec in site.modules.values():
                 operators = spec.operators(site.input, torch.device(device))
                 stages = by_operators.setdefault(operators, [])
@@ -215,7 +215,7 @@ def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
 
 
 def _sites(plan: Plan) -> list[SitePlan]:
-    return [site for block in plan.blocks for site in block.sites]
+    return [site for _, _, site in plan.sites()]
 
 
 def _elements(site: SitePlan, routed: float) -> float:

@@ -69,8 +69,12 @@ class AbsQuantile:
     """
 
     def __init__(self, width: int, share: float, tokens: int) -> None:
-        """width: K. share: the quantile; 0.999 leaves a thousandth of the tokens above it, 1 is
-        the maximum. tokens: an upper bound for the number of tokens over all ranks.
+        """Start with no tokens.
+
+        Args:
+            width: K.
+            share: the quantile; 0.999 leaves a thousandth of the tokens above it, 1 is the maximum.
+            tokens: an upper bound for the number of tokens over all ranks.
         """
         self._share, self._seen = share, 0
         self._kept = self._above(tokens) + 1

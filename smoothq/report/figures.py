@@ -1,4 +1,4 @@
-"""What a finished quantization says of itself: the closing figures and the model card."""
+"""The figures of a quantization or export as data and as table rows, and the model cards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ W4A8_HINT = (
 
 
 def as_dict(result: QuantizeResult) -> dict[str, Any]:
-    """The closing figures as plain data, for `--json` and for scripts."""
+    """The figures of a quantization as plain data, for `--json` and for scripts."""
     return _figures(result, result.name, result.bytes_before, result.bytes_after) | {
         "seconds": round(result.seconds, 1),
         "peak_memory_bytes": result.peak_memory,
@@ -32,7 +32,7 @@ def as_dict(result: QuantizeResult) -> dict[str, Any]:
 
 
 def rows(result: QuantizeResult) -> list[tuple[str, str]]:
-    """The closing table: label and value."""
+    """The rows (label, value) of the table printed after a quantization."""
     return [
         *_rows(result.recipe, result.bits, result.bytes_before, result.bytes_after),
         ("time", duration_text(result.seconds)),
@@ -43,7 +43,15 @@ def rows(result: QuantizeResult) -> list[tuple[str, str]]:
 def plan_as_dict(
     model: str, before: int, plan: Plan, estimate: TimeEstimate, needs: ResourceEstimate
 ) -> dict[str, Any]:
-    """What a recipe would come to, as plain data. before: bytes of the model as it is."""
+    """The figures of a planned quantization as plain data.
+
+    Args:
+        model: the model's name.
+        before: bytes of the float model.
+        plan: the plan.
+        estimate: its estimated time.
+        needs: its estimated memory and disk space.
+    """
     return _figures(plan, model, before, plan.total_bytes) | {
         "estimated_seconds": round(estimate.seconds, 1),
         "estimated_memory_bytes": needs.memory,
@@ -54,7 +62,14 @@ def plan_as_dict(
 def plan_rows(
     before: int, plan: Plan, estimate: TimeEstimate, needs: ResourceEstimate
 ) -> list[tuple[str, str]]:
-    """The table of what a recipe would come to: label and value."""
+    """The rows (label, value) of the table printed for a planned quantization.
+
+    Args:
+        before: bytes of the float model.
+        plan: the plan.
+        estimate: its estimated time.
+        needs: its estimated memory and disk space.
+    """
     return [
         *_rows(plan.recipe, plan.bits, before, plan.total_bytes),
         ("time, estimated for this machine", duration_text(estimate.seconds)),
@@ -63,13 +78,18 @@ def plan_rows(
 
 
 def needs_text(needs: ResourceEstimate) -> str:
-    """What a run takes, as one would say it."""
+    """Memory and disk space of a run as text: `2.1 GB of memory, 0.5 GB of disk`."""
     where = ", hidden states on the disk" if needs.states_on_disk else ""
     return f"{needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk{where}"
 
 
 def activation_bits(bits: Bits, code_bits: int) -> str:
-    """Bits an activation in prefill, and in decode where they differ. code_bits: the recipe's."""
+    """Average bits per activation as text; in prefill, and in decode if that differs.
+
+    Args:
+        bits: the plan's average bits.
+        code_bits: `activations.bits` of the recipe.
+    """
     if code_bits == FLOAT_BITS:
         return "16 (float)"
     text = f"{bits.activation:.2f}"
@@ -78,16 +98,16 @@ def activation_bits(bits: Bits, code_bits: int) -> str:
     return text
 
 
-def _figures(made: QuantizeResult | Plan, model: str, before: int, after: int) -> dict[str, Any]:
+def _figures(outcome: QuantizeResult | Plan, model: str, before: int, after: int) -> dict[str, Any]:
     return {
         "model": model,
-        "recipe": made.recipe.model_dump(mode="json"),
-        "bits": {name: round(value, 4) for name, value in asdict(made.bits).items()},
+        "recipe": outcome.recipe.model_dump(mode="json"),
+        "bits": {name: round(value, 4) for name, value in asdict(outcome.bits).items()},
         "bytes_before": before,
         "bytes_after": after,
-        "linear_bytes": made.linear_bytes,
-        "causal": made.recipe.causal,
-        "notes": list(made.notes),
+        "linear_bytes": outcome.linear_bytes,
+        "causal": outcome.recipe.causal,
+        "notes": list(outcome.notes),
     }
 
 
@@ -102,22 +122,27 @@ def _rows(recipe: Recipe, bits: Bits, before: int, after: int) -> list[tuple[str
     ]
 
 
-def remarks(made: QuantizeResult | Plan, model: str) -> list[str]:
-    """What the user should know beside the figures, one line each."""
-    lines = list(made.notes)
-    if not made.recipe.causal:
+def remarks(outcome: QuantizeResult | Plan, model: str) -> list[str]:
+    """Notes and warnings for the user, one line each.
+
+    Args:
+        outcome: a finished or a planned quantization.
+        model: the model's name.
+    """
+    lines = list(outcome.notes)
+    if not outcome.recipe.causal:
         lines.append(
             "This recipe is not causal: later tokens, padding and chunking change earlier logits. "
             "It reproduces a paper; do not serve it."
         )
-    if made.recipe.activations.bits == 4:
+    if outcome.recipe.activations.bits == 4:
         lines.append(W4A8_HINT.format(model=model))
     return lines
 
 
 def model_card(result: QuantizeResult) -> str:
     """The README.md of a quantized checkpoint."""
-    # Neither time nor memory: a model is the same however long it took to make.
+    # Without time and memory: equal quantizations have equal cards.
     figures = _rows(result.recipe, result.bits, result.bytes_before, result.bytes_after)
     table = "\n".join(f"| {label} | {value} |" for label, value in figures)
     notes = "\n".join(f"- {line}" for line in remarks(result, result.name))
@@ -154,7 +179,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 
 def export_rows(exported: ExportResult) -> list[tuple[str, str]]:
-    """The closing table of an export: label and value."""
+    """The rows (label, value) of the table printed after an export."""
     size = f"{exported.bytes_before / 1e6:.1f} MB → {exported.bytes_after / 1e6:.1f} MB"
     if exported.added_bytes:
         size += f", {exported.added_bytes / 1e6:.1f} MB of them a head of its own"
@@ -167,7 +192,12 @@ def export_rows(exported: ExportResult) -> list[tuple[str, str]]:
 
 
 def served_card(card: str, exported: ExportResult) -> str:
-    """The README.md of an export. card: that of the checkpoint it was made from."""
+    """The README.md of an export in the compressed-tensors format.
+
+    Args:
+        card: the README.md of the exported checkpoint.
+        exported: the figures of the export.
+    """
     figures = "\n".join(f"- {label}: {value}" for label, value in export_rows(exported)[:-1])
     before, _, rest = card.partition(LOADING)
     _, _, recipe = rest.partition(RECIPE)

@@ -1,4 +1,4 @@
-"""What a run or an export came to or will take, as data."""
+"""Figures of a run or an export, and estimates of a planned run, as data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from ..recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """operations: float32 ones, a product of (M, K) and (K, N) being 2 MKN. seconds: estimated."""
+    """The estimated time of a run.
+
+    Attributes:
+        operations: float32 operations; a product of (M, K) and (K, N) counts 2·M·K·N.
+        seconds: the time that they take on the measured device.
+    """
 
     operations: float
     seconds: float
@@ -18,9 +23,12 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Bytes that a run takes at most. memory: of the process, libraries included.
+    """The estimated peak memory and disk space of a run.
 
-    states_on_disk: hidden states are held in files, for want of memory.
+    Attributes:
+        memory: bytes of the whole process, libraries included.
+        disk: bytes of the output and of temporary files.
+        states_on_disk: whether hidden states are stored in files because memory is too small.
     """
 
     memory: int
@@ -29,7 +37,7 @@ class ResourceEstimate:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration as one would say it: `40 s`, `12 min`, `3.5 h`."""
+    """A duration as text with one unit: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -37,11 +45,20 @@ def duration_text(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a quantization came to: the figures of the closing table.
+    """The figures of a quantization.
 
-    bytes_before, bytes_after: all tensors of the model; linear_bytes: the quantized ones.
-    peak_memory: bytes of the whole process, libraries included. repeated: the output was there,
-    made of just this, and nothing was done.
+    Attributes:
+        name: the source model's name.
+        recipe: the recipe as it was applied.
+        bits: average bits per weight, activation and cached number.
+        bytes_before: bytes of all tensors of the source.
+        bytes_after: bytes of all tensors of the output.
+        linear_bytes: bytes of the quantized linears' weights, with scales.
+        seconds: duration of the run.
+        peak_memory: bytes of the whole process, libraries included.
+        notes: messages for the user, one line each.
+        repeated: whether a complete output of the same model, recipe and data existed already, so
+            that nothing was done.
     """
 
     name: str
@@ -58,12 +75,18 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export came to.
+    """The figures of an export.
 
-    bytes_before: of the checkpoint's files. bytes_after: of all tensors. added_bytes: of the head
-    that untying added. schemes: of how many linears each is, by a short name such as `W4A16 group
-    32`. left_out: tensors that read the model where it is rotated, and are not exported. repeated:
-    the output was there, made of just this, and nothing was done.
+    Attributes:
+        bytes_before: bytes of the checkpoint's files.
+        bytes_after: bytes of all exported tensors.
+        added_bytes: bytes of the head, if it was tied to the embedding and is now a tensor of its
+            own.
+        schemes: a scheme's short name, such as `W4A16 group 32` → number of linears.
+        seconds: duration of the export.
+        left_out: extra tensors that are not exported because they read rotated hidden states.
+        repeated: whether a complete output of the same export existed already, so that nothing was
+            done.
     """
 
     bytes_before: int
