@@ -1,4 +1,4 @@
-"""Whether a quantized checkpoint is whole: hashes, names, shapes and values of all it holds."""
+"""Verify a quantized checkpoint: hashes, names, shapes, dtypes and values of its tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ from .plan.install import install
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was found whole: tensors, their bytes, and other files."""
+    """The extent of a verified checkpoint.
+
+    Attributes:
+        tensors: number of tensors.
+        bytes: their total size.
+        files: number of other files, such as config.json.
+    """
 
     tensors: int
     bytes: int
@@ -40,8 +46,16 @@ def verify_checkpoint(
 ) -> VerifyResult:
     """Read a whole checkpoint and compare it with its manifest, its config and its number formats.
 
-    Raises CheckpointError naming the first file or tensor that is missing, foreign or changed;
-    another SmoothqError where the config is at fault.
+    Args:
+        directory: the checkpoint.
+        progress: called with (tensors so far, number of tensors, "verify") for each tensor.
+
+    Returns: what was verified.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, unexpected or changed, or has impossible
+            values; the message names the first.
+        SmoothqError: the config cannot be resolved into a plan.
     """
     name = str(directory)
     if not directory.is_dir():
@@ -64,7 +78,7 @@ def verify_checkpoint(
     if set(files) != set(hashes):
         odd = min(set(files) ^ set(hashes))
         raise CheckpointError(f"{directory}: {MANIFEST} and the files do not agree on '{odd}'")
-    # Buffers, such as a mask, and what the model's class does not know may hold anything.
+    # Other buffers, such as masks, and extra tensors may contain any values.
     judged = codes_of(model) | {name for name, _ in model.named_parameters()}
     total = 0
     for number, (tensor_name, (dtype, digest)) in enumerate(hashes.items()):
@@ -90,7 +104,7 @@ def _empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
         install(model, quantization.plan_for(model))
     except SmoothqError:
         raise
-    except Exception as error:  # whatever transformers makes of a config that fits no model
+    except Exception as error:  # transformers raises many types for an invalid config
         raise CheckpointError(
             f"{name}: no model can be built from its config: {first_line(error)}"
         ) from error
@@ -98,7 +112,10 @@ def _empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
 
 
 def _is_sane(kind: str, values: Tensor) -> bool:
-    """Whether a tensor holds what its kind can: multipliers in range, scales of some size."""
+    """Whether the values of a tensor are possible: multipliers in range, other floats finite.
+
+    kind: the last part of the tensor's name, such as `weight_scale`; scales must also be nonzero.
+    """
     if kind == "weight_multiplier":
         return bool(((values != 0) & (values.abs() <= largest_multiplier(4))).all())
     if kind in ("weight_scale", "scale"):

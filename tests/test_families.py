@@ -430,13 +430,11 @@ class TestOnlineRotation:
     def test_every_family_has_a_rotated_mode(self, name: str) -> None:
         plan = make_plan(tiny_model(name), RECIPES["w4a8"])
         assert (plan.residual_rotation is None) == (name in POST_NORMS)
-        for block in plan.blocks:
-            for site in block.sites:
-                online = site.input.rotation is not None
-                assert online == (
-                    site.site.reads == "inner"
-                    or (name in POST_NORMS and site.site.reads == "stream")
-                )
+        for _, _, site in plan.sites():
+            online = site.input.rotation is not None
+            assert online == (
+                site.site.reads == "inner" or (name in POST_NORMS and site.site.reads == "stream")
+            )
 
     def test_the_plan_says_where_no_divisor_passes(self) -> None:
         notes = make_plan(tiny_model("gpt2"), RECIPES["w4a8"]).notes

@@ -177,7 +177,7 @@ def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
 
 
 def _sites(plan: Plan) -> list[SitePlan]:
-    return [site for block in plan.blocks for site in block.sites]
+    return [site for _, _, site in plan.sites()]
 
 
 def _elements(site: SitePlan, routed: float) -> float:

@@ -64,22 +64,14 @@ def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[
         CheckpointError: the quantization_config is not one of compressed-tensors.
     """
     plan = make_plan(model, Recipe())
-    names = {
-        f"{plan.parts.layers}.{index}.{module}": spec
-        for index, block in enumerate(plan.blocks)
-        for site in block.sites
-        for module, spec in site.modules.items()
-    }
-    schemes = schemes_of(quantization, list(names))
+    schemes = schemes_of(quantization, [name for name, _, _ in plan.linears()])
     blocks_with: dict[tuple[str, Scheme, tuple[int, int]], int] = {}
-    for index, block in enumerate(plan.blocks):
-        for site in block.sites:
-            full = [f"{plan.parts.layers}.{index}.{module}" for module in site.modules]
-            scheme = schemes.get(full[0])
-            if scheme is not None:
-                shape = (sum(names[name].out_features for name in full), site.input.width)
-                key = (site.site.stage, scheme, shape)
-                blocks_with[key] = blocks_with.get(key, 0) + 1
+    for index, _, site in plan.sites():
+        scheme = schemes.get(f"{plan.block_name(index)}.{next(iter(site.modules))}")
+        if scheme is not None:
+            shape = (sum(spec.out_features for spec in site.modules.values()), site.input.width)
+            key = (site.site.stage, scheme, shape)
+            blocks_with[key] = blocks_with.get(key, 0) + 1
     return [
         _layer_kernel(stage, count, scheme, shape)
         for (stage, scheme, shape), count in blocks_with.items()

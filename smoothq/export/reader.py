@@ -191,13 +191,12 @@ class ExportReader:
 
     def _linears(self) -> Iterator[tuple[int, str, WeightSpec, InputSpec, str | None]]:
         """(block, full name, weight spec, input spec, name of a static input's scale or None)."""
-        for index, block in enumerate(self.plan.blocks):
-            prefix = f"{self.plan.parts.layers}.{index}"
-            for site in block.sites:
-                static = site.input.mode == "static"
-                scale = f"{prefix}.{site.input_name}.scale" if static else None
-                for module, spec in site.modules.items():
-                    yield index, f"{prefix}.{module}", spec, site.input, scale
+        for index, _, site in self.plan.sites():
+            prefix = self.plan.block_name(index)
+            static = site.input.mode == "static"
+            scale = f"{prefix}.{site.input_name}.scale" if static else None
+            for module, spec in site.modules.items():
+                yield index, f"{prefix}.{module}", spec, site.input, scale
 
     def _whole(self, name: str, tensor: Tensor) -> FoldedFloat:
         cast = tensor.to(self.plan.stored_dtype) if tensor.is_floating_point() else tensor

@@ -181,7 +181,7 @@ def measure(
             unit = SiteSensitivity(
                 block=index,
                 site=site.site.name,
-                modules=tuple(f"{plan.parts.layers}.{index}.{name}" for name in site.modules),
+                modules=tuple(f"{plan.block_name(index)}.{name}" for name in site.modules),
                 elements=sum(spec.elements for spec in specs),
                 bits=sum(spec.stored_bits for spec in specs),
                 rich_bits=sum(spec.stored_bits for spec in rich_site.modules.values()),

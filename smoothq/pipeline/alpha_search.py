@@ -1,7 +1,7 @@
-"""The migration strength alpha of an edge, searched on the block's output error.
+"""Search for the migration strength alpha of an edge that minimises the block's output error.
 
-For each candidate the edge is smoothed, its linears are rounded to nearest, its input is quantized,
-and the block's output is compared with what the float block makes of the same hidden states.
+For each candidate alpha the edge is smoothed, its linears are rounded to nearest, its input is
+quantized, and the block's output is compared with the float block's on the same hidden states.
 SmoothQuant (arXiv 2211.10438, section 5) finds alpha by a grid search over a whole model.
 """
 
@@ -28,33 +28,42 @@ CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def search_alpha(
     block: nn.Module, index: int, plan: SitePlan, maxima: Tensor, stream: HiddenStates
 ) -> float:
-    """The candidate under which quantizing one site moves a block's output least.
+    """The candidate alpha for which quantizing one site changes the block's output least.
 
-    block: float, left as it is. maxima: max_t |x_tk| of the site's input, float (K,). stream: what
-    enters the block; as much as one forward takes is used. Scales that calibration or the whole
-    sequence would give are taken per token here. Raises NumericsError where no error is finite.
+    Input scales that come from calibration or from a whole sequence are replaced by scales per
+    token in this search.
+
+    Args:
+        block: the float block; unchanged on return.
+        index: its number in the model.
+        plan: the plan of the site to smooth.
+        maxima: max_t |x_tk| of the site's input, float (K,).
+        stream: the block's input; the micro-batches of one forward are used.
+
+    Raises:
+        NumericsError: the error is NaN or Inf for every candidate.
     """
     spec = plan.input
     if spec.mode not in ("float", "token", "groups"):
         spec = replace(spec, mode="token", group_size=1, normalise=False)
     site_input = InputQuantizer(plan.site.name, spec, 1, SequenceContext()).to(maxima.device)
-    some = [(stream.batch(number), share) for number, share in stream.turns()[0]]
-    wanted = [stream.forward(block, index, batch) for batch, _ in some]
-    held = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    batches = [(stream.batch(number), share) for number, share in stream.turns()[0]]
+    float_outputs = [stream.forward(block, index, batch) for batch, _ in batches]
+    float_parameters = {name: parameter.clone() for name, parameter in block.named_parameters()}
     errors = {}
     for alpha in CANDIDATES:
         smooth(block, plan.site, maxima, alpha)
         hooks = [quantize_linear(block, module, plan, site_input) for module in plan.modules]
         error = sum(
             share * relative_error(stream.forward(block, index, batch), float_output).item()
-            for (batch, share), float_output in zip(some, wanted, strict=True)
+            for (batch, share), float_output in zip(batches, float_outputs, strict=True)
         )
         if math.isfinite(error):
             errors[alpha] = error
         for hook in hooks:
             hook.remove()
         for name, parameter in block.named_parameters():
-            parameter.copy_(held[name])
+            parameter.copy_(float_parameters[name])
     if not errors:
         raise NumericsError(
             f"layer {index}, {plan.site.name}: no alpha leaves its output finite; give a number"
@@ -65,7 +74,19 @@ def search_alpha(
 def quantize_linear(
     block: nn.Module, module: str, plan: SitePlan, site_input: InputQuantizer
 ) -> RemovableHandle:
-    """Round a linear's weight in place, and quantize its input until the hook is removed."""
+    """Simulate the quantization of one linear in float.
+
+    Its weight is rotated as planned and rounded to nearest, in place; a hook quantizes and
+    dequantizes its input.
+
+    Args:
+        block: the block; other modules are not changed.
+        module: the linear's name within the block.
+        plan: the plan of the site that the linear reads.
+        site_input: quantizes that site's input.
+
+    Returns: the hook; removing it makes the linear read the float input again.
+    """
     linear = block.get_submodule(module)
     assert isinstance(linear, nn.Linear)
     if plan.input.rotation is not None:

@@ -1,12 +1,12 @@
-"""Block-wise tuning: roundings and scales of a whole block learned together on its output.
+"""Block-wise tuning: codes and scales of a whole block learned jointly on the block's output.
 
-GPTQ rounds each matrix for its own output. Here all matrices of a block, already rounded, are moved
-together so that the block's output on the quantized hidden states comes close to the float block's
-on the float ones: gradient steps on what each code was rounded from, through the rounding as if it
-were not there, and on every scale. The block keeps its form: other codes, other scales, nothing
-more to run. Sources: BRECQ (arXiv 2102.05426) for the block's output as the target, LSQ
-(arXiv 1902.08153) for the gradient of a scale, AutoRound (arXiv 2309.05516) for steps counted in
-codes.
+GPTQ rounds each matrix to minimise the error of that matrix's output. Here all matrices of a
+block, already rounded, are tuned together, so that the block's output on the quantized hidden
+states approaches the float block's output on the float ones. Gradient steps are taken on the value
+that each code was rounded from, with a straight-through estimator for the rounding, and on every
+scale. The block's number formats do not change, so inference costs the same. Sources: BRECQ
+(arXiv 2102.05426) for the block's output as the target, LSQ (arXiv 1902.08153) for the gradient of
+a scale, AutoRound (arXiv 2309.05516) for learning rates in units of codes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..transforms.hadamard import Hadamard
 from .hidden_states import HiddenStates
 
 WARM_UP = 5  # steps over which the learning rate rises
-NOISE = 1e-12  # of the largest ‖y‖²: below it a token's output is what rounding leaves of zero
-EDGE = 0.499  # a code's start lies no farther from it, so that it rounds to the code chosen so far
+NOISE = 1e-12  # share of the largest ‖y‖² below which a token's output counts as zero
+EDGE = 0.499  # largest initial |position − code|, so that every position rounds to its code
 
 
 def tune(
@@ -41,11 +41,19 @@ def tune(
     target: HiddenStates,
     settings: Tuning,
 ) -> None:
-    """Move the codes and scales of a quantized block, in place.
+    """Tune the codes and scales of a quantized block, in place; deterministic for equal inputs.
 
-    unrounded: module name → float (N, K), what its codes were rounded from. stream: what enters the
-    block; target: what should leave it. Deterministic for the same inputs. Raises NumericsError,
-    naming the layer, where the loss is not finite.
+    Args:
+        block: the block, with QuantizedLinears in place of its linears.
+        index: its number in the model.
+        plan: its plan.
+        unrounded: module name → float (N, K), the values that its codes were rounded from.
+        stream: the quantized hidden states that enter the block.
+        target: the float hidden states that the block's output should match.
+        settings: steps and learning rates.
+
+    Raises:
+        NumericsError: the loss is NaN or Inf; the message names the layer.
     """
     inputs: dict[str, _Input] = {}
     linears: dict[str, _Linear] = {}
@@ -91,16 +99,25 @@ def tune(
 
 
 def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of ‖y − ŷ‖² / ‖y‖², float (): every token weighs alike.
+    """Mean over tokens of ‖y − ŷ‖² / ‖y‖², float ().
 
-    A squared error alone would be that of the few tokens with massive activations. A token whose
-    y is zero, such as that of a padding row of the embedding, adds nothing.
+    A plain squared error would be dominated by the few tokens with massive activations. A token
+    whose y is zero, such as that of a padding row of the embedding, contributes zero.
+
+    Args:
+        output: ŷ, float (..., K).
+        wanted: y, float (..., K).
     """
     return relative((output - wanted).square().sum(-1), wanted.square().sum(-1)).mean()
 
 
 def relative(error: Tensor, size: Tensor) -> Tensor:
-    """error / size by token, ‖y − ŷ‖² and ‖y‖²; zero where the size is, beside that of others."""
+    """error / size for each token; zero for a token whose size is zero up to rounding errors.
+
+    Args:
+        error: ‖y − ŷ‖² of each token, float.
+        size: ‖y‖² of each token, the same shape.
+    """
     nothing = size <= NOISE * size.max()
     return error / size.masked_fill(nothing, torch.inf)
 
@@ -124,7 +141,10 @@ def _rotate(x: Tensor, rotation: Hadamard) -> Tensor:
 
 
 class _Input(nn.Module):
-    """A site's input as its weights see it, with the gradient of the input before quantization."""
+    """A site's rotated and quantized input, with a straight-through gradient.
+
+    The result is cached, as several linears read the same tensor.
+    """
 
     def __init__(self, site_input: InputQuantizer) -> None:
         super().__init__()
@@ -141,16 +161,16 @@ class _Input(nn.Module):
         return self._last[1]
 
     def forget(self) -> None:
-        """Let go of the last input: its graph has been used."""
+        """Clear the cache after a backward pass, which has freed its graph."""
         self._last = None
 
 
 class _Round(torch.autograd.Function):
     """ŵ = (code − zero) · step · gain, code = round(position) on the grid.
 
-    position: float (N, K), in codes; gain: (N, 1) or (N, G). The gradient of position is that of ŵ,
-    left out where a code is held at the end of the grid; its size is no matter to the optimizer,
-    which takes steps of one size.
+    position: float (N, K), in codes; gain: (N, 1) or (N, G). The gradient with respect to position
+    is that of ŵ times the step, zero where the code is clamped at an end of the grid. Adam
+    normalises gradients, so their scale does not matter.
     """
 
     @staticmethod
@@ -188,8 +208,8 @@ def _codes(position: Tensor, grid: IntegerGrid) -> Tensor:
 class _Linear(nn.Module):
     """A QuantizedLinear whose codes and scales can be learned.
 
-    position: float32 (N, K), what the codes are rounded from, in codes. gain: float32, one a stored
-    scale: what it is multiplied by in the end.
+    position: float32 (N, K), the values that the codes are rounded from, in units of codes. gain:
+    float32, shaped as the stored scales, which are multiplied by it at the end.
     """
 
     def __init__(self, linear: QuantizedLinear, shared: _Input, unrounded: Tensor) -> None:
@@ -215,7 +235,7 @@ class _Linear(nn.Module):
 
     @torch.no_grad()
     def finish(self) -> QuantizedLinear:
-        """The quantized linear again, with the codes and scales found."""
+        """The original QuantizedLinear with the learned codes and scales."""
         codes = _codes(self.position, self._grid)
         stored = self._scales.scale
         scales = replace(self._scales, scale=(stored.float() * self.gain).to(stored.dtype))

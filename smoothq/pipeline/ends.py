@@ -1,6 +1,7 @@
-"""A float model by its parts: what leads to the blocks, one block, what stands behind them.
+"""A float model part by part: embedding, one block, and final norm with head.
 
-An embedding or a head may be larger than any block, so those to be stored come by rows.
+An embedding or a head may be larger than any block, so the functions that read them for storing
+yield chunks of rows.
 """
 
 from __future__ import annotations
@@ -17,13 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.graph import all_finite, is_tied
 from ..architectures.linearize import linearize_block
-from ..checkpoint.source import (
-    Source,
-    check_weight,
-    load_module,
-    skeleton,
-    unload_module,
-)
+from ..checkpoint.source import Source, check_weight, load_module, skeleton, unload_module
 from ..errors import CalibrationError, CheckpointError, NumericsError
 from ..modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
 from ..modules.quantized_embedding import row_grid
@@ -36,13 +31,20 @@ from ..transforms.norm_fusion import fuse_norms
 from ..transforms.rotation import rotate_residual
 from .hidden_states import HiddenStates
 
-WORKING_DTYPE = torch.float32  # of a block while it is worked on; folding itself is in float64
-ROWS_ELEMENTS = 1 << 22  # of an embedding or a head that are worked on at a time
+WORKING_DTYPE = torch.float32  # of a loaded block; folding itself is computed in float64
+ROWS_ELEMENTS = 1 << 22  # largest number of elements in a chunk of rows
 
 
 @dataclass(frozen=True)
 class Block:
-    """The block at hand: its module, its name and index in the model, and its plan."""
+    """A decoder block loaded from the source.
+
+    Attributes:
+        module: the block in float32, linearized.
+        name: its full name in the model.
+        index: its number in the model.
+        plan: how it is quantized.
+    """
 
     module: nn.Module
     name: str
@@ -60,12 +62,20 @@ def embed_tokens(
     as_stored: bool = False,
     rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:
-    """Take micro-batches, int64 (sequences, length), to the first block, rotated as planned.
+    """The hidden states that enter the first block, with the plan's residual rotation applied.
 
-    model: the skeleton of the source, left as it is. directory: where hidden states are held in
-    files; None holds them in memory. as_stored: with the embedding's rows in 8 bits, where the plan
-    stores them so. rotate: what rotates them; None does it in float64.
-    Raises CalibrationError for a token without a row.
+    Args:
+        source: the float checkpoint.
+        model: the float model on the meta device; unchanged on return.
+        plan: its plan.
+        batches: token ids in micro-batches, int64 (sequences, length).
+        world: the ranks of the run.
+        directory: where to store the hidden states in a file; None keeps them in memory.
+        as_stored: whether to round the embedding to 8 bits if the plan stores it so.
+        rotate: replaces the plan's residual rotation, which is computed in float64.
+
+    Raises:
+        CalibrationError: a token id is negative or not below the number of embedding rows.
     """
     parts = plan.parts
     before = [name for name in (parts.positions, parts.entry_norm) if name]
@@ -85,11 +95,16 @@ def embed_tokens(
 def load_block(
     source: Source, model: PreTrainedModel, plan: Plan, index: int, device: torch.device
 ) -> Block:
-    """One block of a skeleton brought to life: opened, in float32, rotated as its plan has it.
+    """Load one block: linearized, in float32, with the plan's residual rotation folded in.
 
-    The skeleton's own block stays as it is.
+    Args:
+        source: the float checkpoint.
+        model: the float model on the meta device; its block is copied.
+        plan: its plan.
+        index: the block's number.
+        device: where to load the block.
     """
-    name, block_plan = f"{plan.parts.layers}.{index}", plan.blocks[index]
+    name, block_plan = plan.block_name(index), plan.blocks[index]
     module = copy.deepcopy(model.get_submodule(name))
     load_module(module, name, source, WORKING_DTYPE)
     linearize_block(module)
@@ -106,7 +121,17 @@ def float_rows(
     module: str,
     fold: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """The rows of an embedding or a head, some at a time, with something folded in."""
+    """Yield the rows of an embedding or a head in chunks, each float (rows, columns).
+
+    Args:
+        source: the float checkpoint.
+        model: the float model on the meta device.
+        module: the full name of the embedding or head.
+        fold: changes a float32 chunk in place; None yields the chunks in the stored dtype.
+
+    Raises:
+        CheckpointError: the stored tensor has another shape than the config asks for.
+    """
     tensor = f"{module}.weight"
     height, width = model.get_submodule(module).get_parameter("weight").shape
     left, count = height, max(1, ROWS_ELEMENTS // width)
@@ -125,28 +150,36 @@ def float_rows(
 
 
 def stored_rows(source: Source, name: str, finite: bool = False) -> Iterator[Tensor]:
-    """A tensor of a source as it is stored, a large one in stretches of its rows.
+    """Yield a tensor of a source in its stored dtype, a large one in chunks of rows.
 
-    finite: raise NumericsError for NaN or Inf.
+    Args:
+        source: the float checkpoint.
+        name: the tensor's full name.
+        finite: whether to raise NumericsError for NaN or Inf.
     """
     spec = source.specs.get(name) or source.extras[name]
     height, *others = spec.shape or (1,)
     width = math.prod(others)
-    stretches: Iterator[Tensor]
+    chunks: Iterator[Tensor]
     if height * width <= ROWS_ELEMENTS or name in source.extras:
-        stretches = (tensor for _, tensor in source.tensors([name]))
+        chunks = (tensor for _, tensor in source.tensors([name]))
     else:
-        stretches = source.rows(name, max(1, ROWS_ELEMENTS // max(1, width)))
-    for rows in stretches:
+        chunks = source.rows(name, max(1, ROWS_ELEMENTS // max(1, width)))
+    for rows in chunks:
         if finite and not all_finite(rows):
             raise NumericsError(f"{source.name}: tensor '{name}' holds NaN or Inf")
         yield rows
 
 
 def coded_rows(source: Source, name: str) -> Iterator[QuantizedWeight]:
-    """An embedding or a head in 8 bits with a scale a row, in stretches of its rows.
+    """Yield an embedding or a head, rounded to 8 bits with one scale per row, in chunks of rows.
 
-    Raises NumericsError for NaN or Inf.
+    Args:
+        source: the float checkpoint.
+        name: the full name of the weight.
+
+    Raises:
+        NumericsError: the weight contains NaN or Inf.
     """
     return map(_coded, stored_rows(source, name, finite=True))
 
@@ -156,17 +189,24 @@ def _coded(rows: Tensor) -> QuantizedWeight:
 
 
 class ModelTail:
-    """What stands behind the blocks, final norm and head, run by the model's own code.
+    """Final norm and head, run by the model's own code; the head is loaded whole, in float32.
 
-    A model without its blocks is its own end, once the final norm is handed its input. The head is
-    held whole, in float32.
+    It is the model with all blocks removed: a hook passes the hidden states to the final norm.
     """
 
     def __init__(
         self, source: Source, plan: Plan, device: torch.device, as_stored: bool = False
     ) -> None:
-        """as_stored: as the loaded model does it: the head in 8 bits where the plan stores it so,
-        the rotation by its own operator."""
+        """Load final norm and head.
+
+        Args:
+            source: the float checkpoint.
+            plan: its plan.
+            device: where to load them.
+            as_stored: whether to compute as the quantized model does: with an 8-bit head if the
+                plan stores it so, and with the runtime operator for the inverse residual rotation,
+                which is computed in float64 otherwise.
+        """
         self._model, self._plan, self._as_stored = skeleton(source), plan, as_stored
         model, parts = self._model, plan.parts
         last = parts.embedding if is_tied(model) else parts.head
@@ -175,8 +215,8 @@ class ModelTail:
                 load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
         if is_tied(model):
             head = model.get_submodule(parts.head)
-            own = [f"{parts.head}.{name}" for name in head.state_dict() if name != "weight"]
-            for name, tensor in source.tensors(own):  # a bias: it is tied to nothing
+            biases = [f"{parts.head}.{name}" for name in head.state_dict() if name != "weight"]
+            for name, tensor in source.tensors(biases):  # only the weight is tied
                 bias = nn.Parameter(tensor.to(WORKING_DTYPE, copy=True), requires_grad=False)
                 head.register_parameter(name.rpartition(".")[2], bias)
             head.register_parameter("weight", model.get_submodule(last).get_parameter("weight"))
@@ -188,7 +228,7 @@ class ModelTail:
                 model.get_submodule(name).to(device)
 
     def _quantize_head(self, name: str) -> None:
-        """Codes in the place of the matrix that the head multiplies by. name: where it lies."""
+        """Replace the head's matrix by its 8-bit form. name: the module that holds the matrix."""
         model, parts = self._model, self._plan.parts
         weight = model.get_submodule(name).get_parameter("weight")
         bias = getattr(model.get_submodule(parts.head), "bias", None)
@@ -200,9 +240,11 @@ class ModelTail:
             quantized.set_weight(_coded(weight), bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of what leaves the last block, rotated as the plan has it: float32 (…, vocabulary).
+        """The logits, float32 (sequences, tokens, vocabulary), for the last block's output.
 
-        hidden: float32 (sequences, tokens, hidden_size).
+        Args:
+            hidden: float32 (sequences, tokens, hidden_size), in the basis of the plan's residual
+                rotation.
         """
         rotation = self._plan.residual_rotation
         end = hidden
@@ -227,25 +269,25 @@ def _load_rows(
     tokens: Sequence[Tensor],
     as_stored: bool,
 ) -> list[Tensor]:
-    """Load the rows of the embedding that tokens need, and no others; returns their new ids."""
+    """Load only the embedding rows of the given tokens; returns the tokens as ids of these rows."""
     name = plan.parts.embedding
     used: Tensor
     ids: Tensor
     used, ids = torch.cat([batch.flatten() for batch in tokens]).unique(return_inverse=True)
     if len(used) and used[0] < 0:
         raise CalibrationError(f"token {int(used[0])} is no row of {name}: ids begin with 0")
-    first, found = 0, list[Tensor]()
+    first, used_rows = 0, list[Tensor]()
     for rows in float_rows(source, model, name):
-        here = used[(used >= first) & (used < first + len(rows))] - first
-        found.append(rows[here].clone())
+        in_chunk = used[(used >= first) & (used < first + len(rows))] - first
+        used_rows.append(rows[in_chunk].clone())
         first += len(rows)
     if len(used) and used[-1] >= first:
         raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    # In the working dtype: an embedding may round its product with a factor to its own (Gemma).
-    weight = torch.cat(found).to(WORKING_DTYPE)
+    # In float32: Gemma's embedding rounds its output times a factor to the weight's dtype.
+    weight = torch.cat(used_rows).to(WORKING_DTYPE)
     if as_stored and plan.tables:
         weight = _coded(weight).dequantize(WORKING_DTYPE)
     embedding.weight = nn.Parameter(weight, requires_grad=False)
-    embedding.padding_idx = None  # it is one of the old ids, and of no use here
+    embedding.padding_idx = None  # it refers to the original ids
     split = ids.split([batch.numel() for batch in tokens])
-    return [each.view_as(batch) for each, batch in zip(split, tokens, strict=True)]
+    return [new_ids.view_as(batch) for new_ids, batch in zip(split, tokens, strict=True)]

@@ -1,10 +1,10 @@
-"""What a quantization will take, before it is begun: counted from shapes, timed by a few products.
+"""Time, memory and disk space that a quantization will take, estimated before it starts.
 
-Memory is one block with what is made of it, the statistics of one site, and the calibration's
-hidden states, which go to the disk where they would be too much. What takes long is matrix
-products: calibration forwards, Hessians and their factorisation, GPTQ's updates, the steps of
-tuning. They are counted as float32 operations and divided by the speed at which this device
-multiplies matrices of the model's own size.
+Memory is the sum of one block in float and quantized form, the statistics of one site, and the
+hidden states of the calibration tokens, which are stored on disk if they exceed the limit. Time is
+spent in matrix products: calibration forwards, Hessians and their factorisation, GPTQ's updates,
+the steps of tuning. They are counted as float32 operations and divided by the measured speed at
+which the device multiplies matrices of the model's size.
 """
 
 from __future__ import annotations
@@ -25,19 +25,28 @@ from ..rounding.gptq import WORK_ELEMENTS
 from ..rounding.grid import CLIP_RATIOS
 from ..runtime.memory import peak_memory
 
-DOUBLE = 2  # a float64 operation in float32 ones
-HANDLED = 1500.0  # operations that go by while one weight is read, folded, rounded and written
-TRIED = 250.0  # and while one scale is tried for it; measured on two cores, as all here
-OVERHEAD = 1.4  # all that is no product, as a share: measured on SmolLM2-135M on two cores
-PROBE_SECONDS = 0.2
-ROUTED = 2.0  # experts that a token is taken to pass
-STATES_BYTES = 1 << 30  # of hidden states; more are held on the disk
-STRETCHES_BYTES = 256 << 20  # what works on a matrix by stretches takes beside it
-TUNED_BYTES = 32  # an element of a block that is tuned: weights, gradients, moments, saved products
+# Costs in float32 operations that take as long, fitted on two CPU cores.
+OPS_PER_FLOAT64_OP = 2
+OPS_PER_WEIGHT = 1500.0  # reading, folding, rounding and writing one weight
+OPS_PER_TRIED_SCALE = 250.0  # rounding one weight with one more candidate scale
+
+OVERHEAD = 1.4  # total time / time of the counted operations, on SmolLM2-135M
+PROBE_SECONDS = 0.2  # for which the speed of the device is measured
+ROUTED_EXPERTS = 2.0  # that one token is assumed to pass through, per layer
+STATES_BYTES = 1 << 30  # of hidden states in memory; larger ones are stored on disk
+CHUNK_BYTES = 256 << 20  # temporaries of operations that process a matrix in chunks
+TUNING_BYTES = 32  # per weight of a tuned block: weights, gradients, moments, saved products
 
 
 def estimate_time(plan: Plan, device: torch.device) -> TimeEstimate:
-    """The estimate for a plan whose blocks will be worked on on a device."""
+    """The estimated time of a quantization.
+
+    Measures the speed of the device for a fraction of a second.
+
+    Args:
+        plan: the plan to carry out.
+        device: where the blocks are quantized.
+    """
     operations = sum(
         block_operations(block, plan) + _handling_operations(block) for block in plan.blocks
     )
@@ -45,23 +54,24 @@ def estimate_time(plan: Plan, device: torch.device) -> TimeEstimate:
 
 
 def _handling_operations(block: BlockPlan) -> float:
-    """What reading, folding, rounding and writing come to, in operations that take as long."""
+    """Reading, folding, rounding and writing a block, in float32 operations that take as long."""
     total = 0.0
-    for spec in (spec for site in block.sites for spec in site.modules.values()):
+    for spec in block.weight_specs:
         tried = 1
         if spec.grid.clip:
             multiplied = spec.grid.multiplier
             tried = largest_multiplier(spec.grid.bits) if multiplied else len(CLIP_RATIOS)
-        total += spec.elements * (HANDLED + TRIED * tried)
+        total += spec.elements * (OPS_PER_WEIGHT + OPS_PER_TRIED_SCALE * tried)
     return total
 
 
 def block_operations(block: BlockPlan, plan: Plan) -> float:
-    """Operations that one block takes.
+    """Float32 operations of the matrix products that quantizing one block takes.
 
-    A forward is counted by its linears and its attention; of the experts it is taken to pass two.
-    Each site is reached by a forward up to it; smoothing and moving on take one more each, tuning a
-    forward of the float block and three forwards' work a step.
+    A forward consists of the linears and the attention; a token is assumed to pass through two
+    experts. Calibrating a site takes a forward up to it. Smoothing takes one whole forward, as does
+    computing the next block's input. Tuning takes a forward of the float block, and as much as
+    three forwards per step.
     """
     recipe = plan.recipe
     length = recipe.calibration.sequence_length
@@ -75,10 +85,10 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
         specs = [spec for site in sites for spec in site.modules.values()]
         elements = sum(spec.elements for spec in specs)
         token_groups = sum(len(site.site.token_groups) for site in sites)
-        passed = min(1.0, ROUTED / token_groups)
+        passed = min(1.0, ROUTED_EXPERTS / token_groups)
         if recipe.weights.rounding == "gptq":
             total += tokens * (forward + passed * token_groups * 2 * width**2)
-            total += DOUBLE * (token_groups * 2 * width**3 + elements * width)
+            total += OPS_PER_FLOAT64_OP * (token_groups * 2 * width**3 + elements * width)
         elif sites[0].input.mode in ("static", "calibrated"):
             total += tokens * forward
         forward += passed * 2.0 * elements
@@ -89,11 +99,8 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
 
 
 def _speed(plan: Plan, device: torch.device) -> float:
-    """Float32 operations a second of products of the model's size, with all threads."""
-    spec = max(
-        (spec for b in plan.blocks for site in b.sites for spec in site.modules.values()),
-        key=lambda spec: spec.elements,
-    )
+    """Measured float32 operations per second in products of the model's size, with all threads."""
+    spec = max((spec for _, spec, _ in plan.linears()), key=lambda spec: spec.elements)
     floats: Any = {"dtype": torch.float32, "device": device}
     x = torch.rand(MICRO_BATCH_TOKENS, spec.in_features, **floats)
     weight = torch.rand(spec.in_features, spec.out_features, **floats)
@@ -108,18 +115,25 @@ def _speed(plan: Plan, device: torch.device) -> float:
 def estimate_resources(
     plan: Plan, max_memory: int | None = None, every: int = 1, tokens: int | None = None
 ) -> ResourceEstimate:
-    """What a plan takes of memory and disk. every: blocks between two states that are kept.
+    """The estimated peak memory and disk space of a quantization, in bytes.
 
-    max_memory: bytes that the process may take. tokens: to calibrate on; None for as many as the
-    recipe's text. Raises RecipeError where that is too little.
+    Args:
+        plan: the plan to carry out.
+        max_memory: bytes that the process may use; None for no limit on the process and 1 GiB of
+            hidden states in memory.
+        every: number of blocks between two saved states to resume from.
+        tokens: number of calibration tokens; None for the number that the recipe asks for.
+
+    Raises:
+        RecipeError: `max_memory` is too little even with the hidden states on disk.
     """
     recipe = plan.recipe
     text, streams = recipe.calibration, 1 + (recipe.tuning is not None)
     if tokens is None:
         tokens = text.samples * text.sequence_length if recipe.calibrates else 0
-    sites = [site for block in plan.blocks for site in block.sites]
-    stream = [site for site in sites if site.site.reads == "stream"]
-    width = max(site.input.width for site in stream or sites)
+    sites = [site for _, _, site in plan.sites()]
+    readers = [site for site in sites if site.site.reads == "stream"]  # of the residual stream
+    width = max(site.input.width for site in readers or sites)
     states = 4 * streams * tokens * width
     work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)
     limit = STATES_BYTES if max_memory is None else max_memory - work
@@ -138,24 +152,24 @@ def estimate_resources(
 
 
 def _working_bytes(block: BlockPlan, plan: Plan) -> int:
-    """Bytes that one block takes at most on its way from float to codes."""
+    """Peak bytes for quantizing one block, without the hidden states."""
     recipe = plan.recipe
-    specs = [spec for site in block.sites for spec in site.modules.values()]
+    specs = block.weight_specs
     elements = sum(spec.elements for spec in specs) + block.kept_elements
     widest = max((spec.elements for spec in specs), default=0)
     most = 4 * elements + plan.stored_dtype.itemsize * widest
     if recipe.tuning is not None:
-        most = max(most, TUNED_BYTES * elements)
+        most = max(most, TUNING_BYTES * elements)
     if recipe.weights.rounding == "gptq":
         waiting = 4 * elements  # bytes of weights: 4 before they are rounded, under 2 after
         for _, together in groupby(block.sites, key=lambda site: site.site.stage):
             sites = list(together)
             square = 8 * max(site.input.width for site in sites) ** 2
-            here = sum(spec.elements for s in sites for spec in s.modules.values())
-            work = 6 * 8 * min(WORK_ELEMENTS, here) + 9 * here
+            weights = sum(spec.elements for s in sites for spec in s.modules.values())
+            work = 6 * 8 * min(WORK_ELEMENTS, weights) + 9 * weights
             most = max(most, waiting + max(3 * square, square + work))
-            waiting -= 2 * here
+            waiting -= 2 * weights
     if recipe.calibrates:
         rows = max((spec.out_features for spec in specs), default=0)
-        most += 4 * 4 * MICRO_BATCH_TOKENS * rows  # what a forward holds at once
-    return most + STRETCHES_BYTES
+        most += 4 * 4 * MICRO_BATCH_TOKENS * rows  # activations of a forward that are alive at once
+    return most + CHUNK_BYTES

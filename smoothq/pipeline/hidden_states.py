@@ -1,9 +1,10 @@
-"""The calibration tokens on their way through the blocks, and what is seen of them there.
+"""The hidden states of the calibration tokens, and the statistics observed in each block.
 
-`HiddenStates` holds what enters the current block, one micro-batch at a time, in memory or in a
-file; of several processes each holds and observes its share. A site is observed by running the
-block up to the site's first reader and no further; experts, which see different tokens each, are
-observed together. Attention is float here, whatever the recipe makes of it in the finished model.
+`HiddenStates` stores the input of the current block in micro-batches, in memory or in a file; in a
+distributed run each rank stores and observes a share of the micro-batches. A site is observed by
+running the block up to the site's first reader and stopping there; experts are observed in one
+common forward, as each receives other tokens. Attention runs in float here, even if the recipe
+quantizes it in the finished model.
 """
 
 from __future__ import annotations
@@ -28,17 +29,12 @@ from ..modules import InputQuantizer
 from ..plan.plan import Plan
 from ..runtime.distributed import World
 from ..runtime.memory import busy_heap, outside_heap
-from .observers import (
-    AbsMax,
-    AbsQuantile,
-    Observer,
-    SecondMoment,
-)
+from .observers import AbsMax, AbsQuantile, Observer, SecondMoment
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a block's forward takes beside the hidden states."""
+    """The arguments of a block's forward other than the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -46,10 +42,10 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all hidden states of a run have in common.
+    """What all copies of a run's hidden states share.
 
-    sizes: tokens of each micro-batch, of all processes. calls: for each block, by the sequences and
-    tokens of a micro-batch, what else its forward takes.
+    sizes: number of tokens of every micro-batch, over all ranks. calls: for each block, the other
+    arguments of its forward, by a micro-batch's shape (sequences, tokens).
     """
 
     sizes: tuple[int, ...]
@@ -58,12 +54,12 @@ class _Run:
 
 
 class _MicroBatchStore:
-    """Micro-batches by their number: in memory, or in a file that goes when they do."""
+    """A store of micro-batches, in memory or in a temporary file deleted with this object."""
 
     def __init__(self, directory: Path | None) -> None:
-        """directory: where the file is made; None holds them in memory."""
+        """directory: where to create the file, or None to store the micro-batches in memory."""
         self.directory = directory
-        self._held: dict[int, Tensor] = {}
+        self._batches: dict[int, Tensor] = {}
         self._entries: dict[int, Entry] = {}
         self._file: TensorFile | None = None
         if directory is not None:
@@ -71,17 +67,22 @@ class _MicroBatchStore:
             weakref.finalize(self, _remove, self._file)
 
     def put(self, number: int, batch: Tensor) -> None:
+        """Store a micro-batch under its number."""
         if self._file is None:
-            self._held[number] = batch
+            self._batches[number] = batch
         else:
             self._entries[number] = self._file.append([batch], tuple(batch.shape))
 
     def get(self, number: int) -> Tensor:
-        return self._held[number] if self._file is None else self._file.read(self._entries[number])
+        """The micro-batch stored under a number."""
+        if self._file is None:
+            return self._batches[number]
+        return self._file.read(self._entries[number])
 
     @property
     def numbers(self) -> list[int]:
-        return list(self._held if self._file is None else self._entries)
+        """The numbers of the stored micro-batches, in the order in which they were stored."""
+        return list(self._batches if self._file is None else self._entries)
 
 
 def _remove(file: TensorFile) -> None:
@@ -90,11 +91,15 @@ def _remove(file: TensorFile) -> None:
 
 
 class HiddenStates:
-    """What enters block `index`: float32 micro-batches (sequences, tokens, hidden_size)."""
+    """The input of one block: float32 micro-batches (sequences, tokens, hidden_size).
 
-    def __init__(self, shelf: _MicroBatchStore, run: _Run) -> None:
-        """shelf: this process's share of the micro-batches."""
-        self._shelf, self._run = shelf, run
+    In a distributed run each rank stores the micro-batches that it owns. Methods that take a block
+    and its `index` expect the block whose input these hidden states are.
+    """
+
+    def __init__(self, store: _MicroBatchStore, run: _Run) -> None:
+        """store: the micro-batches that this rank owns."""
+        self._store, self._run = store, run
 
     @classmethod
     def embed_tokens(
@@ -106,12 +111,21 @@ class HiddenStates:
         directory: Path | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> HiddenStates:
-        """Embed micro-batches, int64 (sequences, length), and record what the blocks are handed.
+        """Embed tokens and record the arguments that the decoder passes to its blocks.
 
-        What stands before the blocks must be loaded, unrotated; the blocks may be on the meta
-        device. What stands before them runs on the CPU, in every process for all tokens.
-        directory: where micro-batches are held in a file; None holds them in memory, on the device.
-        rotate: what rotates them; None does it in float64.
+        The modules before the blocks run on the CPU, on every rank, for all tokens.
+
+        Args:
+            model: the float model with the modules before the blocks loaded, not rotated; the
+                blocks may be on the meta device.
+            plan: its plan; its residual rotation is applied to the embedded tokens.
+            batches: token ids in micro-batches, int64 (sequences, length).
+            world: the ranks of the run.
+            directory: where to store the hidden states in a file; None keeps them in memory, on
+                the device.
+            rotate: replaces the plan's residual rotation, which is computed in float64.
+
+        Returns: the input of the first block.
         """
         parts = plan.parts
         if rotate is None and plan.residual_rotation is not None:
@@ -125,7 +139,7 @@ class HiddenStates:
         returns_tuple = plan.family.returns_tuple
         recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
         decoder.set_submodule(attribute, nn.ModuleList(recorders))
-        shelf = _MicroBatchStore(directory)
+        store = _MicroBatchStore(directory)
         try:
             for number, batch in enumerate(batches):
                 embedded = embedding(batch).float()
@@ -133,7 +147,7 @@ class HiddenStates:
                 entered = recorders[0].hidden
                 if world.owns(number):
                     rotated = entered if rotate is None else rotate(entered)
-                    shelf.put(number, rotated.to(world.device))
+                    store.put(number, rotated.to(world.device))
         finally:
             decoder.set_submodule(attribute, blocks)
         calls = [
@@ -145,41 +159,47 @@ class HiddenStates:
             }
             for recorder in recorders
         ]
-        return cls(shelf, _Run(tuple(batch.numel() for batch in batches), calls, world))
+        return cls(store, _Run(tuple(batch.numel() for batch in batches), calls, world))
 
     def copy(self) -> HiddenStates:
-        """The same states, to be moved through other blocks."""
-        return HiddenStates(self._shelf, self._run)
+        """Hidden states that share these values and can be advanced independently."""
+        return HiddenStates(self._store, self._run)
 
     def replace(self, batches: Iterator[Tensor] | None) -> None:
-        """Take other states in their place, which the leading process reads in order."""
-        shelf, world = _MicroBatchStore(self._shelf.directory), self._run.world
+        """Replace the values of all micro-batches.
+
+        Args:
+            batches: the new micro-batches in order on rank 0; ignored on other ranks.
+        """
+        store, world = _MicroBatchStore(self._store.directory), self._run.world
         for number in range(len(self)):
             batch = world.broadcast_from(lambda: next(batches))  # type: ignore[arg-type]
             if world.owns(number):
-                shelf.put(number, batch.to(world.device))
-        self._shelf = shelf
+                store.put(number, batch.to(world.device))
+        self._store = store
 
     def __iter__(self) -> Iterator[Tensor]:
-        """All micro-batches in order, in all processes."""
+        """Yield every micro-batch in order, on all ranks; collective."""
         return (self.batch(number) for number in range(len(self)))
 
     def turns(self) -> list[list[tuple[int, float]]]:
-        """Micro-batches that go together, as many as hold a forward's tokens, in order.
+        """Group consecutive micro-batches into turns of at most MICRO_BATCH_TOKENS tokens.
 
-        Sequences of one length fill a micro-batch, which then goes alone; those of many lengths
-        make small ones. Each comes by its number, with its share of the tokens of its turn.
+        Sequences of equal length fill a micro-batch, which is then a turn by itself; sequences of
+        different lengths are in small micro-batches, several of which form a turn.
+
+        Returns: for each turn, (number of a micro-batch, its share of the turn's tokens).
         """
+        sizes = self._run.sizes
         turns: list[list[int]] = []
-        for number, size in enumerate(self._run.sizes):
-            held = sum(self._run.sizes[each] for each in turns[-1]) if turns else 0
-            if turns and held + size <= MICRO_BATCH_TOKENS:
+        for number, size in enumerate(sizes):
+            turn_tokens = sum(sizes[member] for member in turns[-1]) if turns else 0
+            if turns and turn_tokens + size <= MICRO_BATCH_TOKENS:
                 turns[-1].append(number)
             else:
                 turns.append([number])
-        sizes = self._run.sizes
         return [
-            [(each, sizes[each] / sum(sizes[one] for one in turn)) for each in turn]
+            [(number, sizes[number] / sum(sizes[member] for member in turn)) for number in turn]
             for turn in turns
         ]
 
@@ -192,22 +212,31 @@ class HiddenStates:
         share: float,
         advance: bool,
     ) -> dict[str, Tensor]:
-        """max_t |x_tk| at several sites in one forward, by site name; 0 where no token came.
+        """Observe max_t |x_tk| of the inputs of several sites in one forward.
 
-        For a block whose weights are still float. share: below 1 the quantile instead of the
-        maximum. advance: move past the block as well. Raises NumericsError naming a site whose
-        input is not finite.
+        Args:
+            block: the block, its weights still in float.
+            name: its full name, for messages.
+            index: its number in the model.
+            sites: the sites to observe.
+            share: 1 for the maximum over tokens; below 1 for that quantile instead.
+            advance: whether to replace the hidden states by the block's output as well.
+
+        Returns: site name → float32 (K,); zero for a channel that no token reached.
+
+        Raises:
+            NumericsError: the input of a site is NaN or Inf; the message names the site.
         """
-        seen: dict[str, AbsMax | AbsQuantile] = {}
+        observers: dict[str, AbsMax | AbsQuantile] = {}
         watched: dict[str, Callable[[Tensor], None]] = {}
         for site in sites:
             width = block.get_submodule(site.modules[0]).get_parameter("weight").shape[1]
-            seen[site.name] = (
+            observer = observers[site.name] = (
                 AbsMax(width) if share == 1 else AbsQuantile(width, share, sum(self._run.sizes))
             )
-            watched |= {token_group[0]: seen[site.name].update for token_group in site.token_groups}
+            watched |= {token_group[0]: observer.update for token_group in site.token_groups}
         self.watch(block, index, watched, advance)
-        maxima = {site: self._reduced(observer) for site, observer in seen.items()}
+        maxima = {site_name: self._reduced(observers[site_name]) for site_name in observers}
         for site_name, maximum in maxima.items():
             _check_finite(maximum, f"{name}, input of {site_name}")
         return maxima
@@ -215,57 +244,75 @@ class HiddenStates:
     def calibrate(
         self, block: nn.Module, index: int, site: Site, site_input: InputQuantizer, normalise: bool
     ) -> None:
-        """Set an InputQuantizer's calibrated scale, where its mode has one."""
+        """Set the calibrated scale of an InputQuantizer, if its mode has one.
+
+        Args:
+            block: the block that the site belongs to.
+            index: its number in the model.
+            site: the site whose input is observed.
+            site_input: its InputQuantizer, changed in place.
+            normalise: whether to divide each token by its largest element first.
+
+        Raises:
+            NumericsError: the site's input is NaN or Inf.
+        """
         if site_input.spec.mode in ("static", "calibrated"):
-            seen = AbsMax(site_input.spec.width, normalise)
+            observer = AbsMax(site_input.spec.width, normalise)
 
             def update(x: Tensor) -> None:
-                seen.update(site_input.rotate(x))
+                observer.update(site_input.rotate(x))
 
             self.watch(block, index, {token_group[0]: update for token_group in site.token_groups})
-            maxima = self._reduced(seen)
+            maxima = self._reduced(observer)
             _check_finite(maxima, f"input of {site_input.name}")
             site_input.calibrate(maxima)
 
     def hessians(
         self, block: nn.Module, index: int, inputs: dict[str, InputQuantizer]
     ) -> dict[str, SecondMoment]:
-        """Σ x̂ x̂ᵀ of the inputs of modules as their weights will see them, by module.
+        """Observe Σ x̂ x̂ᵀ over tokens, where x̂ is the quantized input of a module.
 
-        inputs: module name → what quantizes its input. Raises NumericsError naming the input that
-        is not finite.
+        Args:
+            block: the block that the modules belong to.
+            index: its number in the model.
+            inputs: module name → the InputQuantizer of its input.
+
+        Returns: module name → the observer, reduced over all ranks.
+
+        Raises:
+            NumericsError: an input is NaN or Inf; the message names it.
         """
-        seen = {module: SecondMoment(inputs[module].spec.width) for module in inputs}
+        moments = {module: SecondMoment(inputs[module].spec.width) for module in inputs}
 
         def update(module: str) -> Callable[[Tensor], None]:
-            quantizer, observer = inputs[module], seen[module]
+            quantizer, observer = inputs[module], moments[module]
             return lambda x: observer.update(quantizer.dequantized(x))
 
         self.watch(block, index, {module: update(module) for module in inputs})
-        for module, observer in seen.items():
+        for module, observer in moments.items():
             _check_finite(self._reduced(observer), f"input of {inputs[module].name}")
-        return seen
+        return moments
 
     def _reduced(self, observer: Observer) -> Tensor:
-        """What the observers of all processes saw."""
+        """The statistic over the tokens of all ranks."""
         observer.reduce(self._run.world)
         return observer.result()
 
     def advance(self, block: nn.Module, index: int) -> None:
-        """Move past a block: its output becomes what enters the next."""
+        """Run a block and replace the hidden states by its output, the next block's input."""
         self.watch(block, index, {}, advance=True)
 
     def __len__(self) -> int:
-        """Micro-batches, of all processes."""
+        """The number of micro-batches over all ranks."""
         return len(self._run.sizes)
 
     def batch(self, number: int) -> Tensor:
-        """A micro-batch, float32 (sequences, tokens, hidden_size), in all processes."""
+        """A micro-batch, float32 (sequences, tokens, hidden_size), on all ranks; collective."""
         world = self._run.world
-        return world.broadcast_from(lambda: self._shelf.get(number), number).to(world.device)
+        return world.broadcast_from(lambda: self._store.get(number), number).to(world.device)
 
     def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
-        """A block's output for one micro-batch."""
+        """The output of a block for one micro-batch, float (sequences, tokens, hidden_size)."""
         call = self._run.calls[index][batch.shape[0], batch.shape[1]]
         output = block(batch, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
@@ -278,10 +325,15 @@ class HiddenStates:
         watched: dict[str, Callable[[Tensor], None]],
         advance: bool = False,
     ) -> None:
-        """Call `watched[module]` with every input of a module of a block, float (..., K).
+        """Run a block on this rank's micro-batches; pass the inputs of some modules to callbacks.
 
-        advance: move past the block as well. One module alone, without it, ends each forward where
-        it is reached.
+        With one watched module and without `advance`, each forward stops at that module.
+
+        Args:
+            block: the block to run.
+            index: its number in the model.
+            watched: module name → callback for each of its inputs, float (..., K).
+            advance: whether to replace the hidden states by the block's output.
         """
         stops = len(watched) == 1 and not advance
 
@@ -298,30 +350,30 @@ class HiddenStates:
             for module, into in watched.items()
         ]
         try:
-            moved = _MicroBatchStore(self._shelf.directory) if advance else self._shelf
+            outputs = _MicroBatchStore(self._store.directory) if advance else self._store
             with busy_heap():
-                for number in self._shelf.numbers:
-                    batch = self._shelf.get(number).to(self._run.world.device)
+                for number in self._store.numbers:
+                    batch = self._store.get(number).to(self._run.world.device)
                     try:
                         output = self.forward(block, index, batch)
                     except _Stopped:
                         continue
                     if advance:
-                        moved.put(number, _set_apart(output))
-            self._shelf = moved
+                        outputs.put(number, _copy_outside_heap(output))
+            self._store = outputs
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _set_apart(output: Tensor) -> Tensor:
-    """A copy that stands outside the heap, which would keep the holes between what stays in it."""
+def _copy_outside_heap(output: Tensor) -> Tensor:
+    """A copy in a memory mapping of its own; on the heap it would fragment it."""
     with outside_heap():
         return output.clone()
 
 
 class _Stopped(Exception):
-    """Ends a forward whose rest is not needed."""
+    """Stops a forward once the inputs to observe have been seen."""
 
 
 def _run_until_stopped(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -332,7 +384,7 @@ def _run_until_stopped(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block and keeps what it is called with, by the micro-batch's shape."""
+    """Replaces a block and records the arguments of its calls, by the micro-batch's shape."""
 
     hidden: Tensor
 
@@ -343,7 +395,7 @@ class _Recorder(nn.Module):
         self.calls: dict[tuple[int, int], _Call] = {}
 
     def __getattr__(self, name: str) -> Any:
-        # What a decoder asks of a block beside calling it, such as its kind of attention.
+        # Attributes of the block that a decoder reads, such as its attention type.
         return getattr(object.__getattribute__(self, "_block"), name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

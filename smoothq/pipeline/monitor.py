@@ -1,4 +1,4 @@
-"""Perplexity while a model is being quantized, so that a bad run is stopped early."""
+"""Perplexity measured during quantization, so that a bad run can be stopped early."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from ..runtime.distributed import World
 from .ends import ModelTail, embed_tokens, load_block
 from .hidden_states import HiddenStates
 
-STREAM = "probe"  # the name of its hidden states in a state to go on from
+STREAM = "probe"  # the name of the monitor's hidden states in a saved state
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What to measure on the way. tokens: int64 (windows, length). every: blocks between two."""
+    """Perplexity measurements during a quantization.
+
+    Attributes:
+        tokens: the token ids on which perplexity is measured, int64 (windows, length).
+        every: number of blocks between two measurements.
+    """
 
     tokens: Tensor
     every: int = 1
@@ -41,10 +46,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """Block `block` of `blocks` (from 0) is quantized and stored.
+    """The event that a block has been quantized and stored.
 
-    perplexity: of the model whose blocks so far are quantized and whose others are float, where it
-    was measured; float_perplexity: of the float model on the same tokens.
+    Attributes:
+        block: the block's number, from 0.
+        blocks: how many blocks the model has.
+        perplexity: of the model with the blocks so far quantized and the others in float; None if
+            it was not measured after this block.
+        float_perplexity: of the float model on the same tokens; None without a probe.
     """
 
     block: int
@@ -54,15 +63,24 @@ class BlockDone:
 
 
 class PerplexityMonitor:
-    """A probe at work: its hidden states follow the quantized blocks.
+    """Measures perplexity on a probe's tokens while the blocks are being quantized.
 
-    A measurement reads all later blocks once more, and the head is held in float32.
+    The probe's hidden states are advanced through the quantized blocks. Each measurement loads all
+    later blocks in float once more. The head stays loaded in float32.
     """
 
     def __init__(
         self, probe: Probe, source: Source, model: PreTrainedModel, plan: Plan, world: World
     ) -> None:
-        """model: the skeleton of the source, left as it is."""
+        """Embed the probe's tokens and measure the float model's perplexity.
+
+        Args:
+            probe: what to measure.
+            source: the float checkpoint.
+            model: the float model on the meta device; unchanged on return.
+            plan: its plan.
+            world: the ranks of the run.
+        """
         length = within_positions(model, probe.tokens.shape[1], "the probe's windows")
         self._tokens, self._every = probe.tokens[:, :length].long(), probe.every
         self._source, self._model, self._plan, self._world = source, model, plan, world
@@ -71,7 +89,14 @@ class PerplexityMonitor:
         self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
 
     def follow(self, block: nn.Module, index: int) -> float | None:
-        """Move past a quantized block; the perplexity, where it is time for it."""
+        """Advance the probe's hidden states through a quantized block, and measure if it is time.
+
+        Args:
+            block: the quantized block.
+            index: its number in the model.
+
+        Returns: the perplexity after every `probe.every` blocks and after the last, else None.
+        """
         self.stream.advance(block, index)
         if (index + 1) % self._every and index + 1 < len(self._plan.blocks):
             return None

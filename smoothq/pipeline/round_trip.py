@@ -1,9 +1,9 @@
-"""The last look at an output: loaded as a user loads it, it must compute what the pass computed.
+"""Round-trip check: the written checkpoint, loaded again, must compute what the run computed.
 
-A few tokens follow the quantized blocks through the pass. Before the output is placed it is loaded
-again, and what it makes of those tokens is compared with the pass's own, block by block and in the
-logits. The two may differ by what a change of 1e-6 in the embedding does: a quantizer is a step
-function, and the last bits of a float may move a code.
+A few tokens are taken through the quantized blocks during the run. Before the checkpoint is renamed
+to the output it is loaded as a user loads it, and its block outputs and logits on these tokens are
+compared with those of the run. The tolerance is the effect of a relative change of 1e-6 in the
+embedding: a quantizer is a step function, so the last bits of a float may change a code.
 """
 
 from __future__ import annotations
@@ -40,51 +40,58 @@ from ..rounding.packing import pack
 from ..runtime.distributed import World
 from ..runtime.memory import give_back, spare_memory
 from ..runtime.process import build_lock
-from .ends import (
-    WORKING_DTYPE,
-    Block,
-    ModelTail,
-    coded_rows,
-    embed_tokens,
-    stored_rows,
-)
+from .ends import WORKING_DTYPE, Block, ModelTail, coded_rows, embed_tokens, stored_rows
 from .hidden_states import HiddenStates
 
-STREAM = "roundtrip"  # the name of its hidden states in a state to go on from
-SEQUENCES, LENGTH = 2, 64
-CHANGE = 1e-6  # of the embedding, relative
-CHANGES = 8  # that are tried before an output counts as another
-MARGIN = 4.0  # each is but a sample of what such changes do
-SMALL_BYTES = 32 << 20  # which are taken in any case
-ROUNDING = 1e-5  # relative; what float32 takes in any case
+STREAM = "roundtrip"  # the name of the check's hidden states in a saved state
+SEQUENCES, LENGTH = 2, 64  # shape of the check's token ids
+CHANGE = 1e-6  # relative standard deviation of a change of the embedding
+CHANGES = 8  # random changes that are tried before a difference counts as an error
+MARGIN = 4.0  # allowed difference / effect of one change, which is only a random sample
+SMALL_BYTES = 32 << 20  # a checkpoint that needs no more memory is always loaded whole
+ROUNDING = 1e-5  # relative difference that is always allowed, for float32 rounding errors
 
 
 class RoundTrip:
-    """Tokens on their way through the quantized blocks, and what the output makes of them."""
+    """Computes a few tokens during the run, and compares the written checkpoint with the results.
+
+    Attributes:
+        stream: the tokens' hidden states, advanced through the quantized blocks.
+    """
 
     def __init__(
         self, source: Source, model: PreTrainedModel, plan: Plan, account: Account, world: World
     ) -> None:
-        """model: the skeleton of the source, left as it is."""
+        """Choose and embed the tokens.
+
+        Args:
+            source: the float checkpoint.
+            model: the float model on the meta device; unchanged on return.
+            plan: its plan.
+            account: shapes and dtypes of the tensors to be written.
+            world: the ranks of the run.
+        """
         self._source, self._model, self._plan = source, model, plan
         self._account, self._world = account, world
         self._ids = _tokens(model)
         rotation = plan.residual_rotation
-        self.stream = self._enter(world, None if rotation is None else OnlineRotation(rotation))
-        # In one piece: a small tensor a block would lie strewn over the heap and keep its holes.
+        self.stream = self._embedded(world, None if rotation is None else OnlineRotation(rotation))
+        # One allocation: many small tensors that stay alive would fragment the heap.
         self._room = torch.empty(len(plan.blocks), *self._ids.shape, dtype=torch.float32)
         self._sketches: dict[int, Tensor] = {}
 
-    def _enter(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
+    def _embedded(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
         stored: Any = _Stored(self._source, self._account)
         model, plan, batches = self._model, self._plan, [self._ids]
         return embed_tokens(stored, model, plan, batches, world, as_stored=True, rotate=rotate)
 
     @torch.no_grad()
     def follow(self, block: Block, stored: dict[str, Tensor]) -> None:
-        """Move past a quantized block. stored: its tensors by full name, as they are in the file.
+        """Advance the tokens' hidden states through a quantized block.
 
-        The block takes over the digits that its floats have there.
+        Args:
+            block: the quantized block; its float tensors are rounded to their stored values.
+            stored: the block's tensors by full name, in the dtypes of the file.
         """
         for key, tensor in block.module.state_dict().items():
             if tensor.is_floating_point():
@@ -96,10 +103,16 @@ class RoundTrip:
 
     @torch.no_grad()
     def compare(self, directory: Path) -> None:
-        """Raise OutputError, naming the first block that differs, unless an output is as computed.
+        """Compare a written checkpoint with the results of the run.
 
-        What lies outside the blocks is compared with the source, number by number. The output is
-        loaded whole where that takes no more memory than the pass did, else block by block.
+        Tensors outside the blocks are compared with the source element by element. The checkpoint
+        is loaded whole if that takes no more memory than the run did, else block by block.
+
+        Args:
+            directory: the complete checkpoint.
+
+        Raises:
+            OutputError: the results differ; the message names the first block that does.
         """
         hidden = self.stream.batch(0)
         give_back()
@@ -116,13 +129,12 @@ class RoundTrip:
         self._world.broadcast_from(compared)
 
     def _whole_bytes(self) -> int:
-        """What the loaded output takes, and beside it the ends in float32 and some logits."""
+        """Estimated bytes of the loaded checkpoint, float32 embedding and head, and the logits."""
         plan = self._plan
-        sites = [site for block in plan.blocks for site in block.sites]
-        codes = sum(spec.elements for site in sites for spec in site.modules.values())
+        codes = sum(spec.elements for _, spec, _ in plan.linears())
         rows = self._model.get_submodule(plan.parts.head).get_parameter("weight").shape[0]
         loaded = 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
-        return 2 * loaded  # loading holds some of it twice
+        return 2 * loaded  # some tensors exist twice while they are loaded
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
         with build_lock:
@@ -130,14 +142,14 @@ class RoundTrip:
         loaded.to(self._world.device)
         stored: Any = _Stored(self._source, self._account)
         end = ModelTail(stored, self._plan, self._world.device, as_stored=True)
-        own = {**self._sketches, len(self._plan.blocks): end.logits(hidden)}
+        expected = {**self._sketches, len(self._plan.blocks): end.logits(hidden)}
         del end
-        _hold(own, len(self._plan.blocks), lambda seed: self._run(loaded, seed))
+        _require_equal(expected, len(self._plan.blocks), lambda seed: self._run(loaded, seed))
 
     def _run(self, loaded: PreTrainedModel, seed: int | None) -> dict[int, Tensor]:
-        """Sketches of what leaves each block of a loaded model, and behind them its logits.
+        """Run a loaded model; sketches of its block outputs by block, then its logits.
 
-        seed: of a change of the embedding, or None for none.
+        seed: of a random change of the embedding, or None for no change.
         """
         sketches: dict[int, Tensor] = {}
 
@@ -150,7 +162,7 @@ class RoundTrip:
         blocks = loaded.get_submodule(self._plan.parts.layers).children()
         hooks = [block.register_forward_hook(keep(index)) for index, block in enumerate(blocks)]
         embedding = loaded.get_input_embeddings()
-        hooks.append(embedding.register_forward_hook(lambda m, args, out: _moved(out, seed)))
+        hooks.append(embedding.register_forward_hook(lambda m, args, out: _perturbed(out, seed)))
         try:
             ids = self._ids.to(self._world.device)
             logits: Tensor = loaded(input_ids=ids, use_cache=False).logits
@@ -165,48 +177,49 @@ class RoundTrip:
         model = skeleton_of(config, name)
         install(model, quantization_of(config, name).plan_for(model))
         check_tensors(model, sorted({str(path) for path in files.values()}))
-        # The first block rotates what it is given by itself.
-        entered = self._enter(World(0, 1, self._world.device), lambda x: x)
+        # Not rotated here: the installed model's first block rotates its input online.
+        entered = self._embedded(World(0, 1, self._world.device), lambda x: x)
 
         def run(seed: int | None) -> dict[int, Tensor]:
             stream = entered.copy()
-            stream.replace(iter([_moved(batch, seed) for batch in entered]))
+            stream.replace(iter([_perturbed(batch, seed) for batch in entered]))
             return self._through(model, files, stream)
 
-        _hold(self._sketches, len(self._plan.blocks), run)
+        _require_equal(self._sketches, len(self._plan.blocks), run)
 
     def _compare_ends(self, files: dict[str, Path]) -> None:
-        """Compare what lies outside the blocks with the source, number by number."""
+        """Compare the tensors outside the blocks with the source, element by element."""
         parts, source = self._plan.parts, self._source
         for name, spec in self._account.items():
             if name.startswith(f"{parts.layers}.") and name not in source.extras:
                 continue
-            rows: Iterable[Tensor] = ()
+            chunks: Iterable[Tensor] = ()
             if self._plan.tables and name in (f"{parts.embedding}.weight", f"{parts.head}.weight"):
-                rows = (pack(each.codes, EMBEDDING_BITS) for each in coded_rows(source, name))
+                coded = coded_rows(source, name)
+                chunks = (pack(rounded.codes, EMBEDDING_BITS) for rounded in coded)
             elif name in source.specs or name in source.extras:
-                rows = (each.to(spec.dtype) for each in stored_rows(source, name))
+                chunks = (rows.to(spec.dtype) for rows in stored_rows(source, name))
             flat, first = read_tensor(files[name], name).flatten(), 0
-            for each in rows:
-                if as_bytes(each) != as_bytes(flat[first : first + each.numel()]):
+            for chunk in chunks:
+                if as_bytes(chunk) != as_bytes(flat[first : first + chunk.numel()]):
                     raise _differs(f"tensor '{name}'")
-                first += each.numel()
+                first += chunk.numel()
 
     def _through(
         self, model: PreTrainedModel, files: dict[str, Path], stream: HiddenStates
     ) -> dict[int, Tensor]:
-        """Sketches of what leaves each block, read one at a time from the files."""
+        """Sketches of the block outputs, each block loaded from the files and freed again."""
         sketches = {}
-        layers = self._plan.parts.layers
-        for index, block in enumerate(model.get_submodule(layers).children()):
+        layers = model.get_submodule(self._plan.parts.layers)
+        for index, block in enumerate(layers.children()):
             for key in list(block.state_dict()):
-                name = f"{layers}.{index}.{key}"
+                name = f"{self._plan.block_name(index)}.{key}"
                 tensor = read_tensor(files[name], name).to(self._world.device, copy=True)
                 owner, _, leaf = key.rpartition(".")
                 module = block.get_submodule(owner)
                 if leaf in module._parameters:
-                    held = nn.Parameter(tensor.to(WORKING_DTYPE), requires_grad=False)
-                    module._parameters[leaf] = held
+                    parameter = nn.Parameter(tensor.to(WORKING_DTYPE), requires_grad=False)
+                    module._parameters[leaf] = parameter
                 else:
                     module._buffers[leaf] = tensor
             prepare(block)
@@ -216,29 +229,38 @@ class RoundTrip:
         return sketches
 
 
-def _hold(
-    own: dict[int, Tensor], blocks: int, run: Callable[[int | None], dict[int, Tensor]]
+def _require_equal(
+    expected: dict[int, Tensor], blocks: int, run: Callable[[int | None], dict[int, Tensor]]
 ) -> None:
-    """Raise OutputError naming the first block that differs from the pass's own.
+    """Raise OutputError naming the first block whose output differs from the run's.
 
-    own: by block, and at the number behind the last the logits. run: the same of the output, with
-    the embedding changed under a seed, or as it is. A change may happen to move no code, so one is
-    not enough to say that something differs.
+    A random change may happen to change no code, so several are tried before an output counts as
+    different.
+
+    Args:
+        expected: block number → sketch of its output in the run; `blocks` → the logits.
+        blocks: how many blocks the model has.
+        run: computes the same for the written checkpoint, with the embedding changed at random
+            from a seed, or unchanged for None.
     """
-    found = run(None)
-    left = {index for index in own if not torch.equal(found[index], own[index])}
+    actual = run(None)
+    left = {index for index in expected if not torch.equal(actual[index], expected[index])}
     for seed in range(CHANGES):
         if not left:
             return
-        moved = run(seed)
-        left -= {index for index in left if _alike(found[index], own[index], moved[index])}
+        perturbed = run(seed)
+        left -= {
+            index
+            for index in left
+            if _within_tolerance(actual[index], expected[index], perturbed[index])
+        }
     if left:
         first = min(left)
         raise _differs(f"block {first}" if first < blocks else "what follows the blocks")
 
 
 class _Stored:
-    """A source whose floats have the digits that the output has of them."""
+    """A source whose float tensors are cast to the dtypes that the checkpoint stores."""
 
     def __init__(self, source: Source, account: Account) -> None:
         self._source, self._account = source, account
@@ -247,12 +269,12 @@ class _Stored:
         return getattr(self._source, name)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """As of a `Source`."""
+        """Yield (name, tensor) as `Source.tensors` does, cast."""
         for name, tensor in self._source.tensors(names):
             yield name, self._cast(name, tensor)
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
-        """As of a `Source`."""
+        """Yield chunks of rows as `Source.rows` does, cast."""
         return (self._cast(name, rows) for rows in self._source.rows(name, count))
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
@@ -262,7 +284,7 @@ class _Stored:
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    """Tokens of no meaning, int64 (2, 64), none of which stands for something else, as an image."""
+    """Random token ids, int64 (2, 64), without special tokens such as image placeholders."""
     configs = (model.config, text_config(model))
     special = {
         value
@@ -279,7 +301,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def _attention_as_planned(block: Block, plan: Plan, device: torch.device) -> Iterator[None]:
-    """Within it a block's attention is what the loaded model's will be."""
+    """Context in which a block's attention is quantized as in the loaded model."""
     if plan.attention is None:
         yield
         return
@@ -292,8 +314,8 @@ def _attention_as_planned(block: Block, plan: Plan, device: torch.device) -> Ite
         stop_quantizing_attention(attention, attention.config)
 
 
-def _moved(x: Tensor, seed: int | None) -> Tensor:
-    """x with every number changed a little, or as it is without a seed."""
+def _perturbed(x: Tensor, seed: int | None) -> Tensor:
+    """x with a relative random change of 1e-6 in every element; x itself if seed is None."""
     if seed is None:
         return x
     generator = torch.Generator().manual_seed(seed)
@@ -302,16 +324,19 @@ def _moved(x: Tensor, seed: int | None) -> Tensor:
 
 
 def _sketch(hidden: Tensor) -> Tensor:
-    """A number a token, which changes as its hidden state does: float (..., K) → (...)."""
+    """A random projection of every token's hidden state to one number: float (..., K) → (...)."""
     generator = torch.Generator().manual_seed(2)
     mix = torch.randn(hidden.shape[-1], generator=generator, dtype=torch.float32)
     return (hidden.float() @ mix.to(hidden.device)).cpu()
 
 
-def _alike(found: Tensor, wanted: Tensor, moved: Tensor) -> bool:
-    """Whether one differs from what is wanted by no more than a small change makes it differ."""
-    allowed = MARGIN * (moved - found).norm() + ROUNDING * wanted.norm()
-    return bool((found - wanted).norm() <= allowed)
+def _within_tolerance(actual: Tensor, expected: Tensor, perturbed: Tensor) -> bool:
+    """Whether an output differs from the expected one by no more than from its perturbed form.
+
+    perturbed: the actual output after a small random change of the embedding.
+    """
+    allowed = MARGIN * (perturbed - actual).norm() + ROUNDING * expected.norm()
+    return bool((actual - expected).norm() <= allowed)
 
 
 def _differs(what: str) -> OutputError:

@@ -1,9 +1,9 @@
-"""The whole job: one pass over the decoder blocks, one block in memory at a time.
+"""Quantize a checkpoint in one pass over the decoder blocks, with one block in memory at a time.
 
-What is done to a block needs only the block and the hidden states that enter it, because the one
-global choice, the rotation of the residual stream, is made before the first block: `load_block`
-brings a block in with that rotation in its weights. Read `_run` and `_quantize_block`; the rest of
-this file is what they call.
+Quantizing a block needs only the block and the hidden states that enter it. The only transform that
+spans blocks, the rotation of the residual stream, is fixed by the plan, and `load_block` folds it
+into each block's weights. Start with `_run` and `_quantize_block`; the rest of this file is what
+they call.
 """
 
 from __future__ import annotations
@@ -56,21 +56,10 @@ from ..transforms.smoothing import smooth
 from ..version import __version__
 from .alpha_search import search_alpha
 from .block_tuning import tune
-from .ends import (
-    Block,
-    coded_rows,
-    embed_tokens,
-    load_block,
-    stored_rows,
-)
+from .ends import Block, coded_rows, embed_tokens, load_block, stored_rows
 from .estimate import estimate_resources
 from .hidden_states import HiddenStates
-from .monitor import (
-    STREAM,
-    BlockDone,
-    PerplexityMonitor,
-    Probe,
-)
+from .monitor import STREAM, BlockDone, PerplexityMonitor, Probe
 from .observers import SecondMoment
 from .round_trip import STREAM as ROUNDTRIP
 from .round_trip import RoundTrip
@@ -78,7 +67,7 @@ from .shared_writer import SharedWriter
 
 log = logging.getLogger("smoothq")
 
-HESSIAN_BYTES = 1 << 30  # of experts' Hessians that are held at once
+HESSIAN_BYTES = 1 << 30  # of experts' Hessians in memory at once
 
 
 OnBlock = Callable[[BlockDone], None]
@@ -98,16 +87,32 @@ def quantize_checkpoint(
     probe: Probe | None = None,
     check: bool = True,
 ) -> QuantizeResult:
-    """Quantize a source into a checkpoint directory, or go on with what the writer has of it.
+    """Quantize a source into a checkpoint directory, or resume an interrupted run.
 
-    data: what to calibrate on, as for `quantize`; without it the recipe's text is read.
-    max_memory: bytes that the process may take. on_block: called when a block is stored; what it
-    raises stops the run, which can be gone on with. probe: what is measured for it on the way.
-    check: load the output again before it is placed and compare it with what was computed. Of
-    several processes that a launcher started, all must call this: they share the work, and the
-    first writes.
-    An output that is there, whole and made of just this, stays as it is.
-    Raises SmoothqError for whatever cannot be done, before any work where that can be known.
+    In a distributed run every rank must call this: the ranks share the work, and rank 0 writes. If
+    a complete output of the same source, recipe and data already exists, nothing is done.
+
+    Args:
+        source: the float checkpoint.
+        recipe: how to quantize it.
+        writer: writes the output directory and saves the states to resume from.
+        tokenizer: tokenizes calibration text, and is saved with the output; None for the source's.
+        data: the calibration data, as for `quantize`; None for the text that the recipe names.
+        device: where the blocks are quantized, such as "cpu" or "cuda".
+        progress: called with (block, number of blocks, stage) as the work proceeds.
+        max_memory: bytes that the process may use; None for no limit.
+        on_block: callback after each stored block. An exception from it stops the run; calling
+            this function again with the same output resumes.
+        probe: tokens on which perplexity is measured during the run; the result is passed to
+            `on_block`.
+        check: whether to load the written checkpoint again and compare it with what was computed,
+            before it is renamed to the output.
+
+    Returns: sizes, time and memory of the run.
+
+    Raises:
+        SmoothqError: the source, recipe, data or output is unfit. Raised before the first block is
+            worked on if it can be detected by then.
     """
     start = time.perf_counter()
     check_device(device)
@@ -160,7 +165,7 @@ def quantize_checkpoint(
 
 
 def _config_of(source: Source, model: PreTrainedModel, plan: Plan) -> PretrainedConfig:
-    """The config of the output: the source's, true to what is stored."""
+    """The output's config: the source's, with class, dtype and tying as they are stored."""
     config = copy.deepcopy(source.config)
     config.architectures = [type(model).__name__]
     config.dtype = plan.stored_dtype
@@ -173,7 +178,7 @@ def _config_of(source: Source, model: PreTrainedModel, plan: Plan) -> Pretrained
 
 
 def _dtype_note(source: Source, plan: Plan) -> Iterator[str]:
-    """A line where a config names another dtype than the tensors have."""
+    """Yield a note if the source's config names another dtype than its tensors have."""
     named = source.config.dtype
     if named is not None and plan.recipe.dtype == "auto" and plan.stored_dtype != named:
         yield f"its config says {named}, its tensors are {plan.stored_dtype}: stored as they are"
@@ -181,9 +186,9 @@ def _dtype_note(source: Source, plan: Plan) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a pass works with: where weights come from, what is done, and where they go.
+    """What stays the same during a run: source, plan, output and callbacks.
 
-    account: all that the output will hold.
+    account: shape and dtype of every tensor of the output.
     """
 
     source: Source
@@ -201,10 +206,10 @@ class _Job:
 def _run(
     job: _Job, tokens: Tokens | None, finished: int, directory: Path | None, probe: Probe | None
 ) -> None:
-    """The pass: what enters the blocks, each block, and what is stored of them.
+    """Embed the calibration tokens, then quantize and store block after block.
 
-    finished: blocks that the output has already. directory: where hidden states are held in files,
-    or None.
+    finished: number of blocks that the output contains already. directory: where to store hidden
+    states in files, or None to keep them in memory.
     """
     plan, output = job.plan, job.output
     streams = _streams(job, tokens, directory)
@@ -231,12 +236,12 @@ def _run(
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
         if job.on_block is not None:
-            usual = None if probing is None else probing.float_perplexity
-            job.on_block(BlockDone(index, len(plan.blocks), perplexity, usual))
+            reference = None if probing is None else probing.float_perplexity
+            job.on_block(BlockDone(index, len(plan.blocks), perplexity, reference))
 
 
 def _enter_stage(job: _Job, index: int, stage: str) -> None:
-    """Say so, and give back what the stage before freed: holes of the heap would add up."""
+    """Report the stage and return freed memory to the system, as a fragmented heap would grow."""
     give_back()
     job.progress(index, len(job.plan.blocks), stage)
 
@@ -248,9 +253,10 @@ def _quantize_block(
     unquantized: HiddenStates | None,
     stage: Stage,
 ) -> None:
-    """Transform and quantize one block, and move the hidden states past it.
+    """Transform and quantize one block, and advance the hidden states through it.
 
-    unquantized: the hidden states of the float model, where the recipe tunes blocks towards them.
+    stream: the hidden states of the quantized model, or None without calibration. unquantized:
+    those of the float model, if the recipe tunes blocks, else None.
     """
     plan, recipe = job.plan, job.plan.recipe
     follows_float = recipe.smoothing is not None and not recipe.sees_quantized
@@ -280,10 +286,14 @@ def transform_block(
     advance: bool = False,
     stage: Stage | None = None,
 ) -> None:
-    """Smooth a float block and rotate inside it as its plan has it; its function stays the same.
+    """Smooth a float block and rotate its values as planned, in place; it computes the same.
 
-    stream: what enters the block; smoothing needs it. advance: where the block is smoothed, move
-    the stream past the float block on the way.
+    Args:
+        block: the block in float.
+        plan: the model's plan.
+        stream: the hidden states that enter the block; None leaves it unsmoothed.
+        advance: whether to advance `stream` through the float block, if the recipe smooths.
+        stage: called with the name of the stage.
     """
     recipe, graph = plan.recipe, block.plan.graph
     if recipe.smoothing is not None and stream is not None:
@@ -295,25 +305,26 @@ def transform_block(
 
 
 def _smooth(block: Block, plan: Plan, stream: HiddenStates, advance: bool) -> None:
-    """Smooth the edges that the recipe names. advance: the hidden states follow the float model."""
+    """Smooth the edges that the recipe names. advance: advance `stream` through the float block."""
     smoothing = plan.recipe.smoothing
     assert smoothing is not None
-    plans = [each for each in block.plan.sites if each.site.edge in smoothing.edges]
+    plans = [site_plan for site_plan in block.plan.sites if site_plan.site.edge in smoothing.edges]
     entering = stream.copy()
     maxima = stream.maxima(
         block.module,
         block.name,
         block.index,
-        [each.site for each in plans],
+        [site_plan.site for site_plan in plans],
         smoothing.quantile,
         advance,
     )
-    for each in plans:
-        seen, alpha = maxima[each.site.name], smoothing.alpha_of(each.site.edge)
+    for site_plan in plans:
+        site = site_plan.site
+        alpha = smoothing.alpha_of(site.edge)
         if alpha == "auto":
-            alpha = search_alpha(block.module, block.index, each, seen, entering)
-            log.debug("%s, %s: alpha %g", block.name, each.site.name, alpha)
-        smooth(block.module, each.site, seen, alpha, plan.stored_dtype)
+            alpha = search_alpha(block.module, block.index, site_plan, maxima[site.name], entering)
+            log.debug("%s, %s: alpha %g", block.name, site.name, alpha)
+        smooth(block.module, site, maxima[site.name], alpha, plan.stored_dtype)
 
 
 def _quantize_sites(
@@ -323,10 +334,10 @@ def _quantize_sites(
     inputs: dict[str, InputQuantizer],
     stream: HiddenStates | None,
 ) -> dict[str, Tensor]:
-    """Calibrate sites that run side by side, round their weights, and put quantized linears in.
+    """Calibrate sites of one stage, round their weights, and install the quantized linears.
 
-    Of several processes each rounds its share of the matrices. Returns, by module, what the codes
-    of its weight were rounded from, where the recipe tunes them.
+    In a distributed run each rank rounds a share of the matrices. Returns module name → float
+    (N, K), the values that its codes were rounded from; empty unless the recipe tunes blocks.
     """
     recipe, world = job.plan.recipe, job.world
     unrounded: dict[str, Tensor] = {}
@@ -341,16 +352,16 @@ def _quantize_sites(
             stream.calibrate(block.module, block.index, site, site_input, normalise)
         token_groups += [_TokenGroup(plan, modules, site_input) for modules in site.token_groups]
     for together in _in_memory(token_groups):
-        seen: dict[str, SecondMoment] = {}
+        moments: dict[str, SecondMoment] = {}
         if stream is not None and recipe.weights.rounding == "gptq":
             watched = {token_group.modules[0]: token_group.input for token_group in together}
-            seen = stream.hessians(block.module, block.index, watched)
-        factors = _Factors(block, seen, recipe)
+            moments = stream.hessians(block.module, block.index, watched)
+        factors = _Factors(block, moments, recipe)
         work = [(token_group, name) for token_group in together for name in token_group.modules]
         for turn in (work[i : i + world.size] for i in range(0, len(work), world.size)):
-            own = world.raise_together(partial(_round_own, block, turn, factors, job))
-            for owner, (token_group, name) in enumerate(turn):
-                rounded = world.broadcast_from(lambda own=own: own, owner)  # type: ignore[misc]
+            local = world.raise_together(partial(_round_local, block, turn, factors, job))
+            for rank, (token_group, name) in enumerate(turn):
+                rounded = world.broadcast_from(lambda local=local: local, rank)  # type: ignore[misc]
                 assert rounded is not None
                 rounded = rounded.to(world.device)
                 linear = block.module.get_submodule(name)
@@ -359,14 +370,14 @@ def _quantize_sites(
                 quantized.set_weight(rounded, linear.bias)
                 if rounded.unrounded is not None:
                     unrounded[name] = rounded.unrounded
-            del own, rounded
+            del local, rounded
     return unrounded
 
 
-def _round_own(
+def _round_local(
     block: Block, turn: list[tuple[_TokenGroup, str]], factors: _Factors, job: _Job
 ) -> QuantizedWeight | None:
-    """What this process rounds of a turn, in which every process has one matrix at most."""
+    """The weight of `turn[rank]`, rounded on this rank; None if the turn has fewer matrices."""
     if job.world.rank >= len(turn):
         return None
     token_group, name = turn[job.world.rank]
@@ -374,29 +385,29 @@ def _round_own(
 
 
 class _Factors:
-    """What GPTQ needs for each of some lanes, made when it is asked for; one at a time is held."""
+    """The Hessian factors of token groups, computed on demand; only the last is kept."""
 
-    def __init__(self, block: Block, seen: dict[str, SecondMoment], recipe: Recipe) -> None:
-        """seen: the Hessian of each lane by its first module; empty where GPTQ does not round."""
-        self._block, self._seen, self._recipe = block, seen, recipe
-        self._held: tuple[str, Factor | None] = ("", None)
+    def __init__(self, block: Block, moments: dict[str, SecondMoment], recipe: Recipe) -> None:
+        """moments: the Hessian of each token group by its first module; empty without GPTQ."""
+        self._block, self._moments, self._recipe = block, moments, recipe
+        self._last: tuple[str, Factor | None] = ("", None)  # first module, factor
 
     def of(self, token_group: _TokenGroup) -> Factor | None:
-        """A lane's; None where its matrices are rounded to nearest."""
+        """The factor of a token group, or None if its matrices are to be rounded to nearest."""
         name = token_group.modules[0]
-        if self._held[0] != name:
-            self._held = ("", None)
-            moment = self._seen.pop(name, None)
+        if self._last[0] != name:
+            self._last = ("", None)
+            moment = self._moments.pop(name, None)
             factor = (
                 None if moment is None else _factor(self._block, token_group, moment, self._recipe)
             )
-            self._held = (name, factor)
-        return self._held[1]
+            self._last = (name, factor)
+        return self._last[1]
 
 
 @dataclass(frozen=True)
 class _TokenGroup:
-    """Modules of a site that the same tokens reach."""
+    """Modules of a site that the same tokens reach: a single expert, or all that is not routed."""
 
     plan: SitePlan
     modules: tuple[str, ...]
@@ -404,18 +415,19 @@ class _TokenGroup:
 
     @property
     def routed(self) -> bool:
-        """Whether a router decides which tokens these are."""
+        """Whether a router decides which tokens reach the modules."""
         readers = self.plan.site.readers
         return any(reader.routed for reader in readers if reader.module in self.modules)
 
 
 def _in_memory(token_groups: list[_TokenGroup]) -> Iterator[list[_TokenGroup]]:
-    """Lanes in runs whose Hessians are held at once."""
+    """Split token groups into runs whose Hessians fit into memory together."""
     run: list[_TokenGroup] = []
     for token_group in token_groups:
         if (
             run
-            and 8 * sum(each.input.spec.width**2 for each in [*run, token_group]) > HESSIAN_BYTES
+            and 8 * sum(member.input.spec.width**2 for member in [*run, token_group])
+            > HESSIAN_BYTES
         ):
             yield run
             run = []
@@ -424,25 +436,25 @@ def _in_memory(token_groups: list[_TokenGroup]) -> Iterator[list[_TokenGroup]]:
 
 
 def _factor(
-    block: Block, token_group: _TokenGroup, seen: SecondMoment, recipe: Recipe
+    block: Block, token_group: _TokenGroup, moment: SecondMoment, recipe: Recipe
 ) -> Factor | None:
-    """What GPTQ needs for a lane; None for an expert that too few tokens reached."""
+    """The factor of a token group's Hessian; None for an expert that too few tokens reached."""
     site = token_group.modules[0] if token_group.routed else token_group.plan.site.name
     where = f"{block.name}, {site}"
-    if token_group.routed and seen.tokens < recipe.gptq.least_tokens:
+    if token_group.routed and moment.tokens < recipe.gptq.least_tokens:
         log.warning(
             "%s: %d tokens of the calibration text reached this expert; rounded to nearest",
             where,
-            seen.tokens,
+            moment.tokens,
         )
         return None
-    return factorise(seen.result(), recipe.gptq, where)
+    return factorise(moment.result(), recipe.gptq, where)
 
 
 def _round(
     block: Block, token_group: _TokenGroup, name: str, factor: Factor | None, recipe: Recipe
 ) -> QuantizedWeight:
-    """The weight of one linear of a lane, rounded."""
+    """The rounded weight of one linear of a token group; without a factor rounded to nearest."""
     linear = block.module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     grid = token_group.plan.modules[name].grid
@@ -454,21 +466,23 @@ def _round(
 
 
 def _streams(job: _Job, tokens: Tokens | None, directory: Path | None) -> dict[str, HiddenStates]:
-    """The hidden states: `quantized`, which will see the quantized blocks, and, where the recipe
-    tunes blocks towards the float model, `float`; none without tokens.
+    """The hidden states that enter the first block, by name; empty without tokens.
+
+    `quantized` will be advanced through the quantized blocks, and `float`, which exists if the
+    recipe tunes blocks, through the float ones.
     """
     if tokens is None:
         return {}
     batches = tokens.micro_batches
-    entered = embed_tokens(job.source, job.model, job.plan, batches, job.world, directory)
-    streams = {"quantized": entered}
+    embedded = embed_tokens(job.source, job.model, job.plan, batches, job.world, directory)
+    streams = {"quantized": embedded}
     if job.plan.recipe.tuning is not None:
-        streams["float"] = entered.copy()
+        streams["float"] = embedded.copy()
     return streams
 
 
 def _store_ends(job: _Job) -> None:
-    """Store all that is not in a block: embedding, head, positions, norms, towers, and extras."""
+    """Store the tensors outside the blocks: embedding, head, final norm, vision towers, extras."""
     plan, source = job.plan, job.source
     parts = plan.parts
     tables = {f"{name}.weight": name for name in (parts.embedding, parts.head) if plan.tables}
@@ -479,8 +493,8 @@ def _store_ends(job: _Job) -> None:
         if name in tables:
             _store_table(job, tables[name])
         elif name in source.specs or name in source.extras:
-            rows = stored_rows(source, name, name.rpartition(".")[0] in checked)
-            cast = (each.to("cpu", spec.dtype) for each in rows)
+            chunks = stored_rows(source, name, name.rpartition(".")[0] in checked)
+            cast = (rows.to("cpu", spec.dtype) for rows in chunks)
             nbytes = nbytes_of({name: spec})
             job.output.add_rows(name, cast, spec.shape, nbytes)
         elif name.rpartition(".")[0] not in tables.values():
@@ -488,7 +502,7 @@ def _store_ends(job: _Job) -> None:
 
 
 def _store_table(job: _Job, name: str) -> None:
-    """Store an embedding or a head as codes with a scale a row, row by row."""
+    """Store an embedding or a head as 8-bit codes with one scale per row, in chunks of rows."""
     weight = job.model.get_submodule(name).get_parameter("weight")
     scales: list[Tensor] = []
 
@@ -504,13 +518,13 @@ def _store_table(job: _Job, name: str) -> None:
 
 
 def _to_store(block: Block, source: Source, account: Account) -> dict[str, Tensor]:
-    """A block's tensors by full name, each in the dtype of the account."""
+    """A block's tensors by full name, each in its stored dtype, on the CPU."""
     stored = {}
     for key, tensor in block.module.state_dict().items():
         name = f"{block.name}.{key}"
         dtype = account[name].dtype
         if dtype == torch.float64 and name in source.specs:
-            # Blocks are worked on in float32: what no transform touched keeps all its digits.
+            # Blocks are loaded in float32: a tensor that no transform changed is stored as it was.
             ((_, original),) = source.tensors([name])
             if torch.equal(original.to(tensor.dtype), tensor.cpu()):
                 tensor = original
@@ -525,7 +539,10 @@ def _calibration_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     data: Any,
 ) -> Tokens | None:
-    """What to calibrate on: the caller's data, or the recipe's text; no longer than positions."""
+    """The calibration tokens: the caller's data or the recipe's text; None if none are needed.
+
+    Sequences are cut to the number of positions of the model.
+    """
     recipe, text = plan.recipe, plan.recipe.calibration
     try:
         tokenizer = tokenizer or source.tokenizer()
@@ -553,7 +570,7 @@ def _calibration_tokens(
 
 
 def _identity(source: Source, recipe: Recipe, tokens: Tokens | None) -> RunKey:
-    """What the bytes of a checkpoint follow from, by hash."""
+    """The hashes of everything that the output's bytes depend on."""
     return RunKey(
         version=__version__,
         recipe=hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),

@@ -1,7 +1,8 @@
-"""The account of a checkpoint: every tensor that it will hold, and whether its files do.
+"""The account of a checkpoint: shape and dtype of every tensor, and a check of files against it.
 
-It is drawn up from the plan before the first block: what a quantized model needs when it is loaded,
-each float in the dtype that it came in, and what of the source the model's class does not know.
+It is computed from the plan before the first block is worked on. It lists the tensors that the
+quantized model loads (floats in the source's dtype unless the recipe names one) and the source's
+extra tensors, which the model's class does not load.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from .install import install
 from .plan import Plan
 from .resolve import stored_tensors
 
-Account = dict[str, Spec]
+Account = dict[str, Spec]  # full tensor name → shape and dtype
 
 
 def account_of(model: PreTrainedModel, plan: Plan, source: Source) -> Account:
-    """What a plan's checkpoint holds by name. model: the skeleton of the source, left as it is."""
+    """Shape and dtype of every tensor that a plan's checkpoint will contain, by full name.
+
+    Args:
+        model: the float model on the meta device; it is not changed.
+        plan: the plan of the checkpoint.
+        source: the float checkpoint; its extra tensors are included.
+    """
     quantized = copy.deepcopy(model)
     install(quantized, plan)
     codes = codes_of(quantized)
@@ -34,12 +41,12 @@ def account_of(model: PreTrainedModel, plan: Plan, source: Source) -> Account:
         return plan.stored_dtype if cast else tensor.dtype
 
     tensors = stored_tensors(quantized)
-    held = {name: Spec(tuple(t.shape), dtype(name, t)) for name, t in tensors.items()}
-    return held | source.extras
+    specs = {name: Spec(tuple(t.shape), dtype(name, t)) for name, t in tensors.items()}
+    return specs | source.extras
 
 
 def codes_of(model: nn.Module) -> set[str]:
-    """The names of a quantized model's codes, scales and multipliers."""
+    """The full names of a quantized model's codes, scales, zero points and multipliers."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -50,21 +57,25 @@ def codes_of(model: nn.Module) -> set[str]:
 
 
 def nbytes_of(account: Account) -> int:
-    """Bytes of all tensors of an account."""
+    """Total bytes of the tensors of an account."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in account.values())
 
 
 def check_files(account: Account, directory: Path) -> None:
-    """Raise OutputError unless the files of a directory hold what an account says."""
-    found: Account = {}
+    """Compare names, shapes and dtypes in a directory's safetensors files with an account.
+
+    Raises:
+        OutputError: a tensor is missing, unexpected, or has another shape or dtype.
+    """
+    written: Account = {}
     for path in sorted(directory.glob("*.safetensors")):
-        found |= tensor_shapes(path)
-    wrong = sorted(name for name in account | found if account.get(name) != found.get(name))
+        written |= tensor_shapes(path)
+    wrong = sorted(name for name in account | written if account.get(name) != written.get(name))
     if wrong:
         name = wrong[0]
         raise OutputError(
             f"{len(wrong)} tensors of the output are not what was planned, the first '{name}': "
-            f"planned {_text(account.get(name))}, written {_text(found.get(name))}; nothing was "
+            f"planned {_text(account.get(name))}, written {_text(written.get(name))}; nothing was "
             "placed: please report this"
         )
 

@@ -1,4 +1,4 @@
-"""What a recipe's KV cache and attention come to for one model, or why they cannot."""
+"""A recipe's KV cache and attention resolved for one model, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ AUTO_HEAD_GROUPS = (32, 16, 8)  # of a 4-bit KV cache
 def plan_attention(
     model: PreTrainedModel, graphs: Sequence[BlockGraph], recipe: Recipe
 ) -> AttentionSpec | None:
-    """The settings of a model's attention, or None where the recipe leaves it float.
+    """How a model's attention and KV cache are quantized, or None if the recipe keeps them float.
 
-    Raises UnsupportedModelError where the model's attention is another than the plain one,
-    RecipeError for a group size that does not fit its heads.
+    Args:
+        model: the float model; only its config and class are read.
+        graphs: the wiring of every block.
+        recipe: the recipe to resolve.
+
+    Raises:
+        UnsupportedModelError: the model's attention is not plain softmax attention that can be
+            replaced.
+        RecipeError: the group size does not divide the head dimension.
     """
     if not recipe.quantizes_attention:
         return None
@@ -46,14 +53,14 @@ def plan_attention(
 
 
 def cached_bits(attention: AttentionSpec | None, graphs: Sequence[BlockGraph]) -> float:
-    """Bits of a cached key or value, with its share of scales and offsets."""
+    """Average bits per number in the KV cache, scales and offsets included; 16 if it is float."""
     if attention is None or attention.cache is None:
         return FLOAT_BITS
     return attention.cache.stored_bits(_head_width(graphs))
 
 
 def _head_width(graphs: Sequence[BlockGraph]) -> int:
-    """Numbers of a head, by a model's tensors."""
+    """The head dimension, from the shapes of the model's value projection."""
     site = graphs[0].value_output
     assert site is not None
     assert isinstance(site.producer, Rows)
@@ -62,7 +69,7 @@ def _head_width(graphs: Sequence[BlockGraph]) -> int:
 
 
 def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:
-    """Numbers of a head that share a scale in its cache, or None for all of them."""
+    """How many numbers of a head share a scale in the cache; None for the whole head."""
     size = wanted.group_size
     if size == "auto" and wanted.bits == 4 and recipe.attention == "float":
         size = next((auto for auto in AUTO_HEAD_GROUPS if width % auto == 0), "head")

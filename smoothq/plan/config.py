@@ -1,7 +1,7 @@
-"""The `quantization_config` of a checkpoint, and the plan that it stands for.
+"""The `quantization_config` of a checkpoint, and the plan that follows from it.
 
-transformers imports this while it is being imported itself (see `integrations.register`), so what
-needs its models is imported where it is used.
+transformers imports this module during its own import (see `integrations.register`), so modules
+that need transformers' model classes are imported inside the functions that use them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 METHOD = "smoothq"
-FORMAT = 3  # of the tensors: the residual rotation is in none outside the blocks
-READABLE = (2, FORMAT)  # in 2 it was in the ends of some models: see `SmoothqConfig.plan_for`
+FORMAT = 3  # of the tensors: those outside the blocks do not contain the residual rotation
+READABLE = (2, FORMAT)  # in 2 some embeddings and heads contained it: see `SmoothqConfig.plan_for`
 
 
 class SmoothqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint.
 
-    recipe: the whole Recipe as a mapping. version: of smoothq that wrote it. rotations: the
-    construction and hash of every matrix that runs online. format: how the tensors are laid out.
+    Args:
+        recipe: the whole Recipe as a mapping.
+        version: the version of smoothq that wrote the checkpoint.
+        rotations: construction and hash of every rotation that is applied online.
+        format: the version of the tensor layout.
+        unknown: fields of later versions, kept when the config is saved again.
     """
 
     def __init__(
@@ -51,19 +55,23 @@ class SmoothqConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, plan: Plan, version: str) -> SmoothqConfig:
-        """The config that a plan's checkpoint carries."""
+        """The `quantization_config` for the checkpoint of a plan; `version` is smoothq's."""
         rotations = [rotation.to_dict() for rotation in plan.online_rotations]
         return cls(plan.recipe.model_dump(mode="json"), version, rotations, FORMAT)
 
     def check_format(self) -> None:
-        """Raise CheckpointError where the tensors lie as another version has them."""
+        """Raise CheckpointError unless this version can read the format of the tensors."""
         if self.format not in READABLE:
             raise self._foreign()
 
     def plan_for(self, model: PreTrainedModel) -> Plan:
-        """The plan that a checkpoint of this config was made by, for its float model's skeleton.
+        """The plan of the checkpoint with this config, resolved again from its recipe.
 
-        Raises CheckpointError where the checkpoint's tensors are not those of that plan.
+        Args:
+            model: the float model of the checkpoint's class, on the meta device.
+
+        Raises:
+            CheckpointError: the checkpoint's format lays the tensors of this plan out differently.
         """
         from ..architectures.graph import is_tied
         from .resolve import make_plan
@@ -84,16 +92,22 @@ class SmoothqConfig(QuantizationConfigMixin):
         )
 
     def parsed_recipe(self) -> Recipe:
-        """The recipe. Raises RecipeError naming the field at fault."""
+        """The stored recipe. Raises RecipeError naming the field that is invalid."""
         from ..recipe.recipe import recipe_from_dict
 
         return recipe_from_dict(self.recipe)
 
 
 def quantization_of(config: PretrainedConfig, name: str) -> SmoothqConfig:
-    """How a checkpoint's config says it is quantized.
+    """The `quantization_config` of a checkpoint's config, parsed.
 
-    Raises CheckpointError where it is none of ours, or one that is read no more.
+    Args:
+        config: the checkpoint's config.
+        name: the checkpoint's name, for messages.
+
+    Raises:
+        CheckpointError: the checkpoint is not quantized by smoothq, or has a format that this
+            version cannot read.
     """
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:

@@ -1,4 +1,4 @@
-"""The modules of a plan, put into a model and taken out of it again."""
+"""Put the quantized modules of a plan into a model, and turn it back into a float model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import (
-    text_config,
-)
+from ..architectures.graph import text_config
 from ..architectures.linearize import linearize_block, restore_block
 from ..modules import (
     InputQuantizer,
@@ -32,9 +30,15 @@ from .plan import BlockPlan, Plan, SitePlan
 def install_inputs(
     block: nn.Module, plan: BlockPlan, context: SequenceContext, name: str
 ) -> dict[str, InputQuantizer]:
-    """Put the InputQuantizers of a plan into a block, in place; returns them by site name.
+    """Put the InputQuantizers of a plan into a block, in place.
 
-    name: the block's, for messages.
+    Args:
+        block: the decoder block, linearized.
+        plan: the block's plan.
+        context: carries the padding mask of a forward to the InputQuantizers that need it.
+        name: the block's full name, for messages.
+
+    Returns: the InputQuantizers by site name.
     """
     inputs = {}
     for site in plan.sites:
@@ -48,7 +52,14 @@ def install_inputs(
 def install_linear(
     block: nn.Module, module: str, plan: SitePlan, site_input: InputQuantizer
 ) -> QuantizedLinear:
-    """Replace one linear of an opened block by an empty QuantizedLinear, and return it."""
+    """Replace one linear of a linearized block by an empty QuantizedLinear, and return the latter.
+
+    Args:
+        block: the decoder block, linearized.
+        module: the linear's name within the block.
+        plan: the plan of the site that the linear reads.
+        site_input: the site's InputQuantizer.
+    """
     linear = block.get_submodule(module)
     assert isinstance(linear, nn.Linear)
     bias: Tensor | None = linear.bias
@@ -61,14 +72,16 @@ def install_linear(
 
 
 def install(model: PreTrainedModel, plan: Plan) -> None:
-    """Give a float model, on any device, the modules of a plan, empty, ready to be loaded."""
+    """Replace the modules of a float model, on any device, by the quantized ones of a plan.
+
+    The new modules are empty: a checkpoint is to be loaded into the model next.
+    """
     context = SequenceContext()
     layers = model.get_submodule(plan.parts.layers)
     for index, block in enumerate(plan.blocks):
-        name = f"{plan.parts.layers}.{index}"
         layer = layers.get_submodule(str(index))
         linearize_block(layer)
-        inputs = install_inputs(layer, block, context, name)
+        inputs = install_inputs(layer, block, context, plan.block_name(index))
         for site in block.sites:
             for module in site.modules:
                 install_linear(layer, module, site, inputs[site.site.name])
@@ -77,7 +90,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
             assert isinstance(kept, nn.Linear)
             kept.bias = nn.Parameter(kept.weight.data.new_empty(kept.out_features))
     install_ends(model, plan)
-    if any(site.input.mode == "live" for block in plan.blocks for site in block.sites):
+    if any(site.input.mode == "live" for _, _, site in plan.sites()):
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None:
         rotate_ends(model, plan.parts, plan.residual_rotation)
@@ -85,7 +98,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def install_attention(model: PreTrainedModel, plan: Plan) -> None:
-    """Make a model's attention, and with it its KV cache, what the plan says; weights stay."""
+    """Quantize a model's attention and KV cache as planned, in place; no weight changes."""
     if plan.attention is not None:
         layers = model.get_submodule(plan.parts.layers)
         named = zip(layers.children(), plan.blocks, strict=True)
@@ -94,9 +107,10 @@ def install_attention(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def install_ends(model: PreTrainedModel, plan: Plan) -> None:
-    """Put what is stored in 8 bits in the place of embedding and head, empty, where the plan asks.
+    """Replace embedding and head by empty 8-bit modules, if the plan stores them in 8 bits.
 
-    The head's input is quantized per token in 8 bits, or stays float where the recipe's is.
+    The head's input is quantized per token in 8 bits; it stays float if the recipe keeps
+    activations in float.
     """
     if not plan.tables:
         return
@@ -122,11 +136,16 @@ def install_ends(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
-    """Turn a quantized model into a float one of stock modules, in place.
+    """Turn a quantized model into a float model of transformers' own modules, in place.
 
-    Online rotations are folded back into the weights; what stays of the quantization is its
-    rounding. Input quantization, runtime smoothing and quantized attention have no float
-    counterpart and vanish.
+    Online rotations are folded back into the weights, which keep their rounded values. Input
+    quantization, runtime smoothing and attention quantization have no float counterpart and are
+    removed.
+
+    Args:
+        model: a loaded quantized model.
+        plan: its plan.
+        dtype: the dtype of the float weights.
     """
     layers = model.get_submodule(plan.parts.layers)
     with torch.device("meta"):
@@ -154,7 +173,7 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
 
 
 def _dequantize_tables(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
-    """Stock embedding and head in the place of those in 8 bits."""
+    """Replace the 8-bit embedding and head by float modules."""
     quantized = model.get_submodule(plan.parts.embedding)
     assert isinstance(quantized, QuantizedEmbedding)
     weight = quantized.quantized_weight().dequantize(dtype)

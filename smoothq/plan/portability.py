@@ -1,7 +1,8 @@
-"""What of a recipe only smoothq can run, and the nearest recipe that leaves none of it.
+"""Which parts of a recipe other programs cannot run, and the nearest recipe without these parts.
 
-A format that others read holds linears and how their inputs are quantized. What must run beside
-them, such as a rotation of an input, has no place there, and readers would leave it out in silence.
+An exported checkpoint, such as one in the compressed-tensors format, contains linears and how
+their inputs are quantized. Other operations at run time, such as the rotation of an input, cannot
+be expressed in it: a reader would skip them without an error and compute wrong results.
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ from ..recipe.recipe import FLOAT_BITS, Recipe
 from .plan import Plan, SitePlan
 from .resolve import make_plan
 
-# Those whose modules have the checkpoint's names in vLLM, whose final norm has no bias or mean, and
-# that were compared with transformers.
+# Families that smoothq's vLLM plugin serves: vLLM's modules have the checkpoint's names, the final
+# norm is an RMSNorm without bias, and the outputs were compared with those of transformers.
 PLUGIN_FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-# Perplexity of SmolLM2-135M-Instruct by recipe name, as it is and servable: 12 windows of 2,048
-# tokens of WikiText-2's test split, float 19.87; docs/serving.md has the commands.
+# Recipe name → perplexity of SmolLM2-135M-Instruct with the recipe, and with its exportable form:
+# 12 windows of 2,048 tokens of WikiText-2's test split, float 19.87; docs/serving.md has the
+# commands.
 MEASURED = {"w4a16": (21.34, 21.48), "w4a8": (21.26, 21.40), "w4a4": (24.89, 50.38)}
-SERVED_BITS = (4, 8, FLOAT_BITS)  # of activations
+SERVED_BITS = (4, 8, FLOAT_BITS)  # bits of activations that servers can run
 
 
 @dataclass(frozen=True)
 class ExportBlocker:
-    """Something that only smoothq does.
+    """One reason why a plan cannot be exported: an operation that only smoothq runs.
 
-    where: stages of the blocks, or the model. edit: fields of the recipe, as `Recipe.edit` takes
-    them, that leave it out. instead: what to take where no field does.
+    Attributes:
+        what: the reason, for messages.
+        edit: changed recipe fields that avoid the operation, as keyword arguments of
+            `Recipe.edit`; empty if no field does.
+        instead: what the user can choose if no recipe field avoids the operation.
+        where: the stages of the blocks where the operation occurs, or "the model".
     """
 
     what: str
@@ -48,45 +54,60 @@ class ExportBlocker:
 
 
 def export_blockers(model: PreTrainedModel, plan: Plan) -> list[ExportBlocker]:
-    """Why a plan's result cannot be held in a format that others read; empty where it can.
+    """Every reason why a plan's checkpoint cannot be exported to another format; empty if it can.
 
-    model: a skeleton.
+    Args:
+        model: the float model on the meta device.
+        plan: its plan.
     """
-    found: dict[str, tuple[ExportBlocker, list[str]]] = {}
+    blockers: dict[str, tuple[ExportBlocker, list[str]]] = {}  # by reason, with the stages
     layers = model.get_submodule(plan.parts.layers)
     for index, block in enumerate(plan.blocks):
         layer = layers.get_submodule(str(index))
         for site in block.sites:
             for blocker in _of_site(layer, site):
-                _, stages = found.setdefault(blocker.what, (blocker, []))
+                _, stages = blockers.setdefault(blocker.what, (blocker, []))
                 if site.site.stage not in stages:
                     stages.append(site.site.stage)
         for module in block.new_biases:
-            found.setdefault(_BIAS.what, (_BIAS, []))[1].append(module)
-    of_sites = [replace(each, where=", ".join(stages)) for each, stages in found.values()]
+            blockers.setdefault(_BIAS.what, (_BIAS, []))[1].append(module)
+    of_sites = [replace(blocker, where=", ".join(stages)) for blocker, stages in blockers.values()]
     return [*of_sites, *_of_model(model, plan)]
 
 
 def refuse_blockers(model: PreTrainedModel, plan: Plan, name: str, form: str) -> None:
-    """Raise RecipeError, naming each, where a plan has obstacles. form: the format's name."""
-    found = export_blockers(model, plan)
-    if found:
+    """Raise RecipeError listing the blockers of a plan that cannot be exported.
+
+    Args:
+        model: the float model on the meta device.
+        plan: its plan.
+        name: the model's name, for the message.
+        form: the name of the export format, for the message.
+    """
+    blockers = export_blockers(model, plan)
+    if blockers:
         raise RecipeError(
             f"{name}: {form} cannot hold what this recipe makes. "
-            f"{'; '.join(map(str, found))}. smoothq quantize --servable leaves out what it must"
+            f"{'; '.join(map(str, blockers))}. smoothq quantize --servable leaves out what it must"
         )
 
 
 def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe without what only smoothq can run, and what was changed, field by field.
+    """A recipe edited so that its result can be exported.
 
-    model: a skeleton. What no field leaves out, such as a family's experts, stays: `obstacles`
-    names it.
+    Blockers that no recipe field avoids, such as a family's experts, remain: `export_blockers`
+    lists them.
+
+    Args:
+        model: the float model on the meta device.
+        recipe: the recipe to edit.
+
+    Returns: the edited recipe, and one line for each changed field.
     """
     edits: dict[str, Any] = {}
     while True:
-        found = export_blockers(model, make_plan(model, recipe.edit(**edits)))
-        more = {path: value for each in found for path, value in each.edit.items()}
+        blockers = export_blockers(model, make_plan(model, recipe.edit(**edits)))
+        more = {path: value for blocker in blockers for path, value in blocker.edit.items()}
         if more.items() <= edits.items():
             return recipe.edit(**edits), tuple(
                 _as_text({path: value}) for path, value in edits.items()
@@ -95,15 +116,19 @@ def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tup
 
 
 def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
-    """Raise UnsupportedModelError or RecipeError for what our plugin for vLLM does not serve."""
+    """Refuse a plan that smoothq's plugin for vLLM cannot serve.
+
+    Raises:
+        UnsupportedModelError: the plugin does not serve the model's family.
+        RecipeError: the recipe has scales over several tokens, or quantizes attention.
+    """
     family = text_config(model).model_type
     if family not in PLUGIN_FAMILIES:
         raise UnsupportedModelError(
             f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
             "checkpoint in transformers"
         )
-    sites = [site for block in plan.blocks for site in block.sites]
-    if any(site.input.mode in ("live", "tensor") for site in sites):
+    if any(site.input.mode in ("live", "tensor") for _, _, site in plan.sites()):
         raise RecipeError(
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
             "forward's tokens; quantize with --smooth-scope token, or with one scale a token"
@@ -116,7 +141,7 @@ def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def cost_of(recipe: Recipe) -> str:
-    """What being servable cost a recipe of that name in perplexity, where it was measured."""
+    """A sentence on the perplexity that a recipe's exportable form loses, by the recipe's name."""
     if recipe.name not in MEASURED:
         return "what that costs in perplexity was measured for --w4a16, --w4a8 and --w4a4 alone"
     before, after = MEASURED[recipe.name]
@@ -185,7 +210,7 @@ def reader_clip(bits: int) -> float:
 
 
 def _clips(bits: int) -> tuple[float, ...]:
-    """Clip ratios that are served: at 8 bits 1 too, for servers' kernels differ by as little."""
+    """Clip ratios that servers can run; at 8 bits also 1: their kernels differ by as much."""
     return (reader_clip(bits), 1.0) if bits == 8 else (reader_clip(bits),)
 
 

@@ -1,8 +1,8 @@
-"""What a recipe comes to for one model: what each site gets, and the bits counted.
+"""Resolve a recipe for one model into a `Plan`: number formats of every site, and the sizes.
 
-A plan is made from the model's config and shapes alone, before any weight is read; what cannot be
-done is refused here. Loading a quantized checkpoint makes the same plan again from the recipe in
-its config, so nothing of it needs to be stored.
+A plan needs only the model's config and shapes, no weights; models and recipes that cannot be
+quantized are refused here. Loading a quantized checkpoint computes the same plan again from the
+recipe in its config, so the plan itself is never stored.
 """
 
 from __future__ import annotations
@@ -51,14 +51,19 @@ from .plan import Bits, BlockPlan, Plan, SitePlan, site_rotations, weight_specs
 log = logging.getLogger("smoothq")
 
 AUTO_GROUP_SIZES = (128, 64, 32)
-PREFILL_TOKENS = 2048  # the sequence over which scales shared by a sequence are spread
+PREFILL_TOKENS = 2048  # length of the sequence among whose tokens shared scales are divided
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
-    """Resolve a recipe for a model, which may be on the meta device: only shapes are looked at.
+    """Resolve a recipe for a model.
 
-    Raises UnsupportedModelError for a model that cannot be quantized, RecipeError for a recipe
-    that does not fit it.
+    Args:
+        model: the float model; it may be on the meta device, as only shapes are read.
+        recipe: the recipe to resolve.
+
+    Raises:
+        UnsupportedModelError: the model cannot be quantized.
+        RecipeError: the recipe does not fit the model.
     """
     config = text_config(model)
     family = family_of(config) or _inferred(model)
@@ -112,9 +117,10 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
 def _keeping_what_is_read(
     model: PreTrainedModel, recipe: Recipe, graphs: list[BlockGraph], parts: Parts
 ) -> tuple[Recipe, list[str]]:
-    """The recipe that also keeps the linears whose weights the model's code reads, and a note.
+    """The recipe that also keeps in float the linears whose weights the model's code reads.
 
-    A quantized model's recipe says so already: its model is not watched again.
+    The recipe of a quantized checkpoint already lists these linears, so its model is not traced
+    again. Returns the recipe, and a note for the user if it was changed.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         return recipe, []
@@ -131,7 +137,7 @@ def _keeping_what_is_read(
 
 
 def _linears(graphs: list[BlockGraph], parts: Parts) -> list[str]:
-    """The full names of all that a recipe may quantize."""
+    """The full names of all linears that a recipe may quantize, and of head and embedding."""
     names = [
         f"{parts.layers}.{index}.{module}"
         for index, graph in enumerate(graphs)
@@ -142,7 +148,7 @@ def _linears(graphs: list[BlockGraph], parts: Parts) -> list[str]:
 
 
 def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> None:
-    """Refuse patterns that match nothing: a typing error would quantize what was to be kept."""
+    """Refuse patterns that match nothing: a typing error in `keep` would quantize the linear."""
     names = _linears(graphs, parts)
     for pattern in (*recipe.keep, *(override.match for override in recipe.overrides)):
         if not fnmatch.filter(names, pattern):
@@ -153,7 +159,7 @@ def _check_patterns(recipe: Recipe, graphs: list[BlockGraph], parts: Parts) -> N
 
 
 def _tables(model: PreTrainedModel, parts: Parts, recipe: Recipe) -> tuple[tuple[int, int], ...]:
-    """Shapes of embedding and untied head where the recipe stores them in 8 bits."""
+    """(rows, columns) of embedding and untied head; empty if the recipe keeps them in float."""
     names = [parts.embedding, *([] if is_tied(model) else [parts.head])]
     if recipe.embeddings == FLOAT_BITS or any(map(recipe.keeps, (parts.embedding, parts.head))):
         return ()
@@ -168,7 +174,7 @@ def _tables(model: PreTrainedModel, parts: Parts, recipe: Recipe) -> tuple[tuple
 
 
 def _inferred(model: PreTrainedModel) -> Family:
-    """The family of a model that has no file, with a notice."""
+    """The discovered family of a model without an architecture file; logs a warning."""
     family, _ = discover_family(model.config)
     log.warning(
         "architecture '%s' has no file: its wiring was found by experiments on a tiny model and "
@@ -179,9 +185,9 @@ def _inferred(model: PreTrainedModel) -> Family:
 
 
 def _graphs(family: Family, config: PretrainedConfig, opened: list[nn.Module]) -> list[BlockGraph]:
-    """The wiring of every block; those of one form and one wiring share it.
+    """The wiring of every block; equal blocks share one object.
 
-    A model of many experts has large ones.
+    Sharing saves time and memory: the graph of a block with many experts is large.
     """
     known: list[tuple[nn.Module, BlockGraph, BlockGraph]] = []
     graphs = []
@@ -197,7 +203,7 @@ def _graphs(family: Family, config: PretrainedConfig, opened: list[nn.Module]) -
 
 
 def _opened(layers: nn.ModuleList) -> list[nn.Module]:
-    """Every block's opened form, on the meta device; blocks that are alike share one."""
+    """Every block, linearized, on the meta device; blocks of equal modules and shapes share one."""
     forms: dict[tuple[object, ...], nn.Module] = {}
 
     def opened(layer: nn.Module) -> nn.Module:
@@ -215,7 +221,7 @@ def _opened(layers: nn.ModuleList) -> list[nn.Module]:
 
 
 def _added_biases(opened: list[nn.Module], blocks: tuple[BlockPlan, ...]) -> int:
-    """Numbers of the biases that linears get which had none."""
+    """Total elements of the biases that quantization adds to linears without one."""
     return sum(
         spec.out_features
         for layer, block in zip(opened, blocks, strict=True)
@@ -230,17 +236,17 @@ def _added_biases(opened: list[nn.Module], blocks: tuple[BlockPlan, ...]) -> int
 
 
 def stored_elements(model: PreTrainedModel) -> int:
-    """Numbers that a float model's checkpoint holds."""
+    """Total elements of a float model's checkpoint."""
     return sum(tensor.numel() for tensor in stored_tensors(model).values())
 
 
 def float_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a float model's checkpoint, in the dtypes that its tensors have."""
+    """Bytes of a float model's checkpoint, each tensor in its current dtype."""
     return sum(tensor.nbytes for tensor in stored_tensors(model).values())
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers by name; of tied ones the first alone."""
+    """A model's parameters and persistent buffers by full name; tied tensors appear once."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -252,7 +258,7 @@ def _float_bytes(
     blocks: tuple[BlockPlan, ...],
     tables: bool,
 ) -> int:
-    """Bytes of what of a model stays float. tables: whether embedding and head do not."""
+    """Bytes of the tensors that stay float. tables: whether embedding and head are in 8 bits."""
     coded = {f"{name}.weight" for name in (parts.embedding, parts.head) if tables}
     kept = [tensor for name, tensor in stored_tensors(model).items() if name not in coded]
     if recipe.dtype == "auto":
@@ -263,7 +269,7 @@ def _float_bytes(
 
 
 def _stored_dtype(recipe: Recipe, model: PreTrainedModel) -> torch.dtype:
-    """The recipe's dtype, or that of most of a model's floats."""
+    """The recipe's dtype; for "auto" the dtype of most of the model's float parameters."""
     if recipe.dtype != "auto":
         return getattr(torch, recipe.dtype)  # type: ignore[no-any-return]
     elements: Counter[torch.dtype] = Counter()
@@ -314,15 +320,15 @@ def _wiring_notes(recipe: Recipe, blocks: tuple[BlockPlan, ...], rotatable: bool
 def _plan_blocks(
     opened: list[nn.Module], graphs: list[BlockGraph], recipe: Recipe, name: str, rotatable: bool
 ) -> tuple[BlockPlan, ...]:
-    """The plan of every block; those that differ in nothing but their place share what it is of."""
+    """The plan of every block; equal blocks share one, except for the rotation of their values."""
     plans: list[BlockPlan] = []
     known: list[tuple[object, BlockPlan]] = []
     for index, (block, graph) in enumerate(zip(opened, graphs, strict=True)):
         where = f"{name}.{index}"
         modules = [module for site in graph.sites for module in site.modules]
         named = [f"{where}.{module}" for module in modules] if recipe.names_modules else []
-        # Forms and graphs that are alike are one object, and live as long as these lists.
-        kind = id(block), id(graph), [(recipe.keeps(each), recipe.override(each)) for each in named]
+        # Equal blocks and graphs are one object and outlive this loop: their ids identify them.
+        kind = id(block), id(graph), [(recipe.keeps(full), recipe.override(full)) for full in named]
         plan = next((plan for other, plan in known if other == kind), None)
         if plan is None:
             plan = _plan_block(block, graph, recipe, where, rotatable)
@@ -335,7 +341,7 @@ def _value_rotation(graph: BlockGraph, recipe: Recipe, index: int) -> Hadamard |
     if recipe.rotation is None or not recipe.rotation.value_output or not graph.value_output:
         return None
     heads = _value_heads(graph.value_output)
-    # Each layer draws its own signs: one unlucky draw is then not repeated in all.
+    # Other random signs in every layer: an unlucky draw is then not repeated in all layers.
     return Hadamard.of(heads.dim, recipe.seed * 1000 + index)
 
 
@@ -346,7 +352,7 @@ def _plan_block(
     name: str,
     rotatable: bool,
 ) -> BlockPlan:
-    """A block's plan but for the rotation of its values, which is each block's own."""
+    """A block's plan without the rotation of its values, which differs between equal blocks."""
     graph = stock.keeping(lambda module: recipe.keeps(f"{name}.{module}"))
     planned = [site for site in graph.sites if site.readers]
     sites = tuple(_plan_site(layer, site, recipe, name, rotatable) for site in planned)
@@ -392,7 +398,7 @@ def _value_heads(site: Site) -> Heads:
 
 
 def _takes_bias(layer: nn.Module, site: Site, recipe: Recipe, rotatable: bool) -> bool:
-    """Whether a site's linears take in the bias of the norm before them."""
+    """Whether the bias of the norm before a site is folded into its linears."""
     fused = rotatable and recipe.rotation is not None and recipe.rotation.residual
     producer = site.producer
     return fused and isinstance(producer, Norm) and producer.bias_view(layer) is not None
@@ -406,10 +412,10 @@ def _plan_site(
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         where = f"{block}.{name}"
-        width, own = linear.in_features, recipe.of(where)
-        grid = _weight_grid(own, width, where)
+        width, linear_recipe = linear.in_features, recipe.of(where)
+        grid = _weight_grid(linear_recipe, width, where)
         modules[name] = WeightSpec(linear.out_features, width, grid)
-        inputs[name] = _input_spec(site, own, width, where, rotatable)
+        inputs[name] = _input_spec(site, linear_recipe, width, where, rotatable)
     first, *others = inputs
     for other in others:
         if inputs[other] != inputs[first]:
@@ -456,7 +462,7 @@ def _group_size(size: GroupSize, columns: int, where: str) -> int:
 
 
 def _rotates_online(site: Site, recipe: Recipe, rotatable: bool) -> bool:
-    """Whether a site's input is rotated while the model runs: where nothing offline does it."""
+    """Whether a site's input is rotated online because no offline rotation reaches it."""
     rotation = recipe.rotation
     if rotation is None:
         return False

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def columns(title: str | None, header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """A table with a header, whose first column is never broken."""
+    """A table with a header; lines are not broken in the first column. title: None for no title."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, no_wrap=number == 0)
@@ -20,7 +20,7 @@ def columns(title: str | None, header: Sequence[str], rows: Sequence[tuple[str, 
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    """A table of labels and values."""
+    """A table without a header; rows: (label, value)."""
     table = Table(title=title, show_header=False, title_justify="left")
     for row in rows:
         table.add_row(*row)
@@ -28,7 +28,7 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def markdown(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """The same in Markdown, without a title."""
+    """A Markdown table with a header and no title."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
