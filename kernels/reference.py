@@ -466,12 +466,12 @@ def cached_attention(
     where a query sees a token, or None where it sees all; a query that sees none gives zeros.
     Returns (B, Q, L, width of a value) in the query's dtype.
     """
-    held = [
+    dequantized = [
         with_first_tokens(dequantize_heads(rows, bits, group_size, torch.float64), first, start)
         for rows, first in ((keys, first_keys), (values, first_values))
     ]
     heads = query.shape[1] // keys.shape[1]
-    k, v = (x.repeat_interleave(heads, 1) for x in held)
+    k, v = (x.repeat_interleave(heads, 1) for x in dequantized)
     return attend(query.double() @ k.mT * scaling, v, mask).to(query.dtype)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -336,12 +336,11 @@ def _with_heads(config: PretrainedConfig, heads: Heads) -> PretrainedConfig:
     """A config that says so; itself where it does."""
     if attention_heads(config) == heads:
         return config
-    told: Any = copy.copy(config)
+    corrected: Any = copy.copy(config)
     if attention_heads(config).dim != heads.dim and hasattr(config, "head_dim"):
-        told.head_dim = heads.dim
-    told.num_key_value_heads = heads.key_value
-    made: PretrainedConfig = told
-    return made
+        corrected.head_dim = heads.dim
+    corrected.num_key_value_heads = heads.key_value
+    return cast(PretrainedConfig, corrected)
 
 
 def _check_fits(graph: BlockGraph, config: PretrainedConfig, index: int, block: nn.Module) -> None:
@@ -359,19 +358,19 @@ def _misfit(site: Site, block: nn.Module) -> str | None:
     """How a site differs from a block's tensors, or None."""
     try:
         widths = {reader.view(block).shape[1] for reader in site.all_readers}
-        made = _channels(site, block)
+        channels = _channels(site, block)
     except AttributeError as error:
         return f"{site.name}: {error}"
     if len(widths) != 1:
         return f"what reads {site.name} has {sorted(widths)} input channels"
     (width,) = widths
-    if made is not None and made != width:
-        return f"{site.name} has {width} input channels, and {made} are made for it"
+    if channels is not None and channels != width:
+        return f"{site.name} has {width} input channels, and {channels} are made for it"
     routed = [reader.module for reader in site.readers if reader.routed]
     stacks = {module.rpartition(".")[0] for module in routed if module[-1].isdigit()}
-    held = sum(len(list(block.get_submodule(stack).children())) for stack in stacks)
-    if site.reads == "stream" and held > len(routed):
-        return f"{held} experts where {len(routed)} are expected"
+    expert_count = sum(len(list(block.get_submodule(stack).children())) for stack in stacks)
+    if site.reads == "stream" and expert_count > len(routed):
+        return f"{expert_count} experts where {len(routed)} are expected"
     return None
 
 

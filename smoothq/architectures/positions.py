@@ -50,14 +50,14 @@ def within_positions(model: PreTrainedModel, length: int, what: str) -> int:
 def _position_table(model: PreTrainedModel) -> nn.Embedding | None:
     """Learned positions that are added to the embedding, if the decoder has some."""
     decoder, tokens = model.get_decoder(), model.get_input_embeddings()
-    within = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
     for name, module in decoder.named_modules():
-        own = name.rpartition(".")[2]
+        leaf = name.rpartition(".")[2]
         if (
             isinstance(module, nn.Embedding)
             and module is not tokens
-            and ("pos" in own or own == "wpe")
-            and not any(name.startswith(f"{each}.") for each in within)
+            and ("pos" in leaf or leaf == "wpe")
+            and not any(name.startswith(f"{stack}.") for stack in stacks)
         ):
             return module
     return None

@@ -108,10 +108,10 @@ class NormFacts:
     def of(cls, call: Call) -> NormFacts:
         """Try a norm on the input that it had."""
         norm: Any = call.module
-        bias, held = getattr(norm, "bias", None), norm.weight.clone()
+        bias, weight = getattr(norm, "bias", None), norm.weight.clone()
         norm.weight.zero_()
         silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
-        norm.weight.copy_(held)
+        norm.weight.copy_(weight)
         moved = norm(call.input + 3)
         return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, norm(call.input)))
 
@@ -270,15 +270,15 @@ class BlockExperiments:
         before, _ = self.run()
         tried = copy.deepcopy(self.module)
         scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
-        own: Any = tried.get_submodule(norm.name)
-        own.weight.copy_((own.weight + facts.offset) * scale - facts.offset)
-        if isinstance(getattr(own, "bias", None), Tensor):
-            own.bias.mul_(scale)
+        scaled: Any = tried.get_submodule(norm.name)
+        scaled.weight.copy_((scaled.weight + facts.offset) * scale - facts.offset)
+        if isinstance(getattr(scaled, "bias", None), Tensor):
+            scaled.bias.mul_(scale)
         for name in readers:
             tried.get_parameter(f"{name}.weight").div_(scale)
-        held, self.module = self.module, tried
+        original, self.module = self.module, tried
         after, _ = self.run()
-        self.module = held
+        self.module = original
         return _same(after, before)
 
     def _is_read(self, site: FoundSite) -> bool:
@@ -295,11 +295,11 @@ class BlockExperiments:
         earlier = [name for name in readers[: readers.index(module)] if self._is_linear(name)]
         usable = [] if self._is_read(site) else [name for name in earlier if name not in self._read]
         for name in usable:
-            for made, rows, heads in self._candidates(name, width):
+            for producer, rows, heads in self._candidates(name, width):
                 if self._follows(module, name, rows, heads):
                     mixes = self._mixes(name, module)
                     if mixes == (heads is not None):
-                        site.producer, site.reads = made, "values" if mixes else "inner"
+                        site.producer, site.reads = producer, "values" if mixes else "inner"
                         return
         # A matrix that acts on each token alone stands right before what is inside an MLP.
         alone = any(self._mixes(name, module) is False for name in earlier)
@@ -329,8 +329,8 @@ class BlockExperiments:
                 size = fused // heads.key_value
                 starts = range((size - 1) * heads.dim, rows, size * heads.dim)
                 call = f"interleaved_values({text(tensor)}, {counted})"
-                each = [slice(start, start + heads.dim) for start in starts]
-                yield f"Rows({call}, {counted})", each, heads
+                value_rows = [slice(start, start + heads.dim) for start in starts]
+                yield f"Rows({call}, {counted})", value_rows, heads
         for chosen, part in self._up_layouts(rows, width):
             ref = f"WeightRef({text(tensor)}{', ' + chosen if chosen else ''})"
             yield f"Rows(({ref},))", [part], None
@@ -367,15 +367,15 @@ class BlockExperiments:
         """Whether scaling rows of a matrix scales the input of a reader, channel by channel."""
         before = self._input(reader)
         linear = self.module.get_submodule(module)
-        held = {name: parameter.clone() for name, parameter in linear.named_parameters()}
-        count = sum(len(range(self._rows(module))[each]) for each in rows)
+        originals = {name: parameter.clone() for name, parameter in linear.named_parameters()}
+        count = sum(len(range(self._rows(module))[part]) for part in rows)
         scale = 0.5 + torch.rand(count, dtype=torch.float64, generator=torch.Generator())
-        for each, part in zip(rows, scale.split(count // len(rows)), strict=True):
+        for part, factors in zip(rows, scale.split(count // len(rows)), strict=True):
             for parameter in linear.parameters():
-                parameter[each] *= part if parameter.dim() == 1 else part[:, None]
+                parameter[part] *= factors if parameter.dim() == 1 else factors[:, None]
         after = self._input(reader)
         for name, parameter in linear.named_parameters():
-            parameter.copy_(held[name])
+            parameter.copy_(originals[name])
         expected = scale if heads is None else repeat_over_queries(scale, heads)
         return _same(after, before * expected)
 
@@ -429,11 +429,11 @@ class BlockExperiments:
             fields = [text(name), text(site.reads), " + ".join(readers), site.producer]
             fields += [_weights(site.floats)] if site.floats else []
             variable = f"{name}_site" if name.isidentifier() else f"site_{name}"
-            arguments = "".join(f"        {each},\n" for each in fields)
+            arguments = "".join(f"        {argument},\n" for argument in fields)
             lines.append(f"{variable} = Site(\n{arguments}    )")
-            made = [variable] + (["*downs"] if site.experts is not None else [])
-            names += made
-            written += made[1:] if site.reads == "stream" else made
+            variables = [variable] + (["*downs"] if site.experts is not None else [])
+            names += variables
+            written += variables[1:] if site.reads == "stream" else variables
         residual = f"writers({', '.join(written)})" if rotatable else "()"
         lines.append(f"return BlockGraph(({', '.join(names)}), residual_writers={residual})")
         return "".join(f"    {line}\n" for line in lines)
@@ -482,10 +482,10 @@ class _Zeroed:
         ]
 
     def __enter__(self) -> None:
-        self._held = [parameter.clone() for parameter in self._parameters]
+        self._originals = [parameter.clone() for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.zero_()
 
     def __exit__(self, *error: object) -> None:
-        for parameter, held in zip(self._parameters, self._held, strict=True):
-            parameter.copy_(held)
+        for parameter, original in zip(self._parameters, self._originals, strict=True):
+            parameter.copy_(original)

@@ -46,7 +46,7 @@ _HEADS, _HEAD_DIM, _HIDDEN, _VOCABULARY = 4, 16, 64, 64
 _LARGEST = 20_000_000  # parameters of a tiny model
 
 
-_found: dict[str, tuple[Family, str]] = {}
+_families: dict[str, tuple[Family, str]] = {}  # by the config, as JSON
 
 
 def discover_family(config: PretrainedConfig) -> tuple[Family, str]:
@@ -55,9 +55,9 @@ def discover_family(config: PretrainedConfig) -> tuple[Family, str]:
     Raises UnsupportedModelError naming what could not be explained.
     """
     key = config.to_json_string(use_diff=False)
-    if key not in _found:
-        _found[key] = _infer(config)
-    return _found[key]
+    if key not in _families:
+        _families[key] = _infer(config)
+    return _families[key]
 
 
 def _infer(config: PretrainedConfig) -> tuple[Family, str]:
@@ -125,8 +125,8 @@ def _load(written: str) -> Family:
     namespace: dict[str, Any] = {"__package__": "smoothq.architectures", "__name__": "inferred"}
     exec(compile(written, "inferred family", "exec"), namespace)
     family: Family = namespace["FAMILY"]
-    found = {each.name: getattr(family, each.name) for each in fields(family)}
-    return InferredFamily(**found, written=written)
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    return InferredFamily(**values, written=written)
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,14 @@ def kinds_of(blocks: nn.ModuleList) -> list[int]:
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The stack of blocks, and its name within the decoder."""
     count = text_config(model).num_hidden_layers
-    found = [
+    stacks = [
         (name, module)
         for name, module in model.get_decoder().named_children()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if len(found) != 1:
-        raise _unexplained(model, f"{len(found)} lists of {count} blocks in its decoder")
-    return found[0]
+    if len(stacks) != 1:
+        raise _unexplained(model, f"{len(stacks)} lists of {count} blocks in its decoder")
+    return stacks[0]
 
 
 def _unexplained(model: PreTrainedModel, what: str) -> UnsupportedModelError:
@@ -338,7 +338,7 @@ class _Writer:
     def _choice(self) -> str:
         lines = []
         for kind in sorted(set(self.kinds) - {0}):
-            indices = {index for index, each in enumerate(self.kinds) if each == kind}
+            indices = {index for index, other in enumerate(self.kinds) if other == kind}
             lines.append(f"    if index in {indices}:\n        return _kind_{kind}(config)\n")
         return "".join(lines) + "    return _kind_0(config)"
 
@@ -379,13 +379,13 @@ class _Writer:
         rotation = Hadamard.of(self.config.hidden_size, seed=0)
         entering: list[Tensor] = []
         handle = self.layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-        held = [table.clone() for table in tables]
+        originals = [table.clone() for table in tables]
         for table in tables:
             rotate_input(table, rotation)
         self.model(TOKENS, use_cache=False)
         handle.remove()
-        for table, values in zip(tables, held, strict=True):
-            table.copy_(values)
+        for table, original in zip(tables, originals, strict=True):
+            table.copy_(original)
         return equivalence.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
 
 

@@ -20,7 +20,8 @@ from .weight_watch import read_weights
 
 log = logging.getLogger("smoothq")
 
-_found: dict[str, frozenset[tuple[int, str]]] = {}
+# config as JSON → (kind of block, or -1 outside of blocks; name of a linear within it)
+_reads: dict[str, frozenset[tuple[int, str]]] = {}
 
 
 def weights_read(model: PreTrainedModel, parts: Parts) -> Callable[[str], bool]:
@@ -33,9 +34,9 @@ def weights_read(model: PreTrainedModel, parts: Parts) -> Callable[[str], bool]:
     assert isinstance(layers, nn.ModuleList)
     kinds = kinds_of(layers)
     key = model.config.to_json_string(use_diff=False)
-    if key not in _found:
-        _found[key] = _watched(model, parts, kinds)
-    read, pattern = _found[key], re.compile(rf"{re.escape(parts.layers)}\.(\d+)\.(.*)")
+    if key not in _reads:
+        _reads[key] = _watched(model, parts, kinds)
+    read, pattern = _reads[key], re.compile(rf"{re.escape(parts.layers)}\.(\d+)\.(.*)")
 
     def is_read(name: str) -> bool:
         within = pattern.fullmatch(name)
@@ -61,9 +62,9 @@ def _watched(model: PreTrainedModel, parts: Parts, kinds: list[int]) -> frozense
             type(error).__name__,
         )
         return frozenset()
-    found = set()
+    reads = set()
     for name in names:
         index, _, place = name.removeprefix(f"{parts.layers}.").partition(".")
         inside = name.startswith(f"{parts.layers}.")
-        found.add((kinds[int(index)], _counted(place)) if inside else (-1, _counted(name)))
-    return frozenset(found)
+        reads.add((kinds[int(index)], _counted(place)) if inside else (-1, _counted(name)))
+    return frozenset(reads)

@@ -74,9 +74,11 @@ class WeightWatch(TorchFunctionMode):
 
     def _ends(self, name: str) -> Callable[..., None]:
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # A class of its own may do something else with its weight than multiply by it.
-            own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-            if own and not _is_product(module, args, output):
+            # A subclass may do something else with its weight than multiply by it.
+            overrides = isinstance(module, nn.Linear) and (
+                type(module).forward is not nn.Linear.forward
+            )
+            if overrides and not _is_product(module, args, output):
                 self.read.add(name)
             self._running.remove(name)
 

@@ -132,8 +132,8 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
         inside = ((token >= 0) & (token < length))[:, None, :, None]
         index = token.clamp(0, length - 1)[:, None, :, None]
         for kept, x in zip(self.first, states, strict=True):
-            found = x.detach().gather(2, index.expand(*x.shape[:2], count, x.shape[3]))
-            kept.copy_(torch.where(inside, found, kept))  # in place, as static layers want it
+            incoming = x.detach().gather(2, index.expand(*x.shape[:2], count, x.shape[3]))
+            kept.copy_(torch.where(inside, incoming, kept))  # in place, as static layers want it
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -143,19 +143,19 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the sequences of `beam_idx`, int64 (B,), in that order."""
         super().reorder_cache(beam_idx)
-        self._of_each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._select_sequences(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence so many times."""
         super().batch_repeat_interleave(repeats)
-        self._of_each(lambda x: x.repeat_interleave(repeats, 0))
+        self._select_sequences(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences of `indices`."""
         super().batch_select_indices(indices)
-        self._of_each(lambda x: x[indices])
+        self._select_sequences(lambda x: x[indices])
 
-    def _of_each(self, select: Any) -> None:
+    def _select_sequences(self, select: Any) -> None:
         if self.start is not None:
             self.start, self.first = select(self.start), [select(x) for x in self.first]
 

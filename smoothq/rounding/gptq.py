@@ -134,7 +134,7 @@ def _round_block(
     weight: Tensor, step: Tensor, zero: Tensor, factor: Tensor, grid: IntegerGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of a block of columns, what they were rounded from, and the errors over U_jj."""
-    columns, steps, zeros = (each.t().contiguous() for each in (weight, step, zero))
+    columns, steps, zeros = (matrix.t().contiguous() for matrix in (weight, step, zero))
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
         codes[j] = grid.codes(columns[j], steps[j], zeros[j])

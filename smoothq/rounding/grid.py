@@ -110,8 +110,8 @@ class IntegerGrid:
             zero = (self.lowest - low * ratio / step).round().clamp(self.lowest, self.highest)
             error = self._error(groups, step, zero)
             better = error < least
-            held = (step, zero) if best is None else best
-            best = torch.where(better, step, held[0]), torch.where(better, zero, held[1])
+            previous = (step, zero) if best is None else best
+            best = torch.where(better, step, previous[0]), torch.where(better, zero, previous[1])
             least = torch.minimum(error, least)
         assert best is not None
         return best

@@ -24,9 +24,9 @@ def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> N
     for reader in readers:
         matrix = reader.view(block)
         if bias is not None:
-            held = _bias(block, reader)
+            reader_bias = _bias(block, reader)
             added = torch.cat([rows.double() @ bias.double() for rows in rows_of(matrix)])
-            held.copy_(held.double() + added)
+            reader_bias.copy_(reader_bias.double() + added)
         for rows in rows_of(matrix):
             rows.copy_(rows.double() * scale)
     weight.fill_(1 - norm.offset)

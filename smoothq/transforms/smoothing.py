@@ -74,8 +74,8 @@ def smooth(
         shared = divisor = smoothing_divisor(input_maxima, weight_maxima, alpha)
         if isinstance(producer, Norm):
             norm = block.get_parameter(producer.weight).data.double() + producer.offset
-            held = torch.finfo(norm_dtype)  # beyond it the norm would be stored as 0 or Inf
-            size = (norm / divisor).abs().clamp(held.tiny, held.max)
+            limits = torch.finfo(norm_dtype)  # beyond it the norm would be stored as 0 or Inf
+            size = (norm / divisor).abs().clamp(limits.tiny, limits.max)
             signed = size * torch.where(norm < 0, -1.0, 1.0)
             stored = (signed - producer.offset).to(norm_dtype).double() + producer.offset
             kept = torch.where(norm * stored > 0, norm / stored, torch.ones_like(norm))
