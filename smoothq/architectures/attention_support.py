@@ -2,6 +2,8 @@
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..compat import takes_attention_functions
+
 
 def unquantizable_attention(
     config: PretrainedConfig, model_class: type[PreTrainedModel]
@@ -16,6 +18,6 @@ def unquantizable_attention(
         return "its softmax has sinks"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "it adds a bias to its scores (ALiBi)"
-    if not getattr(model_class, "_supports_attention_backend", False):
+    if not takes_attention_functions(model_class):
         return "transformers does not let it be replaced"
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..compat import tied_weights
 from ..errors import UnsupportedModelError
 
 Edge = Literal["norms", "up_down", "value_output"]
@@ -291,7 +292,7 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head is the embedding, whatever the config says."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    tied = model.all_tied_weights_keys
+    tied = tied_weights(model)
     return tied.get(f"{names[id(head)]}.weight") == f"{names[id(embedding)]}.weight"
 
 

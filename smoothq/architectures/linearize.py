@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compat import (
+    experts_are_transposed,
+    experts_have_bias,
+    gated,
+    mark_initialized,
+)
 from .mixin import Mixin, mix_in, take_out
 
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
+@mark_initialized  # transformers would initialise the parameters that it had
 class SeparateExperts(Mixin):
     """Mixed into a stock experts module: `gate_up_proj` and `down_proj` hold one linear an expert.
 
@@ -26,14 +33,13 @@ class SeparateExperts(Mixin):
 
     gate_up_proj: nn.ModuleList
     down_proj: nn.ModuleList
-    _is_hf_initialized = True  # transformers would initialise the parameters that it had
 
     def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts."""
         result = torch.zeros_like(hidden_states)
         for expert in experts.unique().tolist():
             token, place = torch.where(experts == expert)
-            inner = self._apply_gate(self.gate_up_proj[expert](hidden_states[token]))  # type: ignore[operator]
+            inner = gated(self, self.gate_up_proj[expert](hidden_states[token]))
             output = self.down_proj[expert](inner) * weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
@@ -94,7 +100,7 @@ def _separate(experts: Any, name: str) -> None:
     stacked, biases = getattr(experts, name).data, getattr(experts, f"{name}_bias", None)
     linears = [
         _linear(
-            matrix.t() if experts.is_transposed else matrix,
+            matrix.t() if experts_are_transposed(experts) else matrix,
             None if biases is None else biases.data[expert],
         )
         for expert, matrix in enumerate(stacked)
@@ -109,9 +115,9 @@ def _together(experts: Any, name: str) -> None:
     linears = list(getattr(experts, name))
     delattr(experts, name)
     matrices = [linear.weight.data for linear in linears]
-    if experts.is_transposed:
+    if experts_are_transposed(experts):
         matrices = [matrix.t() for matrix in matrices]
     setattr(experts, name, _parameter(torch.stack(matrices)))
-    if experts.has_bias:
+    if experts_have_bias(experts):
         biases = torch.stack([linear.bias.data for linear in linears])
         setattr(experts, f"{name}_bias", _parameter(biases))

@@ -20,6 +20,7 @@ from ..architectures import BlockGraph, Family
 from ..architectures.graph import text_config
 from ..architectures.linearize import linearize_block
 from ..checkpoint.source import empty_model
+from ..compat import use_eager_experts
 from ..errors import UnsupportedModelError
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
@@ -256,7 +257,7 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
         )
     model: Any = AutoModelForCausalLM.from_config(tiny)
     model.to(torch.float64).eval()
-    model.set_experts_implementation("eager")
+    use_eager_experts(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -18,10 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
-from transformers.masking_utils import sdpa_mask
 
 from .. import kernels
 from ..architectures.mixin import Mixin, mix_in, take_out
+from ..compat import (
+    attention_implementation,
+    boolean_mask_function,
+    set_attention_implementation,
+)
 from ..errors import SmoothqError
 from ..transforms.hadamard import Hadamard
 from .kv_cache import (
@@ -183,7 +187,8 @@ def quantize_attention(
 
     config: the modules', which names the attention implementation of all of them.
     """
-    replaced, config._attn_implementation = config._attn_implementation, IMPLEMENTATION
+    replaced = attention_implementation(config)
+    set_attention_implementation(config, IMPLEMENTATION)
     for module in modules:
         mix_in(module, QuantizesAttention)
         module.attention_quantizer = AttentionQuantizer(spec, replaced)
@@ -192,7 +197,7 @@ def quantize_attention(
 def stop_quantizing_attention(module: nn.Module, config: PretrainedConfig) -> None:
     """Undo `quantize_attention` for one module."""
     if isinstance(module, QuantizesAttention):
-        config._attn_implementation = module.attention_quantizer.replaced
+        set_attention_implementation(config, module.attention_quantizer.replaced)
         del module.attention_quantizer
         take_out(module)
 
@@ -222,11 +227,6 @@ def _attend(
     return attended.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' boolean mask, always written out: the operators know no causal flag."""
-    mask: Tensor | None = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
-    return mask
-
-
 AttentionInterface.register(IMPLEMENTATION, _attend)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+# The operators know no causal flag, so the mask is always written out.
+AttentionMaskInterface.register(IMPLEMENTATION, boolean_mask_function())

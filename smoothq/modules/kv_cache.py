@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from .. import kernels
+from ..compat import add_cache_layers
 from ..errors import SmoothqError
 from .online_rotation import OnlineRotation
 
@@ -191,8 +192,7 @@ def quantized_layer(
 
     Raises SmoothqError for a kind of layer that cannot, or one that already holds floats.
     """
-    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
+    add_cache_layers(cache, index)
     layer: Any = cache.layers[index]
     if isinstance(layer, QuantizedLayer):
         return layer

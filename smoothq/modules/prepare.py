@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..compat import is_initialized
 from ..errors import CheckpointError
 from ..modules import (
     InputQuantizer,
@@ -47,5 +48,5 @@ def check_filled(model: nn.Module) -> None:
             continue
         persistent = [key for key in module.state_dict() if "." not in key]
         for key in persistent:
-            if not getattr(module._buffers[key], "_is_hf_initialized", False):
+            if not is_initialized(module._buffers[key]):
                 raise CheckpointError(f"tensor '{name}.{key}' is missing in the checkpoint")

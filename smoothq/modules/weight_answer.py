@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..compat import mark_initialized
 from ..errors import UnsupportedModelError
 
 # Functions that ask a tensor for anything but its values, by name.
@@ -42,11 +43,11 @@ def values_read(
             yield leaf
 
 
+@mark_initialized  # what transformers would initialise is loaded
 class WeightAnswer(Tensor):
     """A tensor of a float weight's shape, dtype and device that refuses to be read."""
 
     _codes: Tensor
-    _is_hf_initialized = True  # what transformers would initialise is loaded
 
     @classmethod
     def of(cls, codes: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
