@@ -1,4 +1,4 @@
-"""Whose attention the quantized one can stand in for."""
+"""Whether the quantized attention can replace that of a model."""
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -8,9 +8,13 @@ from ..compat import takes_attention_functions
 def unquantizable_attention(
     config: PretrainedConfig, model_class: type[PreTrainedModel]
 ) -> str | None:
-    """Why a decoder's attention cannot be replaced by the quantized one, or None.
+    """Why a decoder's attention cannot be replaced by the quantized one, or None where it can.
 
-    Quantized attention is the plain one: scaled scores, a boolean mask, a softmax.
+    Quantized attention computes scaled dot products, a boolean mask and a softmax, nothing else.
+
+    Args:
+        config: of the decoder.
+        model_class: the class of the model.
     """
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it caps its scores (attn_logit_softcapping)"
