@@ -1,10 +1,12 @@
-"""The operators that run a quantized model, dispatched by the device of their input.
+"""The operators that run a quantized model, dispatched by the device of their first tensor.
 
-Nothing outside this package calls a backend. The products are registered with PyTorch as custom
-operators with fake implementations, so that `torch.compile(fullgraph=True)`, CUDA graphs and
-`torch.export` see them whole; so are the Triton quantizers, while a CPU's are plain tensor code
-for a compiler, which may fuse it. `reference.py` defines every result; `report` says what runs
-where.
+`reference.py` defines the result of every operator, and `report` names those that each layer of a
+model runs. Code outside of this package calls an operator here, never a backend.
+
+Matrix products and attention are registered with PyTorch as custom operators with fake
+implementations, so that `torch.compile(fullgraph=True)`, CUDA graphs and `torch.export` treat each
+as one node. So are the quantizers on a GPU; on a CPU a compiler traces them as plain tensor code,
+which it can fuse.
 """
 
 from __future__ import annotations
@@ -68,24 +70,47 @@ Result = TypeVar("Result")
 
 
 def runs_on(device_type: str) -> bool:
-    """Whether there are operators for that kind of device ("cpu", "cuda", …)."""
+    """Whether there is a backend for a type of device.
+
+    Args:
+        device_type: as `torch.device.type` has it: "cpu", "cuda" (ROCm too), …
+    """
     return device_type in _BACKENDS
 
 
 def packed_tokens(operator: str, device: torch.device, group_size: int | None) -> int:
-    """Up to how many tokens a product runs fastest on 4-bit weights packed, as they are stored.
+    """The most tokens for which a product runs fastest on packed 4-bit weights; 0 for none.
 
-    operator: "int4_gemm" or "weight_only_gemm". group_size: of the weight's scales, None for one a
-    row. Beyond that number `QuantizedLinear` has them unpacked to int8.
+    For more tokens `QuantizedLinear` multiplies by an int8 copy of the weight.
+
+    Args:
+        operator: "int4_gemm" or "weight_only_gemm".
+        device: where it runs.
+        group_size: input channels that share a scale of the weight; None for one scale a row.
+
+    Raises:
+        NotImplementedError: there is no backend for the device.
     """
     return int(_backend(device, operator).packed_tokens(operator, group_size))
 
 
 def left_factor(device: torch.device, base: int, order: int) -> int | None:
-    """How a Hadamard matrix of an order runs fastest on a device: the left factor's order.
+    """The order of the left Kronecker factor with which a Hadamard rotation runs fastest.
 
-    base: the order of its part that is no power of two; the left factor is a multiple of it by a
-    power of two, the right factor the power of two that is left. None: as the rotation is stored.
+    H = H_left ⊗ H_right, where H_right is Sylvester's matrix of a power of two, so that H_left can
+    be split off with any order that is `base` times a power of two.
+
+    Args:
+        device: where it runs.
+        base: the order of the factor that is not Sylvester's, always within H_left; 1 where the
+            order is a power of two.
+        order: of H.
+
+    Returns:
+        The order of H_left, or None for the split that the rotation is stored with.
+
+    Raises:
+        NotImplementedError: there is no backend for the device.
     """
     left: int | None = _backend(device, "hadamard").left_factor(base, order)
     return left
@@ -154,20 +179,25 @@ def _needs_gradient(operands: tuple[object, ...]) -> bool:
 
 
 class Product(Generic[Arguments]):
-    """A product, registered with PyTorch as an operator.
+    """A matrix product or an attention, registered with PyTorch as a custom operator.
 
-    Called where nothing traces it, it runs at once: on one token, a registered Python operator
-    takes as long to call as the product to compute.
+    The registered operator is called under tracing and autograd only. Otherwise the backend's
+    function is called directly: for one token, calling a registered Python operator takes as long
+    as computing the product.
     """
 
     def __init__(self, definition: Callable[Arguments, Tensor]) -> None:
-        """definition: of `reference.py`; its namesake in each backend runs."""
+        """Register the operator `smoothq::NAME` of a function of `reference.py`.
+
+        Args:
+            definition: the function; each backend has one of the same name, which runs.
+        """
         self.direct = _by_device(definition)
         name = f"smoothq::{definition.__name__}"
         self.registered = torch.library.custom_op(name, self.direct, mutates_args=())
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        """The product, by the backend of the first argument's device."""
+        """Run the operator on the backend of the first argument's device."""
         if is_traced(cast(Tensor, args[0])) or _needs_gradient(args):
             return cast(Tensor, self.registered(*args, **kwargs))
         return self.direct(*args, **kwargs)
@@ -268,25 +298,25 @@ def _(
 
 @runtime_checkable
 class RunsOperators(Protocol):
-    """A layer that can name the operators of its forward, in the order in which they run."""
+    """A layer that can name the operators that its forward runs."""
 
     @property
     def device(self) -> torch.device:
-        """Where they run."""
+        """The device that the operators run on."""
 
     def operators(self) -> tuple[str, ...]:
-        """The operators' names."""
+        """The names of the operators, in the order in which they run."""
 
 
 def _name(device: torch.device) -> str:
-    """What a device's backend is called, and what of it is missing."""
+    """The name of a device's backend; says so where the CPU's operators are not compiled."""
     backend = _backend(device, "report")
     name = backend.__name__.rpartition(".")[2]
     return name if backend is not cpu or cpu.is_compiled() else f"{name} (not compiled)"
 
 
 def report(model: nn.Module) -> str:
-    """Which operator of which backend every quantized layer of a model runs: one line a kind.
+    """A table of the operators and the backend that every quantized layer of a model runs.
 
     Layers of the same name in different blocks that run the same operators share a line:
 

@@ -33,11 +33,14 @@ SMALLEST_SCALE = 1e-5  # the clamp of SmoothQuant and RRS: keeps a dead channel'
 
 
 class QuantizedInput(NamedTuple):
-    """A linear's input as integers.
+    """A linear's input as codes and scales.
 
-    codes: int8 (..., K), multipliers already in them. scale: float32, broadcastable to (..., 1).
-    block_scale: float32 (B, K / G), one factor a sequence and block of G ordered channels, or
-    None. order: int64 (B, K), where each ordered channel stood, or None.
+    Attributes:
+        codes: int8 (..., K), already times their multipliers.
+        scale: float32, broadcastable to (..., 1).
+        block_scale: float32 (B, K / G), a factor a sequence and group of G ordered channels, or
+            None.
+        order: int64 (B, K), the channel at each place of the order, or None.
     """
 
     codes: Tensor
@@ -71,7 +74,7 @@ def _scale_of(maximum: Tensor, bits: int, clip: float) -> Tensor:
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """A scale of 1 where all values are zero, whose codes are zero whatever the scale."""
+    """The scale, with 1 in place of 0: where all values are zero, so that codes are too."""
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -86,7 +89,7 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def extreme(x: Tensor) -> Tensor:
-    """The value of largest magnitude, (..., K) → (..., 1); of two the negative one."""
+    """The value of largest magnitude, (..., K) → (..., 1); the negative one of x and -x."""
     highest, lowest = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
     return torch.where(highest > -lowest, highest, lowest)
 
@@ -109,7 +112,7 @@ def quantize_per_token(
 
 
 def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
-    """One symmetric scale for the whole tensor, found at run time (SmoothQuant O2).
+    """One symmetric scale for the whole tensor, computed at run time (SmoothQuant O2).
 
     x: float (..., K). Returns codes int8 (..., K), scale float32 of one element, as many
     dimensions as x. Not causal: every token, padding included, moves it.
@@ -184,10 +187,10 @@ def quantize_smoothed(
 
 
 def live_channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
-    """Runtime smoothing's scale over the sequence at hand: s_j = max_t |x_tj|.
+    """Runtime smoothing's scale of channels over the current sequence: s_j = max_t |x_tj|.
 
     x: float (B, L, K); mask: bool (B, L), False at padding, or None. With `normalise` every token
-    is first divided by its own maximum, so that an attention sink weighs no more than others.
+    is first divided by its own maximum, so that an attention sink does not dominate the others.
     Returns float32 (B, K), at least 1e-5. Source: RRS (arXiv 2409.20361), section 3.1.
     """
     magnitude = x.float().abs()
@@ -390,7 +393,7 @@ def row_bytes(width: int, bits: int, group_size: int | None) -> int:
 
 
 def row_width(nbytes: int, bits: int, group_size: int | None) -> int:
-    """The numbers that a row of so many bytes holds: undoes `row_bytes`."""
+    """The numbers in a row of a cache of `nbytes` bytes: the inverse of `row_bytes`."""
     if group_size is None:
         return (nbytes - 4) * 8 // bits
     return nbytes * 8 * group_size // (bits * group_size + 32)
@@ -434,7 +437,7 @@ def dequantize_heads(rows: Tensor, bits: int, group_size: int | None, dtype: tor
 
 
 def with_first_tokens(x: Tensor, first: Tensor | None, start: Tensor | None) -> Tensor:
-    """Keys or values with the tokens that are kept in float in their place.
+    """Keys or values, with a sequence's first tokens replaced by those stored in float.
 
     x: float (B, H, T, D); first: float (B, H, N, D) or None; start: int64 (B,), the index among the
     T tokens of each sequence's first one, negative where it has left a sliding window.
@@ -466,12 +469,12 @@ def cached_attention(
     where a query sees a token, or None where it sees all; a query that sees none gives zeros.
     Returns (B, Q, L, width of a value) in the query's dtype.
     """
-    held = [
+    dequantized = [
         with_first_tokens(dequantize_heads(rows, bits, group_size, torch.float64), first, start)
         for rows, first in ((keys, first_keys), (values, first_values))
     ]
     heads = query.shape[1] // keys.shape[1]
-    k, v = (x.repeat_interleave(heads, 1) for x in held)
+    k, v = (x.repeat_interleave(heads, 1) for x in dequantized)
     return attend(query.double() @ k.mT * scaling, v, mask).to(query.dtype)
 
 

@@ -1,4 +1,7 @@
-"""What must not be passed by: a compiler or a mode that looks on, and autograd."""
+"""Detects tracing (torch.compile, fake tensors, dispatch modes), and guards against autograd.
+
+Backends compute results outside of both: from the addresses of tensors, in C++ and in Triton.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether a compiler, fake tensors or a dispatch mode follow what happens to a tensor."""
+    """Whether operations on a tensor are traced rather than run.
+
+    True under torch.compile or a dispatch mode, and for meta tensors and subclasses of Tensor, such
+    as fake tensors.
+    """
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
@@ -20,11 +27,11 @@ def is_traced(x: Tensor) -> bool:
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """The identity, whose gradient is refused."""
+    """Passes a result on as a function of x whose backward raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, result: Tensor) -> Tensor:
-        """`result`, as a function of x."""
+        """A view of `result`."""
         return result.view_as(result)
 
     @staticmethod
@@ -37,7 +44,14 @@ class _Undifferentiable(torch.autograd.Function):
 
 
 def tied(result: Tensor, x: Tensor) -> Tensor:
-    """A result that was computed from x outside of autograd: its gradient is refused, not lost."""
+    """The result of x, tied to it in the autograd graph: a backward through it raises RuntimeError.
+
+    Without the tie a gradient would silently stop at the result.
+
+    Args:
+        result: computed from x outside of autograd.
+        x: what the gradient would be of.
+    """
     if x.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _Undifferentiable.apply(x, result))  # type: ignore[no-untyped-call]
     return result

@@ -152,7 +152,7 @@ class TestRun:
 
     def test_loading_watches_nothing(self, tmp_path, monkeypatch) -> None:
         quantize(reader("has_halved"), W8A8, output=tmp_path / "out")
-        monkeypatch.setattr("smoothq.discovery.weight_reads._found", {})
+        monkeypatch.setattr("smoothq.discovery.weight_reads._reads", {})
         monkeypatch.setattr("smoothq.discovery.weight_reads._watched", None)
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

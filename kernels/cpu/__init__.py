@@ -248,16 +248,17 @@ def _unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor
 
 
 def packed_tokens(operator: str, group_size: int | None) -> int:
-    """Any number for float activations, few for integers: many go faster by way of int8."""
+    """See `kernels.packed_tokens`: any number for float inputs, few for integer ones."""
     if operator == "weight_only_gemm":
         return sys.maxsize
     return PACKED_TOKENS if is_compiled() and (group_size is None or _fits(group_size)) else 0
 
 
 def left_factor(base: int, order: int) -> int | None:
-    """A butterfly of up to 256 does the right factor; the left one is a small dense product.
+    """See `kernels.left_factor`: the smallest with a right factor of at most RIGHT_FACTOR.
 
-    Without the compiled operators as the rotation is stored: two factors of like size.
+    The right factor is a butterfly, the left one a dense product. None without the compiled
+    operators: then both are dense.
     """
     return max(base, order // RIGHT_FACTOR) if is_compiled() else None
 

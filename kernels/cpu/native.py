@@ -170,8 +170,8 @@ def _typed(x: Tensor) -> Tensor:
     return x.to(x.dtype if x.dtype in TYPES else torch.float32).contiguous()
 
 
-def _held(bias: Tensor | None, rows: int) -> Tensor | None:
-    """A bias, where there is one."""
+def _optional_bias(bias: Tensor | None, rows: int) -> Tensor | None:
+    """A bias, float32 (rows,), or None where a product has none."""
     return None if bias is None else _floats("bias", bias, rows)
 
 
@@ -214,9 +214,9 @@ def quantize(
     x, width = _typed(x), x.shape[-1]
     if not 2 <= bits <= 8:
         raise ValueError(f"{bits}-bit codes do not fit an int8")
-    held = step = None
+    multipliers = step = None
     if mode == "smoothed":
-        held = _integers("multiplier", _given("multiplier", multiplier), torch.int8, width)
+        multipliers = _integers("multiplier", _given("multiplier", multiplier), torch.int8, width)
     elif mode == "static":
         step = _floats("scale", _given("scale", scale), 1)
     elif mode == "groups" and (not group_size or group_size < 0 or width % group_size):
@@ -236,7 +236,7 @@ def quantize(
         group_size or 0,
         0 if group_size is None else largest_group_multiplier(bits),
         clip,
-        _address(held),
+        _address(multipliers),
         _address(step),
         codes.data_ptr(),
         scales.data_ptr(),
@@ -288,8 +288,8 @@ def rotate(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _output(tokens: int, rows: int, dtype: torch.dtype) -> Tensor:
-    held = dtype if dtype in TYPES else torch.float32
-    return torch.empty((tokens, rows), dtype=held, device="cpu")
+    out_dtype = dtype if dtype in TYPES else torch.float32
+    return torch.empty((tokens, rows), dtype=out_dtype, device="cpu")
 
 
 def int8_gemm(
@@ -336,7 +336,7 @@ def int4_gemm(
     (tokens, width), rows = codes.shape, packed.shape[0]
     codes = _integers("codes", codes, torch.int8, tokens * width)
     packed = _integers("packed", packed, torch.uint8, rows * ((width + 1) // 2))
-    held, groups = _row_multipliers(multiplier, rows, width)
+    multipliers, groups = _row_multipliers(multiplier, rows, width)
     _check_blocks(width, groups)
     scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
     out = _output(tokens, rows, dtype)
@@ -347,7 +347,7 @@ def int4_gemm(
         int(scale.numel() > 1),
         packed.data_ptr(),
         weight_scale.data_ptr(),
-        _address(held),
+        _address(multipliers),
         groups,
         _address(bias),
         tokens,
@@ -388,19 +388,19 @@ def _scales(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in float32: of every token or one for all, of every row, and every row's bias."""
     steps = _floats("scale", scale, tokens if scale.numel() != 1 else 1)
-    return steps, _floats("weight_scale", weight_scale, rows), _held(bias, rows)
+    return steps, _floats("weight_scale", weight_scale, rows), _optional_bias(bias, rows)
 
 
 def unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
     """As `reference.unpack_int4`, times the multipliers of groups: int8 (N, K)."""
     rows = packed.shape[0]
     packed = _integers("packed", packed, torch.uint8, rows * ((columns + 1) // 2))
-    held, groups = _row_multipliers(multiplier, rows, columns)
+    multipliers, groups = _row_multipliers(multiplier, rows, columns)
     out = torch.empty((rows, columns), dtype=torch.int8, device="cpu")
     _call(
         "smoothq_unpack",
         packed.data_ptr(),
-        _address(held),
+        _address(multipliers),
         groups,
         rows,
         columns,
@@ -427,9 +427,9 @@ def weight_only_gemm(
     x32 = _floats("x", x, tokens * width)
     integers = torch.uint8 if bits == 4 else torch.int8
     packed = _integers("packed", packed, integers, rows * width * bits // 8)
-    held, groups = _row_multipliers(multiplier, rows, width)
+    multipliers, groups = _row_multipliers(multiplier, rows, width)
     steps = 1
-    if held is None:
+    if multipliers is None:
         groups = steps = weight_scale.shape[1]
         if not groups or width % groups:
             raise _unfit("weight_scale", weight_scale, f"groups that divide {width} columns")
@@ -437,7 +437,7 @@ def weight_only_gemm(
     scale = _typed(weight_scale)
     if scale.numel() != rows * steps or not scale.is_cpu:
         raise _unfit("weight_scale", weight_scale, f"{rows * steps} floats")
-    bias = _held(bias, rows)
+    bias = _optional_bias(bias, rows)
     out = torch.empty((tokens, rows), dtype=torch.float32, device="cpu")
     _call(
         "smoothq_weight_only_gemm",
@@ -446,7 +446,7 @@ def weight_only_gemm(
         bits,
         scale.data_ptr(),
         TYPES[scale.dtype],
-        _address(held),
+        _address(multipliers),
         groups,
         _address(bias),
         tokens,

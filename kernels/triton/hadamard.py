@@ -155,12 +155,12 @@ def _hadamard_quantize_kernel(
     v *= norm
     if GROUP == 0:
         channel = tl.arange(0, ROWS)[:, None] * (A * B) + tl.arange(0, A * B)[None, :]
-        found, scale = per_token(v, clip, HIGHEST, FULL_RANGE)
+        quantized, scale = per_token(v, clip, HIGHEST, FULL_RANGE)
     else:
         COUNT: tl.constexpr = ROWS * A * B // GROUP
         channel = tl.arange(0, COUNT)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        found, scale = token_groups(v.reshape(COUNT, GROUP), clip, HIGHEST, LARGEST)
-    tl.store(codes + token * K + channel, found, mask=channel < K)
+        quantized, scale = token_groups(v.reshape(COUNT, GROUP), clip, HIGHEST, LARGEST)
+    tl.store(codes + token * K + channel, quantized, mask=channel < K)
     tl.store(scales + token, scale)
 
 

@@ -80,9 +80,9 @@ def most_tokens(out: torch.dtype) -> int:
 
 
 def packed_tokens(operator: str, group_size: int | None) -> int:
-    """Any number where 4-bit weights in groups of that size (None: one scale a row) fit, else none.
+    """See `kernels.packed_tokens`: any number where half a packed block lies in one group, else 0.
 
-    Half a packed block, 32 columns, must lie within one group.
+    Half a packed block is 32 columns; None for `group_size` is one scale a row.
     """
     del operator  # both products of packed weights read the same blocks
     return sys.maxsize if group_size is None or group_size % (PACKED_BLOCK // 2) == 0 else 0

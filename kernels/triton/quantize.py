@@ -35,8 +35,8 @@ def _per_token_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < K
     values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
-    found, scale = per_token(values, clip, HIGHEST, FULL_RANGE)
-    tl.store(codes + row * K + columns, found, mask=inside)
+    quantized, scale = per_token(values, clip, HIGHEST, FULL_RANGE)
+    tl.store(codes + row * K + columns, quantized, mask=inside)
     tl.store(scales + row, scale)
 
 
@@ -58,8 +58,8 @@ def _token_groups_kernel(
     columns = tl.arange(0, GROUPS)[:, None] * GROUP + inner
     inside = (inner < GROUP) & (columns < K)
     values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
-    found, scale = token_groups(values, clip, HIGHEST, LARGEST)
-    tl.store(codes + row * K + columns, found, mask=inside)
+    quantized, scale = token_groups(values, clip, HIGHEST, LARGEST)
+    tl.store(codes + row * K + columns, quantized, mask=inside)
     tl.store(scales + row, scale)
 
 
@@ -81,8 +81,8 @@ def _smoothed_kernel(
     values = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
     sequence = row // tokens_a_sequence
     m = tl.load(multiplier + sequence * K + columns, mask=inside, other=1)
-    found, scale = per_token(divide(values, m.to(tl.float32)), clip, HIGHEST, False)
-    tl.store(codes + row * K + columns, found * m, mask=inside)
+    quantized, scale = per_token(divide(values, m.to(tl.float32)), clip, HIGHEST, False)
+    tl.store(codes + row * K + columns, quantized * m, mask=inside)
     tl.store(scales + row, scale)
 
 
@@ -119,8 +119,8 @@ def _multipliers_kernel(scale, multiplier, K, smallest, LARGEST: tl.constexpr, B
     values = tl.load(scale + row * K + columns, mask=inside, other=0.0).to(tl.float32)
     values = tl.maximum(values, smallest)
     base = divide_by(tl.max(values), LARGEST)
-    found = tl.minimum(tl.maximum(tl.ceil(divide(values, base)), 1.0), LARGEST * 1.0)
-    tl.store(multiplier + row * K + columns, found.to(tl.int8), mask=inside)
+    integers = tl.minimum(tl.maximum(tl.ceil(divide(values, base)), 1.0), LARGEST * 1.0)
+    tl.store(multiplier + row * K + columns, integers.to(tl.int8), mask=inside)
 
 
 def empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,8 +72,8 @@ def _ordered_kernel(
     values = tl.load(x + row * K + channel, mask=inside, other=0.0).to(tl.float32)
     divisors = block_scale + sequence * (K // GROUP) + columns // GROUP
     smoothed = divide(values, tl.load(divisors, mask=inside, other=1.0))
-    found, scale = per_token(smoothed, clip, HIGHEST, False)
-    tl.store(codes + row * K + columns, found, mask=inside)
+    quantized, scale = per_token(smoothed, clip, HIGHEST, False)
+    tl.store(codes + row * K + columns, quantized, mask=inside)
     tl.store(scales + row, scale)
 
 

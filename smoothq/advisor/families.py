@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..architectures import BlockGraph, family_of, supported_model_types
 from ..architectures.attention_support import unquantizable_attention
 from ..architectures.graph import takes_rotation
+from ..compat import causal_lm_classes
 from ..report.table import markdown as markdown_table
 
 HEADER = (
@@ -67,7 +65,7 @@ def _row(model_type: str) -> tuple[str, ...]:
 
 
 def _attention(config: PretrainedConfig) -> str:
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = causal_lm_classes(config)[0]
     reason = unquantizable_attention(config, model_class)
     return "yes" if reason is None else "no"
 

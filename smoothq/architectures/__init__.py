@@ -1,4 +1,4 @@
-"""Which architectures smoothq knows: one short file a family, one line here."""
+"""The registry of model families: `model_type` → `Family`, one file each in `families`."""
 
 from transformers import PretrainedConfig
 
@@ -67,9 +67,15 @@ _BY_MODEL_TYPE = {name: family for family in _FAMILIES for name in family.model_
 
 
 def register_family(family: Family) -> None:
-    """Make a family known for as long as the process runs; `inference.prove_family` tries it.
+    """Register a family, for this process.
 
-    Raises ValueError for a model type that has one.
+    `discovery.infer.prove_family` tests whether its wiring is right.
+
+    Args:
+        family: known from now on under each of its `model_types`.
+
+    Raises:
+        ValueError: a model type has a family already.
     """
     for name in family.model_types:
         if name in _BY_MODEL_TYPE:
@@ -78,14 +84,18 @@ def register_family(family: Family) -> None:
 
 
 def supported_model_types() -> list[str]:
-    """The `model_type` values that have a file, sorted."""
+    """The `model_type` values that have a registered family, sorted."""
     return sorted(_BY_MODEL_TYPE)
 
 
 def family_of(config: PretrainedConfig) -> Family | None:
-    """The family of a decoder's config; None where it has no file.
+    """The registered family of a model, or None where its model type has none.
 
-    Raises UnsupportedModelError, with the reason, for what is known and cannot be taken.
+    Args:
+        config: of the decoder (`get_text_config(decoder=True)`).
+
+    Raises:
+        UnsupportedModelError: the architecture is known, and cannot be quantized; says why.
     """
     family = _BY_MODEL_TYPE.get(config.model_type)
     reason = REFUSED.get(config.model_type) if family is None else family.refuses(config)

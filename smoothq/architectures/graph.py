@@ -1,10 +1,10 @@
-"""How a decoder block is wired, as data: all that smoothq knows of an architecture.
+"""The wiring of a decoder block as data; nothing else in smoothq depends on the architecture.
 
 A `Site` is one activation tensor and every weight that reads it; a `BlockGraph` lists the sites of
-a block in the order of execution. Both name *weights*, not modules: a `WeightRef` says which rows
-of which parameter, so that a fused qkv and a fused gate_up are as ordinary as separate linears.
-The names are those of an opened block (`layout.open_block`), in which every matrix is an
-`nn.Linear` of its own, experts included.
+a block in the order of execution. Both name *weights*, not modules: a `WeightRef` is some rows of a
+parameter, so that a fused qkv or gate_up is described like separate linears. All names are those of
+a linearized block (`linearize.linearize_block`), in which every matrix is an `nn.Linear`, also
+those of experts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..compat import tied_weights
 from ..errors import UnsupportedModelError
 
 Edge = Literal["norms", "up_down", "value_output"]
@@ -27,11 +28,12 @@ HOMOGENEOUS_ACTIVATIONS = frozenset({"relu"})  # f(x / s) = f(x) / s for s > 0
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A weight matrix (out_features, in_features) inside a block's parameters.
+    """A weight matrix (out_features, in_features): a parameter of a block, or some of its rows.
 
-    tensor: the parameter's name within the block; a bias stands beside it where the module has
-    one. rows: the output features meant, or None for all. routed: only the tokens that a router
-    sends to this expert reach it.
+    Attributes:
+        tensor: the parameter's name within the block, `….weight`.
+        rows: the output features that are meant, or None for all.
+        routed: whether the matrix is an expert's, which only the tokens routed to it reach.
     """
 
     tensor: str
@@ -39,12 +41,12 @@ class WeightRef:
     routed: bool = False
 
     def view(self, block: nn.Module) -> Tensor:
-        """The matrix (out_features, in_features), a view of the block's parameter."""
+        """The matrix (out_features, in_features), as a view of the block's parameter."""
         matrix = block.get_parameter(self.tensor).data
         return matrix if self.rows is None else matrix[self.rows]
 
     def bias_view(self, block: nn.Module) -> Tensor | None:
-        """The bias (out_features,), a view of the block's parameter, or None."""
+        """The bias (out_features,) beside it, as a view of the block's parameter, or None."""
         bias = getattr(block.get_submodule(self.module), "bias", None)
         if not isinstance(bias, Tensor):
             return None
@@ -58,23 +60,30 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation whose output is the site's input.
+    """The norm (RMSNorm or LayerNorm) whose output is a site's input.
 
-    weight: the parameter's name; a bias stands beside it where the norm has one. offset: what the
-    norm adds to its weight before it multiplies (1 in Gemma).
+    Attributes:
+        weight: the parameter's name within the block.
+        offset: the norm multiplies by `offset + weight` (1 in Gemma, else 0).
     """
 
     weight: str
     offset: float = 0.0
 
     def bias_view(self, block: nn.Module) -> Tensor | None:
-        """The bias (width,), a view of the block's parameter, or None."""
+        """The norm's bias (width,), as a view of the block's parameter, or None."""
         return WeightRef(self.weight).bias_view(block)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Head counts of an attention layer: query heads share key/value heads in equal groups."""
+    """The heads of an attention layer; query heads share key/value heads in equal groups.
+
+    Attributes:
+        query: query heads.
+        key_value: key/value heads, a divisor of `query`.
+        dim: channels of a head.
+    """
 
     query: int
     key_value: int
@@ -83,10 +92,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of other weights scale the site's input one to one: up→down, or value→output.
+    """Rows of earlier weights that a site's input channels are proportional to, one to one.
 
-    refs: their rows, one after the other, are the input's channels. heads: for value→output, how
-    value rows repeat over the query heads; else None.
+    Scaling a row scales its channel: up→down of an MLP, or value→output of an attention.
+
+    Attributes:
+        refs: the weights; their rows, one after the other, belong to the input's channels.
+        heads: for value→output, how value rows repeat over the query heads; None for up→down.
     """
 
     refs: tuple[WeightRef, ...]
@@ -95,11 +107,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Site:
-    """One activation tensor and all that reads it: the unit of everything on the input side.
+    """One activation tensor of a block and every weight that reads it.
 
-    reads: what the tensor is: the residual stream (behind a norm, mostly), attention's values, or
-    what is inside the MLP. readers: weights to be quantized. producer: what can absorb a divisor
-    of this input. float_readers: weights that read the same tensor and stay in float (a router).
+    Inputs are smoothed, rotated and quantized by site: all readers see the same tensor.
+
+    Attributes:
+        name: within the block, such as `qkv`, `down` or `down.3`.
+        reads: what the tensor is: the residual stream (`stream`, mostly through a norm), the output
+            of attention (`values`), or the intermediate activation of an MLP (`inner`).
+        readers: the weights that are quantized.
+        producer: the norm or the rows that a divisor of this input can be folded into, or None.
+        float_readers: weights that read the same tensor and stay in float (a router's).
     """
 
     name: str
@@ -110,7 +128,7 @@ class Site:
 
     @property
     def edge(self) -> Edge | None:
-        """The kind of the edge from the producer to this site."""
+        """The kind of the edge from the producer to this site; None without a producer."""
         if self.producer is None:
             return None
         if isinstance(self.producer, Norm):
@@ -129,35 +147,42 @@ class Site:
 
     @property
     def token_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The modules again, those together that the same tokens reach: each expert is alone."""
+        """The modules in groups that the same tokens reach: each expert is a group of its own."""
         routed = dict.fromkeys(reader.module for reader in self.readers if reader.routed)
         shared = tuple(module for module in self.modules if module not in routed)
         return (*([shared] if shared else []), *((module,) for module in routed))
 
     @property
     def routed(self) -> bool:
-        """Whether a router decides which tokens reach some of the readers."""
+        """Whether some of the readers belong to experts, which only routed tokens reach."""
         return any(reader.routed for reader in self.readers)
 
     @property
     def stage(self) -> str:
-        """What sites that run side by side share: the `down` of `down.0`, `down.1`, …"""
+        """The name without an expert's number: `down` for `down.0`, `down.1`, …"""
         return self.name.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """The sites of one decoder block in the order of execution, and who writes its residual.
+    """The wiring of one decoder block.
 
-    residual_writers: empty where a norm stands between a writer and the stream, so that no
-    rotation of the stream can be folded into it.
+    Attributes:
+        sites: in the order of execution.
+        residual_writers: the weights whose outputs are added to the residual stream. Empty where a
+            norm stands between one of them and the stream: then no rotation of the stream can be
+            folded into them.
     """
 
     sites: tuple[Site, ...]
     residual_writers: tuple[WeightRef, ...]
 
     def keeping(self, keeps: Callable[[str], bool]) -> BlockGraph:
-        """The graph in which some modules, told by name, are read as a router's weights are."""
+        """The graph with some modules moved from `readers` to `float_readers`.
+
+        Args:
+            keeps: whether a module, by its name within the block, stays in float.
+        """
 
         def without(site: Site) -> Site:
             kept = tuple(reader for reader in site.readers if keeps(reader.module))
@@ -168,7 +193,7 @@ class BlockGraph:
 
     @property
     def value_output(self) -> Site | None:
-        """The site between attention and its output projection, if values reach it unchanged."""
+        """The input of attention's output projection, if value rows can absorb its divisor."""
         return next((site for site in self.sites if site.edge == "value_output"), None)
 
 
@@ -178,18 +203,23 @@ def takes_rotation(graphs: Iterable[BlockGraph]) -> bool:
 
 
 def norm_offset(graphs: Iterable[BlockGraph]) -> float:
-    """What the norms of a model add to their weight, as those of its blocks do."""
+    """The offset of a model's norms (see `Norm`): that of the first norm in its blocks."""
     sites = (site for graph in graphs for site in graph.sites)
     return next((s.producer.offset for s in sites if isinstance(s.producer, Norm)), 0.0)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The full names, in one causal LM, of what a pass over its blocks must find.
+    """The full names of the modules of one causal LM that surround its blocks.
 
-    decoder: the module whose forward takes embeddings through the blocks. positions: learned
-    position embeddings that are added to the stream, or None. entry_norm: a norm between
-    embedding and blocks, or None.
+    Attributes:
+        decoder: the model without its head, whose forward takes embeddings through the blocks.
+        layers: the `nn.ModuleList` of blocks.
+        embedding: the token embedding.
+        final_norm: the norm behind the last block.
+        head: the linear that computes logits.
+        positions: the learned position embedding, or None.
+        entry_norm: a norm between embedding and blocks, or None.
     """
 
     decoder: str
@@ -202,36 +232,40 @@ class Parts:
 
     @property
     def first_block(self) -> str:
-        """The block that the residual stream enters, whatever way it came."""
+        """The full name of the first block."""
         return f"{self.layers}.0"
 
     @property
     def entering(self) -> tuple[str, ...]:
-        """The embeddings whose rows are added up to what enters the first block."""
+        """The full names of the embeddings whose rows sum to the first block's input."""
         return (self.embedding, *([] if self.positions is None else [self.positions]))
 
     def folds_head(self, model: PreTrainedModel) -> bool:
-        """Whether a head that is not the embedding can undo a rotation of the residual stream.
+        """Whether the inverse of a residual rotation can be folded into an untied head.
 
-        Not where the final norm has a bias.
+        False where the final norm has a bias.
         """
         return Norm(f"{self.final_norm}.weight").bias_view(model) is None
 
 
 def _refuses_none(config: PretrainedConfig) -> None:
-    """No reason to refuse a config."""
+    """None: every config of the family can be quantized."""
 
 
 @dataclass(frozen=True)
 class Family:
     """Models that share a wiring.
 
-    model_types: the config's `model_type` values. block: config and layer index → BlockGraph.
-    centred: its norms subtract the mean. returns_tuple: a block returns its output inside a tuple.
-    flattens: a block joins the tokens of all sequences in front of some of its linears. refuses:
-    config → why such a model cannot be quantized, or None. sums_at_entry: what enters the first
-    block is a sum of multiples of `Parts.entering`, so that rotating those rotates it. The other
-    fields are names within the decoder, as in `Parts`.
+    Attributes:
+        model_types: the config's `model_type` values.
+        block: config and layer index → BlockGraph.
+        layers, final_norm, positions, entry_norm: names within the decoder, as in `Parts`.
+        centred: whether its norms subtract the mean (LayerNorm).
+        returns_tuple: whether a block returns its output inside a tuple.
+        flattens: whether a block joins batch and tokens in one dimension before some linears.
+        sums_at_entry: whether the first block's input is a sum of multiples of the rows of
+            `Parts.entering`, so that rotating those embeddings rotates it.
+        refuses: config → why such a model cannot be quantized, or None.
     """
 
     model_types: tuple[str, ...]
@@ -247,10 +281,16 @@ class Family:
     refuses: Callable[[PretrainedConfig], str | None] = _refuses_none
 
     def graph(self, config: PretrainedConfig, index: int, block: nn.Module) -> BlockGraph:
-        """The wiring of a model's own block, opened, on any device.
+        """The wiring of one block of a model.
 
-        Head counts are those of its tensors: a config may hold fields that its model does not use.
-        Raises UnsupportedModelError where config and tensors do not fit in another way.
+        Args:
+            config: of the decoder. Head counts are those of the block's tensors instead, for a
+                config may have fields that its model does not use.
+            index: of the block.
+            block: linearized, on any device.
+
+        Raises:
+            UnsupportedModelError: the block's tensors do not fit the wiring.
         """
         graph = self.block(config, index)
         heads = _heads_of_tensors(graph, config, block)
@@ -260,7 +300,7 @@ class Family:
         return graph
 
     def parts(self, model: PreTrainedModel) -> Parts:
-        """Where this family's parts are in a model."""
+        """The full names of a model's parts."""
         names = {id(module): name for name, module in model.named_modules()}
         decoder = names[id(model.get_decoder())]
 
@@ -278,7 +318,7 @@ class Family:
         )
 
     def folds_offline(self, model: PreTrainedModel) -> bool:
-        """Whether a rotation of the residual stream folds into embeddings and an untied head."""
+        """Whether a residual rotation can be folded into a model's embeddings and untied head."""
         return self.sums_at_entry and self.parts(model).folds_head(model)
 
 
@@ -288,17 +328,17 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head is the embedding, whatever the config says."""
+    """Whether a model ties its head to the embedding, by its own ties rather than its config."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    tied = model.all_tied_weights_keys
+    tied = tied_weights(model)
     return tied.get(f"{names[id(head)]}.weight") == f"{names[id(embedding)]}.weight"
 
 
 def attention_heads(config: PretrainedConfig) -> Heads:
-    """Head counts and width from the config; `head_dim` need not be hidden_size / heads.
+    """The heads that a decoder's config names; `head_dim` need not be hidden_size / heads.
 
-    What the model has may differ: `Family.graph` goes by its tensors.
+    The model's own may differ: `Family.graph` goes by its tensors.
     """
     query = config.num_attention_heads
 
@@ -313,7 +353,7 @@ def attention_heads(config: PretrainedConfig) -> Heads:
 def _heads_of_tensors(
     graph: BlockGraph, config: PretrainedConfig, block: nn.Module
 ) -> Heads | None:
-    """Head counts by the shapes of values and output projection; None where they do not tell."""
+    """The heads by the shapes of value and output projections; None if these are ambiguous."""
     site = graph.value_output
     if site is None or not isinstance(site.producer, Rows):
         return None
@@ -333,19 +373,18 @@ def _heads_of_tensors(
 
 
 def _with_heads(config: PretrainedConfig, heads: Heads) -> PretrainedConfig:
-    """A config that says so; itself where it does."""
+    """A copy of a config with these head counts; the config itself where it has them."""
     if attention_heads(config) == heads:
         return config
-    told: Any = copy.copy(config)
+    corrected: Any = copy.copy(config)
     if attention_heads(config).dim != heads.dim and hasattr(config, "head_dim"):
-        told.head_dim = heads.dim
-    told.num_key_value_heads = heads.key_value
-    made: PretrainedConfig = told
-    return made
+        corrected.head_dim = heads.dim
+    corrected.num_key_value_heads = heads.key_value
+    return cast(PretrainedConfig, corrected)
 
 
 def _check_fits(graph: BlockGraph, config: PretrainedConfig, index: int, block: nn.Module) -> None:
-    """Raise UnsupportedModelError where a graph, made from a config, is not a block's own."""
+    """Raise UnsupportedModelError where a block's tensors do not fit its graph."""
     for site in graph.sites:
         what = _misfit(site, block)
         if what is not None:
@@ -356,27 +395,27 @@ def _check_fits(graph: BlockGraph, config: PretrainedConfig, index: int, block: 
 
 
 def _misfit(site: Site, block: nn.Module) -> str | None:
-    """How a site differs from a block's tensors, or None."""
+    """How a site contradicts a block's tensors, or None."""
     try:
         widths = {reader.view(block).shape[1] for reader in site.all_readers}
-        made = _channels(site, block)
+        channels = _channels(site, block)
     except AttributeError as error:
         return f"{site.name}: {error}"
     if len(widths) != 1:
         return f"what reads {site.name} has {sorted(widths)} input channels"
     (width,) = widths
-    if made is not None and made != width:
-        return f"{site.name} has {width} input channels, and {made} are made for it"
+    if channels is not None and channels != width:
+        return f"{site.name} has {width} input channels, and {channels} are made for it"
     routed = [reader.module for reader in site.readers if reader.routed]
     stacks = {module.rpartition(".")[0] for module in routed if module[-1].isdigit()}
-    held = sum(len(list(block.get_submodule(stack).children())) for stack in stacks)
-    if site.reads == "stream" and held > len(routed):
-        return f"{held} experts where {len(routed)} are expected"
+    expert_count = sum(len(list(block.get_submodule(stack).children())) for stack in stacks)
+    if site.reads == "stream" and expert_count > len(routed):
+        return f"{expert_count} experts where {len(routed)} are expected"
     return None
 
 
 def _channels(site: Site, block: nn.Module) -> int | None:
-    """The input channels of a site that its producer makes, or None where it has none."""
+    """How many of a site's input channels its producer computes; None without a producer."""
     producer = site.producer
     if producer is None:
         return None

@@ -1,7 +1,8 @@
-"""A block's matrices as linears of their own: what transforms, rounding and modules work on.
+"""Linearized blocks: every weight matrix of a block as an `nn.Linear`.
 
-Some stock blocks hold a matrix transposed (`Conv1D`), some hold all experts in one 3-D parameter.
-Opened, each is an `nn.Linear`, and the block computes what it did; `close_block` goes back.
+Transforms, rounding and quantized modules work on these. Some blocks of transformers store a matrix
+transposed (`Conv1D`), some store all experts in one 3-D parameter. A linearized block computes the
+same; `restore_block` undoes it.
 """
 
 from __future__ import annotations
@@ -12,35 +13,51 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compat import (
+    experts_are_transposed,
+    experts_have_bias,
+    gated,
+    mark_initialized,
+)
 from .mixin import Mixin, mix_in, take_out
 
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
+@mark_initialized  # transformers would initialise the parameters that it had
 class SeparateExperts(Mixin):
-    """Mixed into a stock experts module: `gate_up_proj` and `down_proj` hold one linear an expert.
+    """Mixed into an experts module of transformers: one linear an expert.
 
-    forward: hidden states (tokens, K), the experts of each token int64 (tokens, k) and their
-    weights (tokens, k) → (tokens, K).
+    Attributes:
+        gate_up_proj: linears K → 2 · width.
+        down_proj: linears width → K.
     """
 
     gate_up_proj: nn.ModuleList
     down_proj: nn.ModuleList
-    _is_hf_initialized = True  # transformers would initialise the parameters that it had
 
     def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts."""
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden_states: float (tokens, K).
+            experts: int64 (tokens, k), the experts that each token is routed to.
+            weights: float (tokens, k), of these experts.
+
+        Returns:
+            float (tokens, K).
+        """
         result = torch.zeros_like(hidden_states)
         for expert in experts.unique().tolist():
             token, place = torch.where(experts == expert)
-            inner = self._apply_gate(self.gate_up_proj[expert](hidden_states[token]))  # type: ignore[operator]
+            inner = gated(self, self.gate_up_proj[expert](hidden_states[token]))
             output = self.down_proj[expert](inner) * weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a stock module holds its experts in 3-D parameters."""
+    """Whether a module of transformers stores experts in 3-D parameters."""
     return all(
         isinstance(matrix := getattr(module, name, None), nn.Parameter) and matrix.dim() == 3
         for name in EXPERT_MATRICES
@@ -48,7 +65,11 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def linearize_block(block: nn.Module) -> None:
-    """Turn every `Conv1D` and every expert of a block into linears, in place, on any device."""
+    """Replace every `Conv1D` and every expert of a block by an `nn.Linear`, in place.
+
+    Args:
+        block: a block as transformers builds it, on any device.
+    """
     for name, module in list(block.named_modules()):
         if isinstance(module, Conv1D):
             block.set_submodule(name, _linear(module.weight.data.t(), module.bias))
@@ -59,7 +80,12 @@ def linearize_block(block: nn.Module) -> None:
 
 
 def restore_block(block: nn.Module, stock: nn.Module) -> None:
-    """Undo `open_block`, in place. stock: a block as transformers builds it, on any device."""
+    """Undo `linearize_block`, in place.
+
+    Args:
+        block: a linearized block.
+        stock: a block as transformers builds it, on any device; its classes are restored.
+    """
     for module in list(block.modules()):
         if isinstance(module, SeparateExperts):
             take_out(module)
@@ -94,7 +120,7 @@ def _separate(experts: Any, name: str) -> None:
     stacked, biases = getattr(experts, name).data, getattr(experts, f"{name}_bias", None)
     linears = [
         _linear(
-            matrix.t() if experts.is_transposed else matrix,
+            matrix.t() if experts_are_transposed(experts) else matrix,
             None if biases is None else biases.data[expert],
         )
         for expert, matrix in enumerate(stacked)
@@ -109,9 +135,9 @@ def _together(experts: Any, name: str) -> None:
     linears = list(getattr(experts, name))
     delattr(experts, name)
     matrices = [linear.weight.data for linear in linears]
-    if experts.is_transposed:
+    if experts_are_transposed(experts):
         matrices = [matrix.t() for matrix in matrices]
     setattr(experts, name, _parameter(torch.stack(matrices)))
-    if experts.has_bias:
+    if experts_have_bias(experts):
         biases = torch.stack([linear.bias.data for linear in linears])
         setattr(experts, f"{name}_bias", _parameter(biases))

@@ -1,4 +1,7 @@
-"""Behaviour put in front of a stock module's own class, in place: tensors, names and types stay."""
+"""Mixins for existing modules: their class is replaced in place, by a subclass of it.
+
+Tensors, names and `isinstance` stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from torch import nn
 
 
 class Mixin(nn.Module):
-    """Base of what is mixed into a stock module.
+    """Base class of mixins.
 
-    The class that comes of it is made while the program runs, so that no module has its name; its
-    two parents are importable, and by them a copy or a pickle finds it again.
+    The combined class is created at run time and cannot be imported by name; copies and pickles
+    create it again from its two base classes, which can.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the module's own, but for how the class is found."""
+        """What pickle stores: both base classes, and the module's state."""
         state: Any = super().__reduce_ex__(max(2, int(protocol)))[2:]
         mixin, stock = type(self).__bases__
         return (_bare, (mixin, stock), *state)
@@ -28,18 +31,18 @@ def _mixed(mixin: Any, stock: Any) -> Any:
 
 
 def _bare(mixin: Any, stock: Any) -> Any:
-    """A module of the mixed class without any state."""
+    """An instance of the combined class without state, for pickle to fill."""
     mixed = _mixed(mixin, stock)
     return mixed.__new__(mixed)
 
 
 def mix_in(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Put a mixin in front of a module's class, in place."""
+    """Replace a module's class by a subclass of the mixin and of it, in place."""
     both: Any = (mixin, type(module))
     module.__class__ = _mixed(*both)
 
 
 def take_out(module: nn.Module) -> None:
-    """Undo `mix_in`."""
+    """Undo `mix_in`, in place."""
     _, stock = type(module).__bases__
     module.__class__ = stock

@@ -1,4 +1,4 @@
-"""Pieces that many families share, under Llama's names."""
+"""Sites that many families share, under the names of Llama's modules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from .graph import (
 
 
 def weights(*modules: str) -> tuple[WeightRef, ...]:
-    """The whole weights of modules."""
+    """References to the whole weights of modules, by their names within the block."""
     return tuple(WeightRef(f"{module}.weight") for module in modules)
 
 
 def separate_attention(
     config: PretrainedConfig, norm: Norm | None, output: str = "o_proj"
 ) -> tuple[Site, Site]:
-    """The sites of `self_attn` with q, k and v apart: what they read, and the output's input."""
+    """The sites `qkv` and `o` of a `self_attn` with separate q, k and v linears.
+
+    Args:
+        config: of the decoder.
+        norm: before q, k and v; None where they read the residual stream itself.
+        output: the name of the output projection.
+    """
     q, k, v, o = weights(*(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", output)))
     heads = attention_heads(config)
     return (
@@ -35,7 +41,15 @@ def separate_attention(
 def fused_attention(
     qkv: WeightRef, output: WeightRef, values: tuple[WeightRef, ...], heads: Heads, norm: Norm
 ) -> tuple[Site, Site]:
-    """The sites of an attention with q, k and v in one linear. values: its rows that are v."""
+    """The sites `qkv` and `o` of an attention with q, k and v in one linear.
+
+    Args:
+        qkv: the weight of that linear.
+        output: the weight of the output projection.
+        values: the rows of `qkv` that compute values.
+        heads: of the layer.
+        norm: before `qkv`.
+    """
     return (
         Site("qkv", "stream", (qkv,), norm),
         Site("o", "values", (output,), Rows(values, heads)),
@@ -43,7 +57,7 @@ def fused_attention(
 
 
 def gated_mlp(norm: Norm | None) -> tuple[Site, Site]:
-    """The sites of `mlp` with gate and up apart."""
+    """The sites `gate_up` and `down` of an `mlp` with separate gate and up linears."""
     gate, up, down = weights("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     return (
         Site("gate_up", "stream", (gate, up), norm),
@@ -52,7 +66,7 @@ def gated_mlp(norm: Norm | None) -> tuple[Site, Site]:
 
 
 def fused_gated_mlp(config: PretrainedConfig, norm: Norm | None) -> tuple[Site, Site]:
-    """The sites of `mlp` with gate above up in one linear."""
+    """The sites `gate_up` and `down` of an `mlp` with one linear: rows of gate, then of up."""
     gate_up, down = weights("mlp.gate_up_proj", "mlp.down_proj")
     width = config.intermediate_size
     up = WeightRef(gate_up.tensor, rows=slice(width, None))
@@ -63,7 +77,15 @@ def fused_gated_mlp(config: PretrainedConfig, norm: Norm | None) -> tuple[Site, 
 
 
 def plain_mlp(up: WeightRef, down: WeightRef, norm: Norm, activation: str) -> tuple[Site, Site]:
-    """The sites of an MLP without a gate: a divisor passes only some activations."""
+    """The sites `up` and `down` of an MLP without a gate.
+
+    Args:
+        up: the weight before the activation.
+        down: the weight behind it.
+        norm: before `up`.
+        activation: its name in the config; only for `HOMOGENEOUS_ACTIVATIONS` can rows of `up`
+            absorb a divisor of `down`'s input.
+    """
     passes = activation in HOMOGENEOUS_ACTIVATIONS
     return (
         Site("up", "stream", (up,), norm),
@@ -74,9 +96,13 @@ def plain_mlp(up: WeightRef, down: WeightRef, norm: Norm, activation: str) -> tu
 def experts(
     module: str, count: int, up: slice | None
 ) -> tuple[tuple[WeightRef, ...], tuple[Site, ...]]:
-    """What of opened experts reads the stream, and the sites inside of them.
+    """The gate_up weights of linearized experts, and a site `down.N` for each expert.
 
-    up: which rows of an expert's fused matrix its gated product is linear in, or None.
+    Args:
+        module: the name of the experts module.
+        count: of experts.
+        up: the rows of an expert's gate_up matrix that compute up, which can absorb a divisor of
+            `down`'s input; None where nothing can.
     """
     names = [f"{module}.gate_up_proj.{expert}.weight" for expert in range(count)]
     readers = tuple(WeightRef(name, routed=True) for name in names)
@@ -93,18 +119,18 @@ def experts(
 
 
 def writers(*sites: Site) -> tuple[WeightRef, ...]:
-    """The readers of sites whose outputs are added to the stream."""
+    """The readers of some sites, for `BlockGraph.residual_writers`."""
     return tuple(reader for site in sites for reader in site.readers)
 
 
 def interleaved_values(tensor: str, heads: Heads) -> tuple[WeightRef, ...]:
-    """The value rows of a fused qkv by key/value head: its queries, its key, its value."""
+    """The value rows of a fused qkv whose rows are grouped by key/value head: q, k, v of each."""
     group = (heads.query // heads.key_value + 2) * heads.dim
     starts = range(group - heads.dim, heads.key_value * group, group)
     return tuple(WeightRef(tensor, rows=slice(start, start + heads.dim)) for start in starts)
 
 
 def concatenated_values(tensor: str, heads: Heads) -> WeightRef:
-    """The value rows of a fused qkv: all of q, then all of k, then all of v."""
+    """The value rows of a fused qkv with all of q first, then all of k, then all of v."""
     first = (heads.query + heads.key_value) * heads.dim
     return WeightRef(tensor, rows=slice(first, None))

@@ -1,4 +1,4 @@
-"""How long a sequence a model was made for, and nothing longer."""
+"""The longest sequence that a model was trained for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_
 def positions_of(model: PreTrainedModel) -> int | None:
     """Tokens of the longest sequence that a model takes; None where nothing limits it.
 
-    Beyond a table of learned positions a model cannot run; beyond the number that its config names,
-    a rotary one runs worse. The table, where there is one, counts: it is what the model has.
+    The size of a table of learned positions, beyond which the model cannot run; without a table
+    the number in the config, beyond which a model with rotary positions gets worse.
     """
     table = _position_table(model)
     if table is not None:
@@ -29,16 +29,19 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def named_positions(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest sequence that a model's config names; None where it names none."""
+    """The smallest sequence limit, in tokens, that a model's config has; None without any."""
     text = config.get_text_config(decoder=True)
     named = [getattr(text, field, None) for field in _FIELDS]
     return min((n for n in named if isinstance(n, int) and n > 0), default=None)
 
 
 def within_positions(model: PreTrainedModel, length: int, what: str) -> int:
-    """The length, or the model's positions where they are fewer, with a line that says so.
+    """`length`, or the model's limit where that is smaller; then a warning is logged.
 
-    what: is shortened, in the plural: `calibration sequences`.
+    Args:
+        model: whose positions limit the length.
+        length: in tokens.
+        what: has that length, in the plural, for the warning: `calibration sequences`.
     """
     limit = positions_of(model)
     if limit is None or length <= limit:
@@ -48,16 +51,16 @@ def within_positions(model: PreTrainedModel, length: int, what: str) -> int:
 
 
 def _position_table(model: PreTrainedModel) -> nn.Embedding | None:
-    """Learned positions that are added to the embedding, if the decoder has some."""
+    """The decoder's learned position embedding, or None."""
     decoder, tokens = model.get_decoder(), model.get_input_embeddings()
-    within = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
     for name, module in decoder.named_modules():
-        own = name.rpartition(".")[2]
+        leaf = name.rpartition(".")[2]
         if (
             isinstance(module, nn.Embedding)
             and module is not tokens
-            and ("pos" in own or own == "wpe")
-            and not any(name.startswith(f"{each}.") for each in within)
+            and ("pos" in leaf or leaf == "wpe")
+            and not any(name.startswith(f"{stack}.") for stack in stacks)
         ):
             return module
     return None

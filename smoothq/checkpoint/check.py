@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..compat import tied_weights
 from ..errors import CheckpointError
 from .source import Spec, tensor_shapes
 
@@ -24,7 +25,7 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
         CheckpointError: for a missing or unknown tensor, or one of another shape or dtype.
     """
     expected = dict(model.state_dict())
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    tied = set(tied_weights(model))
     stored: dict[str, Spec] = {}
     for file in files:
         stored |= tensor_shapes(Path(file))

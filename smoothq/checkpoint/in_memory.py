@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..compat import causal_lm_classes, tensor_parallel_size
 from ..errors import UnsupportedModelError
 
 _COMPILED = "_orig_mod"  # where torch.compile holds the module that it wraps
@@ -163,12 +164,9 @@ def _refuse_adapters(model: PreTrainedModel, name: str) -> None:
 
 def _refuse_other_heads(model: PreTrainedModel, name: str) -> None:
     """Refuse a class that has no language-modelling head."""
-    known: Any = AutoModelForCausalLM._model_mapping
-    try:
-        wanted = known[type(model.config)]
-    except KeyError:
-        return  # remote code, or no causal LM at all: building the model reports that
-    classes = wanted if isinstance(wanted, tuple) else (wanted,)
+    classes = causal_lm_classes(model.config)
+    if not classes:
+        return  # code of its own, or no causal LM at all: building it will say so
     if not isinstance(model, classes):
         raise UnsupportedModelError(
             f"{name} has no head that predicts tokens: load it as {classes[0].__name__}, as "
@@ -188,7 +186,7 @@ def _refuse_other_tensors(model: PreTrainedModel, name: str) -> None:
     for full, value in model.state_dict().items():
         if not isinstance(value, Tensor):  # of torch's own quantized layers
             odd.setdefault(full, type(value).__name__)
-    if (getattr(model, "_tp_size", None) or 1) > 1:
+    if tensor_parallel_size(model) > 1:
         odd.setdefault("tp_plan", "plan that leaves each process a share of the weights")
     for full, kind in odd.items():
         raise UnsupportedModelError(

@@ -34,15 +34,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from ..architectures.graph import all_finite
+from ..compat import (
+    WeightConversions,
+    initialize_unmarked,
+    loading_order,
+    mark_initialized,
+    remove_tie,
+    run_converter,
+    tied_weights,
+)
 from ..data.tokenizer import load_tokenizer
 from ..errors import CheckpointError, NumericsError, UnsupportedModelError, first_line
 from ..runtime.memory import give_back
@@ -209,11 +211,7 @@ class CheckpointSource:
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Map the stored tensors to a model's by transformers' renamings and conversions."""
-        transforms = get_model_conversion_mapping(model)
-        renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
-        by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
-        wanted, prefix = model.state_dict(), model.base_model_prefix
+        conversions, wanted = WeightConversions(model), model.state_dict()
         stored_specs = {
             name: spec
             for path in sorted(set(self.files.values()))
@@ -223,16 +221,17 @@ class CheckpointSource:
         self._stored: dict[str, str] = {}
         self._conversions: dict[str, _Conversion] = {}
         unnamed: dict[str, str] = {}
-        for stored in sorted(stored_specs, key=dot_natural_key):
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
+        for stored in sorted(stored_specs, key=loading_order):
+            name, pattern = conversions.rename(stored)
             if name not in wanted and stored in wanted:
-                name, pattern = rename_source_key(stored, [], [], prefix, wanted)
+                name, pattern = conversions.add_prefix(stored)
             if name not in wanted or (pattern is None and name in self._stored):
                 unnamed[stored] = name
             elif pattern is None:
                 self._stored[name] = stored
             else:
-                conversion = _Conversion(name, by_pattern[pattern], [])
+                converter = conversions.converter(pattern)
+                conversion = _Conversion(name, converter, [])
                 self._conversions.setdefault(name, conversion).parts.append((pattern, stored))
         self.specs = {name: stored_specs[stored] for name, stored in self._stored.items()}
         for conversion in list(self._conversions.values()):
@@ -254,7 +253,7 @@ class CheckpointSource:
 
     def _settle_ties(self, model: PreTrainedModel) -> None:
         """Tie as transformers would: where both twins are stored and differ, untie them."""
-        for target, source in list(model.all_tied_weights_keys.items()):
+        for target, source in list(tied_weights(model).items()):
             if target in self._stored and source not in self.specs:
                 self.specs[source] = self.specs.pop(target)
                 self._stored[source] = self._stored.pop(target)
@@ -348,23 +347,17 @@ class CheckpointSource:
 
         It merges several stored tensors, or splits one. tensors: inputs by stored name.
         """
-        converter: Any = copy.deepcopy(conversion.converter)
-        for pattern, stored in conversion.parts:
-            read = partial(tensors.__getitem__, stored)
-            converter.add_tensor(conversion.name, stored, pattern, read)
+        parts = [
+            (pattern, stored, partial(tensors.__getitem__, stored))
+            for pattern, stored in conversion.parts
+        ]
         try:
-            parameters = converter.convert(
-                conversion.name, model=self._model, config=self._model.config
-            )
+            return run_converter(conversion.converter, conversion.name, parts, self._model)
         except Exception as error:  # transformers' conversions have no common base
             raise CheckpointError(
                 f"{self.name}: '{conversion.name}' cannot be made of the stored tensors: "
                 f"{first_line(error)}"
             ) from error
-        return {
-            name: tensor[0] if isinstance(tensor, list) else tensor
-            for name, tensor in parameters.items()
-        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
@@ -396,7 +389,7 @@ class _Conversion:
     """
 
     name: str
-    converter: WeightConverter
+    converter: Any
     parts: list[tuple[str, str]]
 
 
@@ -454,12 +447,12 @@ class ModuleSource:
                     f"{self.name}: '{name}' is a {self._types[name].__name__}, its class has a "
                     f"{kind.__name__} there: save the model under a class that has it"
                 )
-        for target, source in list(model.all_tied_weights_keys.items()):
+        for target, source in list(tied_weights(model).items()):
             if target in self._tensors and source in self._tensors:
                 left, right = self._tensors[target], self._tensors[source]
                 if left.data_ptr() != right.data_ptr() and not torch.equal(left, right):
                     untie(model, target)
-        tied = model.all_tied_weights_keys
+        tied = tied_weights(model)
         self.specs, unnamed = {}, dict[str, str]()
         stored_specs = {
             name: Spec(tuple(tensor.shape), self._stored_dtype(tensor))
@@ -632,7 +625,7 @@ def untie(model: PreTrainedModel, target: str) -> None:
         model: whose `all_tied_weights_keys` has the parameter.
         target: full name of the parameter.
     """
-    del model.all_tied_weights_keys[target]
+    remove_tie(model, target)
     _set_tensor(model, target, torch.empty_like(model.get_parameter(target), device="meta"))
 
 
@@ -651,7 +644,7 @@ def _take_dtypes(model: PreTrainedModel, specs: dict[str, Spec]) -> None:
     for name, tensor in model.state_dict().items():
         if name in specs and tensor.is_floating_point() and specs[name].dtype.is_floating_point:
             _set_tensor(model, name, tensor.to(specs[name].dtype))
-    for target, source in model.all_tied_weights_keys.items():
+    for target, source in tied_weights(model).items():
         owner, _, leaf = target.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
 
@@ -713,7 +706,7 @@ def skeleton(source: Source) -> PreTrainedModel:
             _check_spec(source.specs[name], name, tensor, source.name)
         elif name in buffers:
             source.notes.append(f"{name} is not stored: it is as the model's class makes it")
-        elif name not in model.all_tied_weights_keys:
+        elif name not in tied_weights(model):
             raise CheckpointError(f"{source.name}: the checkpoint has no tensor '{name}'")
     return model
 
@@ -804,8 +797,8 @@ def _make_buffers(model: PreTrainedModel) -> None:
             if name in module._non_persistent_buffers_set and real.numel():
                 computed[f"{prefix}.{name}"] = real, real._version
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.initialize_weights()
+        mark_initialized(parameter)
+    initialize_unmarked(model)
     for name, (real, version) in computed.items():
         if model.get_buffer(name) is real and real._version == version:
             raise UnsupportedModelError(

@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from torch import Tensor, get_num_threads
 from torch import __version__ as torch_version
 from transformers import PretrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
 
+from ..compat import forget_weights_file, save_custom_code
 from ..errors import (
     CheckpointError,
     OutputError,
@@ -511,10 +511,8 @@ def _write_config(config: PretrainedConfig, directory: Path) -> None:
     have.
     """
     written = copy.deepcopy(config)
-    if hasattr(written, "transformers_weights"):
-        del written.transformers_weights  # names a weight file of the float model
-    if written._auto_class is not None:
-        custom_object_save(written, directory, config=written)  # type: ignore[arg-type]
+    forget_weights_file(written)
+    save_custom_code(written, directory)
     written.to_json_file(directory / CONFIG, use_diff=True)
 
 

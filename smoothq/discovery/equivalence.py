@@ -1,7 +1,8 @@
-"""What a family's graphs claim, tried: a transform must leave a model's logits as they are.
+"""Tests of a family's wiring: a transform that it allows must not change a model's logits.
 
-The model is one of the family's wiring with random weights in float64, and everything in it is
-computed in float64: stock norms, and the softmax of some families, ask for float32 even there.
+They run on a tiny model of the family with random weights, in float64 throughout. Norms of
+transformers, and the softmax of some families, ask for float32 even there; `InFloat64` overrides
+that.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ Rewrite = Callable[[PreTrainedModel, Family], None]
 
 
 class InFloat64(TorchFunctionMode):
-    """Computes in float64 what a model's code asks to be computed in float32."""
+    """A context in which torch functions that are asked for float32 compute in float64."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func` with float64 wherever it is told float32."""
+        """Call `func` with float64 in place of float32 in its arguments."""
         if func is Tensor.float:
             func = Tensor.double
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
@@ -64,7 +65,12 @@ class InFloat64(TorchFunctionMode):
 
 
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """A model's logits for tokens, int64 (batch, length), in float64 throughout if it is."""
+    """A model's logits, (batch, length, vocabulary); all in float64 for a float64 model.
+
+    Args:
+        model: a causal LM.
+        tokens: int64 (batch, length).
+    """
     with torch.no_grad():
         if model.dtype != torch.float64:
             return model(tokens).logits  # type: ignore[no-any-return]
@@ -73,12 +79,12 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def deviation(logits_now: Tensor, logits_before: Tensor) -> float:
-    """The largest change of a logit, relative to the largest logit."""
+    """The largest change of a logit, as a share of the largest logit before."""
     return float((logits_now - logits_before).abs().max() / logits_before.abs().max())
 
 
 def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, BlockGraph]]:
-    """Every block of a model with its graph."""
+    """Every block of a model, linearized, with its graph."""
     layers = model.get_submodule(family.parts(model).layers)
     config = text_config(model)
     for index, block in enumerate(layers.children()):
@@ -86,24 +92,27 @@ def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, 
 
 
 def open_blocks(model: PreTrainedModel, family: Family) -> None:
-    """Give every matrix a linear of its own."""
+    """Linearize every block of a model, in place (`linearize_block`)."""
     for block in model.get_submodule(family.parts(model).layers).children():
         linearize_block(block)
 
 
 def fuse(model: PreTrainedModel, family: Family) -> None:
-    """Norms into their readers, in every block."""
+    """Fold norms into the weights that read them, in every block."""
     for block, graph in graphs(model, family):
         fuse_norms(block, graph)
 
 
 def rotate_stream(model: PreTrainedModel, family: Family) -> None:
-    """R1 with the norm fusion that it needs, running where the stream enters and leaves."""
+    """Fuse norms and rotate the residual stream (R1), with online rotations at both ends."""
     rotate_ends(model, family.parts(model), _rotate_blocks(model, family))
 
 
 def rotate_stream_offline(model: PreTrainedModel, family: Family) -> None:
-    """The same folded into the embeddings and a head of its own: what exports for others hold."""
+    """Fuse norms and rotate the residual stream (R1), folded into embeddings and an untied head.
+
+    As in checkpoints that are exported for other engines.
+    """
     parts = family.parts(model)
     if is_tied(model):
         weight = model.get_submodule(parts.head).get_parameter("weight")
@@ -125,7 +134,7 @@ def _rotate_blocks(model: PreTrainedModel, family: Family) -> Hadamard:
 
 
 def rotate_values(model: PreTrainedModel, family: Family) -> None:
-    """R2 in every block."""
+    """Rotate attention values (R2) in every block."""
     for index, (block, graph) in enumerate(graphs(model, family)):
         site = graph.value_output
         if site is not None and isinstance(site.producer, Rows) and site.producer.heads:
@@ -133,7 +142,7 @@ def rotate_values(model: PreTrainedModel, family: Family) -> None:
 
 
 def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
-    """The rotations that run with the model: inside the MLP, and where nothing offline does it."""
+    """Rotate inputs online, by hooks: inside MLPs, and inputs that R1 cannot rotate offline."""
     wiring = list(graphs(model, family))
     rotatable = takes_rotation([graph for _, graph in wiring])
     for block, graph in wiring:
@@ -148,7 +157,7 @@ def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
 
 
 def smoothing(*edges: Edge) -> Rewrite:
-    """Smoothing of edges with random maxima, most of them between 0.1 and 10."""
+    """A rewrite that smooths some kinds of edges with random maxima, mostly in 0.1 … 10."""
 
     def rewrite(model: PreTrainedModel, family: Family) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -163,7 +172,7 @@ def smoothing(*edges: Edge) -> Rewrite:
 
 
 def everything(model: PreTrainedModel, family: Family) -> None:
-    """All that the family can, in the pipeline's order."""
+    """Apply every transform that the family's graphs allow, in the pipeline's order."""
     claimed = claims(model, family)
     if rotate_stream in claimed.values():
         rotate_stream(model, family)
@@ -173,7 +182,7 @@ def everything(model: PreTrainedModel, family: Family) -> None:
 
 
 def claims(model: PreTrainedModel, family: Family) -> dict[str, Rewrite]:
-    """The transforms that a family's graphs say can be done, by name, on an opened model."""
+    """The transforms that a family's graphs allow on a linearized model, by name."""
     wiring = [graph for _, graph in graphs(model, family)]
     sites = [site for graph in wiring for site in graph.sites]
     edges = {site.edge for site in sites}

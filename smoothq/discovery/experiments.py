@@ -1,8 +1,9 @@
-"""Experiments on a block of a tiny model: what reads what, who produces it, what writes the stream.
+"""Experiments on a block of a tiny model that find its sites, their producers, and its writers.
 
-What reads one tensor is a site. A norm whose output it is can absorb a divisor; so can rows of an
-earlier matrix, if scaling them scales the site's channels and nothing else. A matrix writes the
-residual stream if a constant added to its output arrives there.
+- Modules that are called with the same tensor form a site.
+- A norm whose output is that tensor can absorb a divisor of it. So can rows of an earlier matrix,
+  if scaling the rows scales the site's channels and nothing else.
+- A matrix writes the residual stream if a constant added to its output is added to the block's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..architectures.graph import attention_heads
 from ..architectures.linearize import EXPERT_MATRICES, SeparateExperts
 from ..transforms.smoothing import repeat_over_queries
 
-EXACT = 1e-9  # relative; what an experiment may deviate in float64
+EXACT = 1e-9  # the largest relative difference that counts as float64 rounding
 TINY_EXPERTS = 4
 # All different: a config may hold a width that its model does not use.
 TINY_WIDTHS = {
@@ -33,7 +34,7 @@ TINY_WIDTHS = {
     "shared_expert_intermediate_size": 96,
 }
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Layouts of up in a matrix of N rows, by how they stand in a file.
+# Rows of up in a gate_up matrix: their slice as Python source → the slice for N rows.
 _UP_ROWS: dict[str, Callable[[int], slice]] = {
     "": lambda rows: slice(None),
     "slice({width}, None)": lambda rows: slice(rows // 2, None),
@@ -44,12 +45,20 @@ _UP_ROWS: dict[str, Callable[[int], slice]] = {
 
 
 class Unexplained(Exception):
-    """Something in a block that no experiment accounts for."""
+    """The experiments cannot explain a part of a block; the message names it."""
 
 
 @dataclass
 class FoundSite:
-    """A site as found. The texts are Python: what stands in the file."""
+    """A site that the experiments found.
+
+    Attributes:
+        modules: the linears that read it, to be quantized.
+        floats: other modules that read it and stay in float.
+        reads: as `Site.reads`.
+        producer: Python source of `Site.producer`.
+        experts: the name of the experts module that reads it, or None.
+    """
 
     modules: list[str]
     floats: list[str] = field(default_factory=list)
@@ -59,7 +68,7 @@ class FoundSite:
 
     @property
     def name(self) -> str:
-        """A name made of the modules' own."""
+        """A name for the site, from the names of its modules: `q_k_v` of q_proj, k_proj, v_proj."""
         if self.experts is not None:
             return "experts"
         leaves = [module.rpartition(".")[2].removesuffix("_proj") for module in self.modules]
@@ -68,7 +77,7 @@ class FoundSite:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module that has a weight: its name, and tensors in and out."""
+    """One recorded call of a module that has a weight, with its input and output."""
 
     name: str
     module: nn.Module
@@ -77,18 +86,25 @@ class Call:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The same for all who are given one tensor, in whatever shape."""
+        """Address and size of the input: equal for all calls with one tensor, in any shape."""
         return self.input.data_ptr(), self.input.numel()
 
 
 def own_weight(module: nn.Module) -> Any:
-    """A module's own weight, or None."""
+    """The module's parameter `weight`, as a tensor, or None where it has none."""
     weight = getattr(module, "weight", None)
     return weight.data if isinstance(weight, nn.Parameter) else None
 
 
 def keep(calls: list[Call], name: str) -> Callable[..., None]:
-    """A forward hook that keeps what it sees, so that no address is given out twice."""
+    """A forward hook that appends a `Call` to `calls` at each call of a module.
+
+    The calls keep their tensors alive, so that `data_ptr()` identifies a tensor during the forward.
+
+    Args:
+        calls: the list that is appended to.
+        name: of the module.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         given = args[0] if args and isinstance(args[0], Tensor) else output
@@ -99,19 +115,24 @@ def keep(calls: list[Call], name: str) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class NormFacts:
-    """What a norm does beside multiplying by its weight."""
+    """How a norm computes.
+
+    Attributes:
+        offset: as `Norm.offset`, 0 or 1.
+        centred: whether it subtracts the mean (LayerNorm).
+    """
 
     offset: int
     centred: bool
 
     @classmethod
     def of(cls, call: Call) -> NormFacts:
-        """Try a norm on the input that it had."""
+        """Find out by running a norm on the input of a recorded call."""
         norm: Any = call.module
-        bias, held = getattr(norm, "bias", None), norm.weight.clone()
+        bias, weight = getattr(norm, "bias", None), norm.weight.clone()
         norm.weight.zero_()
         silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
-        norm.weight.copy_(held)
+        norm.weight.copy_(weight)
         moved = norm(call.input + 3)
         return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, norm(call.input)))
 
@@ -125,7 +146,14 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 class BlockExperiments:
-    """One opened tiny block with what it was called with."""
+    """Experiments on one linearized block of a tiny model.
+
+    Attributes, after `find`:
+        sites: in the order of execution.
+        stream_norms: the norms that read the residual stream.
+        writes_stream: whether a rotation of the stream can be folded into all its writers.
+        returns_tuple, flattens: as of `Family`.
+    """
 
     def __init__(
         self,
@@ -137,9 +165,16 @@ class BlockExperiments:
         read: set[str],
         cautious: bool,
     ) -> None:
-        """read: linears whose weights the block's own code reads, beside calling them or not.
+        """Prepare experiments; runs nothing.
 
-        cautious: nothing is to change those, where else it is tried what they bear.
+        Args:
+            config: of the tiny model's decoder.
+            module: the block, linearized.
+            hidden: float64 (batch, tokens, hidden size), the residual stream that enters it.
+            args: further positional arguments of its forward.
+            kwargs: keyword arguments of its forward.
+            read: names of linears whose `weight` the block's own code reads.
+            cautious: whether to exclude these from every transform; else the experiments decide.
         """
         self._config, self.module, self.hidden = config, module, hidden
         self._args, self._kwargs = args, kwargs
@@ -150,7 +185,7 @@ class BlockExperiments:
         self.returns_tuple = self.flattens = False
 
     def run(self) -> tuple[Tensor, list[Call]]:
-        """The block's output, and the calls of all modules that hold a weight."""
+        """Run the block once: its output, and the calls of all modules that have a weight."""
         calls: list[Call] = []
         handles = [
             module.register_forward_hook(keep(calls, name))
@@ -164,7 +199,7 @@ class BlockExperiments:
         return (output[0] if self.returns_tuple else output), calls
 
     def find(self) -> None:
-        """Find sites, producers and writers."""
+        """Run the experiments and set the attributes. Raises Unexplained."""
         _, calls = self.run()
         by_key: dict[tuple[int, int], FoundSite] = {}
         readers = [call for call in calls if self._is_reader(call)]
@@ -210,7 +245,7 @@ class BlockExperiments:
             for name in site.modules
         ) and all(self._writes(name) for name in self._routed_downs())
         if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
-            # What is read raw may read or write the stream, unseen.
+            # A matrix whose weight is read directly may read or write the stream unobserved.
             self.writes_stream = False
         self.sites += [FoundSite([name]) for name in self._uncalled]
 
@@ -227,13 +262,13 @@ class BlockExperiments:
         return site.modules[0] if site.modules else str(site.experts)
 
     def _routed_downs(self) -> list[str]:
-        """The down matrices of experts that some token reached."""
+        """The names of experts' down linears that some token reaches."""
         _, calls = self.run()
         names = {f"{site.experts}.down_proj." for site in self.sites if site.experts is not None}
         return [call.name for call in calls if call.name.startswith(tuple(names))] if names else []
 
     def _check_explained(self, calls: list[Call]) -> None:
-        """Refuse a block with matrices that no site accounts for."""
+        """Raise Unexplained for a block with a matrix that belongs to no site."""
         known = {name for site in self.sites for name in site.modules + site.floats}
         known |= self._read
         known |= {call.name for call in calls if own_weight(call.module) is not None}
@@ -246,7 +281,10 @@ class BlockExperiments:
                 raise Unexplained(f"what '{name}' of a block is for")
 
     def _silent_inputs(self) -> dict[str, Tensor]:
-        """What each module is given when all matrices are zero: then the stream passes as it is."""
+        """The input of each module when all matrices of the block are zero.
+
+        Nothing is added to the residual stream then, so its readers get the block's input.
+        """
         with _Zeroed(self.module):
             output, calls = self.run()
         if not _same(output, self.hidden):
@@ -263,45 +301,48 @@ class BlockExperiments:
             self.stream_norms.append(facts)
 
     def _absorbs(self, site: FoundSite, norm: Call, facts: NormFacts) -> bool:
-        """Whether a divisor of a norm's output is undone in a site's readers: no other reads it."""
+        """Whether a divisor folded into a norm cancels in a site's readers.
+
+        If not, something else reads the norm's output.
+        """
         readers = [*site.modules, *site.floats]
         if site.experts is not None:
             readers += [n for n in self._linears() if n.startswith(f"{site.experts}.gate_up_proj.")]
         before, _ = self.run()
         tried = copy.deepcopy(self.module)
         scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
-        own: Any = tried.get_submodule(norm.name)
-        own.weight.copy_((own.weight + facts.offset) * scale - facts.offset)
-        if isinstance(getattr(own, "bias", None), Tensor):
-            own.bias.mul_(scale)
+        scaled: Any = tried.get_submodule(norm.name)
+        scaled.weight.copy_((scaled.weight + facts.offset) * scale - facts.offset)
+        if isinstance(getattr(scaled, "bias", None), Tensor):
+            scaled.bias.mul_(scale)
         for name in readers:
             tried.get_parameter(f"{name}.weight").div_(scale)
-        held, self.module = self.module, tried
+        original, self.module = self.module, tried
         after, _ = self.run()
-        self.module = held
+        self.module = original
         return _same(after, before)
 
     def _is_read(self, site: FoundSite) -> bool:
-        """Whether nothing may change a site's weights, as the block's code reads one of them."""
+        """Whether a site's weights must not change, because the block's code reads one of them."""
         return self._cautious and not self._read.isdisjoint(site.modules)
 
     def _linears(self) -> list[str]:
         return [n for n, module in self.module.named_modules() if isinstance(module, nn.Linear)]
 
     def _producer(self, site: FoundSite, readers: list[str]) -> None:
-        """Find rows whose scale a site's channels follow, and whether tokens mix on the way."""
+        """Set a site's producer, and what it reads: attention's values if tokens mix on the way."""
         module = site.modules[0]
         width = self.module.get_parameter(f"{module}.weight").shape[1]
         earlier = [name for name in readers[: readers.index(module)] if self._is_linear(name)]
         usable = [] if self._is_read(site) else [name for name in earlier if name not in self._read]
         for name in usable:
-            for made, rows, heads in self._candidates(name, width):
+            for producer, rows, heads in self._candidates(name, width):
                 if self._follows(module, name, rows, heads):
                     mixes = self._mixes(name, module)
                     if mixes == (heads is not None):
-                        site.producer, site.reads = made, "values" if mixes else "inner"
+                        site.producer, site.reads = producer, "values" if mixes else "inner"
                         return
-        # A matrix that acts on each token alone stands right before what is inside an MLP.
+        # Without a producer: a reader that an earlier matrix reaches token by token is in an MLP.
         alone = any(self._mixes(name, module) is False for name in earlier)
         site.reads = "inner" if alone else "values"
 
@@ -311,7 +352,15 @@ class BlockExperiments:
     def _candidates(
         self, module: str, width: int
     ) -> Iterator[tuple[str, list[slice], Heads | None]]:
-        """Layouts of a matrix under which some of its rows could make a site's channels."""
+        """Rows of a matrix that may be the producer of a site, for every possible layout.
+
+        Args:
+            module: the earlier linear.
+            width: channels of the site's input.
+
+        Yields:
+            Python source of the producer, the slices of rows, and the heads of values or None.
+        """
         rows, tensor = self._rows(module), f"{module}.weight"
         for counted, heads in self._head_counts(rows, width):
             values, fused = heads.key_value * heads.dim, heads.query + 2 * heads.key_value
@@ -329,8 +378,8 @@ class BlockExperiments:
                 size = fused // heads.key_value
                 starts = range((size - 1) * heads.dim, rows, size * heads.dim)
                 call = f"interleaved_values({text(tensor)}, {counted})"
-                each = [slice(start, start + heads.dim) for start in starts]
-                yield f"Rows({call}, {counted})", each, heads
+                value_rows = [slice(start, start + heads.dim) for start in starts]
+                yield f"Rows({call}, {counted})", value_rows, heads
         for chosen, part in self._up_layouts(rows, width):
             ref = f"WeightRef({text(tensor)}{', ' + chosen if chosen else ''})"
             yield f"Rows(({ref},))", [part], None
@@ -344,9 +393,11 @@ class BlockExperiments:
                 yield layout.format(width=f"config.{sizes[0]}" if sizes else ""), chosen
 
     def _head_counts(self, rows: int, width: int) -> Iterator[tuple[str, Heads]]:
-        """Texts and values of the head counts that a block may have.
+        """Head counts that a block may have, each with its Python source.
 
-        rows, width: of the matrix that holds its values, and of what reads them.
+        Args:
+            rows: of the matrix that computes its values.
+            width: channels of the output projection's input.
         """
         heads = attention_heads(self._config)
         yield "attention_heads(config)", heads
@@ -364,18 +415,18 @@ class BlockExperiments:
                 )
 
     def _follows(self, reader: str, module: str, rows: list[slice], heads: Heads | None) -> bool:
-        """Whether scaling rows of a matrix scales the input of a reader, channel by channel."""
+        """Whether scaling rows of a matrix scales the channels of a reader's input likewise."""
         before = self._input(reader)
         linear = self.module.get_submodule(module)
-        held = {name: parameter.clone() for name, parameter in linear.named_parameters()}
-        count = sum(len(range(self._rows(module))[each]) for each in rows)
+        originals = {name: parameter.clone() for name, parameter in linear.named_parameters()}
+        count = sum(len(range(self._rows(module))[part]) for part in rows)
         scale = 0.5 + torch.rand(count, dtype=torch.float64, generator=torch.Generator())
-        for each, part in zip(rows, scale.split(count // len(rows)), strict=True):
+        for part, factors in zip(rows, scale.split(count // len(rows)), strict=True):
             for parameter in linear.parameters():
-                parameter[each] *= part if parameter.dim() == 1 else part[:, None]
+                parameter[part] *= factors if parameter.dim() == 1 else factors[:, None]
         after = self._input(reader)
         for name, parameter in linear.named_parameters():
-            parameter.copy_(held[name])
+            parameter.copy_(originals[name])
         expected = scale if heads is None else repeat_over_queries(scale, heads)
         return _same(after, before * expected)
 
@@ -384,9 +435,9 @@ class BlockExperiments:
         return next(call.input for call in calls if call.name == reader)
 
     def _mixes(self, module: str, reader: str) -> bool | None:
-        """Whether a change of a matrix's output at one token reaches a reader's other tokens.
+        """Whether a change of a matrix's output at one token changes a reader's input at others.
 
-        None where it does not even reach the reader at that token.
+        None where it does not change that token's input either.
         """
         before = self._input(reader)
 
@@ -401,7 +452,7 @@ class BlockExperiments:
         return None if not moved.any() else bool(moved[1:].any())
 
     def _writes(self, module: str) -> bool:
-        """Whether a constant added to a matrix's output is added to the stream, up to a factor."""
+        """Whether a constant added to a matrix's output is added, times a factor, to the stream."""
         linear = self.module.get_submodule(module)
         added = torch.randn(self._rows(module), dtype=torch.float64, generator=torch.Generator())
         if len(added) != self.hidden.shape[-1]:
@@ -419,7 +470,11 @@ class BlockExperiments:
         return bool(straight and factor.abs().max() > EXACT)
 
     def body(self, rotatable: bool) -> str:
-        """The statements of the function that makes this block's graph."""
+        """Python source of the body of the function that returns this block's graph.
+
+        Args:
+            rotatable: whether the writers of the residual stream are listed.
+        """
         lines, names, written = [], [], []
         for site, name in zip(self.sites, self._names(), strict=True):
             readers = [_weights(site.modules)] if site.modules else []
@@ -429,17 +484,17 @@ class BlockExperiments:
             fields = [text(name), text(site.reads), " + ".join(readers), site.producer]
             fields += [_weights(site.floats)] if site.floats else []
             variable = f"{name}_site" if name.isidentifier() else f"site_{name}"
-            arguments = "".join(f"        {each},\n" for each in fields)
+            arguments = "".join(f"        {argument},\n" for argument in fields)
             lines.append(f"{variable} = Site(\n{arguments}    )")
-            made = [variable] + (["*downs"] if site.experts is not None else [])
-            names += made
-            written += made[1:] if site.reads == "stream" else made
+            variables = [variable] + (["*downs"] if site.experts is not None else [])
+            names += variables
+            written += variables[1:] if site.reads == "stream" else variables
         residual = f"writers({', '.join(written)})" if rotatable else "()"
         lines.append(f"return BlockGraph(({', '.join(names)}), residual_writers={residual})")
         return "".join(f"    {line}\n" for line in lines)
 
     def _names(self) -> list[str]:
-        """Site names that are told apart."""
+        """Names of the sites, all different."""
         names = [site.name for site in self.sites]
         return [
             name if names.count(name) == 1 else self._first(site).replace(".", "_")
@@ -447,7 +502,7 @@ class BlockExperiments:
         ]
 
     def _experts(self, module: str) -> str:
-        """The call that makes the sites of experts."""
+        """Python source of the call that returns the sites of experts."""
         config = self._config
         count = next(name for name in EXPERT_COUNTS if getattr(config, name, 0) == TINY_EXPERTS)
         down = self._routed_downs()[0]
@@ -462,7 +517,7 @@ class BlockExperiments:
 
 
 def text(value: str) -> str:
-    """A string as it stands in a file."""
+    """A string as a literal of Python source."""
     return f'"{value}"'
 
 
@@ -471,7 +526,7 @@ def _weights(modules: list[str]) -> str:
 
 
 class _Zeroed:
-    """A context in which every matrix of a block, with its bias, is zero."""
+    """A context in which every matrix of a block, and its bias, is set to zero."""
 
     def __init__(self, block: nn.Module) -> None:
         self._parameters = [
@@ -482,10 +537,10 @@ class _Zeroed:
         ]
 
     def __enter__(self) -> None:
-        self._held = [parameter.clone() for parameter in self._parameters]
+        self._originals = [parameter.clone() for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.zero_()
 
     def __exit__(self, *error: object) -> None:
-        for parameter, held in zip(self._parameters, self._held, strict=True):
-            parameter.copy_(held)
+        for parameter, original in zip(self._parameters, self._originals, strict=True):
+            parameter.copy_(original)

@@ -1,8 +1,8 @@
-"""A family that has no file: its wiring found by experiments on a tiny random model of it.
+"""Discovery of the wiring of a model type without a registered family.
 
-The tiny model is made from the same config with small widths. What the experiments on its blocks
-find is written down as the file that one would write by hand, and that file is used, once every
-transform that it claims has left the tiny model's logits as they were (`proof`).
+Experiments run on a tiny model, built from the same config with small widths and random weights.
+Their result is a Python file like those in `architectures.families`. It is used once every
+transform that it allows has been tested on the tiny model (see `equivalence`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..architectures import BlockGraph, Family
 from ..architectures.graph import text_config
 from ..architectures.linearize import linearize_block
 from ..checkpoint.source import empty_model
+from ..compat import use_eager_experts
 from ..errors import UnsupportedModelError
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
@@ -46,18 +47,22 @@ _HEADS, _HEAD_DIM, _HIDDEN, _VOCABULARY = 4, 16, 64, 64
 _LARGEST = 20_000_000  # parameters of a tiny model
 
 
-_found: dict[str, tuple[Family, str]] = {}
+_families: dict[str, tuple[Family, str]] = {}  # by the config, as JSON
 
 
 def discover_family(config: PretrainedConfig) -> tuple[Family, str]:
-    """The family of a causal LM's config, and the file that describes it.
+    """The family of a causal LM, found by experiments, and its file's Python source.
 
-    Raises UnsupportedModelError naming what could not be explained.
+    Args:
+        config: of the real model; results are cached by it.
+
+    Raises:
+        UnsupportedModelError: a part of the wiring cannot be explained; says which.
     """
     key = config.to_json_string(use_diff=False)
-    if key not in _found:
-        _found[key] = _infer(config)
-    return _found[key]
+    if key not in _families:
+        _families[key] = _infer(config)
+    return _families[key]
 
 
 def _infer(config: PretrainedConfig) -> tuple[Family, str]:
@@ -74,10 +79,17 @@ def _infer(config: PretrainedConfig) -> tuple[Family, str]:
 
 
 def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
-    """Every transform that a family claims, and what it moves the logits of a tiny model by.
+    """Test every transform that a family's graphs allow, on a tiny float64 model.
 
-    The model is of the config's wiring, with small widths and random weights, in float64; a share
-    of the largest logit is meant. Raises UnsupportedModelError where one moves more than 1e-9.
+    Args:
+        family: whose wiring is tested.
+        config: of the real model; the tiny one has small widths and random weights.
+
+    Returns:
+        Name of the transform → largest change of a logit, as a share of the largest logit.
+
+    Raises:
+        UnsupportedModelError: a transform changes logits by more than 1e-9 of the largest.
     """
     with torch.no_grad():
         model = example(config, _kinds_of_blocks(config))
@@ -85,9 +97,13 @@ def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
 
 
 def example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
-    """A tiny model, in float64, with every kind of block that the real one has.
+    """A tiny float64 model with every kind of block that the real one has.
 
-    kinds: as `kinds_of` has them. Raises whatever the model's own code makes of small widths.
+    Raises whatever the model's own code raises for small widths.
+
+    Args:
+        config: of the real model.
+        kinds: of the real model's blocks, by `kinds_of`.
     """
     last = max(kinds.index(kind) for kind in set(kinds))
     return _tiny_model(config, max(2, last + 1))
@@ -109,7 +125,7 @@ def _experiment(config: PretrainedConfig, name: str) -> tuple[Family, str]:
 def _proven(
     model: PreTrainedModel, kinds: list[int], read: frozenset[str], cautious: bool, name: str
 ) -> tuple[Family, str]:
-    """The family that experiments find and its file, once it is proven."""
+    """The family that the experiments find, once it passes the tests, and its source."""
     try:
         with equivalence.InFloat64():
             written = _Writer(model, kinds, read, cautious).file()
@@ -121,29 +137,33 @@ def _proven(
 
 
 def _load(written: str) -> Family:
-    """The FAMILY of a file's text."""
+    """The FAMILY of a file's Python source."""
     namespace: dict[str, Any] = {"__package__": "smoothq.architectures", "__name__": "inferred"}
     exec(compile(written, "inferred family", "exec"), namespace)
     family: Family = namespace["FAMILY"]
-    found = {each.name: getattr(family, each.name) for each in fields(family)}
-    return InferredFamily(**found, written=written)
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    return InferredFamily(**values, written=written)
 
 
 @dataclass(frozen=True)
 class InferredFamily(Family):
-    """A family that was found by experiments. written: the file that describes it."""
+    """A family that was found by experiments.
+
+    Attributes:
+        written: the Python source of its file.
+    """
 
     written: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold the file: what is defined in it no module has."""
+        """What pickle stores: the source, for its functions belong to no importable module."""
         return _load, (self.written,)
 
 
 def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, float]:
-    """What every transform moves the tiny model's logits by; raises where that is too much.
+    """The change of the tiny model's logits by every transform, as `prove_family` returns it.
 
-    wiring: what is on trial, for the message.
+    wiring: names what is tested, for the message of UnsupportedModelError.
     """
     family = _without_read(family, read_weights(model, TOKENS))
     changes = {}
@@ -166,7 +186,7 @@ def _prove(model: PreTrainedModel, family: Family, wiring: str) -> dict[str, flo
 
 
 def _without_read(family: Family, read: frozenset[str]) -> Family:
-    """The family as a plan has it: weights that a model's own code reads stay in float."""
+    """A family whose graphs leave modules in float whose weights the model's own code reads."""
 
     def block(config: PretrainedConfig, index: int) -> BlockGraph:
         within = f".{family.layers}.{index}."
@@ -177,7 +197,7 @@ def _without_read(family: Family, read: frozenset[str]) -> Family:
 
 
 def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
-    """For each block of the real model a number; the same for blocks with the same parameters."""
+    """The kind of each block of the real model, as `kinds_of`."""
     try:
         model = empty_model(config)
     except ValueError as error:
@@ -189,23 +209,23 @@ def _kinds_of_blocks(config: PretrainedConfig) -> list[int]:
 
 
 def kinds_of(blocks: nn.ModuleList) -> list[int]:
-    """For each block a number; the same for blocks with the same parameters."""
+    """The kind of each block: a number from 0, equal for blocks with the same parameter names."""
     seen: dict[tuple[str, ...], int] = {}
     signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
     return [seen.setdefault(signature, len(seen)) for signature in signatures]
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The stack of blocks, and its name within the decoder."""
+    """The name of the list of blocks within the decoder, and the list."""
     count = text_config(model).num_hidden_layers
-    found = [
+    stacks = [
         (name, module)
         for name, module in model.get_decoder().named_children()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if len(found) != 1:
-        raise _unexplained(model, f"{len(found)} lists of {count} blocks in its decoder")
-    return found[0]
+    if len(stacks) != 1:
+        raise _unexplained(model, f"{len(stacks)} lists of {count} blocks in its decoder")
+    return stacks[0]
 
 
 def _unexplained(model: PreTrainedModel, what: str) -> UnsupportedModelError:
@@ -256,7 +276,7 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
         )
     model: Any = AutoModelForCausalLM.from_config(tiny)
     model.to(torch.float64).eval()
-    model.set_experts_implementation("eager")
+    use_eager_experts(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -270,12 +290,19 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
 
 
 class _Writer:
-    """Writes a family's file from experiments on a tiny model."""
+    """Writes the Python source of a family from experiments on a tiny model."""
 
     def __init__(
         self, model: PreTrainedModel, kinds: list[int], read: frozenset[str], cautious: bool
     ) -> None:
-        """read, cautious: as of `BlockExperiments`, by full names."""
+        """Run the model once and prepare experiments on its blocks.
+
+        Args:
+            model: the tiny model.
+            kinds: of the real model's blocks.
+            read: as of `BlockExperiments`, by full names.
+            cautious: as of `BlockExperiments`.
+        """
         self.model, self.kinds = model, kinds
         self._read, self._cautious = read, cautious
         self.config = text_config(model)
@@ -285,7 +312,7 @@ class _Writer:
         self._record()
 
     def _record(self) -> None:
-        """Run the model once: what each block is called with, what runs before and after them."""
+        """Run the model once and record the arguments of blocks, and calls around the blocks."""
         opened = copy.deepcopy(self.layers)
         handles = []
         for name, child in self.model.get_decoder().named_children():
@@ -313,7 +340,7 @@ class _Writer:
         return embed_tokens
 
     def file(self) -> str:
-        """The file's text."""
+        """Run the experiments and return the file's Python source. Raises Unexplained."""
         firsts = [self.kinds.index(kind) for kind in sorted(set(self.kinds))]
         wirings = [self.blocks[first] for first in firsts]
         for block in wirings:
@@ -338,7 +365,7 @@ class _Writer:
     def _choice(self) -> str:
         lines = []
         for kind in sorted(set(self.kinds) - {0}):
-            indices = {index for index, each in enumerate(self.kinds) if each == kind}
+            indices = {index for index, other in enumerate(self.kinds) if other == kind}
             lines.append(f"    if index in {indices}:\n        return _kind_{kind}(config)\n")
         return "".join(lines) + "    return _kind_0(config)"
 
@@ -379,13 +406,13 @@ class _Writer:
         rotation = Hadamard.of(self.config.hidden_size, seed=0)
         entering: list[Tensor] = []
         handle = self.layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-        held = [table.clone() for table in tables]
+        originals = [table.clone() for table in tables]
         for table in tables:
             rotate_input(table, rotation)
         self.model(TOKENS, use_cache=False)
         handle.remove()
-        for table, values in zip(tables, held, strict=True):
-            table.copy_(values)
+        for table, original in zip(tables, originals, strict=True):
+            table.copy_(original)
         return equivalence.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
 
 

@@ -1,8 +1,8 @@
-"""Which linears' weights a model's code reads itself, beside calling the linears.
+"""Finds linears whose `weight` a model's own code reads, other than by calling them.
 
-Such a linear cannot be replaced by codes: its values are used where no forward of its own is
-called. They are found by watching every torch function that a tiny model of the same wiring calls;
-a read of a weight's dtype or device is no read of its values, and is answered (`HoldsCodes`).
+Such a linear cannot be quantized: the code would need the float values. They are found by watching
+every torch function that a tiny model of the same wiring calls. Reads of a weight's dtype, device
+or shape do not count, for quantized modules answer these (`HoldsCodes`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from .weight_watch import read_weights
 
 log = logging.getLogger("smoothq")
 
-_found: dict[str, frozenset[tuple[int, str]]] = {}
+# config as JSON → (kind of block, or -1 outside of blocks; name of a linear within it)
+_reads: dict[str, frozenset[tuple[int, str]]] = {}
 
 
 def weights_read(model: PreTrainedModel, parts: Parts) -> Callable[[str], bool]:
-    """Whether the code of a model reads the values of a linear, given by its full name.
+    """A function: full name of a linear → whether the model's code reads its values.
 
-    model: may be on the meta device, and is left as it is. Of a wiring that no tiny model can be
-    made of nothing is known: then a warning says so, and a read ends the run that meets it.
+    If no tiny model of the wiring runs, a warning is logged and the function returns False; a read
+    then raises an error when the quantized model runs.
+
+    Args:
+        model: may be on the meta device; it is not changed.
+        parts: its parts.
     """
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     kinds = kinds_of(layers)
     key = model.config.to_json_string(use_diff=False)
-    if key not in _found:
-        _found[key] = _watched(model, parts, kinds)
-    read, pattern = _found[key], re.compile(rf"{re.escape(parts.layers)}\.(\d+)\.(.*)")
+    if key not in _reads:
+        _reads[key] = _watched(model, parts, kinds)
+    read, pattern = _reads[key], re.compile(rf"{re.escape(parts.layers)}\.(\d+)\.(.*)")
 
     def is_read(name: str) -> bool:
         within = pattern.fullmatch(name)
@@ -46,12 +51,12 @@ def weights_read(model: PreTrainedModel, parts: Parts) -> Callable[[str], bool]:
 
 
 def _counted(name: str) -> str:
-    """A name without its numbers: a tiny model has fewer experts."""
+    """A name with `*` for its numbers: a tiny model has fewer experts."""
     return re.sub(r"\d+", "*", name)
 
 
 def _watched(model: PreTrainedModel, parts: Parts, kinds: list[int]) -> frozenset[tuple[int, str]]:
-    """What is read: the kind of the block, -1 outside of them, and the linear's name there."""
+    """The linears that are read: kind of their block (-1 outside of blocks), and name within it."""
     try:
         names = read_weights(example(model.config, kinds), TOKENS)
     except Exception as error:  # the model's own code may raise anything
@@ -61,9 +66,9 @@ def _watched(model: PreTrainedModel, parts: Parts, kinds: list[int]) -> frozense
             type(error).__name__,
         )
         return frozenset()
-    found = set()
+    reads = set()
     for name in names:
         index, _, place = name.removeprefix(f"{parts.layers}.").partition(".")
         inside = name.startswith(f"{parts.layers}.")
-        found.add((kinds[int(index)], _counted(place)) if inside else (-1, _counted(name)))
-    return frozenset(found)
+        reads.add((kinds[int(index)], _counted(place)) if inside else (-1, _counted(name)))
+    return frozenset(reads)

@@ -1,4 +1,4 @@
-"""Watching which linears' weights other code reads, while a model runs."""
+"""Detects, while a model runs, which linears have their weight read by other code."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from ..modules.weight_answer import values_read
 from . import equivalence as equivalence
 
 _WATCHED = (nn.Linear, Conv1D, nn.Embedding)
-_TOKENS_MADE = 3  # after a prompt: what a model reads with a cache may be something else
+_TOKENS_MADE = 3  # generated after a prompt: with a cache a model may run other code
 
 
 def read_weights(model: Any, tokens: Tensor) -> frozenset[str]:
-    """The linears and embeddings of a causal LM, in float64, whose values its own code reads."""
+    """The names of linears and embeddings whose values a model's own code reads.
+
+    Args:
+        model: a causal LM in float64.
+        tokens: int64 (batch, length), the prompt of the forward and of a short generation.
+    """
     watch = WeightWatch(model)
     with torch.no_grad(), equivalence.InFloat64(), watch:
         model(tokens, use_cache=False)
@@ -29,7 +34,11 @@ def read_weights(model: Any, tokens: Tensor) -> frozenset[str]:
 
 
 class WeightWatch(TorchFunctionMode):
-    """While it is entered, `read` collects the names of linears whose values other code reads."""
+    """A context that records linears and embeddings whose values other code reads.
+
+    Attributes:
+        read: their full names.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -44,7 +53,7 @@ class WeightWatch(TorchFunctionMode):
             self._owners.setdefault(_storage(module.weight), set()).add(name)
 
     def __enter__(self) -> WeightWatch:
-        """Begin to watch."""
+        """Start recording."""
         for name, module in self._linears.items():
             self._hooks += [
                 module.register_forward_pre_hook(self._begins(name)),
@@ -54,7 +63,7 @@ class WeightWatch(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """End it."""
+        """Stop recording."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
@@ -62,7 +71,7 @@ class WeightWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Note whose weight `func` reads, and call it."""
+        """Record the owners of weights that `func` reads, and call it."""
         for tensor in values_read(func, args, kwargs):
             owners = self._owners.get(_storage(tensor), set())
             if not owners & set(self._running):
@@ -74,9 +83,11 @@ class WeightWatch(TorchFunctionMode):
 
     def _ends(self, name: str) -> Callable[..., None]:
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # A class of its own may do something else with its weight than multiply by it.
-            own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-            if own and not _is_product(module, args, output):
+            # A subclass may do something else with its weight than multiply by it.
+            overrides = isinstance(module, nn.Linear) and (
+                type(module).forward is not nn.Linear.forward
+            )
+            if overrides and not _is_product(module, args, output):
                 self.read.add(name)
             self._running.remove(name)
 
@@ -84,12 +95,12 @@ class WeightWatch(TorchFunctionMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    """The same for all views of one weight."""
+    """The storage of a tensor: equal for all views of one weight."""
     return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _is_product(linear: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """Whether what a linear put out is its input's product with its weight, plus its bias."""
+    """Whether a linear's output is its input times its weight, plus its bias."""
     if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor)):
         return False
     product = nn.functional.linear(args[0], linear.weight, linear.bias)

@@ -17,6 +17,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from ..compat import convert_when_loading_alone, remove_ties
 from ..errors import CheckpointError, UnsupportedModelError
 from ..moved import names_of
 from ..plan.config import METHOD, SmoothqConfig
@@ -69,7 +70,7 @@ class SmoothqHfQuantizer(HfQuantizer):
             install(model, self.plan)
         if self.plan.tables:
             # A tied head uses the embedding's codes, so no parameter is tied.
-            model.all_tied_weights_keys = {}
+            remove_ties(model)
         if checkpoint_files:
             check_tensors(model, checkpoint_files)
 
@@ -78,15 +79,12 @@ class SmoothqHfQuantizer(HfQuantizer):
         return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         from ..modules.prepare import check_filled, prepare
 
         check_filled(model)
         model.requires_grad_(False)  # the operators have no gradients, for which torch.compile asks
         prepare(model)
-        loaded: Any = model
-        loaded._weight_conversions = _OneWay(get_model_conversion_mapping(model))
+        convert_when_loading_alone(model)
 
     def _check_rotations(self, plan: Plan) -> None:
         from ..transforms.hadamard import Hadamard
@@ -108,17 +106,6 @@ class SmoothqHfQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize(model, self.plan, wanted or model.dtype)
         return model
-
-
-class _OneWay(list[Any]):
-    """Weight conversions for loading only: reversed, as for saving, the list is empty.
-
-    transformers needs them for layers that it loads later, such as multi-token prediction, and
-    reverses them in `save_pretrained`, where the tensors already have their stored names.
-    """
-
-    def __getitem__(self, index: Any) -> Any:
-        return [] if index == slice(None, None, -1) else super().__getitem__(index)
 
 
 def _check_class(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""The modules that a quantized model is made of."""
+"""The modules of a quantized model."""
 
 from .attention import (
     AttentionSpec,

@@ -1,11 +1,11 @@
-"""Attention over quantized keys and values, or with an int8 first product.
+"""Attention over quantized keys and values, or with int8 products of queries and keys.
 
-transformers lets a model's attention be replaced by name: `IMPLEMENTATION` is registered with a
-function and with a mask (without the mask, padded batches would be silently wrong). The function
-finds its settings at the attention module, whose class also sees to the cache: every cache that
-reaches it, its own or the caller's, holds rows of codes from the first token on. Without a cache
-keys and values are quantized all the same, so that every query sees the same quantized tokens in
-prefill, in decoding and in a perplexity, its own included.
+transformers can replace a model's attention by name: an attention function and a mask function are
+registered as `IMPLEMENTATION` (without the mask function, padded batches would be silently wrong).
+`QuantizesAttention`, mixed into each attention module, holds the settings, and converts the cache
+that it is called with, so that the cache stores quantized rows from the first token on. Without a
+cache keys and values are quantized too: in prefill, decoding and perplexity every query sees the
+same quantized tokens, its own included.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
-from transformers.masking_utils import sdpa_mask
 
 from .. import kernels
 from ..architectures.mixin import Mixin, mix_in, take_out
+from ..compat import (
+    attention_implementation,
+    boolean_mask_function,
+    set_attention_implementation,
+)
 from ..errors import SmoothqError
 from ..transforms.hadamard import Hadamard
 from .kv_cache import (
@@ -36,17 +40,20 @@ from .online_rotation import OnlineRotation
 IMPLEMENTATION = "smoothq"
 QUERY_BITS = 8
 Product = Literal["float", "int8", "int8-centred"]
-_ELSEWHERE = ("softcap", "s_aux", "position_bias")  # arguments of attentions that are others
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attentions that differ
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
     """The settings of a model's attention, resolved.
 
-    cache: how keys and values are held, or None for float. product: of queries and keys; `int8`
-    has a scale a head and token for both, `int8-centred` takes the keys' mean away first, which
-    changes no weight of the softmax (SageAttention, arXiv 2410.02367). rotation: of queries and
-    keys after their position embedding (R3), order head_dim, or None.
+    Attributes:
+        cache: the format of quantized keys and values, or None for float.
+        product: of queries and keys. `int8` has one scale a head and token for both;
+            `int8-centred` subtracts the mean key first, which does not change the softmax
+            (SageAttention, arXiv 2410.02367).
+        rotation: of queries and keys behind their position embedding (R3), of order head_dim, or
+            None.
     """
 
     cache: CacheFormat | None = None
@@ -62,18 +69,27 @@ class AttentionSpec:
 
 
 class AttentionQuantizer(nn.Module):
-    """Rotates and quantizes an attention's operands and multiplies them."""
+    """Rotates and quantizes queries, keys and values, and computes attention."""
 
     def __init__(self, spec: AttentionSpec, replaced: str | None) -> None:
-        """replaced: the attention implementation that the model had before."""
+        """Create it for one attention module.
+
+        Args:
+            spec: the settings.
+            replaced: the name of the attention function that the model had before.
+        """
         super().__init__()
         self.spec, self.replaced = spec, replaced
         self.rotation = None if spec.rotation is None else OnlineRotation(spec.rotation)
 
     def begin(self, cache: Cache, index: int, hidden: Tensor, mask: Tensor | None) -> None:
-        """See to it that layer `index` of a cache holds what the recipe says.
+        """Make a layer of a cache store quantized rows, where the recipe quantizes the cache.
 
-        hidden: what enters the attention, (B, L, hidden size); mask: as `forward`.
+        Args:
+            cache: the module's own or the caller's.
+            index: of the layer.
+            hidden: input of the attention, (B, L, hidden size).
+            mask: as in `forward`.
         """
         if self.spec.cache is not None:
             layer = quantized_layer(cache, index, self.spec.cache, self.rotation)
@@ -87,10 +103,14 @@ class AttentionQuantizer(nn.Module):
         mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        """Attend: query, float (B, Q, L, D) → (B, Q, L, width of a value) in its dtype.
+        """The attention output, (B, Q, L, width of a value), in the query's dtype.
 
-        key, value: float (B, H, T, D), or what a cache holds; mask: bool (B or 1, 1, L, T), None
-        for a causal one.
+        Args:
+            query: float (B, Q, L, D).
+            key: float (B, H, T, D), or the rows of a cache.
+            value: likewise.
+            mask: bool (B or 1, 1, L, T), True where a query sees a token; None for a causal mask.
+            scaling: of the scores, before the softmax.
         """
         if mask is None and query.shape[2] > 1:
             length, tokens = query.shape[2], (key[0] if isinstance(key, tuple) else key).shape[-2]
@@ -144,7 +164,7 @@ class AttentionQuantizer(nn.Module):
 def _mean_seen(key: Tensor, mask: Tensor | None) -> Tensor:
     """The mean key over the tokens that any query sees: float (B, H, T, D) → (B, H, 1, D).
 
-    Padding and the unused part of a preallocated cache count for nothing.
+    Padding and the unused part of a preallocated cache do not count.
     """
     if mask is None:
         return key.mean(2, keepdim=True)
@@ -153,14 +173,14 @@ def _mean_seen(key: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class QuantizesAttention(Mixin):
-    """Mixed into a stock attention module: its cache holds rows, and its settings are here."""
+    """Mixed into an attention module of transformers: holds its settings, converts its cache."""
 
     attention_quantizer: AttentionQuantizer
     layer_idx: int
 
     @property
     def device(self) -> torch.device:
-        """Where its projections lie."""
+        """The device of its projections."""
         return next(chain(self.parameters(), self.buffers())).device
 
     def operators(self) -> tuple[str, ...]:
@@ -168,7 +188,7 @@ class QuantizesAttention(Mixin):
         return self.attention_quantizer.spec.operators()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, its cache seen to first."""
+        """The module's own forward, after its cache was converted."""
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Cache):
                 mask = kwargs.get("attention_mask")
@@ -179,20 +199,24 @@ class QuantizesAttention(Mixin):
 def quantize_attention(
     modules: Iterable[nn.Module], spec: AttentionSpec, config: PretrainedConfig
 ) -> None:
-    """Make attention modules follow a spec, in place: their tensors and names stay.
+    """Quantize attention modules, in place; their tensors and names stay.
 
-    config: the modules', which names the attention implementation of all of them.
+    Args:
+        modules: all attention modules of a decoder.
+        spec: the settings.
+        config: of the decoder; it names the attention function of all its modules.
     """
-    replaced, config._attn_implementation = config._attn_implementation, IMPLEMENTATION
+    replaced = attention_implementation(config)
+    set_attention_implementation(config, IMPLEMENTATION)
     for module in modules:
         mix_in(module, QuantizesAttention)
         module.attention_quantizer = AttentionQuantizer(spec, replaced)
 
 
 def stop_quantizing_attention(module: nn.Module, config: PretrainedConfig) -> None:
-    """Undo `quantize_attention` for one module."""
+    """Undo `quantize_attention` for one module, in place, and in its decoder's config."""
     if isinstance(module, QuantizesAttention):
-        config._attn_implementation = module.attention_quantizer.replaced
+        set_attention_implementation(config, module.attention_quantizer.replaced)
         del module.attention_quantizer
         take_out(module)
 
@@ -208,7 +232,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of `IMPLEMENTATION`, as transformers calls it."""
-    foreign = [name for name in _ELSEWHERE if kwargs.get(name) is not None]
+    foreign = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if foreign or not isinstance(module, QuantizesAttention):
         what = f"'{foreign[0]}'" if foreign else "an attention that the recipe does not name"
         raise SmoothqError(f"{type(module).__name__}: quantized attention does not do {what}")
@@ -222,11 +246,6 @@ def _attend(
     return attended.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' boolean mask, always written out: the operators know no causal flag."""
-    mask: Tensor | None = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
-    return mask
-
-
 AttentionInterface.register(IMPLEMENTATION, _attend)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+# The operators know no causal flag, so the mask is always written out.
+AttentionMaskInterface.register(IMPLEMENTATION, boolean_mask_function())

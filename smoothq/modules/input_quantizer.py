@@ -1,8 +1,8 @@
-"""What happens to a site's input at run time: rotate → smooth → quantize.
+"""The quantizer of a site's input, at run time: rotate → smooth → quantize.
 
 One InputQuantizer serves all readers of a site: q, k and v receive the same tensor and must see
-the same codes, so it is quantized once. In eager mode the result is kept until every reader has
-had it; under `torch.compile` common-subexpression elimination does the same.
+the same codes, so it is quantized once. In eager mode the result is cached until every reader has
+asked for it; under `torch.compile` common-subexpression elimination does the same.
 """
 
 from __future__ import annotations
@@ -21,17 +21,37 @@ from ..transforms.hadamard import Hadamard
 from .online_rotation import OnlineRotation
 
 Mode = Literal["float", "token", "tensor", "static", "groups", "calibrated", "live"]
-"""How codes are found: not at all; one scale a token, a tensor, a tensor calibrated beforehand; or
-by runtime smoothing in one of its scopes (`groups` is the scope `token`)."""
+"""How a site's input is quantized.
+
+| mode         | shared scale                                      | computed                |
+|--------------|---------------------------------------------------|-------------------------|
+| `float`      | none, the input stays float                       | never                   |
+| `token`      | a token                                           | at run time             |
+| `tensor`     | the tensor, all its tokens                        | at run time             |
+| `static`     | the site, all its inputs                          | by calibration          |
+| `groups`     | a token, times an integer a group of its channels | at run time             |
+| `calibrated` | a token, times an integer a channel of the site   | integers by calibration |
+| `live`       | a token, times a float a group of a sequence      | at run time             |
+
+The last three are runtime smoothing (RRS, arXiv 2409.20361) in the recipe's scopes `token`,
+`calibrated` and `live`. In `live` a group is of channels with similar maxima over the sequence;
+groups of one channel have integers in place of floats.
+"""
 
 
 @dataclass(frozen=True)
 class InputSpec:
     """The settings of an InputQuantizer, resolved for one site.
 
-    width: in_features. group_size: channels a smoothing group (`groups`, `live`; 1 in `live` is
-    one scale a channel). normalise: in `live`, every token is divided by its maximum first.
-    full_range: in `token`, the scale takes the sign that uses all codes.
+    Attributes:
+        width: channels of the input (in_features of its readers).
+        bits: width of a code.
+        mode: as `Mode`.
+        clip: scales cover this share of the maximum.
+        group_size: channels of a group in `groups` and `live`; 1 in `live` is one factor a channel.
+        normalise: in `live`, divide every token by its maximum before the factors are computed.
+        full_range: in `token`, signed scales: the value of largest magnitude gets the lowest code.
+        rotation: what the input is multiplied by first, or None.
     """
 
     width: int
@@ -44,10 +64,10 @@ class InputSpec:
     rotation: Hadamard | None = None
 
     def scale_bits(self, tokens: int) -> float:
-        """Bits of scales and multipliers that one token's input costs, in a sequence of `tokens`.
+        """Bits of scales and multipliers a token, in a sequence of `tokens` tokens.
 
-        A float32 scale a token; in `groups` a multiplier and its sign a group; in `live` a
-        float32 scale (or a multiplier) a group and sequence.
+        A float32 scale a token; in `groups` besides a multiplier and its sign a group; in `live`
+        a float32 factor (with groups of one channel a multiplier) a group and sequence.
         """
         groups = self.width // self.group_size
         match self.mode:
@@ -67,16 +87,16 @@ class InputSpec:
 
     @property
     def blocked(self) -> bool:
-        """Whether codes come with a float scale a block of channels: `live` by groups."""
+        """Whether codes come with a float scale a group of channels: `live` with groups above 1."""
         return self.mode == "live" and self.group_size > 1
 
     @property
     def fused(self) -> bool:
-        """Whether rotation and quantizer are one operator."""
+        """Whether rotation and quantizer run as one operator, `hadamard_quantize`."""
         return self.rotation is not None and self.mode in ("token", "groups")
 
     def operators(self) -> tuple[str, ...]:
-        """The operators of `smoothq.kernels` that an input passes, in order."""
+        """The operators of `smoothq.kernels` that quantize an input, in order."""
         quantizer = {
             "float": (),
             "token": ("quantize_per_token",),
@@ -92,14 +112,17 @@ class InputSpec:
 
 
 class SequenceContext:
-    """The padding mask of the forward at hand, which the base model hands down to `live` inputs."""
+    """The padding mask of the current forward, which quantizers in mode `live` need.
+
+    mask: bool (batch, tokens), False at padding, or None.
+    """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
         self._hook: RemovableHandle | None = None
 
     def attach(self, base_model: nn.Module) -> None:
-        """Take down `attention_mask` (batch, tokens so far) at each forward of `base_model`."""
+        """Record `attention_mask`, (batch, tokens so far), at each forward of `base_model`."""
         self._hook = base_model.register_forward_pre_hook(self._take, with_kwargs=True)
 
     def detach(self) -> None:
@@ -118,21 +141,29 @@ class SequenceContext:
 
 
 def _version(x: Tensor) -> int | None:
-    """A number that every change in place moves; inference tensors have none."""
+    """A counter that every in-place change of a tensor raises; None for inference tensors."""
     return None if x.is_inference() else x._version
 
 
 class InputQuantizer(nn.Module):
     """Rotates, smooths and quantizes a site's input, float (..., K).
 
-    Persistent: `scale`, float32 (), in mode `static`; `multiplier`, int8 (K,), in `calibrated`.
+    Persistent buffers: `scale`, float32 (), in mode `static`; `multiplier`, int8 (K,), in mode
+    `calibrated`.
     """
 
     scale: Tensor
     multiplier: Tensor
 
     def __init__(self, name: str, spec: InputSpec, readers: int, context: SequenceContext) -> None:
-        """name: the site's, for messages. readers: how many modules will ask for each result."""
+        """Create the quantizer, not calibrated yet.
+
+        Args:
+            name: the site's, for messages.
+            spec: its settings.
+            readers: how many modules ask for each result.
+            context: the padding mask, for mode `live`.
+        """
         super().__init__()
         self.name, self.spec, self.readers, self.context = name, spec, readers, context
         if spec.mode == "static":
@@ -152,11 +183,11 @@ class InputQuantizer(nn.Module):
             self.multiplier.copy_(kernels.channel_multipliers(maxima, self.spec.bits))
 
     def rotate(self, x: Tensor) -> Tensor:
-        """x R, float (..., K), where the site has an online rotation; x itself where not."""
+        """x R, float (..., K); x itself where the site has no online rotation."""
         return x if self.rotation is None else self.rotation(x)
 
     def forward(self, x: Tensor) -> QuantizedInput | Tensor:
-        """The input as its readers multiply it: integers and scales, or float in mode `float`."""
+        """The input, float (..., K), as codes and scales; as a float tensor in mode `float`."""
         if self.readers == 1 or torch.compiler.is_compiling():
             return self._quantize(x)
         last = self._last  # read once: another thread may run the same model
@@ -168,7 +199,7 @@ class InputQuantizer(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the last result."""
+        """The state for copies and pickles: without the cached result."""
         return self.__dict__ | {"_last": None}
 
     def operators(self) -> tuple[str, ...]:
@@ -211,9 +242,9 @@ class InputQuantizer(nn.Module):
         )
 
     def dequantized(self, x: Tensor) -> Tensor:
-        """The input as the weights will see it: rotated, quantized, and back in float32 (..., K).
+        """The input rotated, quantized and dequantized: float32 (..., K).
 
-        What GPTQ's Hessian is made of.
+        It is what the weights are multiplied by, so GPTQ's Hessian is computed from it.
         """
         quantized = self._quantize(x)
         if isinstance(quantized, Tensor):

@@ -1,9 +1,9 @@
-"""Keys and values held as rows of quantized codes, in the caches that transformers already has.
+"""Quantized key/value caches: cache layers of transformers that store rows of codes.
 
-A head's key or value becomes one row of bytes (`kernels.quantize_heads`), so that a quantized layer
-is its stock layer with narrower tensors of another dtype: growing, sliding windows, preallocated
-storage, beams, cropping and offloading are the stock layer's own. What `update` hands to the
-attention function is `HeldTokens`: the rows, not floats.
+A head's key or value is one row of bytes (`kernels.quantize_heads`), so that a quantized layer is a
+layer of transformers with narrower tensors of dtype uint8; growing, sliding windows, preallocation,
+beams, cropping and offloading are inherited. `update` returns `HeldTokens`, rows instead of floats,
+to the attention function.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from transformers.cache_utils import (
 )
 
 from .. import kernels
+from ..compat import add_cache_layers
 from ..errors import SmoothqError
 from .online_rotation import OnlineRotation
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How keys and values are held, per head and token.
+    """The format of quantized keys and values.
 
-    group_size: numbers that share a scale and an offset, or None for one group a head.
-    float_tokens: how many of a sequence's first tokens are kept in float beside their rows.
+    Attributes:
+        bits: width of a code, 8 or 4.
+        group_size: numbers that share a scale and an offset; None for all of a head and token.
+        float_tokens: how many of a sequence's first tokens are stored in float besides.
     """
 
     bits: int
@@ -40,21 +43,23 @@ class CacheFormat:
     float_tokens: int = 0
 
     def rows(self, x: Tensor) -> Tensor:
-        """Keys or values, float (B, H, T, D), as uint8 (B, H, T, row bytes)."""
+        """Keys or values, float (B, H, T, D), as rows, uint8 (B, H, T, row bytes)."""
         rows: Tensor = kernels.quantize_heads(x, self.bits, self.group_size)
         return rows
 
     def stored_bits(self, width: int) -> float:
-        """Bits an element with scales and offsets, of heads of that width."""
+        """Average bits an element, scales and offsets included, for heads of that width."""
         nbytes: int = kernels.row_bytes(width, self.bits, self.group_size)
         return 8 * nbytes / width
 
 
 class HeldTokens(NamedTuple):
-    """Keys, or values, as an attention reads them.
+    """Keys, or values, of a quantized cache, as the attention operators take them.
 
-    rows: uint8 (B, H, T, row bytes). first: float (B, H, N, D), the first tokens of each sequence,
-    or None. start: int64 (B,), where among the T tokens they begin, or None.
+    Attributes:
+        rows: uint8 (B, H, T, row bytes).
+        first: float (B, H, N, D), the first N tokens of each sequence, or None.
+        start: int64 (B,), the index of each sequence's first token among the T, or None.
     """
 
     rows: Tensor
@@ -62,13 +67,17 @@ class HeldTokens(NamedTuple):
     start: Tensor | None = None
 
 
-_Stock: Any = CacheLayerMixin  # in front of a stock layer, whose own types do not know rows
+_Stock: Any = CacheLayerMixin  # untyped: its own methods are declared for float tensors
 
 
 class QuantizedLayer(_Stock):  # type: ignore[misc]
-    """Mixed into a stock cache layer: it takes floats and holds rows.
+    """Mixed into a cache layer of transformers: takes floats, stores rows.
 
-    rotation: of the keys before they are quantized, or None.
+    Attributes:
+        format: of the rows.
+        rotation: of keys before they are quantized, or None.
+        start: as of `HeldTokens`, among all tokens since the layer was empty.
+        first: first tokens in float, keys and values; empty where none are stored.
     """
 
     format: CacheFormat
@@ -77,10 +86,13 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
     first: list[Tensor]
 
     def begin(self, batch: int, device: torch.device, mask: Tensor | None) -> None:
-        """Note where the sequences begin, if the layer is empty and keeps first tokens in float.
+        """Record where the sequences begin, if the layer is empty and stores first tokens in float.
 
-        mask: bool (B or 1, 1, L, T), what the coming L tokens see: a sequence begins at the first
-        token that any of them does.
+        Args:
+            batch: B, the number of sequences.
+            device: of the cache.
+            mask: bool (B or 1, 1, L, T), which of T tokens the next L queries see; a sequence
+                begins at the first token that any query sees. None: at the first of all.
         """
         if self.format.float_tokens == 0 or self.start is not None:
             return
@@ -90,7 +102,7 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
             self.start = mask[:, 0].any(-2).int().argmax(-1).expand(batch).contiguous()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for heads like those of float keys and values (B, H, any, D)."""
+        """Allocate rows and first tokens for keys and values like these, float (B, H, any, D)."""
         rows = [self.format.rows(x) for x in (key_states, value_states)]
         super().lazy_initialization(*rows)
         count = self.format.float_tokens
@@ -103,9 +115,15 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Quantize and add float (B, H, L, D).
+        """Quantize and append tokens.
 
-        Returns the keys and the values that an attention may see, each as HeldTokens.
+        Args:
+            key_states: float (B, H, L, D).
+            value_states: float (B, H, L, D).
+            *args, **kwargs: of the layer's own `update`.
+
+        Returns:
+            Keys and values that the attention may see, each as HeldTokens.
         """
         if self.rotation is not None:
             key_states = self.rotation(key_states)
@@ -122,7 +140,7 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
         return HeldTokens(keys, self.first[0], start), HeldTokens(values, self.first[1], start)
 
     def _keep_first(self, *states: Tensor) -> None:
-        """Copy what of the coming tokens is among the first of its sequence."""
+        """Store those of the appended tokens in float that are among a sequence's first."""
         count, length = self.format.float_tokens, states[0].shape[2]
         if count == 0 or length == 0:
             return
@@ -132,48 +150,48 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
         inside = ((token >= 0) & (token < length))[:, None, :, None]
         index = token.clamp(0, length - 1)[:, None, :, None]
         for kept, x in zip(self.first, states, strict=True):
-            found = x.detach().gather(2, index.expand(*x.shape[:2], count, x.shape[3]))
-            kept.copy_(torch.where(inside, found, kept))  # in place, as static layers want it
+            incoming = x.detach().gather(2, index.expand(*x.shape[:2], count, x.shape[3]))
+            kept.copy_(torch.where(inside, incoming, kept))  # in place, as static layers want it
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         super().reset()
         self.start = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the sequences of `beam_idx`, int64 (B,), in that order."""
+        """Replace the sequences by those of indices `beam_idx`, int64 (B,), in that order."""
         super().reorder_cache(beam_idx)
-        self._of_each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._select_sequences(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence so many times."""
+        """Repeat each sequence `repeats` times, copies side by side."""
         super().batch_repeat_interleave(repeats)
-        self._of_each(lambda x: x.repeat_interleave(repeats, 0))
+        self._select_sequences(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences of `indices`."""
+        """Keep the sequences of those indices, int64 (n,), alone."""
         super().batch_select_indices(indices)
-        self._of_each(lambda x: x[indices])
+        self._select_sequences(lambda x: x[indices])
 
-    def _of_each(self, select: Any) -> None:
+    def _select_sequences(self, select: Any) -> None:
         if self.start is not None:
             self.start, self.first = select(self.start), [select(x) for x in self.first]
 
 
 class QuantizedDynamicLayer(QuantizedLayer, DynamicLayer):
-    """Grows with every token."""
+    """A quantized layer that grows with every token."""
 
 
 class QuantizedSlidingLayer(QuantizedLayer, DynamicSlidingWindowLayer):
-    """Grows to the sliding window."""
+    """A quantized layer that grows up to the sliding window."""
 
 
 class QuantizedStaticLayer(QuantizedLayer, StaticLayer):
-    """Preallocated."""
+    """A quantized layer of fixed size."""
 
 
 class QuantizedStaticSlidingLayer(QuantizedLayer, StaticSlidingWindowLayer):
-    """Preallocated, of the sliding window."""
+    """A quantized layer of the sliding window's fixed size."""
 
 
 _QUANTIZED: dict[type, type[QuantizedLayer]] = {
@@ -187,12 +205,18 @@ _QUANTIZED: dict[type, type[QuantizedLayer]] = {
 def quantized_layer(
     cache: Cache, index: int, format: CacheFormat, rotation: OnlineRotation | None
 ) -> QuantizedLayer:
-    """Layer `index` of a cache, made to hold rows in place if it does not yet.
+    """Layer `index` of a cache, converted in place to a quantized one if it is not yet.
 
-    Raises SmoothqError for a kind of layer that cannot, or one that already holds floats.
+    Args:
+        cache: of transformers; a dynamic one grows up to that layer.
+        index: of the layer.
+        format: of the rows.
+        rotation: of keys before they are quantized, or None.
+
+    Raises:
+        SmoothqError: that kind of layer cannot be converted, or the layer holds float tokens.
     """
-    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
+    add_cache_layers(cache, index)
     layer: Any = cache.layers[index]
     if isinstance(layer, QuantizedLayer):
         return layer
@@ -213,6 +237,6 @@ def quantized_layer(
 def as_quantized(
     layer: QuantizedLayer, format: CacheFormat, rotation: OnlineRotation | None
 ) -> QuantizedLayer:
-    """Give an empty layer its format; returns it."""
+    """Set the format and rotation of an empty layer; returns the layer."""
     layer.format, layer.rotation, layer.start, layer.first = format, rotation, None, []
     return layer

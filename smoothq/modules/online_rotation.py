@@ -1,10 +1,8 @@
-"""Hadamard rotations that run with the model: before down_proj, and at the residual stream's ends.
+"""Hadamard rotations at run time: before down_proj, and at both ends of the residual stream.
 
-What enters the first block is rotated there, whatever way it came: from the embedding, as
-`inputs_embeds`, as soft prompts or image features. So all of these, and learned positions, are the
-float model's. An untied head takes in the final norm's weight and undoes the rotation. With a tied
-one that would make two matrices of one: instead what leaves the last block is rotated back before
-the final norm; embedding, norm and head keep their tensors, names and tie.
+The first block rotates its input, whether that comes from the embedding, `inputs_embeds`, soft
+prompts or image features; so all of these, and learned positions, stay those of the float model.
+The final norm rotates its input back, so that norm and head too keep their tensors, names and tie.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from ..transforms.hadamard import Hadamard
 
 
 class OnlineRotation(nn.Module):
-    """x R, or x Rᵀ: float (..., K) → the same shape and dtype.
+    """Computes x R, or x Rᵀ: float (..., K) → the same shape and dtype.
 
-    Its factors are constructed by `prepare`; nothing of them is ever stored.
+    The factors are non-persistent buffers, constructed by `prepare`; a checkpoint stores none.
     """
 
     signs: Tensor
@@ -34,12 +32,18 @@ class OnlineRotation(nn.Module):
     spectrum: Tensor
 
     def __init__(self, rotation: Hadamard, transposed: bool = False) -> None:
+        """Construct it on the CPU.
+
+        Args:
+            rotation: R.
+            transposed: compute x Rᵀ.
+        """
         super().__init__()
         self.rotation, self.transposed = rotation, transposed
         self.prepare(torch.device("cpu"))
 
     def prepare(self, device: torch.device) -> None:
-        """Construct the factors, int8, as they run fastest on a device."""
+        """Construct the factors, int8, on a device, split as runs fastest there."""
         rotation = self.rotation
         order = kernels.left_factor(device, rotation.base, rotation.left * rotation.right)
         left, right = rotation.factors(order)
@@ -57,7 +61,7 @@ class OnlineRotation(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate float (..., K)."""
+        """x R (x Rᵀ if transposed), float (..., K), in x's dtype."""
         if self.rotation.keeps_mean:
             return self._back(self._forth(x), self.spectrum)
         return self._back(x, torch.ones_like(self.signs)) if self.transposed else self._forth(x)
@@ -75,7 +79,15 @@ class OnlineRotation(nn.Module):
     def quantize(
         self, x: Tensor, bits: int, group_size: int | None, clip: float, full_range: bool
     ) -> QuantizedInput:
-        """x R as codes, float (..., K): one scale a token, or a multiplier a group of a token."""
+        """Codes of x R, in one operator.
+
+        Args:
+            x: float (..., K).
+            bits: width of a code.
+            group_size: channels of a group in mode `groups`; None for mode `token`.
+            clip: scales cover this share of the maximum.
+            full_range: in mode `token`, signed scales.
+        """
         assert not self.transposed
         assert not self.rotation.keeps_mean
         factors = (self.signs, self.left, self.right)
@@ -83,26 +95,31 @@ class OnlineRotation(nn.Module):
 
 
 class RotatedForward:
-    """A module's `forward` for an input that is rotated first: its own, called with x R or x Rᵀ.
+    """Replaces a module's `forward`: rotates its first input, then calls the class's own.
 
-    Not a hook, so that hooks of others that record what the module is given, such as those behind
-    `output_hidden_states`, see it unrotated, and it is on the module's device when it is rotated.
+    It runs after all forward pre-hooks: those that record the input, such as those for
+    `output_hidden_states`, see it unrotated, and it is on the module's device by then.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """module: holds an `online_rotation`."""
+        """module: has an OnlineRotation as `online_rotation`."""
         self.module = module
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's own output for hidden_states (..., K), rotated."""
+        """The module's output for hidden_states, float (..., K), rotated."""
         module: Any = self.module
         return type(module).forward(module, module.online_rotation(hidden_states), *args, **kwargs)
 
 
 def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
-    """Make the first block rotate what it is given and the final norm rotate it back, in place.
+    """Make the first block rotate its input and the final norm rotate its input back, in place.
 
     Tensors, names and types stay.
+
+    Args:
+        model: a causal LM whose blocks are rotated (`transforms.rotation.rotate_residual`).
+        parts: its parts.
+        rotation: R of the residual stream.
     """
     _rotate_input(model.get_submodule(parts.first_block), OnlineRotation(rotation))
     end = OnlineRotation(rotation, transposed=True)
@@ -115,7 +132,7 @@ def _rotate_input(module: nn.Module, rotation: OnlineRotation) -> None:
 
 
 def rotated_ends(model: nn.Module) -> Iterator[tuple[nn.Module, OnlineRotation]]:
-    """The modules whose input `rotate_ends` made rotate, each with its rotation."""
+    """The modules that `rotate_ends` changed, each with its rotation."""
     for module in model.modules():
         rotation = getattr(module, "online_rotation", None)
         if isinstance(rotation, OnlineRotation):

@@ -1,9 +1,10 @@
-"""What is derived of a quantized model's modules once they are loaded."""
+"""Steps after a quantized model was loaded: checks, and tensors that are derived, not stored."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from ..compat import is_initialized
 from ..errors import CheckpointError
 from ..modules import (
     InputQuantizer,
@@ -15,7 +16,11 @@ from ..modules import (
 
 
 def prepare(model: nn.Module) -> None:
-    """Derive everything that is not stored, on each module's device, after loading."""
+    """Compute everything that is not stored, on each module's device, in place.
+
+    Args:
+        model: a quantized model, loaded.
+    """
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             if module.site_input.rotation is not None:
@@ -30,9 +35,13 @@ def prepare(model: nn.Module) -> None:
 
 
 def keep_packed(model: nn.Module) -> None:
-    """Hold 4-bit weights packed alone, in place: a third of their memory, slower on long prompts.
+    """Keep 4-bit weights in packed form only, in place.
 
-    A layer whose operator multiplies int8 copies faster otherwise holds both forms.
+    It takes a third of the memory, and is slower on long prompts. By default a layer also holds an
+    int8 copy, where products with many tokens are faster on it.
+
+    Args:
+        model: a quantized model, loaded.
     """
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
@@ -41,11 +50,15 @@ def keep_packed(model: nn.Module) -> None:
 
 
 def check_filled(model: nn.Module) -> None:
-    """Raise CheckpointError for a quantized tensor that loading left uninitialised."""
+    """Check that loading filled every quantized tensor of a model.
+
+    Raises:
+        CheckpointError: the checkpoint has no such tensor; names it.
+    """
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLinear | InputQuantizer | QuantizedEmbedding):
             continue
         persistent = [key for key in module.state_dict() if "." not in key]
         for key in persistent:
-            if not getattr(module._buffers[key], "_is_hf_initialized", False):
+            if not is_initialized(module._buffers[key]):
                 raise CheckpointError(f"tensor '{name}.{key}' is missing in the checkpoint")

@@ -1,4 +1,4 @@
-"""An embedding held as 8-bit codes with a scale a row, and the head that is tied to it."""
+"""An embedding of 8-bit codes with one scale a row, and the head that is tied to it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ EMBEDDING_BITS = 8
 
 
 def row_grid(columns: int) -> IntegerGrid:
-    """The number format of an embedding's rows: 8 bits, one 16-bit scale a row by its maximum."""
+    """The grid of an embedding: 8 bits, one bfloat16 scale a row, from the row's maximum."""
     return IntegerGrid(EMBEDDING_BITS, "group", columns, multiplier=False, clip=False)
 
 
 class QuantizedEmbedding(HoldsCodes):
-    """Rows of a table of codes: token ids int64 (...) → float (..., K).
+    """An embedding of codes: token ids int64 (...) → float (..., K).
 
-    Persistent: `weight`, the codes in the stored form, and `weight_scale`, bfloat16 (V, 1).
+    Persistent buffers: `weight`, codes, int8 (V, K, 1); `weight_scale`, bfloat16 (V, 1).
     """
 
     weight_scale: Tensor
     like: Tensor
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        """dtype: of the output, until the module is cast. All tensors start on the meta device."""
+        """Create it with tensors on the meta device.
+
+        Args:
+            rows: V, the vocabulary size.
+            columns: K, the embedding's width.
+            dtype: of the output, until the module is cast.
+        """
         super().__init__()
         self.num_embeddings, self.embedding_dim = rows, columns
         self.weight_shape = (rows, columns)
@@ -40,32 +46,38 @@ class QuantizedEmbedding(HoldsCodes):
         self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     def set_weight(self, quantized: QuantizedWeight) -> None:
-        """Take over codes and scales."""
+        """Set codes and scales, of a weight rounded to `row_grid`."""
         self.hold(pack(quantized.codes, EMBEDDING_BITS))
         self.weight_scale = quantized.scales.scale.contiguous()
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The stored codes, int8 (V, K), and their scales."""
+        """The codes, int8 (V, K), and their scales."""
         codes = unpack(self.codes, self.embedding_dim, EMBEDDING_BITS)
         return QuantizedWeight(codes, Scales(self.weight_scale, None))
 
     @property
     def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of the output."""
+        """The dtype of the output."""
         return self.like.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows of token ids, dequantized."""
+        """The dequantized rows of token ids."""
         codes = self.codes[ids].squeeze(-1)
         return (codes.float() * self.weight_scale[ids].float()).to(self.like.dtype)
 
 
 class TiedHead(nn.Module):
-    """The head that multiplies by the codes of the embedding: float (..., K) → (..., V)."""
+    """A head that multiplies by the codes of the embedding: float (..., K) → (..., V)."""
 
     embedding: QuantizedEmbedding
 
     def __init__(self, embedding: QuantizedEmbedding, site_input: InputQuantizer) -> None:
+        """Create it; it has no parameters or persistent buffers of its own.
+
+        Args:
+            embedding: the codes.
+            site_input: the quantizer of its input.
+        """
         super().__init__()
         # The embedding owns the codes: the head stores nothing.
         object.__setattr__(self, "embedding", embedding)
@@ -74,16 +86,16 @@ class TiedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the embedding answers."""
+        """The embedding's `weight`: see `HoldsCodes.weight`."""
         return self.embedding.weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        """Tying hands the embedding's tensor over; it is looked up each time anyway."""
+        """Ignored: transformers sets it when it ties weights; the getter asks the embedding."""
 
     @property
     def device(self) -> torch.device:
-        """Where the codes lie."""
+        """The device of the codes."""
         return self.embedding.codes.device
 
     def operators(self) -> tuple[str, ...]:
@@ -92,7 +104,7 @@ class TiedHead(nn.Module):
         return (*self.site_input.operators(), product)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float (..., K) → logits (..., V) in x's dtype."""
+        """Logits, (..., V), of x, float (..., K), in x's dtype."""
         codes, scale = self.embedding.codes.squeeze(-1), self.embedding.weight_scale.float()
         quantized = self.site_input(x)
         logits: Tensor

@@ -1,8 +1,7 @@
-"""A linear layer held as packed codes and scales, multiplied in integers.
+"""A linear layer whose weight is packed codes and scales, multiplied in integers.
 
-Stored form and running form are two things. Stored are the packed codes, under the name `weight`
-and in a shape that a dense layer refuses, with their scales; `prepare()` derives from them what
-runs fastest, and saving never sees it.
+Checkpoints store the packed codes, under the name `weight` and in a shape that `nn.Linear` rejects,
+and their scales. `prepare()` computes the operands that run fastest from them; these are not saved.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .weight_answer import HoldsCodes
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """The form of one linear's weight, resolved: its shape and its grid."""
+    """The shape and the grid of a linear's quantized weight."""
 
     out_features: int
     in_features: int
@@ -34,16 +33,16 @@ class WeightSpec:
 
     @property
     def elements(self) -> int:
-        """Weights."""
+        """The number of weights."""
         return self.out_features * self.in_features
 
     @property
     def groups(self) -> int:
-        """Groups a row."""
+        """Groups of input channels in a row; 1 where a row or the matrix shares a scale."""
         return 1 if self.grid.granularity == "tensor" else self.in_features // self.grid.group_size
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, as meta tensors, by the names that a QuantizedLinear has for them."""
+        """The tensors that a checkpoint stores, on the meta device, by buffer name."""
         grid, rows = self.grid, self.out_features
         stored = {
             "weight": packed_like(rows, self.in_features, grid.bits),
@@ -63,18 +62,24 @@ class WeightSpec:
 
     @cached_property
     def stored_bits(self) -> int:
-        """Bits that the weight takes with every scale and multiplier."""
+        """Bits of the stored weight, scales, multipliers and zero points included."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def float_groups(self) -> bool:
-        """Whether each group of a row has a float scale of its own."""
+        """Whether each group of a row has its own float scale, not an integer multiplier."""
         return self.groups > 1 and not self.grid.multiplier
 
     def packed_tokens(self, source: InputSpec, device: torch.device, keeps_packed: bool) -> int:
-        """Up to how many tokens a product takes 4-bit codes as they are stored, on a device.
+        """The most tokens for which a product multiplies by packed codes; 0 for none.
 
-        keeps_packed: no int8 copy is held, where packed codes can be multiplied at all.
+        Args:
+            source: of the linear's input.
+            device: where it runs.
+            keeps_packed: multiply by packed codes for any number of tokens, where it is possible.
+
+        Returns:
+            `sys.maxsize` for any number of tokens.
         """
         floating = source.mode == "float"
         if self.grid.bits != 4 or source.blocked or (not floating and self.float_groups):
@@ -87,7 +92,13 @@ class WeightSpec:
     def operators(
         self, source: InputSpec, device: torch.device, keeps_packed: bool = False
     ) -> tuple[str, ...]:
-        """The operators that a linear of this form runs behind an input, in order."""
+        """The operators of `smoothq.kernels` that a linear runs, input quantizer first.
+
+        Args:
+            source: of the linear's input.
+            device: where it runs.
+            keeps_packed: as in `packed_tokens`.
+        """
         inputs = source.operators()
         if source.mode == "float":
             return (*inputs, "weight_only_gemm")
@@ -101,10 +112,10 @@ class WeightSpec:
 
 
 class QuantizedLinear(HoldsCodes):
-    """y = x Ŵᵀ + b, with the input's codes from a shared InputQuantizer.
+    """y = x Ŵᵀ + b, where x is quantized by an InputQuantizer that a site's linears share.
 
-    Persistent: `weight` (packed codes), `weight_scale`, `weight_multiplier` and `weight_zero_point`
-    where the grid has them, `bias`. forward: float (..., K) → the same dtype (..., N).
+    Persistent buffers: `weight` (packed codes), `weight_scale`; `weight_multiplier`,
+    `weight_zero_point` and `bias` where the layer has them.
     """
 
     weight_scale: Tensor
@@ -119,10 +130,13 @@ class QuantizedLinear(HoldsCodes):
         dtype: torch.dtype,
         bias_dtype: torch.dtype | None = None,
     ) -> None:
-        """dtype: of the float weight that the codes stand for. bias_dtype: of the bias, or None for
-        a layer without one. Both until it is cast.
+        """Create it with tensors on the meta device, for `set_weight` or a checkpoint to fill.
 
-        All tensors start on the meta device: `set_weight` or a checkpoint brings them.
+        Args:
+            spec: shape and grid of the weight.
+            site_input: the quantizer of its input.
+            dtype: that `weight` reports, until the module is cast: that of the float weight.
+            bias_dtype: of the bias, until the module is cast; None for a layer without one.
         """
         super().__init__()
         self.spec = spec
@@ -145,7 +159,7 @@ class QuantizedLinear(HoldsCodes):
     site_input: InputQuantizer
 
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
-        """Take over codes and scales (and a bias), and prepare to run."""
+        """Set codes, scales and, unless None, the bias; then `prepare`."""
         self.hold(pack(quantized.codes, self.spec.grid.bits))
         scales = quantized.scales.map(Tensor.contiguous)
         self.weight_scale, self.weight_multiplier = scales.scale, scales.multiplier
@@ -155,14 +169,14 @@ class QuantizedLinear(HoldsCodes):
         self.prepare()
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The stored codes and scales, unpacked."""
+        """The codes, unpacked to int8 (N, K), and their scales."""
         codes = unpack(self.codes, self.in_features, self.spec.grid.bits)
         scales = Scales(self.weight_scale, self.weight_multiplier, self.weight_zero_point)
         return QuantizedWeight(codes, scales)
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
+        """The device of the weight."""
         return self.codes.device
 
     def operators(self) -> tuple[str, ...]:
@@ -170,11 +184,11 @@ class QuantizedLinear(HoldsCodes):
         return self.spec.operators(self.site_input.spec, self.device, self.keeps_packed)
 
     def prepare(self) -> None:
-        """Derive the running form where it is not the stored one: int8, with multipliers in it.
+        """Compute the operands of the products from the stored tensors.
 
-        Where few tokens run faster on packed codes, both forms are held; `keeps_packed` lets go of
-        the other. With float activations the multipliers stay apart: times 127 they would leave
-        int8.
+        These are an int8 copy of the weight, multiplied by its multipliers, unless packed codes are
+        fastest for any number of tokens (or `keeps_packed` is set). For float inputs the copy is
+        without multipliers: these are an operand of `weight_only_gemm`.
         """
         self._operand = self._row_scale = self._shift = None
         if self.codes.is_meta:
@@ -193,7 +207,7 @@ class QuantizedLinear(HoldsCodes):
         self._operand = operand
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float (..., K) → (..., N) in x's dtype."""
+        """y, (..., N), in the dtype of x, float (..., K)."""
         if self._operand is None and not self._packed_tokens:
             raise RuntimeError("this QuantizedLinear has no running form yet: call prepare()")
         quantized = self.site_input(x)
@@ -206,7 +220,7 @@ class QuantizedLinear(HoldsCodes):
         return result.reshape(*x.shape[:-1], self.out_features)
 
     def bytes_read(self, tokens: int) -> int:
-        """What a product of so many tokens reads of the weight, its scales and multipliers."""
+        """Bytes of the weight, scales and bias that a product with that many tokens reads."""
         packed = self._operand is None or tokens <= self._packed_tokens
         codes = self.codes if packed else self._operand
         multiplier = self.weight_multiplier if packed else None
@@ -244,7 +258,8 @@ class QuantizedLinear(HoldsCodes):
         return product
 
     def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
-        """Float scales by block of channels: `live` smoothing, or float weight groups."""
+        """The product where groups of channels have float scales: of the input in mode `live`, or
+        of the weight."""
         live = x.block_scale is not None
         assert self._operand is not None
         product: Tensor = kernels.group_gemm(

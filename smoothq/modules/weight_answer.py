@@ -1,7 +1,7 @@
-"""What `module.weight` answers where the weight is held as codes: its dtype and device, no values.
+"""The `weight` attribute of modules that store codes: has a dtype and a device, but no values.
 
-Stock code asks a linear for the dtype or the device of its weight, to cast what it hands over, and
-gets those of the float weight that the codes stand for. Its values are not there to be read.
+Code of models asks a linear for the dtype or the device of its weight, to cast an input. It gets
+those of the float weight; an attempt to read values raises UnsupportedModelError.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..compat import mark_initialized
 from ..errors import UnsupportedModelError
 
-# Functions that ask a tensor for anything but its values, by name.
+# Names of functions that read no values of a tensor, only its dtype, device or shape.
 _ASKS = frozenset(
     # One a line would fill a page.
     """__len__ __hash__ can_cast data_ptr detach dim element_size empty_like full_like get_device
@@ -23,15 +24,21 @@ _ASKS = frozenset(
     nelement new_empty new_full new_ones new_tensor new_zeros numel ones_like rand_like randn_like
     result_type size storage_offset stride zeros_like""".split()  # noqa: SIM905
 )
-# Those that ask every tensor but the first for its dtype, device or shape alone.
+# Names of functions that read values of their first tensor only.
 _ASKS_OTHERS = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
-_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are the values again
+_VALUES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that give the values
 
 
 def values_read(
     function: Any, args: Iterable[Any], kwargs: Mapping[str, Any] | None
 ) -> Iterator[Tensor]:
-    """The tensors whose values a torch function is called for: not those asked for their dtype."""
+    """The tensors among the arguments of a torch function whose values it reads.
+
+    Args:
+        function: as `__torch_function__` gets it.
+        args: its positional arguments.
+        kwargs: its keyword arguments, or None.
+    """
     name = getattr(function, "__name__", "")
     if name in _ASKS or (name == "__get__" and function.__self__.__name__ not in _VALUES):
         return
@@ -42,15 +49,21 @@ def values_read(
             yield leaf
 
 
+@mark_initialized  # what transformers would initialise is loaded
 class WeightAnswer(Tensor):
-    """A tensor of a float weight's shape, dtype and device that refuses to be read."""
+    """A tensor with a float weight's shape, dtype and device, whose values cannot be read."""
 
     _codes: Tensor
-    _is_hf_initialized = True  # what transformers would initialise is loaded
 
     @classmethod
     def of(cls, codes: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The answer for codes in the stored form. Inside of a compiled graph it is all NaN."""
+        """The stand-in for a float weight; in a compiled graph a plain tensor of NaN.
+
+        Args:
+            codes: in the stored form; its device counts.
+            shape: of the float weight.
+            dtype: of the float weight.
+        """
         nan = torch.full((), torch.nan, dtype=dtype, device=codes.device).expand(shape)
         if torch.compiler.is_compiling():
             return nan
@@ -62,12 +75,12 @@ class WeightAnswer(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call what asks for no value; move as the codes do; refuse the rest."""
+        """Call functions that read no values; moving to a device moves the codes; others raise."""
         with torch._C.DisableTorchFunctionSubclass():
             if func in (Tensor.to, Tensor.cpu, Tensor.cuda) and isinstance(args[0], cls):
                 moved: Tensor = func(args[0]._codes, *args[1:], **(kwargs or {}))
                 if moved.dtype == args[0]._codes.dtype:
-                    return moved  # who moves a model's tensors one by one puts this in its place
+                    return moved  # for code that moves a model's tensors one by one
             if any(isinstance(tensor, cls) for tensor in values_read(func, args, kwargs)):
                 raise UnsupportedModelError(
                     f"{getattr(func, '__name__', func)} reads a weight that is held as codes: give "
@@ -83,28 +96,30 @@ class WeightAnswer(Tensor):
 
 
 class HoldsCodes(nn.Module):
-    """A module whose buffer `weight` is codes, which only its own code reads, as `codes`.
+    """Base of modules whose buffer `weight` is codes; their own code reads it as `codes`.
 
-    A subclass says what float weight they stand for: `weight_shape`, `weight_dtype`.
+    Attributes, set by subclasses:
+        weight_shape: of the float weight.
+        weight_dtype: of the float weight.
     """
 
     weight_shape: tuple[int, int]
     weight_dtype: torch.dtype
 
     def hold(self, codes: Tensor) -> None:
-        """Take over codes in the stored form."""
+        """Set the codes, in the stored form."""
         self._buffers["weight"] = codes
 
     @property
     def codes(self) -> Tensor:
-        """The codes as they are stored."""
+        """The codes, in the stored form (`rounding.packing.pack`)."""
         codes = self._buffers["weight"]
         assert codes is not None
         return codes
 
     @property
     def weight(self) -> Tensor:
-        """The answer for all other code; the codes themselves while they are still to be loaded."""
+        """A WeightAnswer, for other code; codes that are on the meta device as they are."""
         codes = self._buffers.get("weight")
         if codes is None:
             raise AttributeError(f"{type(self).__name__} has no weight yet")

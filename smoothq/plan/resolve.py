@@ -34,6 +34,7 @@ from ..architectures.graph import (
     text_config,
 )
 from ..architectures.linearize import linearize_block
+from ..compat import tied_weights
 from ..discovery.infer import discover_family
 from ..discovery.weight_reads import weights_read
 from ..errors import RecipeError, UnsupportedModelError
@@ -247,7 +248,7 @@ def float_bytes(model: PreTrainedModel) -> int:
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's parameters and persistent buffers by full name; tied tensors appear once."""
-    tied = model.all_tied_weights_keys
+    tied = tied_weights(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 

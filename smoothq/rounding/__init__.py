@@ -1,1 +1,1 @@
-"""From float weights to codes and scales."""
+"""Rounding of float weights to codes and scales: grids, round-to-nearest, GPTQ, packing."""

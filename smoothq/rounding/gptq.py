@@ -1,10 +1,10 @@
-"""GPTQ: round column by column, and let later columns make up for the error of earlier ones.
+"""GPTQ: round column by column, and compensate the error of each column in the later ones.
 
-With H = Σ x xᵀ over the tokens that the layer will see, and U the upper Cholesky factor of H⁻¹:
-column j is rounded, and its error (w_j − ŵ_j) / U_jj is taken from each later column k in
-proportion to U_jk. Scales are found once, from the weights as they are (static groups), so that
-columns may be visited in any order. Source: arXiv 2210.17323, algorithm 1; the order by
-activation is that of its released code.
+With H = Σ x xᵀ over the calibration tokens, and U the upper Cholesky factor of H⁻¹: column j is
+rounded, and its error (w_j − ŵ_j) / U_jj times U_jk is subtracted from each later column k. Scales
+are computed once, from the weights before any compensation (static groups), so that columns can be
+visited in any order. Source: arXiv 2210.17323, algorithm 1; the order by activation is that of its
+released code.
 """
 
 from __future__ import annotations
@@ -22,24 +22,31 @@ from .grid import IntegerGrid, QuantizedWeight, Scales
 
 log = logging.getLogger("smoothq")
 
-WORK_ELEMENTS = 1 << 23  # of a matrix that are worked on at a time: 64 MB in float64
-LARGEST_DAMPING = 10.0  # beyond ten times the mean diagonal nothing of H is left
+WORK_ELEMENTS = 1 << 23  # weights that are rounded at a time: 64 MB in float64
+LARGEST_DAMPING = 10.0  # more would drown H: ten times its mean diagonal
 
 
 def inverse_factor(hessian: Tensor, damping: float, where: str) -> Tensor:
     """The upper Cholesky factor U of (H + λI)⁻¹ = Uᵀ U, λ = damping · mean(diag H).
 
-    hessian: float64 (K, K), symmetric, with a positive diagonal. Where the factorisation fails λ
-    grows tenfold, and the log says so for `where`. Raises NumericsError when it keeps failing.
+    Where the factorisation fails, λ is multiplied by ten and a warning is logged.
+
+    Args:
+        hessian: H, float64 (K, K), symmetric, with a positive diagonal.
+        damping: as a share of the mean diagonal of H.
+        where: the site, for messages.
+
+    Raises:
+        NumericsError: the factorisation fails up to LARGEST_DAMPING.
     """
     return _inverse_factor(lambda: hessian.flip(0, 1), damping, where)
 
 
 def _inverse_factor(reversed_hessian: Callable[[], Tensor], damping: float, where: str) -> Tensor:
-    """`inverse_factor` of a Hessian that is made, rows and columns in reverse, whenever asked for.
+    """`inverse_factor` of the Hessian that a function returns with rows and columns reversed.
 
     With J the reversal and J H J = L Lᵀ, H is R Rᵀ for the upper R = J L J; so U = R⁻¹ = J L⁻¹ J:
-    one factorisation and one triangular inverse, and never more than two matrices.
+    one factorisation and one triangular inverse, with at most two matrices in memory.
     """
     while damping <= LARGEST_DAMPING:
         hessian = reversed_hessian()
@@ -62,10 +69,14 @@ def _inverse_factor(reversed_hessian: Callable[[], Tensor], damping: float, wher
 
 @dataclass(frozen=True)
 class Factor:
-    """What GPTQ needs of a Hessian: computed once a site, used by every reader.
+    """A factorised Hessian: computed once a token group of a site, used for every reader.
 
-    upper: float64 (K, K), U over the ordered columns. order: int64 (K,), the visiting order.
-    dead: bool (K,), channels that no token reaches.
+    A token group is the modules of a site that the same tokens reach.
+
+    Attributes:
+        upper: U, float64 (K, K), of the columns in visiting order.
+        order: int64 (K,), the columns in visiting order.
+        dead: bool (K,), the channels that are zero in all calibration tokens.
     """
 
     upper: Tensor
@@ -74,12 +85,21 @@ class Factor:
 
 
 def factorise(hessian: Tensor, settings: Gptq, where: str) -> Factor:
-    """The inverse factor of H = Σ x xᵀ, float64 (K, K); `where` names the site in messages."""
+    """Factorise a Hessian for `gptq`.
+
+    Args:
+        hessian: H = Σ x xᵀ, float (K, K).
+        settings: damping, and whether columns are visited by activation.
+        where: the site, for messages.
+
+    Raises:
+        NumericsError: H has no Cholesky factor, with any damping.
+    """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     order = torch.arange(len(hessian), device=hessian.device)
     if settings.activation_order:
-        # A dead channel counts as 1: it has to come somewhere.
+        # A dead channel counts as 1, as on the diagonal below.
         order = torch.where(dead, 1.0, diagonal).argsort(descending=True, stable=True)
     backwards = order.flip(0)
 
@@ -93,16 +113,20 @@ def factorise(hessian: Tensor, settings: Gptq, where: str) -> Factor:
 
 
 def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> QuantizedWeight:
-    """Codes and scales of a matrix that minimise the error of its output, not of its entries.
+    """Codes and scales of a matrix, rounded to minimise the error of its output.
 
-    weight: float (N, K). Channels that no token reaches are rounded to zero.
+    Args:
+        weight: float (N, K). Dead channels are rounded to zero.
+        factor: of the Hessian of the matrix's inputs.
+        grid: of the codes.
+        block_size: columns that are rounded before all later ones are updated.
     """
     weight = torch.where(factor.dead, 0, weight).float()
     scales = grid.find_scales(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     unrounded = torch.empty_like(weight)
     count = max(1, WORK_ELEMENTS // weight.shape[1])
-    # Rows know nothing of one another: some at a time, and the work stays small.
+    # Rows are independent: some at a time take little memory.
     for rows in (slice(i, i + count) for i in range(0, len(weight), count)):
         lattice = scales.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
         codes[rows], unrounded[rows] = _round_rows(weight[rows], lattice, factor, grid, block_size)
@@ -112,7 +136,7 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
 def _round_rows(
     weight: Tensor, scales: Scales, factor: Factor, grid: IntegerGrid, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of some rows, and what they were rounded from: float64 (n, K). scales: the rows'."""
+    """Codes of some rows, and the compensated weights before rounding: float64 (n, K)."""
     order, upper = factor.order, factor.upper
     columns = weight.shape[1]
     step = scales.step_by_column(columns, torch.float64)[:, order]
@@ -133,8 +157,8 @@ def _round_rows(
 def _round_block(
     weight: Tensor, step: Tensor, zero: Tensor, factor: Tensor, grid: IntegerGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of a block of columns, what they were rounded from, and the errors over U_jj."""
-    columns, steps, zeros = (each.t().contiguous() for each in (weight, step, zero))
+    """Codes of a block of columns, the weights before rounding, and the errors over U_jj."""
+    columns, steps, zeros = (matrix.t().contiguous() for matrix in (weight, step, zero))
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
         codes[j] = grid.codes(columns[j], steps[j], zeros[j])

@@ -1,10 +1,10 @@
-"""Number formats of weights: which codes exist, how a scale is found, how codes pack.
+"""Integer grids of weights: codes, scales, multipliers, zero points, and the search for scales.
 
-A weight matrix (N, K) is rounded to integers: ŵ_nk = q_nk · s_ng · m_ng, where g is k's group (one
-group a row, unless the granularity is `group`), s a scale and m an optional integer multiplier.
-b-bit codes are −2^(b−1) … 2^(b−1)−1. In a full-range grid, as with multipliers always, the scale of
-a group takes the sign that brings its weight of largest magnitude to the lowest code. An asymmetric
-grid has a zero point z, a code, in each group: ŵ = (q − z) · s.
+A weight matrix (N, K) is rounded to ŵ_nk = q_nk · s_ng · m_ng, where q is a code, g the group of
+input channel k (one group a row, unless the granularity is `group`), s a scale and m an integer
+multiplier, where the grid has these. b-bit codes are −2^(b−1) … 2^(b−1)−1. In a full-range grid,
+and always with multipliers, scales are signed: the weight of largest magnitude in a group gets the
+lowest code. An asymmetric grid has a zero point z, a code, in each group: ŵ = (q − z) · s.
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ from ..kernels.reference import extreme, nonzero
 
 CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
 CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
-CHUNK_ELEMENTS = 1 << 17  # searched or rounded at a time: what comes of them stays in cache
+CHUNK_ELEMENTS = 1 << 17  # weights searched or rounded at a time: temporaries stay in cache
 
 
 def rows_at_once(matrix: Tensor) -> int:
-    """How many rows of a matrix (N, K) are worked on together."""
+    """How many rows of a matrix (N, K) are searched or rounded at a time."""
     return max(1, CHUNK_ELEMENTS // matrix.shape[1])
 
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """Integer codes of a weight matrix.
+    """The integer grid of a weight matrix.
 
-    bits: code width. granularity: what shares a scale. group_size: input channels a group (the
-    matrix's width unless granularity is `group`). multiplier: scales are integer multiples of
-    their row's scale. clip: scales minimise the rounding error, not cover the maximum.
-    full_range: scales may be negative. symmetric: every zero point is zero.
+    Attributes:
+        bits: width of a code.
+        granularity: what shares a scale: the matrix, an output channel (row), or a group of a row.
+        group_size: input channels of a group; the width unless the granularity is `group`.
+        multiplier: scales of groups are int8 multiples of one float scale a row.
+        clip: scales minimise Σ |w − ŵ|^2.4 ("mse"); else they cover the maximum ("absmax").
+        full_range: signed scales; the weight of largest magnitude gets the lowest code.
+        symmetric: no zero points.
     """
 
     bits: int
@@ -49,30 +53,36 @@ class IntegerGrid:
 
     @property
     def lowest(self) -> int:
-        """The lowest code."""
+        """The lowest code, −2^(b−1)."""
         return -self.highest - 1
 
     @property
     def highest(self) -> int:
-        """The highest code."""
+        """The highest code, 2^(b−1) − 1."""
         highest: int = highest_code(self.bits)
         return highest
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """How a scale is stored: in 16 bits where every group has its own."""
+        """The dtype of stored scales: bfloat16 where every group has its own, else float32."""
         many = self.granularity == "group" and not self.multiplier
         return torch.bfloat16 if many else torch.float32
 
     def codes(self, weight: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """round(w / step) + zero, clamped to the grid; in the weight's dtype."""
+        """round(w / step) + zero, clamped to the grid, in the weight's dtype.
+
+        Args:
+            weight: float, of any shape.
+            step: the value of one code, broadcastable to the weight.
+            zero: the zero point, likewise, or None.
+        """
         rounded = (weight / step).round_()
         if zero is not None:
             rounded += zero
         return rounded.clamp_(self.lowest, self.highest)
 
     def find_scales(self, weight: Tensor) -> Scales:
-        """Scales for a matrix, float (N, K), by its maxima or by the clip search."""
+        """Scales for a matrix, float (N, K), from its maxima or by the clip search."""
         groups = weight.float().unflatten(-1, (-1, self.group_size))
         if self.granularity == "tensor":
             best = self._search(groups.reshape(1, 1, -1)).expand(weight.shape[0], 1)
@@ -91,7 +101,7 @@ class IntegerGrid:
         return Scales(base, multiplier)
 
     def _search(self, groups: Tensor) -> Tensor:
-        """(n, G, size) → (n, G): the scale of each group."""
+        """The scale of each group: (n, G, size) → (n, G)."""
         full: Tensor = nonzero(self._covering(groups))
         if not self.clip:
             return full
@@ -100,7 +110,7 @@ class IntegerGrid:
         return self._least_error(groups, candidates)
 
     def _search_zero(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, G, size) → (n, G) twice: the scale and the zero point of each group."""
+        """The scale and the zero point of each group: (n, G, size) → (n, G) twice."""
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         best: tuple[Tensor, Tensor] | None = None
         least = torch.full_like(low, torch.inf)
@@ -110,14 +120,14 @@ class IntegerGrid:
             zero = (self.lowest - low * ratio / step).round().clamp(self.lowest, self.highest)
             error = self._error(groups, step, zero)
             better = error < least
-            held = (step, zero) if best is None else best
-            best = torch.where(better, step, held[0]), torch.where(better, zero, held[1])
+            previous = (step, zero) if best is None else best
+            best = torch.where(better, step, previous[0]), torch.where(better, zero, previous[1])
             least = torch.minimum(error, least)
         assert best is not None
         return best
 
     def _search_multiplier(self, groups: Tensor, base: Tensor) -> Tensor:
-        """(n, G, size), (n, 1) → int8 (n, G): the multiplier of each group."""
+        """The multiplier of each group: (n, G, size), (n, 1) → int8 (n, G)."""
         largest = largest_multiplier(self.bits)
         covering = self._covering(groups) / base
         sign = torch.where(covering < 0, -1.0, 1.0)
@@ -127,7 +137,7 @@ class IntegerGrid:
         return (self._least_error(groups, steps) / base).round_().to(torch.int8)
 
     def _covering(self, groups: Tensor) -> Tensor:
-        """(n, G, size) → (n, G): the smallest scale under which no weight is clipped by a code."""
+        """The smallest scale of each group that clips no weight: (n, G, size) → (n, G)."""
         if not (self.full_range or self.multiplier):
             return groups.abs().amax(-1) / self.highest
         covering: Tensor = extreme(groups).squeeze(-1) / self.lowest
@@ -142,7 +152,7 @@ class IntegerGrid:
         return best
 
     def _error(self, groups: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """(n, G, size), (n, G) → (n, G): Σ |w − ŵ|^p of each group."""
+        """Σ |w − ŵ|^p of each group: (n, G, size), (n, G) → (n, G)."""
         wide = step.unsqueeze(-1)
         if zero is None:
             rounded = self.codes(groups, wide)
@@ -155,8 +165,10 @@ class IntegerGrid:
 class Scales:
     """The scales of a weight matrix.
 
-    scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own.
-    multiplier: int8 (N, G), or None. zero: the zero points, int8 like the scale, or None.
+    Attributes:
+        scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own.
+        multiplier: int8 (N, G), or None.
+        zero: the zero points, int8 in the shape of `scale`, or None.
     """
 
     scale: Tensor
@@ -164,20 +176,20 @@ class Scales:
     zero: Tensor | None = None
 
     def step(self, dtype: torch.dtype) -> Tensor:
-        """The value of one code, (N, 1) or (N, G), in `dtype`."""
+        """The effective scales, multipliers included: (N, 1) or (N, G), in `dtype`."""
         step = self.scale.to(dtype)
         return step if self.multiplier is None else step * self.multiplier.to(dtype)
 
     def step_by_column(self, columns: int, dtype: torch.dtype) -> Tensor:
-        """The value of one code for every element, (N, K)."""
+        """The effective scale of every weight, (N, columns), in `dtype`."""
         return _by_column(self.step(dtype), columns)
 
     def zero_by_column(self, columns: int, dtype: torch.dtype) -> Tensor | None:
-        """The zero point for every element, (N, K), or None."""
+        """The zero point of every weight, (N, columns), in `dtype`, or None."""
         return None if self.zero is None else _by_column(self.zero.to(dtype), columns)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Scales:
-        """The same with every tensor changed."""
+        """Scales with `change` applied to every tensor."""
         multiplier = None if self.multiplier is None else change(self.multiplier)
         zero = None if self.zero is None else change(self.zero)
         return Scales(change(self.scale), multiplier, zero)
@@ -189,9 +201,13 @@ def _by_column(values: Tensor, columns: int) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A rounded matrix: codes int8 (N, K) and their scales.
+    """A rounded matrix.
 
-    unrounded: float32 (N, K), what the codes were rounded from, or None where that is not known.
+    Attributes:
+        codes: int8 (N, K).
+        scales: of the codes.
+        unrounded: float32 (N, K), the weights before rounding, for GPTQ with compensated errors;
+            None where they are unknown.
     """
 
     codes: Tensor
@@ -199,7 +215,7 @@ class QuantizedWeight:
     unrounded: Tensor | None = None
 
     def to(self, device: torch.device) -> QuantizedWeight:
-        """The same on a device."""
+        """A copy on a device; the tensors themselves where they are on it."""
         scales = self.scales.map(lambda tensor: tensor.to(device))
         unrounded = None if self.unrounded is None else self.unrounded.to(device)
         return QuantizedWeight(self.codes.to(device), scales, unrounded)

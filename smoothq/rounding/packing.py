@@ -1,9 +1,11 @@
-"""How codes lie in a checkpoint: in shapes that a dense layer of the same name refuses.
+"""The stored form of codes in a checkpoint.
 
-4-bit codes stand two a byte, in blocks of 64 columns as `kernels.reference.unpack_int4` defines
-them: uint8 (N, ⌈K/2⌉), which the kernels read as they are. 8-bit codes get a third dimension:
-int8 (N, K, 1). A process that loads the checkpoint without smoothq then fails on the shape of
-`weight`, where it would otherwise run with random weights.
+- 4-bit codes: uint8 (N, ⌈K/2⌉), two a byte, in blocks of 64 columns as `unpack_int4` of
+  `kernels.reference` defines them. Kernels read this form.
+- 8-bit codes: int8 (N, K, 1).
+
+Neither is the shape of `nn.Linear.weight`: a process that loads the checkpoint without smoothq
+fails on it, instead of running with random weights.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ from ..kernels.reference import PACKED_BLOCK, unpack_int4
 
 
 def packed_like(rows: int, columns: int, bits: int) -> Tensor:
-    """The shape and dtype of packed codes, as a meta tensor."""
+    """A meta tensor with shape and dtype of the stored form of codes, (rows, columns)."""
     if bits == 4:
         return torch.empty(rows, (columns + 1) // 2, dtype=torch.uint8, device="meta")
     return torch.empty(rows, columns, 1, dtype=torch.int8, device="meta")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """int8 (N, K) → the stored form."""
+    """Codes, int8 (N, K), in the stored form.
+
+    Args:
+        codes: of the given width.
+        bits: 4, or another width, which is stored in 8 bits.
+    """
     if bits != 4:
         return codes.unsqueeze(-1).contiguous()
     columns = codes.shape[1]
@@ -36,5 +43,5 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:
-    """The stored form → int8 (N, columns)."""
+    """Codes, int8 (N, columns), from the stored form; the inverse of `pack`."""
     return unpack_int4(packed, columns) if bits == 4 else packed.squeeze(-1)

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight goes to the closest value of its grid."""
+"""Round-to-nearest: every weight gets the closest code of its grid."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,12 @@ from .grid import IntegerGrid, QuantizedWeight, rows_at_once
 
 
 def round_to_nearest(weight: Tensor, grid: IntegerGrid) -> QuantizedWeight:
-    """Codes and scales of a matrix, float (N, K)."""
+    """Codes and scales of a matrix, each weight rounded to the nearest code.
+
+    Args:
+        weight: float (N, K).
+        grid: of the codes.
+    """
     weight = weight.float()
     scales = grid.find_scales(weight)
     steps = scales.step(torch.float32).unsqueeze(-1)

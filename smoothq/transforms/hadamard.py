@@ -2,8 +2,8 @@
 
 Constructions: Sylvester (powers of two), Paley I and II over the finite fields GF(p^k), and their
 Kronecker products with powers of two. Paley, "On orthogonal matrices" (1933); the randomised
-rotation is QuaRot's (arXiv 2404.00456), with the signs on the input side of the Hadamard. The one
-that keeps the mean is ours: a random ±1 spectrum between two Hadamards.
+rotation is QuaRot's (arXiv 2404.00456), with the signs on the input side of the Hadamard. The
+rotation that keeps the mean, a random ±1 spectrum between two Hadamards, is smoothq's own.
 """
 
 import hashlib
@@ -28,8 +28,14 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     a Paley construction such that base · 2^k = order (1 for powers of two). The same order always
     gives the same matrix; the caller owns the returned tensor.
 
-    Returns: int8 (order, order), entries ±1.
-    Raises: RecipeError naming the order if none of the constructions reaches it.
+    Args:
+        order: number of rows and columns.
+
+    Returns:
+        int8 (order, order), entries ±1.
+
+    Raises:
+        RecipeError: none of the constructions has that order.
     """
     base = _base_order(order)
     if base is None:
@@ -52,14 +58,16 @@ class Hadamard:
     spectrum of ±1 is 1 there: then R 1 = 1, and a LayerNorm without weight and bias commutes with
     it.
 
-    order: width that is rotated, = blocks · left · right
-    left: order of the left factor (carries the part that is no power of two)
-    right: order of the right factor, a power of two
-    blocks: how many equal diagonal blocks; 1 is a full Hadamard rotation
-    seed: of the signs, or of the spectrum; None leaves all of them +1
-    keeps_mean: R maps the all-ones vector to itself
+    Attributes:
+        order: width that is rotated, blocks · left · right.
+        left: order of H_left, which has the factor that is not a power of two.
+        right: order of H_right, a power of two.
+        blocks: how many equal diagonal blocks; 1 is a full Hadamard rotation.
+        seed: of the signs, or of the spectrum; None leaves all of them +1.
+        keeps_mean: R maps the all-ones vector to itself.
 
-    Raises: RecipeError if the orders do not multiply up, or a factor has no construction.
+    Raises:
+        RecipeError: the orders do not multiply to `order`, or a factor has no construction.
     """
 
     order: int
@@ -86,12 +94,18 @@ class Hadamard:
 
     @classmethod
     def of(cls, order: int, seed: int | None, keeps_mean: bool = False) -> "Hadamard":
-        """The rotation of a given width, split so that its two factors are small.
+        """The rotation of a width, with the smallest sum of its two factors' orders.
 
-        A width without a Hadamard matrix gets equal blocks of the largest constructible order that
-        divides it; `fallback` then says so.
+        A width without a Hadamard matrix gets equal diagonal blocks of the largest constructible
+        order that divides it; `fallback` then says so.
 
-        Raises: RecipeError if order is not positive.
+        Args:
+            order: the width.
+            seed: of the signs, or of the spectrum; None leaves all of them +1.
+            keeps_mean: R maps the all-ones vector to itself.
+
+        Raises:
+            RecipeError: order is not positive.
         """
         if order < 1:
             raise RecipeError(f"a Hadamard rotation needs a positive order, not {order}")
@@ -115,22 +129,22 @@ class Hadamard:
         )
 
     def signs(self) -> torch.Tensor:
-        """int8 (order,), entries ±1: what the input is multiplied by before the Hadamard."""
+        """The signs that the input is multiplied by before the Hadamard: int8 (order,)."""
         return self._flips() if self.keeps_mean else self._random_signs()
 
     def spectrum(self) -> torch.Tensor:
-        """int8 (order,), entries ±1 of a rotation that keeps the mean: 1 first in every block."""
+        """The spectrum of a rotation that keeps the mean: int8 (order,), 1 first in every block."""
         spectrum = self._random_signs()
         spectrum[:: self.left * self.right] = 1
         return spectrum
 
     def _flips(self) -> torch.Tensor:
-        """int8 (order,): the signs of the Hadamard's first column, which they make constant."""
+        """The signs of the Hadamard's first column, which make it constant: int8 (order,)."""
         left, right = self.factors()
         return torch.kron(left[:, 0], right[:, 0]).repeat(self.blocks)
 
     def _random_signs(self) -> torch.Tensor:
-        """int8 (order,), entries ±1 from SHAKE-256: the same whatever the version of torch."""
+        """Random signs from SHAKE-256, independent of torch's version: int8 (order,)."""
         if self.seed is None:
             return torch.ones(self.order, dtype=torch.int8, device="cpu")
         digest = hashlib.shake_256(f"smoothq:{self.order}:{self.seed}".encode())
@@ -140,7 +154,7 @@ class Hadamard:
 
     @property
     def base(self) -> int:
-        """The order of the part of each block that is no power of two; 1 where there is none."""
+        """The order of a block's factor that is not Sylvester's; 1 where there is none."""
         base = _base_order(self.left * self.right)
         assert base is not None
         return base
@@ -148,8 +162,9 @@ class Hadamard:
     def factors(self, left: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """H_left, int8 (left, left), and H_right, int8 (right, right): entries ±1, unnormalised.
 
-        left: another order of the left factor, `base` times a power of two: their product is the
-        same matrix, since all that both hold beyond the base is Sylvester's.
+        Args:
+            left: another order of H_left, `base` times a power of two; the Kronecker product is the
+                same, for both factors are Sylvester's beyond the base. None: as stored.
         """
         left = self.left if left is None else left
         return hadamard_matrix(left), hadamard_matrix(self.left * self.right // left)
@@ -161,18 +176,23 @@ class Hadamard:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x R, without forming R.
 
-        x: floating (..., order), any device; computed in float32, or in float64 if x is.
-        Returns: (..., order) in x's dtype.
-        Raises: ValueError if x is not floating or its last dimension is not order.
+        Args:
+            x: float (..., order), any device; computed in float32, float64 in float64.
+
+        Returns:
+            (..., order) in x's dtype.
+
+        Raises:
+            ValueError: x is not floating, or its last dimension is not `order`.
         """
         return self._rotate(x, transposed=False)
 
     def apply_transposed(self, x: torch.Tensor) -> torch.Tensor:
-        """x Rᵀ, which undoes `apply`; arguments, result and errors as there."""
+        """x Rᵀ, the inverse of `apply`; arguments, result and errors as there."""
         return self._rotate(x, transposed=True)
 
     def to_dict(self) -> dict[str, int | str | None]:
-        """JSON-able: how to construct the rotation, and the SHA-256 that the result must have."""
+        """The arguments of the rotation and the SHA-256 of its factors, for JSON."""
         stored: dict[str, int | str | None] = {
             "order": self.order,
             "left": self.left,
@@ -185,9 +205,10 @@ class Hadamard:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "Hadamard":
-        """The rotation that `to_dict` described, rebuilt and compared with its hash.
+        """The rotation of a `to_dict`, constructed again and compared by its hash.
 
-        Raises: CheckpointError naming the entry that is missing, malformed or does not match.
+        Raises:
+            CheckpointError: an entry is missing, malformed or does not match; names it.
         """
         for name in ("order", "left", "right", "blocks", "seed", "sha256"):
             if name not in d:

@@ -1,4 +1,4 @@
-"""Norm fusion: a norm's weight moves into the linears that read it.
+"""Norm fusion: a norm's weight and bias are folded into the linears that read its output.
 
 diag(γ) does not commute with a rotation, x / rms(x) does; so γ (and a LayerNorm's β) must be in the
 readers before the residual stream is rotated. Source: QuaRot (arXiv 2404.00456), section 4.
@@ -16,17 +16,25 @@ from .chunks import rows_of
 def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> None:
     """Fold a norm into its readers: W ← W · γ, b ← b + W β; then γ = 1 and β = 0.
 
-    Works in place, in float64, and keeps the function. block: any module that holds the tensors.
-    A linear without a bias gets one where β asks for it.
+    In place, in float64. The output of the block does not change.
+
+    Args:
+        block: any module that has the parameters.
+        norm: its γ is `offset + weight`.
+        readers: all weights that read its output. A linear without a bias gets one if the norm has
+            a bias.
+
+    Raises:
+        ValueError: the norm has a bias, and a reader that is no `nn.Linear` has none.
     """
     weight, bias = block.get_parameter(norm.weight).data, norm.bias_view(block)
     scale = weight.double() + norm.offset
     for reader in readers:
         matrix = reader.view(block)
         if bias is not None:
-            held = _bias(block, reader)
+            reader_bias = _bias(block, reader)
             added = torch.cat([rows.double() @ bias.double() for rows in rows_of(matrix)])
-            held.copy_(held.double() + added)
+            reader_bias.copy_(reader_bias.double() + added)
         for rows in rows_of(matrix):
             rows.copy_(rows.double() * scale)
     weight.fill_(1 - norm.offset)
@@ -35,9 +43,12 @@ def fuse_norm(block: nn.Module, norm: Norm, readers: tuple[WeightRef, ...]) -> N
 
 
 def take_norm(module: nn.Module, name: str, offset: float = 0.0) -> Tensor:
-    """γ of a norm by its module's name, float64 (K,), for readers folded apart; 1 is left.
+    """γ of a norm, float64 (K,), which is set to 1 in place; the caller folds it into readers.
 
-    offset: as of a `Norm`.
+    Args:
+        module: any module that has the norm.
+        name: the full name of the norm within it.
+        offset: as of a `Norm`.
     """
     weight = module.get_submodule(name).get_parameter("weight").data
     gain = weight.double() + offset
@@ -46,14 +57,14 @@ def take_norm(module: nn.Module, name: str, offset: float = 0.0) -> Tensor:
 
 
 def fuse_norms(block: nn.Module, graph: BlockGraph) -> None:
-    """Fold every norm of a block into the linears that read it."""
+    """Fold every norm of a linearized block into the linears that read it, in place."""
     for site in graph.sites:
         if isinstance(site.producer, Norm):
             fuse_norm(block, site.producer, site.all_readers)
 
 
 def _bias(block: nn.Module, reader: WeightRef) -> Tensor:
-    """The bias of a reader, made where there is none."""
+    """The bias of a reader; a zero one is added to a linear that has none."""
     linear = block.get_submodule(reader.module)
     if linear.bias is None:
         if not isinstance(linear, nn.Linear):

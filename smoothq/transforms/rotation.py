@@ -1,8 +1,9 @@
-"""Rotations that keep the function: they act on the right of activations, X ← X R.
+"""Rotations of activations, X ← X R, that do not change the output of a model.
 
-A reader of a rotated activation becomes W ← W R, a writer W ← Rᵀ W, b ← b R. All are folded in
-float64. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406); names R1, R2, R4 are
-SpinQuant's: residual stream, value→output per head, and down_proj's input.
+A weight that reads a rotated activation becomes W R; one that writes it becomes Rᵀ W, and its bias
+b R. All are folded in place, in float64. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv
+2405.16406). R1, R2 and R4 are SpinQuant's names: of the residual stream, value→output per head, and
+down_proj's input.
 """
 
 from __future__ import annotations
@@ -25,14 +26,26 @@ from .norm_fusion import take_norm
 
 
 def rotate_input(matrix: Tensor, rotation: Hadamard, inverse: bool = False) -> None:
-    """W ← W R (or W Rᵀ) in place, in float64: for a weight that reads a rotated activation."""
+    """W ← W R, in place: for a weight that reads a rotated activation.
+
+    Args:
+        matrix: W, float (N, K).
+        rotation: R, of order K.
+        inverse: use Rᵀ for R.
+    """
     apply = rotation.apply_transposed if inverse else rotation.apply
     for rows in rows_of(matrix):
         rows.copy_(apply(rows.double()))
 
 
 def rotate_reader(matrix: Tensor, gain: Tensor, rotation: Hadamard) -> None:
-    """W ← W diag(γ) R in place, in float64: for a weight that reads a norm. gain: γ, (K,)."""
+    """W ← W diag(γ) R, in place: for a weight that reads a norm's rotated output.
+
+    Args:
+        matrix: W, float (N, K).
+        gain: γ of the norm, float64 (K,).
+        rotation: R, of order K.
+    """
     for rows in rows_of(matrix):
         rows.copy_(rotation.apply(rows.double() * gain))
 
@@ -40,7 +53,14 @@ def rotate_reader(matrix: Tensor, gain: Tensor, rotation: Hadamard) -> None:
 def rotate_output(
     matrix: Tensor, bias: Tensor | None, rotation: Hadamard, inverse: bool = False
 ) -> None:
-    """W ← Rᵀ W, b ← b R (or with Rᵀ for R) in place, in float64: for a weight that writes."""
+    """W ← Rᵀ W and b ← b R, in place: for a weight whose output is rotated.
+
+    Args:
+        matrix: W, float (N, K).
+        bias: b, float (N,), or None.
+        rotation: R, of order N.
+        inverse: use Rᵀ for R.
+    """
     apply = rotation.apply_transposed if inverse else rotation.apply
     for columns in columns_of(matrix):
         columns.copy_(apply(columns.double().t().contiguous()).t())
@@ -51,11 +71,16 @@ def rotate_output(
 def rotate_residual(
     block: nn.Module, graph: BlockGraph, rotation: Hadamard, inverse: bool = False
 ) -> None:
-    """Rotate the residual stream inside a block (R1): its readers and its writers.
+    """Rotate the residual stream (R1) in a block, in place: its readers and its writers.
 
-    The norms must be fused before (`fuse_norms`), and what enters the stack of blocks and what
-    leaves it must be rotated and rotated back. Where the norms subtract the mean, the rotation must
-    keep it.
+    Norms must be fused before (`fuse_norms`). The input of the first block must be rotated too, and
+    the output of the last one rotated back.
+
+    Args:
+        block: linearized.
+        graph: of the block.
+        rotation: R, of order hidden size; with `keeps_mean` where the norms subtract the mean.
+        inverse: use Rᵀ for R, which undoes the rotation.
     """
     for site in graph.sites:
         if site.reads == "stream":
@@ -66,7 +91,7 @@ def rotate_residual(
 
 
 def rotate_entry(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
-    """Rotate what enters the stack of blocks offline, in the embeddings that it is the sum of."""
+    """Rotate the first block's input offline: in the embeddings whose rows it is a sum of."""
     for name in parts.entering:
         rotate_input(WeightRef(f"{name}.weight").view(model), rotation)
 
@@ -74,18 +99,30 @@ def rotate_entry(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
 def head_fold(
     model: nn.Module, parts: Parts, rotation: Hadamard, offset: float
 ) -> Callable[[Tensor], None]:
-    """What undoes R1 in rows of the head: W ← W diag(γ) R, where γ is the final norm's weight.
+    """A function that folds γ of the final norm, and the inverse of R1, into rows of the head.
 
-    The final norm is left with 1, and must have no bias. offset: as of a `Norm`.
+    It does W ← W diag(γ) R in place. γ is set to 1 in the model at once.
+
+    Args:
+        model: a causal LM, its final norm without a bias, its head not tied.
+        parts: its parts.
+        rotation: R, of order hidden size.
+        offset: of the final norm, as of a `Norm`.
     """
     gain = take_norm(model, parts.final_norm, offset)
     return partial(rotate_reader, gain=gain, rotation=rotation)
 
 
 def rotate_value_output(block: nn.Module, site: Site, rotation: Hadamard) -> None:
-    """Rotate every head's values (R2) and undo it in the output projection.
+    """Rotate every head's values (R2), and undo it in the output projection, in place.
 
-    rotation: order head_dim, shared by all heads, as grouped-query attention needs.
+    Args:
+        block: linearized.
+        site: the input of the output projection.
+        rotation: R, of order head_dim; one for all heads, as grouped-query attention needs.
+
+    Raises:
+        ValueError: the site has no value rows as producer.
     """
     producer = site.producer
     if not isinstance(producer, Rows) or producer.heads is None:

@@ -1,8 +1,8 @@
-"""Smoothing: outliers of a site's input are moved into the weights that read it.
+"""Smoothing: channels of a site's input are divided by s, and its readers multiplied by s.
 
-s_j = max_t |X_tj|^α / max_n |W_nj|^(1−α);  X ← X / s,  W ← W · s. The division is folded into
-what produces X: a norm's weight, the rows of up_proj, or the rows of v_proj. One divisor serves
-all readers of a site. Source: SmoothQuant (arXiv 2211.10438), eq. 4; at up→down before a Hadamard
+s_j = max_t |X_tj|^α / max_n |W_nj|^(1−α);  X ← X / s,  W ← W · s. The division is folded into the
+producer of X: a norm's weight, rows of up_proj, or rows of v_proj. All readers of a site share one
+divisor. Source: SmoothQuant (arXiv 2211.10438), eq. 4; at up→down before a Hadamard
 it is SmoothRot (arXiv 2506.05413), section 3 (with max |W|, which its released code omits).
 """
 
@@ -23,13 +23,13 @@ SMALLEST_DIVISOR = 1e-5  # SmoothQuant's clamp, keeps dead channels finite
 
 
 def _per_kv_channel(channels: Tensor, heads: Heads) -> Tensor:
-    """(…, query heads · dim) → the maximum over the query heads that share a value head."""
+    """The maximum over query heads of one value head: (query heads · dim,) → (kv heads · dim,)."""
     shared = channels.reshape(heads.key_value, heads.query // heads.key_value, heads.dim)
     return shared.amax(1).flatten()
 
 
 def repeat_over_queries(channels: Tensor, heads: Heads) -> Tensor:
-    """(kv heads · dim,) → (query heads · dim,): each value head repeated for its query heads."""
+    """Each value head repeated for its query heads: (kv heads · dim,) → (query heads · dim,)."""
     per_head = channels.reshape(heads.key_value, 1, heads.dim)
     return per_head.expand(-1, heads.query // heads.key_value, -1).flatten()
 
@@ -37,7 +37,10 @@ def repeat_over_queries(channels: Tensor, heads: Heads) -> Tensor:
 def smoothing_divisor(input_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> Tensor:
     """s = max|X|^α / max|W|^(1−α), float64 (K,), at least 1e-5; 1 where a channel is dead.
 
-    input_maxima, weight_maxima: float (K,), at least zero. alpha: migration strength in [0, 1].
+    Args:
+        input_maxima: max_t |X_tj|, float (K,).
+        weight_maxima: max_n |W_nj| over all readers, float (K,).
+        alpha: migration strength, in [0, 1].
     """
     x, w = input_maxima.double(), weight_maxima.double()
     divisor = (x**alpha / w ** (1 - alpha)).clamp(min=SMALLEST_DIVISOR)
@@ -53,15 +56,25 @@ def smooth(
 ) -> None:
     """Divide a site's input by s where it is produced, and multiply its readers by s.
 
-    Works in place, in float64, and keeps the function. input_maxima: max_t |X_tj|, float (K,).
-    norm_dtype: what a norm's weight will be stored in; s is then what that rounding leaves of it,
-    so that weights and norm still cancel exactly. The site must have a producer.
+    In place, in float64. The output of the block does not change.
+
+    Args:
+        block: linearized.
+        site: with a producer.
+        input_maxima: max_t |X_tj|, float (K,).
+        alpha: migration strength, in [0, 1].
+        norm_dtype: that a norm's weight will be stored in. If the producer is a norm, its divided
+            weight is rounded to that dtype first, and s computed from it, so that norm and readers
+            cancel exactly.
+
+    Raises:
+        ValueError: the site has no producer.
     """
     if site.producer is None:
         raise ValueError(f"site '{site.name}' has no producer that could absorb a divisor")
     readers = [reader.view(block) for reader in site.all_readers]
-    stretches = [rows for matrix in readers for rows in rows_of(matrix)]
-    weight_maxima = torch.stack([rows.abs().amax(0).double() for rows in stretches]).amax(0)
+    chunks = [rows for matrix in readers for rows in rows_of(matrix)]
+    weight_maxima = torch.stack([rows.abs().amax(0).double() for rows in chunks]).amax(0)
     producer = site.producer
     if isinstance(producer, Rows) and producer.heads is not None:
         shared = smoothing_divisor(
@@ -74,13 +87,13 @@ def smooth(
         shared = divisor = smoothing_divisor(input_maxima, weight_maxima, alpha)
         if isinstance(producer, Norm):
             norm = block.get_parameter(producer.weight).data.double() + producer.offset
-            held = torch.finfo(norm_dtype)  # beyond it the norm would be stored as 0 or Inf
-            size = (norm / divisor).abs().clamp(held.tiny, held.max)
+            limits = torch.finfo(norm_dtype)  # beyond these the norm would be stored as 0 or Inf
+            size = (norm / divisor).abs().clamp(limits.tiny, limits.max)
             signed = size * torch.where(norm < 0, -1.0, 1.0)
             stored = (signed - producer.offset).to(norm_dtype).double() + producer.offset
             kept = torch.where(norm * stored > 0, norm / stored, torch.ones_like(norm))
             shared = divisor = torch.where(norm != 0, kept, divisor)
-    for rows in stretches:
+    for rows in chunks:
         rows.copy_(rows.double() * divisor)
     _divide_producer(block, producer, shared)
 
