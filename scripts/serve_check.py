@@ -149,7 +149,8 @@ def check(arguments: argparse.Namespace) -> None:
     from smoothq.data.text import TextSource, evaluation_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.float)
-    tokens = evaluation_tokens(tokenizer, TextSource(arguments.text))[:, : arguments.tokens + 1]
+    text = evaluation_tokens(tokenizer, TextSource(arguments.text))
+    tokens = torch.LongTensor(text[:, : arguments.tokens + 1])
     length = arguments.sequence_length
     windows = [list(map(int, window)) for window in tokens[0].split(length) if len(window) > 1]
     whole = [window for window in windows if len(window) == length]

@@ -496,6 +496,7 @@ def test_a_missing_optional_package_is_named_before_any_work(run, model, monkeyp
         (("inspect", model, "-o", "report.html"), "plots"),
         (("compare", model, "-o", "sizes.png"), "plots"),
         (("eval", model, "--tasks", "arc_easy"), "eval"),
+        (("export", model, "--format", "gguf", "-o", "model.gguf"), "gguf"),
     ):
         code, _, log = run(*command)
         assert code == 1

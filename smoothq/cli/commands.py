@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import re
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import CalibrationError, SmoothqError, StoppedError
+from ..errors import CalibrationError, SmoothqError, StoppedError, needs_package
 from ..recipe.recipe import Preset
 from ..report.table import columns, pairs
 from .recipe_flags import DtypeName, RecipeFlags, takes_recipe
@@ -428,7 +427,7 @@ def inspect(
 
     _silence_transformers()
     if output is not None or plots is not None:
-        _needs_package("matplotlib", "plots")
+        needs_package("matplotlib", "plots")
     source = open_source(model, gguf_file=gguf_file)
     tokenizer = _tokenizer(source)
     tokens = calibration_tokens(tokenizer, TextSource(text), sequences, sequence_length, seed)
@@ -561,7 +560,7 @@ def evaluate(
         check_stored_vocabularies(against, model)
     named = [] if tasks is None else tasks.split(",")
     if named:
-        _needs_package("lm_eval", "eval")
+        needs_package("lm_eval", "eval")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = text or ([] if named else ["wikitext2"])
     loaded, tokenizer = load_model(model, dtype, device, memory)
@@ -627,7 +626,7 @@ def compare(
 
     _silence_transformers()
     if plot is not None:
-        _needs_package("matplotlib", "plots")
+        needs_package("matplotlib", "plots")
     with progress() as update:
         found = side_by_side.compare(
             models,
@@ -773,12 +772,6 @@ def _windows(source: Source, text: str, windows: int, length: int) -> Tensor:
 
     tokens = evaluation_tokens(_tokenizer(source), TextSource(text))
     return windows_of(tokens, length, windows)
-
-
-def _needs_package(package: str, extra: str) -> None:
-    """Raise SmoothqError, before any work, if an optional package is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise SmoothqError(f"this needs {package}: pip install 'smoothq[{extra}]'")
 
 
 def _silence_transformers() -> None:
