@@ -9,14 +9,20 @@ RIVALS ?= .rivals
 MODEL_BENCH := scripts/bench_model.py --head-8 --rivals $(RIVALS) \
 	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8
 
-.PHONY: demo test lint bench rivals clean
+.PHONY: demo test coverage lint bench rivals clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo_model.py $(DEMO)/SmolLM2-135M-Instruct
 	$(BIN)/python scripts/demo.py $(DEMO)/SmolLM2-135M-Instruct $(DEMO)/quantized
 
+# Two workers of one thread each take half the time of one worker of two: most tests are too small
+# to share out. A file's tests stay together, as they share models that its fixtures make.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Which lines and branches the fast tests run.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --cov
 
 lint: $(READY)
 	$(BIN)/ruff check .

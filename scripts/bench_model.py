@@ -156,8 +156,11 @@ def seconds_of(run: Run, where: Where) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. model: of all its tensors, packed or made ready to run. working: what a prompt takes
-    on top at its peak, cache included; None where the system does not say."""
+    """Bytes.
+
+    model: of all its tensors, packed or made ready to run. working: what a prompt takes on top at
+    its peak, cache included; None where the system does not say.
+    """
 
     model: int
     working: int | None

@@ -63,7 +63,10 @@ def quantize(
     def run(directory: Path) -> Any:
         writer = CheckpointWriter(directory, overwrite, resume=resume)
         quantize_checkpoint(
-            *(source, recipe, writer, tokenizer, data, device, progress, max_memory),
+            *(source, recipe, writer, tokenizer, data),
+            device=device,
+            progress=progress,
+            max_memory=max_memory,
             on_block=on_block,
             probe=probe,
             check=check,

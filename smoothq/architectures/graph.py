@@ -141,7 +141,7 @@ class Site:
 
     @property
     def stage(self) -> str:
-        """What sites that run side by side share: the `down` of `down.0`, `down.1`, …"""
+        """What sites that run side by side share: the `down` of `down.0`, `down.1` and so on."""
         return self.name.partition(".")[0]
 
 

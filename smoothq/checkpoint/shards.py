@@ -85,8 +85,10 @@ class ShardWriter:
             self._path(number, "data").unlink(missing_ok=True)
 
     def finish(self, final: Path) -> None:
-        """Close the last shard, move all to a directory under their final names, and write their
-        index where there are several."""
+        """Close the last shard and move all to a directory under their final names.
+
+        Where there are several, their index is written beside them.
+        """
         self._close()
         names = final_names(len(self.state.shards))
         for number, name in enumerate(names):

@@ -111,8 +111,11 @@ class SmoothqHfQuantizer(HfQuantizer):
 
 
 class _OneWay(list[Any]):
-    """Conversions from stored names, for what transformers loads later, as layers that predict
-    several tokens; saving asks for them in reverse, and our tensors have their names already."""
+    """Conversions from stored names, for what transformers loads later.
+
+    Such as layers that predict several tokens. Saving asks for them in reverse, and our tensors
+    have their names already.
+    """
 
     def __getitem__(self, index: Any) -> Any:
         return [] if index == slice(None, None, -1) else super().__getitem__(index)

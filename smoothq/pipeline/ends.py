@@ -57,6 +57,7 @@ def embed_tokens(
     batches: Sequence[Tensor],
     world: World,
     directory: Path | None = None,
+    *,
     as_stored: bool = False,
     rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:
@@ -165,8 +166,11 @@ class ModelTail:
     def __init__(
         self, source: Source, plan: Plan, device: torch.device, as_stored: bool = False
     ) -> None:
-        """as_stored: as the loaded model does it: the head in 8 bits where the plan stores it so,
-        the rotation by its own operator."""
+        """Read the last norm and the head.
+
+        as_stored: as the loaded model does it: the head in 8 bits where the plan stores it so, the
+        rotation by its own operator.
+        """
         self._model, self._plan, self._as_stored = skeleton(source), plan, as_stored
         model, parts = self._model, plan.parts
         last = parts.embedding if is_tied(model) else parts.head

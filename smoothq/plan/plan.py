@@ -138,8 +138,10 @@ class Plan:
 
 
 def site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
+    """The online rotation of each site's input, block by block."""
     return [site.input.rotation for block in blocks for site in block.sites]
 
 
 def weight_specs(blocks: tuple[BlockPlan, ...]) -> list[WeightSpec]:
+    """The specification of every quantized linear, block by block."""
     return [spec for block in blocks for site in block.sites for spec in site.modules.values()]
