@@ -15,14 +15,16 @@ demo: $(READY)
 	$(BIN)/python scripts/demo_model.py $(DEMO)/SmolLM2-135M-Instruct
 	$(BIN)/python scripts/demo.py $(DEMO)/SmolLM2-135M-Instruct $(DEMO)/quantized
 
-# Two workers of one thread each take half the time of one worker of two: most tests are too small
-# to share out. A file's tests stay together, as they share models that its fixtures make.
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two workers of one thread each: most tests are too small for two threads to help. A file's tests
+# stay with one worker, as they share the models that its fixtures make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Which lines and branches the fast tests run.
+test: $(READY)
+	$(PYTEST)
+
+# Which lines and branches the fast tests run; below [tool.coverage.report] it fails.
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --cov
+	$(PYTEST) -m "not slow" --cov
 
 lint: $(READY)
 	$(BIN)/ruff check .
