@@ -35,8 +35,8 @@ RECIPES: dict[str, Recipe] = {
     "W4A4 RRS": preset("w4a4", effort="fast"),
 }
 FLOAT = "float (bfloat16)"
-SAMPLES, LENGTH = 8, 512  # calibration
-WINDOWS, WINDOW_LENGTH = 4, 1024  # evaluation
+SAMPLES, LENGTH = 8, 256  # calibration
+WINDOWS, WINDOW_LENGTH = 2, 1024  # evaluation
 QUESTION = "Name the capital of France and one famous building there."
 COLUMNS = ("method", "bits per weight", "bits per activation", "directory", "perplexity")
 console = Console(highlight=False, soft_wrap=True)
