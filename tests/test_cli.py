@@ -66,10 +66,8 @@ def test_quantize_eval_generate(run, model, tmp_path) -> None:
 
     code, text, log = run("generate", out, "Hello", "--no-chat", "--max-new-tokens", 4)
     assert code == 0, log
-    loaded, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(out),
-        AutoTokenizer.from_pretrained(out),
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("Hello", return_tensors="pt")
     expected = loaded.generate(**prompt, max_new_tokens=4, do_sample=False)[0]
     assert text.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
