@@ -9,14 +9,22 @@ RIVALS ?= .rivals
 MODEL_BENCH := scripts/bench_model.py --head-8 --rivals $(RIVALS) \
 	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8
 
-.PHONY: demo test lint bench rivals clean
+.PHONY: demo test coverage lint bench rivals clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo_model.py $(DEMO)/SmolLM2-135M-Instruct
 	$(BIN)/python scripts/demo.py $(DEMO)/SmolLM2-135M-Instruct $(DEMO)/quantized
 
+# Two workers of one thread each: most tests are too small for two threads to help. A file's tests
+# stay with one worker, as they share the models that its fixtures make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Which lines and branches the fast tests run; below [tool.coverage.report] it fails.
+coverage: $(READY)
+	$(PYTEST) -m "not slow" --cov
 
 lint: $(READY)
 	$(BIN)/ruff check .

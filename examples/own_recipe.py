@@ -28,6 +28,7 @@ probe = Probe(text[0, : 2 * 256].view(2, 256), every=2)
 
 
 def watch(done: BlockDone) -> None:
+    """Print what the blocks so far have cost."""
     if done.perplexity is None or done.float_perplexity is None:
         return
     ratio = done.perplexity / done.float_perplexity

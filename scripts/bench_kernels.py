@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -322,7 +323,7 @@ def products(o: Operands) -> Iterator[Contender]:
     for name, step in (("row", o.row_scale[:, None]), ("groups", o.group_scale)):
         yield o.product(
             f"weight_only_gemm, {name}",
-            lambda step=step: operators.weight_only_gemm(o.x, o.packed, step, None, None, 4),
+            partial(operators.weight_only_gemm, o.x, o.packed, step, None, None, 4),
             *(o.x, o.packed, step),
             unit="bf16",
         )
@@ -349,7 +350,7 @@ def torchao(o: Operands) -> Iterator[Contender]:
         compiled = torch.compile(layer, dynamic=False)
         yield o.product(
             f"torchao int8 {kind}",
-            lambda compiled=compiled: compiled(o.x),
+            partial(compiled, o.x),
             *(o.x, o.weight8, o.row_scale),
             unit=unit,
         )
@@ -431,7 +432,10 @@ def smoothing(o: Operands) -> Iterator[Contender]:
 
         def run(quantize: Callable[[], QuantizedInput] = quantize) -> Tensor:
             codes, scale = quantize()[:2]
-            return operators.int8_gemm(codes, scale, o.weight8, o.row_scale, None, torch.bfloat16)
+            found: Tensor = operators.int8_gemm(
+                codes, scale, o.weight8, o.row_scale, None, torch.bfloat16
+            )
+            return found
 
         yield o.product(f"{name} + int8_gemm", run, o.x, o.codes, o.weight8, o.row_scale)
 

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -128,7 +129,8 @@ def rewind(cache: StaticCache | DynamicCache, tokens: int) -> None:
     """Let a cache have seen only so many tokens."""
     if isinstance(cache, StaticCache):
         for layer in cache.layers:
-            layer.cumulative_length.fill_(tokens)
+            seen: Any = layer
+            seen.cumulative_length.fill_(tokens)
     elif cache.get_seq_length() > tokens:
         cache.crop(tokens - cache.get_seq_length())
 
@@ -154,8 +156,11 @@ def seconds_of(run: Run, where: Where) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. model: of all its tensors, packed or made ready to run. working: what a prompt takes
-    on top at its peak, cache included; None where the system does not say."""
+    """Bytes.
+
+    model: of all its tensors, packed or made ready to run. working: what a prompt takes on top at
+    its peak, cache included; None where the system does not say.
+    """
 
     model: int
     working: int | None
@@ -205,7 +210,8 @@ def working_bytes(step: Callable[[], object], where: Where) -> int | None:
 
 def bytes_read(model: PreTrainedModel, context: int) -> int:
     """What one decoded token reads: every weight that it multiplies, and the keys and values."""
-    config, total = model.config, 0
+    config: Any = model.config
+    total = 0
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             total += module.bytes_read(tokens=1)
@@ -215,7 +221,7 @@ def bytes_read(model: PreTrainedModel, context: int) -> int:
             total += sum(tensor.nbytes for tensor in module.parameters(recurse=False))
     size = config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * size * context
-    return total + cached * model.dtype.itemsize
+    return int(total + cached * model.dtype.itemsize)
 
 
 def bandwidth_of(where: Where, held: Tensor) -> float:
@@ -509,26 +515,23 @@ def main(
             for name, recipe in recipes.items()
         }
     builders: list[Builder] = []
-    for one in floats:
-        builders.append(
-            lambda one=one: Contender(one.dtype_name, random_float_model(config, one), where)
-        )
+
+    def in_float(one: Where) -> Contender:
+        return Contender(one.dtype_name, random_float_model(config, one), where)
+
+    def quantized(name: str, recipe: Recipe, whole: bool) -> Contender:
+        model = random_quantized_model(config, recipe, where)
+        return Contender(f"{name}, compiled" if whole else name, model, where, whole)
+
+    builders += [partial(in_float, one) for one in floats]
     for name, recipe in recipes.items():
-        for whole in (False, True)[: 1 + (compiled and name == next(iter(recipes)))]:
-            builders.append(
-                lambda name=name, recipe=recipe, whole=whole: Contender(
-                    f"{name}, compiled" if whole else name,
-                    random_quantized_model(config, recipe, where),
-                    where,
-                    whole,
-                )
-            )
+        both = (False, True)[: 1 + (compiled and name == next(iter(recipes)))]
+        builders += [partial(quantized, name, recipe, whole) for whole in both]
     if rivals is not None:
         for folder in (rivals / name for name in RIVALS if (rivals / name).is_dir()):
-            for engine in RIVALS[folder.name]:
-                builders.append(
-                    lambda folder=folder, engine=engine: Rival(engine, str(folder), size)
-                )
+            builders += [
+                partial(Rival, engine, str(folder), size) for engine in RIVALS[folder.name]
+            ]
     prompts, batches = tuple(prompt or (512, 2048)), tuple(batch or (1, 8))
     tasks = tuple(Task("prefill", 1, tokens) for tokens in prompts)
     tasks += tuple(Task("decode", many, many, context, steps) for many in batches)

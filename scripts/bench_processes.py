@@ -51,6 +51,7 @@ class Stopwatch:
         self._stage, self._since = "load", time.perf_counter()
 
     def __call__(self, block: int, blocks: int, stage: str) -> None:
+        """Stop the clock of the stage that ends."""
         now = time.perf_counter()
         self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
         self._stage, self._since = stage, now

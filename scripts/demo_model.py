@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -35,11 +36,15 @@ def main() -> None:
         return
     source = wheel_directory()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, dtype=torch.float32
+    )
     del model.config.quantization_config
-    model.hf_quantizer = None
-    model.config.dtype = getattr(torch, args.dtype)
-    model.to(model.config.dtype).save_pretrained(args.directory)
+    del model.hf_quantizer
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    model.config.dtype = dtype
+    nn.Module.to(model, dtype)
+    model.save_pretrained(args.directory)
     tokenizer.save_pretrained(args.directory)
 
 

@@ -45,27 +45,27 @@ def write_plain(file: Path, model: Path, output: Path) -> None:
     reader, writer = GGUFReader(file), GGUFWriter(output, "llama")
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
-            kind = field.types[0]
-            of = field.types[-1] if kind is GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, of)
+            value_type = field.types[0]
+            of = field.types[-1] if value_type is GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), value_type, of)
     blocks = reader.fields["llama.block_count"].contents()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
     kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
     with safe_open(model / "model.safetensors", "pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            name, values = (
-                names.get_name(key, (".weight", ".bias")),
-                tensors.get_tensor(key).float(),
-            )
-            part = name.split(".")[-2]
+            found = names.get_name(key, (".weight", ".bias"))
+            if found is None:
+                raise SystemExit(f"{key} has no name in GGUF")
+            values = tensors.get_tensor(key).float()
+            part = found.split(".")[-2]
             if part in HEADS:
                 heads = reader.fields[f"llama.attention.{HEADS[part]}"].contents()
                 values = values[paired_rows(len(values), heads)]
-            kind = kinds[name]
+            kind = kinds[found]
             if kind in FLOATS:
                 kind = GGMLQuantizationType.F32
             data = gguf.quants.quantize(values.numpy(), kind)
-            writer.add_tensor(name, data, raw_dtype=kind)
+            writer.add_tensor(found, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -54,7 +54,8 @@ def rows(args: argparse.Namespace, source: Source) -> Iterator[str]:
     tokenizer = source.tokenizer()
     assert tokenizer is not None
     text = TextSource(args.calibration)
-    tokens = calibration_tokens(tokenizer, text, *args.measured, base.seed)
+    samples, length = args.measured
+    tokens = calibration_tokens(tokenizer, text, samples, length, base.seed)
     start = time.perf_counter()
     found = measure(source, base, tokens)
     yield f"sensitivities: {len(found.units)} units, {time.perf_counter() - start:.0f} s\n"

@@ -6,7 +6,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def config_of(size: Size) -> LlamaConfig:
         "1.1b": (32000, 2048, 5632, 22, 32, 4, False),
         "8b": (128256, 4096, 14336, 32, 32, 8, False),
     }
-    return LlamaConfig(**dict(zip(names, values[size], strict=True)), max_position_embeddings=8192)
+    fields: dict[str, Any] = dict(zip(names, values[size], strict=True))
+    return LlamaConfig(**fields, max_position_embeddings=8192)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def proc_bytes(file: str, name: str) -> int:
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.eval()
+    return model
 
 
 def fill_floats(model: PreTrainedModel, where: Where) -> None:

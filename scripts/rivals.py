@@ -91,6 +91,8 @@ def write_gguf(path: Path, kind: str, config: LlamaConfig) -> None:
     """A Llama with random weights, its matrices in one of GGUF's types."""
     import gguf
 
+    assert config.num_key_value_heads is not None
+
     quantized = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(path, "llama")
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads

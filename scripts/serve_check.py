@@ -149,7 +149,8 @@ def check(arguments: argparse.Namespace) -> None:
     from smoothq.data.text import TextSource, evaluation_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.float)
-    tokens = evaluation_tokens(tokenizer, TextSource(arguments.text))[:, : arguments.tokens + 1]
+    text = evaluation_tokens(tokenizer, TextSource(arguments.text))
+    tokens = torch.LongTensor(text[:, : arguments.tokens + 1])
     length = arguments.sequence_length
     windows = [list(map(int, window)) for window in tokens[0].split(length) if len(window) > 1]
     whole = [window for window in windows if len(window) == length]
@@ -182,7 +183,7 @@ def check(arguments: argparse.Namespace) -> None:
             perplexity = measured(ours)
             ids = tokenizer(QUESTION, return_tensors="pt")
             greedy = ours.generate(**ids, max_new_tokens=GREEDY, do_sample=False)
-            text = tokenizer.decode(greedy[0, ids["input_ids"].shape[1] :])
+            greedy_text = tokenizer.decode(greedy[0, ids["input_ids"].shape[1] :])
             embedding = ours.get_input_embeddings().weight
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(embedding.shape, generator=generator)
@@ -198,7 +199,7 @@ def check(arguments: argparse.Namespace) -> None:
             there = server.perplexity(whole)
             print(f"  vLLM: {there:.3f} ({there / perplexity - 1:+.2%})")
             completed = server.complete(QUESTION, GREEDY)["text"]
-            print(f"  greedy, ours: {text!r}\n  greedy, vLLM: {completed!r}")
+            print(f"  greedy, ours: {greedy_text!r}\n  greedy, vLLM: {completed!r}")
             if directory == own:
                 continue
             config = read_config(str(directory))

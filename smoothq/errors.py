@@ -1,5 +1,7 @@
 """Every error that smoothq raises on purpose: what was wrong, where, and what to do next."""
 
+import importlib.util
+
 
 class SmoothqError(Exception):
     """Base of all errors meant for the person at the keyboard; the CLI prints them as one line."""
@@ -40,3 +42,9 @@ class StoppedError(SmoothqError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def needs_package(package: str, extra: str) -> None:
+    """Raise SmoothqError if an optional package is missing; extra: what installs it."""
+    if importlib.util.find_spec(package) is None:
+        raise SmoothqError(f"this needs {package}: pip install 'smoothq[{extra}]'")

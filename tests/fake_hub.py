@@ -170,15 +170,18 @@ class FakeHub:
 
     def _validate(self, body: bytes) -> Answer:
         metadata = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
-        errors = []
         bases = metadata.get("base_model") or []
-        for base in [bases] if isinstance(bases, str) else bases:
-            if not HUB_ID.fullmatch(base):
-                errors.append(f'"base_model" with value "{base}" is not valid')
-        for model in metadata.get("model-index", []):
-            for result in model["results"]:
-                if not (result["task"]["type"] and result["dataset"]["type"] and result["metrics"]):
-                    errors.append('"model-index" is not valid')
+        errors = [
+            f'"base_model" with value "{base}" is not valid'
+            for base in ([bases] if isinstance(bases, str) else bases)
+            if not HUB_ID.fullmatch(base)
+        ]
+        errors += [
+            '"model-index" is not valid'
+            for model in metadata.get("model-index", [])
+            for result in model["results"]
+            if not (result["task"]["type"] and result["dataset"]["type"] and result["metrics"])
+        ]
         told = {"errors": [{"message": error} for error in errors], "warnings": []}
         return Answer(400 if errors else 200, told)
 

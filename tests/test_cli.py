@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from smoothq import load_recipe
 from smoothq.cli.commands import app, main
@@ -66,7 +66,12 @@ def test_quantize_eval_generate(run, model, tmp_path) -> None:
 
     code, text, log = run("generate", out, "Hello", "--no-chat", "--max-new-tokens", 4)
     assert code == 0, log
-    assert "H" in text
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("Hello", return_tensors="pt")
+    expected = loaded.generate(**prompt, max_new_tokens=4, do_sample=False)[0]
+    assert text.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert text.startswith(tokenizer.decode(prompt["input_ids"][0]))
 
 
 def test_a_quantized_cache_is_in_the_table_and_generates(run, model, tmp_path) -> None:
@@ -496,6 +501,7 @@ def test_a_missing_optional_package_is_named_before_any_work(run, model, monkeyp
         (("inspect", model, "-o", "report.html"), "plots"),
         (("compare", model, "-o", "sizes.png"), "plots"),
         (("eval", model, "--tasks", "arc_easy"), "eval"),
+        (("export", model, "--format", "gguf", "-o", "model.gguf"), "gguf"),
     ):
         code, _, log = run(*command)
         assert code == 1

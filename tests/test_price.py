@@ -1,9 +1,16 @@
-"""The estimate of what a quantization takes: how it grows, not how long a test machine is."""
+"""The estimate of what a quantization takes: how it grows, and what it comes to where measured."""
 
+import json
+
+import needs
 import pytest
+import torch
+from make_random_model import Shapes, config_of
+from models import skeleton
 
 from smoothq import Recipe, preset
-from smoothq.pipeline.estimate import block_operations
+from smoothq.pipeline import estimate
+from smoothq.pipeline.estimate import block_operations, estimate_resources
 from smoothq.plan.plan import Plan
 from smoothq.plan.resolve import make_plan
 from smoothq.report.results import duration_text
@@ -40,6 +47,22 @@ def test_all_but_gptqs_own_work_grows_with_the_text() -> None:
     nearest = recipe.edit(weights__rounding="rtn")
     few, many = (operations(nearest.edit(calibration__samples=n)) for n in (10, 20))
     assert many == pytest.approx(2 * few)
+
+
+ROWS = json.loads(needs.RESULTS.read_text())["rows"]
+LIBRARIES = 300_000_000  # bytes that a process takes before it has read a model
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["how"] == "measured"])
+def test_the_estimate_is_what_a_run_was_measured_to_take(name: str, monkeypatch) -> None:
+    shapes, recipe = name.split(": ")
+    model = skeleton(config_of(Shapes(shapes), None), torch.bfloat16)
+    plan = make_plan(model, needs.RECIPES[recipe])
+    monkeypatch.setattr(estimate, "peak_memory", lambda: LIBRARIES)
+    estimated = estimate_resources(plan)
+    assert plan.total_bytes == ROWS[name]["after"]
+    assert ROWS[name]["disk"] == pytest.approx(estimated.disk, rel=0.05)
+    assert ROWS[name]["memory"] == pytest.approx(estimated.memory, rel=0.15)
 
 
 def test_a_recipe_without_calibration_takes_none() -> None:

@@ -159,7 +159,7 @@ class Site:
 
     @property
     def stage(self) -> str:
-        """The name without an expert's number: `down` for `down.0`, `down.1`, …"""
+        """The name without an expert's number: `down` for `down.0` and `down.1`."""
         return self.name.partition(".")[0]
 
 

@@ -46,7 +46,13 @@ from ..compat import (
     tied_weights,
 )
 from ..data.tokenizer import load_tokenizer
-from ..errors import CheckpointError, NumericsError, UnsupportedModelError, first_line
+from ..errors import (
+    CheckpointError,
+    NumericsError,
+    UnsupportedModelError,
+    first_line,
+    needs_package,
+)
 from ..runtime.memory import give_back
 from ..runtime.process import build_lock, default_modes
 from .in_memory import (
@@ -1022,6 +1028,7 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
     directory = resolve_directory(model) if not Path(model).is_file() else Path(model).parent
     if not (directory / gguf_file).is_file():
         raise CheckpointError(f"{directory} has no GGUF file '{gguf_file}'")
+    needs_package("gguf", "gguf")
     try:
         tokenizer = load_tokenizer(directory, gguf_file, gguf_file)
         float_model = AutoModelForCausalLM.from_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import CalibrationError, RecipeError, SmoothqError
+from ..errors import CalibrationError, RecipeError, SmoothqError, needs_package
 from ..recipe.recipe import Preset
 from ..report.table import columns, pairs
 from .recipe_flags import DtypeName, RecipeFlags, takes_recipe
@@ -406,7 +405,7 @@ def inspect(
 
     _silence_transformers()
     if output is not None or plots is not None:
-        _needs_package("matplotlib", "plots")
+        needs_package("matplotlib", "plots")
     source = open_source(model, gguf_file=gguf_file)
     tokenizer = _tokenizer(source)
     read = TextSource(text or calibration)
@@ -540,7 +539,7 @@ def evaluate(
         check_stored_vocabularies(against, model)
     named = [] if tasks is None else tasks.split(",")
     if named:
-        _needs_package("lm_eval", "eval")
+        needs_package("lm_eval", "eval")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = text or ([] if named else ["wikitext2"])
     loaded, tokenizer = load_model(model, dtype, device, memory)
@@ -606,7 +605,7 @@ def compare(
 
     _silence_transformers()
     if plot is not None:
-        _needs_package("matplotlib", "plots")
+        needs_package("matplotlib", "plots")
     with progress() as update:
         measurements = side_by_side.compare(
             models,
@@ -769,12 +768,6 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise CalibrationError(f"{source.name} has no tokenizer to read text with")
     return tokenizer
-
-
-def _needs_package(package: str, extra: str) -> None:
-    """Raise SmoothqError, before any work, if an optional package is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise SmoothqError(f"this needs {package}: pip install 'smoothq[{extra}]'")
 
 
 def _silence_transformers() -> None:

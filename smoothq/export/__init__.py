@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ..checkpoint.writer import CheckpointWriter
+from ..errors import needs_package
 from ..moved import names_of
 from ..progress import Progress
 from ..report.results import ExportResult
 from .compressed_tensors import export_compressed_tensors
-from .gguf import export_gguf
 
 Form = Literal["compressed-tensors", "gguf"]
 
@@ -39,6 +39,9 @@ def export_checkpoint(
         SmoothqError: as `export_compressed_tensors` and `export_gguf` do.
     """
     if form == "gguf":
+        needs_package("gguf", "gguf")
+        from .gguf import export_gguf
+
         return export_gguf(Path(directory), Path(output), overwrite, progress)
     writer = CheckpointWriter(Path(output), overwrite, resume=False)
     return export_compressed_tensors(Path(directory), writer, progress)

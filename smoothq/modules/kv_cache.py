@@ -120,7 +120,8 @@ class QuantizedLayer(_Stock):  # type: ignore[misc]
         Args:
             key_states: float (B, H, L, D).
             value_states: float (B, H, L, D).
-            *args, **kwargs: of the layer's own `update`.
+            *args: of the layer's own `update`.
+            **kwargs: of the layer's own `update`.
 
         Returns:
             Keys and values that the attention may see, each as HeldTokens.

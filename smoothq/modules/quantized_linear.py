@@ -259,7 +259,8 @@ class QuantizedLinear(HoldsCodes):
 
     def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         """The product where groups of channels have float scales: of the input in mode `live`, or
-        of the weight."""
+        of the weight.
+        """
         live = x.block_scale is not None
         assert self._operand is not None
         product: Tensor = kernels.group_gemm(

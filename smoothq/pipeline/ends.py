@@ -59,6 +59,7 @@ def embed_tokens(
     batches: Sequence[Tensor],
     world: World,
     directory: Path | None = None,
+    *,
     as_stored: bool = False,
     rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:

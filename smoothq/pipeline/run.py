@@ -80,6 +80,7 @@ def quantize_checkpoint(
     writer: CheckpointWriter,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Any = None,
+    *,
     device: str = "cpu",
     progress: Progress | None = None,
     max_memory: int | None = None,

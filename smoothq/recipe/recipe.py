@@ -383,6 +383,7 @@ class Recipe(_Frozen):
 
 
 def validated(values: Any) -> Recipe:
+    """The recipe of given fields. Raises RecipeError naming the first that is wrong."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -105,6 +105,7 @@ class QuantizeResult:
         return getattr(self._as_model(f".{name}"), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the loaded model."""
         return self._as_model("()")(*args, **kwargs)
 
     def _as_model(self, use: str) -> PreTrainedModel:
