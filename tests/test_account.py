@@ -328,9 +328,11 @@ class TestInMemory:
 
     def test_its_notes_are_told(self, llama: Path, caplog: pytest.LogCaptureFixture) -> None:
         with_tensors(llama, weird=torch.ones(3), **MTP)
-        quantize(llama, RTN, output=llama.parent / "out")
-        assert "kept as they are: mtp" in caplog.text
-        assert "left out, for the model's code does not use them: weird" in caplog.text
+        result = quantize(llama, RTN, output=llama.parent / "out")
+        quantize(llama, RTN)
+        for told in (repr(result), caplog.text):
+            assert "kept as they are: mtp" in told
+            assert "left out, for the model's code does not use them: weird" in told
 
 
 class TestMissing:

@@ -158,8 +158,8 @@ def test_random_models_give_finite_logits(monkeypatch, name, embeddings) -> None
         model = bench.random_quantized_model(config, recipe, cpu)
         logits = bench.run_of(model, prompt).step()
         builders = [
-            lambda: bench.ModelMeasurement("float", bench.random_float_model(config, cpu), cpu),
-            lambda: bench.ModelMeasurement("quantized", model, cpu),
+            lambda: bench.Contender("float", bench.random_float_model(config, cpu), cpu),
+            lambda: bench.Contender("quantized", model, cpu),
         ]
         session = bench.measured_in_turns(builders, (prompt, decode), 1, cpu, together=False)
     assert logits.shape == (1, 1, config.vocab_size)

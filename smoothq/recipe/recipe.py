@@ -24,6 +24,7 @@ Edge = Literal["norms", "up_down", "value_output"]
 Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
 Attention = Literal["float", "int8", "int8-centred"]
 GroupSize = int | Literal["auto"]
+_ABSENT = object()
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
 
@@ -363,13 +364,13 @@ class Recipe(_Frozen):
             *sections, leaf = path.replace("__", ".").split(".")
             target: Any = values
             for name in sections:
-                if not isinstance(target, dict) or name not in target:
-                    raise RecipeError(f"recipe '{self.name}' has no field '{path}'")
-                target = target[name]
+                target = target.get(name, _ABSENT) if isinstance(target, dict) else _ABSENT
                 if target is None:
                     raise RecipeError(
                         f"recipe '{self.name}' has no {name.replace('_', ' ')} to set {leaf} of"
                     )
+            if not isinstance(target, dict):
+                raise RecipeError(f"a recipe has no field '{path}'")
             section = None if sections else target.get(leaf)
             if isinstance(value, Mapping) and isinstance(section, dict):
                 target[leaf] = section | dict(value)
