@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -22,13 +24,13 @@ from .export.compressed_tensors import export_compressed_tensors
 from .pipeline.estimate import estimate_resources, estimate_time
 from .pipeline.monitor import BlockDone, Probe
 from .pipeline.run import OnBlock, quantize_checkpoint
+from .plan.plan import Plan
 from .plan.portability import cost_of, make_exportable, refuse_blockers
 from .plan.resolve import make_plan
 from .progress import Progress
 from .recipe.presets import recipe_of
 from .recipe.recipe import Recipe
 from .report.figures import needs_text
-from .report.quantize_result import QuantizeResult
 from .report.results import duration_text
 from .runtime.device import resolve_device
 from .runtime.distributed import World
@@ -104,7 +106,61 @@ def quantize(
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError, DeviceError or StoppedError) with one line on what was wrong and what to do.
     """
-    chosen = recipe_of(recipe)
+    recipe = recipe_of(recipe)
+    _check_options(format, memory, output, probe, stop_above)
+    if isinstance(max_memory, str):
+        max_memory = parse_bytes(max_memory)
+    device = resolve_device(device)
+    world = World.join(device)
+    with ExitStack() as stack:
+        if output is None:
+            scratch = stack.enter_context(TemporaryDirectory(prefix="smoothq-"))
+        directory = Path(scratch) / "model" if output is None else Path(output)
+        writer, exporter = _writers(directory, format, overwrite, resume, checkpoint_every)
+        for target in filter(None, (exporter, writer)):
+            world.broadcast_from(partial(target.check, 0))
+        source = open_source(model, tokenizer, gguf_file)
+        for target in filter(None, (writer, exporter)):
+            world.broadcast_from(partial(target.check, 0, source.paths))
+        if servable or exporter is not None or log.isEnabledFor(logging.INFO):
+            recipe, plan = planned(
+                skeleton(source), source.name, recipe, format, servable, world.is_main
+            )
+            if world.is_main and log.isEnabledFor(logging.INFO):
+                seconds = estimate_time(plan, world.device).seconds
+                needs = estimate_resources(plan, max_memory, checkpoint_every)
+                log.info("about %s on this machine; %s", duration_text(seconds), needs_text(needs))
+        if isinstance(probe, int):
+            probe = Probe(_probe_tokens(source, probe_text or recipe.calibration.source), probe)
+        result = quantize_checkpoint(
+            source,
+            recipe,
+            writer,
+            tokenizer,
+            data,
+            device=device,
+            progress=progress,
+            max_memory=max_memory,
+            on_block=_watched(on_block, stop_above, world),
+            probe=probe,
+            check=check,
+        )
+        if world.is_main and exporter is not None and writer.out.is_dir():
+            # It is gone where the export was finished before.
+            result = replace(result, export=export_compressed_tensors(writer.out, exporter))
+            shutil.rmtree(writer.out)
+        result = replace(result, path=directory, _loading={"dtype": dtype, "memory": memory})
+        if output is not None:
+            return result
+        for note in result.notes:
+            log.warning("%s: %s", result.name, note)
+        return result.load()
+
+
+def _check_options(
+    format: str, memory: str, output: object, probe: object, stop_above: float | None
+) -> None:
+    """Raise RecipeError for options of `quantize` that are none or exclude each other."""
     if format not in ("smoothq", "compressed-tensors"):
         raise RecipeError(f"format '{format}' is none: take smoothq or compressed-tensors")
     if memory not in ("fast", "low"):
@@ -113,126 +169,48 @@ def quantize(
         raise RecipeError("stop_above needs a probe to measure with")
     if output is None and format != "smoothq":
         raise RecipeError(f"format {format} is written, not loaded: name an output")
-    device = resolve_device(device)
-    loading = {"dtype": dtype, "memory": memory}
-
-    def run(directory: Path) -> QuantizeResult:
-        result = _quantize(
-            model,
-            chosen,
-            tokenizer,
-            data,
-            directory,
-            format=format,
-            servable=servable,
-            gguf_file=gguf_file,
-            device=device,
-            overwrite=overwrite,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            max_memory=parse_bytes(max_memory) if isinstance(max_memory, str) else max_memory,
-            progress=progress,
-            on_block=on_block,
-            probe=probe,
-            probe_text=probe_text,
-            stop_above=stop_above,
-            check=check,
-        )
-        return replace(result, path=directory, _loading=loading)
-
-    if output is not None:
-        return run(Path(output))
-    with tempfile.TemporaryDirectory(prefix="smoothq-") as scratch:
-        result = run(Path(scratch) / "model")
-        for note in result.notes:
-            log.warning("%s: %s", result.name, note)
-        return result.load()
 
 
-def _quantize(
-    model: str | Path | PreTrainedModel,
+def planned(
+    empty: PreTrainedModel,
+    name: str,
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: Any,
-    output: Path,
-    *,
-    format: str,
-    servable: bool,
-    gguf_file: str | None,
-    device: str,
-    overwrite: bool,
-    resume: bool | None,
-    checkpoint_every: int,
-    max_memory: int | None,
-    progress: Progress | None,
-    on_block: OnBlock | None,
-    probe: Probe | int | None,
-    probe_text: str | None,
-    stop_above: float | None,
-    check: bool,
-) -> QuantizeResult:
-    """Quantize into a directory, in the format that is asked for."""
-    world = World.join(device)
-    writer = CheckpointWriter(output, overwrite, resume=resume, every=checkpoint_every)
-    exporter = None
-    if format != "smoothq":
-        exporter = CheckpointWriter(output, overwrite, resume=False)
-        world.broadcast_from(lambda: exporter.check(0))
-        writer = CheckpointWriter(
-            exporter.beside("smoothq"),
-            overwrite,
-            resume=resume,
-            every=checkpoint_every,
-            export=exporter,
-        )
-    world.broadcast_from(lambda: writer.check(0))
-    source = open_source(model, tokenizer, gguf_file)
-    for target in (writer, exporter) if exporter is not None else (writer,):
-        world.broadcast_from(lambda target=target: target.check(0, source.paths))  # type: ignore[misc]
-    empty = skeleton(source)
-    if servable:
-        recipe = exportable(empty, recipe, world.is_main)
-    if exporter is not None:
-        refuse_blockers(empty, make_plan(empty, recipe), source.name, format)
-    if world.is_main and log.isEnabledFor(logging.INFO):
-        plan = make_plan(empty, recipe)
-        seconds = estimate_time(plan, world.device).seconds
-        needs = estimate_resources(plan, max_memory, checkpoint_every)
-        log.info("about %s on this machine; %s", duration_text(seconds), needs_text(needs))
-    if isinstance(probe, int):
-        probe = Probe(_probe_tokens(source, probe_text or recipe.calibration.source), probe)
-    result = quantize_checkpoint(
-        source,
-        recipe,
-        writer,
-        tokenizer,
-        data,
-        device=device,
-        progress=progress,
-        max_memory=max_memory,
-        on_block=_watched(on_block, stop_above, world),
-        probe=probe,
-        check=check,
-    )
-    if world.is_main and exporter is not None and writer.out.is_dir():
-        # It is gone where the export was finished before.
-        result = replace(result, export=export_compressed_tensors(writer.out, exporter))
-        shutil.rmtree(writer.out)
-    return result
-
-
-def exportable(empty: PreTrainedModel, recipe: Recipe, is_main: bool) -> Recipe:
-    """The recipe without what only smoothq can run; the main process logs what was left out.
+    format: str = "smoothq",
+    servable: bool = False,
+    is_main: bool = True,
+) -> tuple[Recipe, Plan]:
+    """The recipe that will be run, and its plan.
 
     Args:
         empty: the model's skeleton.
+        name: the model's, for messages.
         recipe: as it was asked for.
-        is_main: whether this process is the main one.
+        format: that the output will have; what it cannot hold is a RecipeError.
+        servable: leave out of the recipe what only smoothq can run.
+        is_main: whether this process is the main one, which logs what was left out.
     """
-    changed_recipe, changes = make_exportable(empty, recipe)
-    if is_main and changes:
-        log.info("servable: %s; %s", "; ".join(changes), cost_of(recipe))
-    return changed_recipe
+    if servable:
+        wanted = recipe
+        recipe, changes = make_exportable(empty, wanted)
+        if is_main and changes:
+            log.info("servable: %s; %s", "; ".join(changes), cost_of(wanted))
+    plan = make_plan(empty, recipe)
+    if format != "smoothq":
+        refuse_blockers(empty, plan, name, format)
+    return recipe, plan
+
+
+def _writers(
+    output: Path, format: str, overwrite: bool, resume: bool | None, every: int
+) -> tuple[CheckpointWriter, CheckpointWriter | None]:
+    """The writer of our own format, and of the format that is asked for in its place, or None."""
+    if format == "smoothq":
+        return CheckpointWriter(output, overwrite, resume=resume, every=every), None
+    exporter = CheckpointWriter(output, overwrite, resume=False)
+    beside = exporter.beside("smoothq")
+    return CheckpointWriter(
+        beside, overwrite, resume=resume, every=every, export=exporter
+    ), exporter
 
 
 def _probe_tokens(source: Source, text: str) -> torch.Tensor:

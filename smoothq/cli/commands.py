@@ -304,11 +304,11 @@ def plan(
     import torch
 
     from ..advisor.costs import advise, tables
-    from ..api import exportable
+    from ..api import planned
     from ..checkpoint.source import read_config, refuse_quantized, skeleton_of
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources, estimate_time
-    from ..plan.resolve import float_bytes, make_plan
+    from ..plan.resolve import float_bytes
     from ..report import figures as report
     from ..runtime.device import check_device
 
@@ -322,21 +322,19 @@ def plan(
     check_device(device)
     refuse_quantized(config, model)
     empty = skeleton_of(config, model)
-    if servable:
-        recipe = exportable(empty, recipe, True)
-    planned = make_plan(empty, recipe)
-    needs = estimate_resources(planned, _bytes(max_memory))
+    _, resolved = planned(empty, model, recipe, servable=servable)
+    needs = estimate_resources(resolved, _bytes(max_memory))
     before = float_bytes(empty)
-    estimate = estimate_time(planned, torch.device(device))
-    advice = advise(empty, planned)
+    estimate = estimate_time(resolved, torch.device(device))
+    advice = advise(empty, resolved)
     if as_json:
-        figures = report.plan_as_dict(model, before, planned, estimate, needs)
+        figures = report.plan_as_dict(model, before, resolved, estimate, needs)
         print(json.dumps(figures | {"outlook": asdict(advice)}))
         return
-    out.print(pairs(f"{model}, as planned", report.plan_rows(before, planned, estimate, needs)))
+    out.print(pairs(f"{model}, as planned", report.plan_rows(before, resolved, estimate, needs)))
     for table in tables(advice):
         out.print(table, soft_wrap=False)
-    for line in report.remarks(planned, model):
+    for line in report.remarks(resolved, model):
         out.print(line)
 
 
@@ -715,20 +713,13 @@ def _dry_run(
     as_json: bool,
 ) -> None:
     """Print what quantizing would come to and take, of the model's own tensors."""
-    from ..api import exportable
+    from ..api import planned
     from ..checkpoint.source import open_source, skeleton
     from ..pipeline.estimate import estimate_resources, estimate_time
-    from ..plan.portability import refuse_blockers
-    from ..plan.resolve import make_plan
     from ..report import figures as report
 
     source = open_source(model, gguf_file=gguf_file)
-    empty = skeleton(source)
-    if servable:
-        recipe = exportable(empty, recipe, world.is_main)
-    plan = make_plan(empty, recipe)
-    if form != "smoothq":
-        refuse_blockers(empty, plan, model, form)
+    _, plan = planned(skeleton(source), model, recipe, form, servable, world.is_main)
     needs = estimate_resources(plan, max_memory, checkpoint_every)
     if not world.is_main:
         return
