@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint.source import Source, open_source, skeleton
+from .checkpoint.source import Source, open_source, skeleton, text_tokenizer
 from .checkpoint.writer import CheckpointWriter
 from .data.text import TextSource, evaluation_tokens
-from .errors import CalibrationError, RecipeError, StoppedError
+from .errors import RecipeError, StoppedError
 from .evaluation.perplexity import windows_of
 from .export.compressed_tensors import export_compressed_tensors
 from .pipeline.estimate import estimate_resources, estimate_time
@@ -149,7 +149,7 @@ def quantize(
             # It is gone where the export was finished before.
             result = replace(result, export=export_compressed_tensors(writer.out, exporter))
             shutil.rmtree(writer.out)
-        result = replace(result, path=directory, _loading={"dtype": dtype, "memory": memory})
+        result = replace(result, path=directory, _dtype=dtype, _memory=memory)
         if output is not None:
             return result
         for note in result.notes:
@@ -215,11 +215,9 @@ def _writers(
 
 def _probe_tokens(source: Source, text: str) -> torch.Tensor:
     """The first windows of an evaluation text, int64 (windows, length): fewer if it is short."""
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise CalibrationError(f"{source.name} has no tokenizer to read text with")
     windows, length = PROBE_WINDOWS
-    return windows_of(evaluation_tokens(tokenizer, TextSource(text)), length, windows)
+    tokens = evaluation_tokens(text_tokenizer(source), TextSource(text))
+    return windows_of(tokens, length, windows)
 
 
 def _watched(on_block: OnBlock | None, stop_above: float | None, world: World) -> OnBlock:

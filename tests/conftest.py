@@ -2,6 +2,7 @@
 
 import os
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 from smoothq import Recipe, preset
+from smoothq.cli import main
 from tests.architectures import VOCABULARY, tiny_model
 
 
@@ -99,3 +101,23 @@ def float_checkpoint(
         return made[name]
 
     return of
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Run:
+    """Run `smoothq ARGUMENTS`: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smoothq", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -13,9 +13,6 @@ import smoothq
 from smoothq import BlockDone, Probe, QuantizeResult, Recipe, evaluate, preset, quantize
 from smoothq.errors import RecipeError, SmoothqError, StoppedError
 from tests.conftest import RECIPES
-from tests.test_cli import run
-
-__all__ = ["run"]  # the fixture
 
 RTN = RECIPES["w8a8-rtn"]
 

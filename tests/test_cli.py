@@ -4,8 +4,7 @@ import json
 import re
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from smoothq import load_recipe
-from smoothq.cli.commands import app, main
+from smoothq.cli.commands import app
 from tests import fake_hub
 from tests.conftest import RECIPES
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    """Run `smoothq ARGUMENTS`: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["smoothq", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
 
 SMALL = ("--group-size", 16, "--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
 QUICK = ("--calibration", "builtin", "--samples", 4, "--sequence-length", 32)

@@ -47,6 +47,7 @@ from ..compat import (
 )
 from ..data.tokenizer import load_tokenizer
 from ..errors import (
+    CalibrationError,
     CheckpointError,
     NumericsError,
     UnsupportedModelError,
@@ -508,6 +509,14 @@ class ModuleSource:
     def side_files(self) -> SideFiles:
         """The tokenizer, the generation config and the given files."""
         return self._side_files
+
+
+def text_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """A source's tokenizer, for text. Raises CalibrationError where the source has none."""
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise CalibrationError(f"{source.name} has no tokenizer to read text with")
+    return tokenizer
 
 
 def _digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:

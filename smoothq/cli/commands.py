@@ -27,9 +27,8 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from ..checkpoint.source import Source
     from ..recipe.recipe import Recipe
     from ..runtime.distributed import World
 
@@ -396,7 +395,7 @@ def inspect(
 
     Example: smoothq inspect MODEL --calibration builtin -o report.html
     """
-    from ..checkpoint.source import open_source
+    from ..checkpoint.source import open_source, text_tokenizer
     from ..data.text import TextSource, calibration_tokens
     from ..inspection.outliers import inspect_model
     from ..inspection.summary import as_dict, massive_tokens, tables
@@ -405,7 +404,7 @@ def inspect(
     if output is not None or plots is not None:
         needs_package("matplotlib", "plots")
     source = open_source(model, gguf_file=gguf_file)
-    tokenizer = _tokenizer(source)
+    tokenizer = text_tokenizer(source)
     read = TextSource(text or calibration)
     tokens = calibration_tokens(tokenizer, read, sequences, sequence_length, seed)
     with progress() as update:
@@ -453,7 +452,7 @@ def sensitivity(
 
     Example: smoothq sensitivity MODEL --w4a16 --calibration builtin --budget 5 -o mixed.yaml
     """
-    from ..checkpoint.source import open_source
+    from ..checkpoint.source import open_source, text_tokenizer
     from ..data.text import TextSource, calibration_tokens
     from ..inspection.sensitivity import measure, mixed_recipe
 
@@ -465,7 +464,7 @@ def sensitivity(
     text = TextSource(
         recipe.calibration.source, recipe.calibration.split, recipe.calibration.text_column
     )
-    tokens = calibration_tokens(_tokenizer(source), text, windows, window_length, recipe.seed)
+    tokens = calibration_tokens(text_tokenizer(source), text, windows, window_length, recipe.seed)
     with progress() as update:
         sensitivities = measure(source, recipe, tokens, update, device)
     if output is not None and budget is not None:
@@ -752,13 +751,6 @@ def _plan_export(empty: PreTrainedModel, quantization: dict[str, Any], as_json: 
     out.print(table(layers), soft_wrap=False)
     for line in remarks(layers):
         out.print(line)
-
-
-def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise CalibrationError(f"{source.name} has no tokenizer to read text with")
-    return tokenizer
 
 
 def _silence_transformers() -> None:

@@ -68,10 +68,13 @@ class _MicroBatchStore:
 
     def put(self, number: int, batch: Tensor) -> None:
         """Store a micro-batch under its number."""
-        if self._file is None:
-            self._batches[number] = batch
-        else:
+        if self._file is not None:
             self._entries[number] = self._file.append([batch], tuple(batch.shape))
+        elif batch.device.type == "cpu":
+            with outside_heap():  # on the heap it would keep the holes that the forward leaves
+                self._batches[number] = batch.clone()
+        else:
+            self._batches[number] = batch
 
     def get(self, number: int) -> Tensor:
         """The micro-batch stored under a number."""
@@ -359,17 +362,11 @@ class HiddenStates:
                     except _Stopped:
                         continue
                     if advance:
-                        outputs.put(number, _copy_outside_heap(output))
+                        outputs.put(number, output)
             self._store = outputs
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _copy_outside_heap(output: Tensor) -> Tensor:
-    """A copy in a memory mapping of its own; on the heap it would fragment it."""
-    with outside_heap():
-        return output.clone()
 
 
 class _Stopped(Exception):

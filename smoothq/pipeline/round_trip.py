@@ -32,7 +32,7 @@ from ..errors import OutputError
 from ..modules import OnlineRotation, quantize_attention, stop_quantizing_attention
 from ..modules.prepare import prepare
 from ..modules.quantized_embedding import EMBEDDING_BITS
-from ..plan.account import Account
+from ..plan.account import Account, outside_blocks
 from ..plan.config import quantization_of
 from ..plan.install import install
 from ..plan.plan import Plan
@@ -190,9 +190,7 @@ class RoundTrip:
     def _compare_ends(self, files: dict[str, Path]) -> None:
         """Compare the tensors outside the blocks with the source, element by element."""
         parts, source = self._plan.parts, self._source
-        for name, spec in self._account.items():
-            if name.startswith(f"{parts.layers}.") and name not in source.extras:
-                continue
+        for name, spec in outside_blocks(self._account, self._plan, source).items():
             chunks: Iterable[Tensor] = ()
             if self._plan.tables and name in (f"{parts.embedding}.weight", f"{parts.head}.weight"):
                 coded = coded_rows(source, name)

@@ -34,7 +34,7 @@ from ..data.tokens import Tokens
 from ..errors import CalibrationError, CheckpointError
 from ..modules import InputQuantizer, SequenceContext
 from ..modules.quantized_embedding import EMBEDDING_BITS
-from ..plan.account import Account, account_of, nbytes_of
+from ..plan.account import Account, account_of, nbytes_of, outside_blocks
 from ..plan.config import SmoothqConfig
 from ..plan.install import install_inputs, install_linear
 from ..plan.plan import Plan, SitePlan
@@ -488,9 +488,7 @@ def _store_ends(job: _Job) -> None:
     parts = plan.parts
     tables = {f"{name}.weight": name for name in (parts.embedding, parts.head) if plan.tables}
     checked = (parts.embedding, parts.head, parts.final_norm, parts.positions, parts.entry_norm)
-    for name, spec in job.account.items():
-        if name.startswith(f"{parts.layers}.") and name not in source.extras:
-            continue
+    for name, spec in outside_blocks(job.account, plan, source).items():
         if name in tables:
             _store_table(job, tables[name])
         elif name in source.specs or name in source.extras:

@@ -61,6 +61,16 @@ def nbytes_of(account: Account) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in account.values())
 
 
+def outside_blocks(account: Account, plan: Plan, source: Source) -> Account:
+    """The part of an account that is not of a block: embedding, head, norms, buffers, extras."""
+    blocks = f"{plan.parts.layers}."
+    return {
+        name: spec
+        for name, spec in account.items()
+        if not name.startswith(blocks) or name in source.extras
+    }
+
+
 def check_files(account: Account, directory: Path) -> None:
     """Compare names, shapes and dtypes in a directory's safetensors files with an account.
 

@@ -50,7 +50,8 @@ class QuantizeResult:
     repeated: bool = False
     path: Path | None = None
     export: ExportResult | None = None
-    _loading: dict[str, Any] = field(default_factory=dict, compare=False)
+    _dtype: torch.dtype | str = field(default="auto", compare=False)
+    _memory: str = field(default="fast", compare=False)
     _model: list[PreTrainedModel] = field(default_factory=list, compare=False)
 
     def load(
@@ -69,10 +70,10 @@ class QuantizeResult:
                 alone; without it what `quantize` was given.
         """
         assert self.path is not None
-        dtype = self._loading.get("dtype", "auto") if dtype is None else dtype
+        dtype = self._dtype if dtype is None else dtype
         with build_lock, default_modes():
             model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
-        if (memory or self._loading.get("memory")) == "low":
+        if (memory or self._memory) == "low":
             keep_packed(model)
         return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
