@@ -347,7 +347,7 @@ def test_fewer_windows_than_asked_for(digits, plain, caplog) -> None:
 
 
 def test_text_shorter_than_one_sequence(digits, tokenizer) -> None:
-    with pytest.raises(CalibrationError, match=r"has 41 tokens .* 64: use a smaller --sequence"):
+    with pytest.raises(CalibrationError, match=r"41 tokens .* 64: use a smaller sequence_length"):
         calibration_tokens(tokenizer, digits, samples=1, sequence_length=64, seed=0)
 
 

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from smoothq.cli import app
-from smoothq.recipe.recipe import Override, Recipe
+from smoothq.recipe.recipe import OTHER_WORDS, Override, Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -194,3 +194,21 @@ def test_every_recipe_field_is_in_the_manual() -> None:
     missing = [each for paths in fields.values() for each in paths if each not in text]
     assert not missing
     assert sum(map(len, fields.values())) > 50
+
+
+def test_the_words_of_other_libraries_are_those_that_a_recipe_reads() -> None:
+    """In the manual's table, all but the words in italics are read, and only they."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| (.+?) \|(.+)\|$", text.partition("## The words of other")[2], re.M)
+    printed = set()
+    for fields, words in rows:
+        names = [name.rpartition(".") for name in SPAN.findall(fields)]
+        for word in SPAN.findall(re.sub(r"\*[^*]+\*", "", words)):
+            printed |= {(section, word, name) for section, _, name in names if name != word}
+    read = {
+        (section, word, name)
+        for section, words in OTHER_WORDS.items()
+        for word, name in words.items()
+    }
+    assert read <= printed
+    assert {word for _, word, _ in printed} == {word for _, word, _ in read}

@@ -534,10 +534,10 @@ def test_an_output_is_replaced_only_when_asked(ours, tmp_path) -> None:
     assert out.read_bytes() == held
     other = tmp_path / "other.gguf"
     other.write_bytes(held[:-64])
-    with pytest.raises(CheckpointError, match="exists; use --overwrite"):
+    with pytest.raises(CheckpointError, match="exists; overwrite=True"):
         export_gguf(ours, other)
     (ours / "manifest.json").write_text((ours / "manifest.json").read_text() + " ")
-    with pytest.raises(CheckpointError, match="exists; use --overwrite"):
+    with pytest.raises(CheckpointError, match="exists; overwrite=True"):
         export_gguf(ours, out)
     with pytest.raises(CheckpointError, match="is a directory"):
         export_gguf(ours, tmp_path, overwrite=True)

@@ -1,6 +1,7 @@
 """Each package imports only packages that stand below it; the kernels know nothing of smoothq."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -131,6 +132,24 @@ def test_a_name_says_what_a_thing_is_not_when_it_came(root: Path):
         for name, line in names_in(file)
         if name.strip("_") in empty
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+COMMAND = re.compile(r"smoothq \w+( --[a-z-]+)+")  # a whole command, to be typed as it is
+OTHERS = {  # of vLLM and of the hub's client
+    *("--kv-cache-dtype", "--linear-backend", "--pipeline-parallel-size", "--revision"),
+}
+
+
+def test_below_the_command_line_messages_name_fields_not_flags():
+    wrong = []
+    commands = {*ROOT.glob("cli/*.py"), ROOT / "lm_eval.py"}
+    for file in sorted({*ROOT.rglob("*.py"), *KERNELS.rglob("*.py")} - commands):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                flags = set(FLAG.findall(COMMAND.sub("", node.value))) - OTHERS
+                wrong += [f"{file}:{node.lineno}: {flag}" for flag in flags]
     assert not wrong, "\n".join(wrong)
 
 

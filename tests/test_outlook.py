@@ -60,7 +60,7 @@ def test_a_preset_that_was_asked_for_stands_once() -> None:
     [
         ("gpt_oss", "--kv-bits, --attention", "sinks"),
         ("gemma2", "--kv-bits, --attention", "caps its scores"),
-        ("mixtral", "--smooth-scope live", "tokens of all sequences"),
+        ("mixtral", "runtime_smoothing.scope=live", "tokens of all sequences"),
     ],
 )
 def test_what_a_family_cannot_do_is_said_with_the_reason(name, feature, reason) -> None:

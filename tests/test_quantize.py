@@ -248,7 +248,7 @@ def test_refuses_an_output_that_is_not_empty_unless_told(float_checkpoint, tmp_p
     source, recipe, out = float_checkpoint("llama"), preset("w8a8", "rtn"), tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("data")
-    with pytest.raises(CheckpointError, match=r"not empty.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"not empty.*overwrite=True"):
         quantize(source, recipe, output=out)
     assert [path.name for path in out.iterdir()] == ["precious"]
     quantize(source, recipe, output=out, overwrite=True)

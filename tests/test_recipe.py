@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import smoothq
 from smoothq import preset
 from smoothq.cli.commands import _bytes
+from smoothq.cli.in_flags import in_flags
 from smoothq.errors import RecipeError
-from smoothq.recipe.recipe import Recipe
+from smoothq.recipe.recipe import OTHER_WORDS, Recipe
 
 BEST = preset("w4a8", effort="best")
 
@@ -58,6 +59,54 @@ def test_an_edit_of_a_section_leaves_its_other_fields(data) -> None:
     one_by_one = BEST.edit(**{f"{section}__{name}": value for name, value in values.items()})
     assert BEST.edit(**{section: values}) == one_by_one
     assert (one_by_one == BEST) == (not names)
+
+
+WORDS = [(section, word) for section, words in OTHER_WORDS.items() for word in words]
+VALUES = {
+    "keep": ["*.o_proj"],
+    "bits": 4,
+    "granularity": "tensor",
+    "source": "builtin",
+    "sequence_length": 7,
+}
+
+
+@pytest.mark.parametrize(("section", "word"), WORDS)
+def test_a_field_is_also_known_by_what_other_libraries_call_it(section, word) -> None:
+    name = OTHER_WORDS[section][word]
+    value = VALUES.get(name, False if name in ("symmetric", "activation_order") else 1)
+    tuning = None if name == "granularity" else {}
+    base = Recipe(activations={"bits": 16}, smoothing={}, tuning=tuning)
+
+    def nested(field: str) -> dict[str, object]:
+        return {section: {field: value}} if section else {field: value}
+
+    dots = f"{section}." if section else ""
+    assert base.edit(nested(word)) == base.edit(nested(name)) == base.edit({dots + word: value})
+    assert base.edit(nested(word)) != base
+    assert Recipe.model_validate(base.edit(nested(word)).model_dump()) == base.edit(nested(name))
+    assert f" {word}:" not in base.edit(nested(word)).to_yaml()
+
+
+def test_one_field_by_two_words_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"keep is given twice, once as ignore"):
+        Recipe.model_validate({"keep": ["a"], "ignore": ["b"]})
+    with pytest.raises(RecipeError, match=r"calibration\.samples is given twice, once as nsamples"):
+        BEST.edit(calibration={"samples": 3, "nsamples": 4})
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("'OUT' is not empty; overwrite=True replaces it", "--overwrite replaces it"),
+        ("or begin anew with resume=False", "or begin anew with --no-resume"),
+        ("needs float activations: activations.bits=16", "--set activations.bits=16"),
+        ("alone or with method=rs or method=rrs", "with --method rs or --method rrs"),
+        ("the tensor 'a.b' has x=1 and model.layers.0.q=False?", "and model.layers.0.q=False?"),
+    ],
+)
+def test_the_command_line_prints_arguments_and_fields_as_flags(message, printed) -> None:
+    assert in_flags(message).endswith(printed)
 
 
 def test_an_edit_makes_a_section_that_was_not_there() -> None:

@@ -189,7 +189,7 @@ def test_what_a_stop_after_the_last_act_left_is_cleared_away(run, tmp_path) -> N
 def test_the_work_of_another_run_is_refused_by_name(run, whole, tmp_path, change, name) -> None:
     with pytest.raises(Killed):
         run(progress=stopping_at(2))
-    with pytest.raises(CheckpointError, match=rf"2 finished blocks.*{name}.*--no-resume"):
+    with pytest.raises(CheckpointError, match=rf"2 finished blocks.*{name}.*resume=False"):
         run(**change)
     assert contents(run()) == whole  # it was left as it was
     shutil.rmtree(tmp_path / "out")
@@ -318,7 +318,7 @@ def test_hidden_states_on_the_disk_give_the_same_bytes(run, whole, monkeypatch) 
 
 
 def test_too_little_memory_is_refused_before_any_work(run, tmp_path) -> None:
-    with pytest.raises(RecipeError, match=r"--max-memory 0\.00 GB is too little: .* takes \d"):
+    with pytest.raises(RecipeError, match=r"max_memory of 0\.00 GB is too little: .* takes \d"):
         run(max_memory=1000)
     assert not (tmp_path / "out.partial").exists()
 

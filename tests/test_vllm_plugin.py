@@ -152,7 +152,7 @@ def quantization(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     [
         ("cohere", "w4a4", UnsupportedModelError, "transformers"),
         ("mixtral", "w4a8", UnsupportedModelError, "transformers"),
-        ("llama", "w4a4-rrs-live", RecipeError, "--smooth-scope token"),
+        ("llama", "w4a4-rrs-live", RecipeError, "runtime_smoothing.scope=token"),
         ("llama", "w8a8-tensor", RecipeError, "one scale a token"),
         ("llama", "w8a8-kv4", RecipeError, "--kv-cache-dtype"),
         ("llama", "w8a8-kv8-int8", RecipeError, "--kv-cache-dtype"),

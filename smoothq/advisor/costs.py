@@ -81,7 +81,7 @@ class PlanAdvice:
     Attributes:
         runners: devices and programs, with whether they can run the checkpoint.
         costs: of the float model, of every preset that the model can take, and of the plan.
-        refused: reasons by command line option, for presets that the model cannot take and
+        refused: reasons by preset or field, for presets that the model cannot take and
             features that its family does not have.
     """
 
@@ -104,7 +104,7 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
         try:
             plans[name] = make_plan(model, preset(name).edit(dtype=plan.recipe.dtype))
         except (RecipeError, UnsupportedModelError) as error:
-            refused[f"--{name}"] = str(error)
+            refused[name] = str(error)
     # The plan's own row: a preset's, renamed, or one more.
     asked = next((name for name, other in plans.items() if other.recipe == plan.recipe), None)
     if asked is None:
@@ -115,9 +115,9 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
         }
     reason = unquantizable_attention(text_config(model), type(model))
     if reason is not None:
-        refused["--kv-bits, --attention"] = reason
+        refused["kv_cache, attention"] = reason
     if plan.family.flattens:
-        refused["--smooth-scope live"] = "its blocks join the tokens of all sequences"
+        refused["runtime_smoothing.scope=live"] = "its blocks join the tokens of all sequences"
     costs = [_float_cost(model, plan)]
     costs += [_cost(name, model, other) for name, other in plans.items()]
     return PlanAdvice(tuple(list_runners(model, plan)), tuple(costs), refused)

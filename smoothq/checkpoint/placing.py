@@ -96,12 +96,12 @@ class Place:
             if _holds_us(real):
                 raise CheckpointError(
                     f"output '{self.out}' is not empty and is or holds the current directory, which"
-                    " --overwrite does not replace; give another output"
+                    " overwrite=True does not replace; give another output"
                 )
             for mount in mount_points():
                 if mount != real and mount.is_relative_to(real):
                     raise CheckpointError(
-                        f"'{mount}' is mounted in output '{self.out}', and --overwrite would "
+                        f"'{mount}' is mounted in output '{self.out}', and overwrite=True would "
                         "remove what it holds; give another output"
                     )
 

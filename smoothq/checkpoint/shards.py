@@ -204,5 +204,5 @@ def _check_shard(path: Path, shard: dict[str, Entry]) -> None:
 
 def _changed(path: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: tensor '{name}' is not what was written there; use --no-resume to begin anew"
+        f"{path}: tensor '{name}' is not what was written there; begin anew with resume=False"
     )

@@ -257,7 +257,7 @@ class CheckpointWriter:
         if other:
             which = f" and of another run ({', '.join(other)} {_differ(other)})"
         return CheckpointError(
-            f"output directory '{self.out}' is not empty{which}; use --overwrite to replace it"
+            f"output directory '{self.out}' is not empty{which}; overwrite=True replaces it"
         )
 
     def __enter__(self) -> Self:
@@ -347,7 +347,8 @@ class CheckpointWriter:
         assert self._state is not None
         if name not in self._state.streams:
             raise StoppedError(
-                f"{self.partial} was begun without a {name}: go on without, or use --no-resume"
+                f"{self.partial} was begun without a {name}: go on without, or begin anew with "
+                "resume=False"
             )
         entries = self._state.streams[name]
         with self._writing():
@@ -442,10 +443,10 @@ class CheckpointWriter:
         if not path.exists():
             if self._resume:
                 raise CheckpointError(
-                    f"'{self.partial}' holds no finished block to go on from; leave --resume out"
+                    f"'{self.partial}' holds no finished block to go on from; leave resume=True out"
                 )
             return None
-        anew = "use --no-resume to begin anew"
+        anew = "begin anew with resume=False"
         try:
             record = json.loads(path.read_bytes())
             if record["format"] != STATE_FORMAT:

@@ -15,6 +15,7 @@ import typer
 from ..errors import CalibrationError, RecipeError, SmoothqError, needs_package
 from ..recipe.recipe import Preset
 from ..report.table import columns, pairs
+from .in_flags import in_flags
 from .recipe_flags import DtypeName, RecipeFlags, takes_recipe
 from .terminal import (
     err,
@@ -771,7 +772,7 @@ def main() -> None:
     except SmoothqError as error:
         if debug:
             raise
-        err.print(f"smoothq: {error}", markup=False)
+        err.print(f"smoothq: {in_flags(str(error))}", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("smoothq: interrupted")

@@ -162,7 +162,7 @@ def calibration_tokens(
     if available == 0:
         raise CalibrationError(
             f"calibration text {source.name!r} has {len(tokens)} tokens and one sequence needs "
-            f"{sequence_length}: use a smaller --sequence-length or a longer text"
+            f"{sequence_length}: use a smaller sequence_length or a longer text"
         )
     if available < samples:
         log.warning(

@@ -51,7 +51,7 @@ def encode_prompt(
     """
     name = tokenizer.name_or_path or "the model"
     if chat:
-        with in_one_line(f"{name}: its chat template cannot be used", "or go without (--no-chat)"):
+        with in_one_line(f"{name}: its chat template cannot be used", "or go without (chat=False)"):
             encoded = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 add_generation_prompt=True,

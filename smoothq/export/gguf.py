@@ -154,7 +154,7 @@ def export_gguf(
     if output.exists() and not overwrite:
         if made_from is not None and made_from == _said_in(output):
             return exported
-        raise CheckpointError(f"output '{output}' exists; use --overwrite to replace it")
+        raise CheckpointError(f"output '{output}' exists; overwrite=True replaces it")
     partial = _partial(output)
     writer = GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[names.family.arch])
     _describe(writer, folded, names.family)
@@ -295,7 +295,7 @@ def _kind(name: str, spec: WeightSpec) -> GGMLQuantizationType:
     elif spec.groups > 1 and grid.group_size % BLOCK:
         why = f"its groups of {grid.group_size} are no multiple of {BLOCK}; quantize with 32"
     if why is not None:
-        raise RecipeError(f"'{name}' has no place in GGUF: {why}, or leave it in float by --keep")
+        raise RecipeError(f"'{name}' has no place in GGUF: {why}, or leave it in float by `keep`")
     return TYPES[grid.bits, grid.symmetric]
 
 
@@ -312,7 +312,7 @@ def _data(
         if lost:
             raise RecipeError(
                 f"'{linear.name}' has no place in GGUF: float16 does not hold {lost} of its "
-                "scales; leave it in float by --keep"
+                "scales; leave it in float by `keep`"
             )
         if order is not None:
             weight = with_rows(weight, order)

@@ -1,4 +1,4 @@
-"""An inspection as tables for the terminal, and as plain data for `--json`."""
+"""An inspection as tables for the terminal, and as plain data for `smoothq inspect --json`."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class SequenceContext:
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise SmoothqError(
                 "live runtime smoothing needs a padding mask of (batch, tokens), "
-                f"not one of shape {tuple(mask.shape)}; use --smooth-scope token"
+                f"not one of shape {tuple(mask.shape)}; use runtime_smoothing.scope=token"
             )
         self.mask = mask.bool() if isinstance(mask, Tensor) else None
 
@@ -229,7 +229,7 @@ class InputQuantizer(nn.Module):
         if x.dim() != 3:
             raise SmoothqError(
                 f"{self.name}: live runtime smoothing needs an input of (batch, tokens, channels), "
-                f"not {tuple(x.shape)}; use --smooth-scope token"
+                f"not {tuple(x.shape)}; use runtime_smoothing.scope=token"
             )
         mask = self.context.mask
         return kernels.runtime_smooth_quantize(

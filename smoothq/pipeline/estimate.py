@@ -141,7 +141,7 @@ def estimate_resources(
     least = work + 8 * MICRO_BATCH_TOKENS * width * streams
     if max_memory is not None and least > max_memory:
         raise RecipeError(
-            f"--max-memory {max_memory / 1e9:.2f} GB is too little: this recipe takes "
+            f"a max_memory of {max_memory / 1e9:.2f} GB is too little: this recipe takes "
             f"{least / 1e9:.2f} GB with its hidden states on the disk"
         )
     kept = 2 * states if every <= len(plan.blocks) else 0

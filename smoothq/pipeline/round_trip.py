@@ -340,5 +340,5 @@ def _within_tolerance(actual: Tensor, expected: Tensor, perturbed: Tensor) -> bo
 def _differs(what: str) -> OutputError:
     return OutputError(
         f"the output, loaded again, differs from what was computed, first in {what}; nothing was "
-        "placed: please report this, or leave the comparison out with --no-check"
+        "placed: please report this, or leave the comparison out with check=False"
     )

@@ -88,7 +88,7 @@ def refuse_blockers(model: PreTrainedModel, plan: Plan, name: str, form: str) ->
     if blockers:
         raise RecipeError(
             f"{name}: {form} cannot hold what this recipe makes. "
-            f"{'; '.join(map(str, blockers))}. smoothq quantize --servable leaves out what it must"
+            f"{'; '.join(map(str, blockers))}. With servable=True it leaves out what it must"
         )
 
 
@@ -131,7 +131,7 @@ def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
     if any(site.input.mode in ("live", "tensor") for _, _, site in plan.sites()):
         raise RecipeError(
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
-            "forward's tokens; quantize with --smooth-scope token, or with one scale a token"
+            "forward's tokens; use runtime_smoothing.scope=token, or one scale a token"
         )
     if plan.attention is not None:
         raise RecipeError(

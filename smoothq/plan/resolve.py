@@ -73,7 +73,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     if family.flattens and smooth is not None and smooth.scope == "live":
         raise RecipeError(
             f"{config.model_type}: live runtime smoothing needs whole sequences, and its blocks "
-            "join the tokens of all sequences before some linears; use --smooth-scope token"
+            "join the tokens of all sequences before some linears; use "
+            "runtime_smoothing.scope=token"
         )
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
@@ -451,7 +452,7 @@ def _group_size(size: GroupSize, columns: int, where: str) -> int:
         if fitting is None:
             raise RecipeError(
                 f"{where}: none of the group sizes {AUTO_GROUP_SIZES} divides {columns} "
-                "input channels; set --group-size, or use per-channel scales"
+                "input channels; set weights.group_size, or use per-channel scales"
             )
         return fitting
     if size < 1 or columns % size:

@@ -61,7 +61,7 @@ def preset(
     if paper is not None or bits == "w8a8":
         if time != "default":
             raise RecipeError(
-                f"--effort {time} is of --w4a4, --w4a8 and --w4a16 without --method, which "
+                f"effort={time} is of w4a4, w4a8 and w4a16 without a method, which "
                 "takes a paper's own settings; W8A8 has nothing to spend it on"
             )
         values = _paper(bits, paper or "smoothquant", w_bits, a_bits)
@@ -71,7 +71,7 @@ def preset(
         if "runtime_smoothing" not in values:
             raise RecipeError(
                 f"recipe '{values['name']}' has no runtime smoothing whose scope could be set; "
-                "use --w4a4, alone or with --method rs or rrs"
+                "use w4a4, alone or with method=rs or method=rrs"
             )
         values["runtime_smoothing"] = _SCOPES[smooth]
     return validated(values)
@@ -147,8 +147,8 @@ def _paper(name: Preset, method: Method, w_bits: int, a_bits: int) -> dict[str, 
     if method in ("rs", "rrs"):
         if a_bits != 4:
             raise RecipeError(
-                f"--method {method} smooths 4-bit activations at run time; --{name} has {a_bits}"
-                "-bit ones: take --w4a4, or another method"
+                f"method={method} smooths 4-bit activations at run time; {name} has {a_bits}"
+                "-bit ones: take w4a4, or another method"
             )
         values["runtime_smoothing"] = _SCOPES["token"]
     return values

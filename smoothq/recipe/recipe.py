@@ -28,19 +28,47 @@ _ABSENT = object()
 FLOAT_BITS = 16  # "16-bit activations" are activations left in the model's float dtype
 
 
-class _Frozen(BaseModel):
+# What other libraries call a field, by section ("" is the recipe itself) → its name here. They are
+# read in files, mappings and edits; what is written has our names.
+OTHER_WORDS: dict[str, dict[str, str]] = {
+    "": {"exclude": "keep", "ignore": "keep", "modules_to_not_convert": "keep"},
+    "weights": {"num_bits": "bits", "strategy": "granularity", "sym": "symmetric"},
+    "activations": {"num_bits": "bits", "strategy": "granularity"},
+    "smoothing": {"smoothing_strength": "alpha"},
+    "gptq": {
+        "damp_percent": "damping",
+        "dampening_frac": "damping",
+        "desc_act": "activation_order",
+    },
+    "tuning": {"iters": "steps", "lr": "code_rate"},
+    "calibration": {
+        "dataset": "source",
+        "max_seq_length": "sequence_length",
+        "nsamples": "samples",
+        "num_calibration_samples": "samples",
+        "seqlen": "sequence_length",
+    },
+}
+
+
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Weights(_Frozen):
+class Weights(_Section):
     """How weights are rounded.
 
-    granularity: one scale a tensor, an output channel, or a group of input channels.
-    group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
-    scale, which keeps the product a plain integer one. clip: search the scale that minimises the
-    rounding error. full_range: a scale's sign brings the largest weight to the lowest code, as a
-    multiplier's always does. symmetric: without it codes lie around a zero point of their scale's,
-    for float activations. rounding: round to nearest, or GPTQ.
+    Attributes:
+        bits: width of a code.
+        granularity: one scale per tensor, per output channel, or per group of input channels.
+        group_size: input channels per group; "auto" is the largest of 128, 64, 32 that divides.
+        group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
+            scale, which keeps the matrix product an integer one.
+        clip: search the scale with the least squared rounding error; else it covers the maximum.
+        full_range: signed scales, chosen so that the largest weight gets code -2^(bits - 1).
+            Integer multipliers always are.
+        symmetric: False adds a zero point per scale; needs float activations.
+        rounding: to nearest, or GPTQ.
     """
 
     bits: Literal[4, 8] = 8
@@ -53,13 +81,16 @@ class Weights(_Frozen):
     rounding: Literal["rtn", "gptq"] = "rtn"
 
 
-class Activations(_Frozen):
-    """How a linear's input is quantized at run time.
+class Activations(_Section):
+    """How the inputs of linears are quantized while the model runs.
 
-    bits: 16 leaves it in float. static: one calibrated scale a tensor instead of one found at
-    run time. clip_ratio: the share of the maximum that the largest code stands for. full_range: a
-    token's scale may be negative, so that its largest value takes the lowest code; groups do so
-    always.
+    Attributes:
+        bits: width of a code; 16 leaves the inputs in float.
+        granularity: one scale per token, or per tensor.
+        static: one calibrated scale per tensor, rather than one computed at run time.
+        clip_ratio: the value of the largest code, as a share of the maximum.
+        full_range: signed scales per token, chosen so that the largest value gets code
+            -2^(bits - 1). Scales of runtime smoothing always are.
     """
 
     bits: Literal[4, 5, 6, 7, 8, 16] = 8
@@ -69,11 +100,14 @@ class Activations(_Frozen):
     full_range: bool = False
 
 
-class Smoothing(_Frozen):
-    """SmoothQuant's migration: alpha, and the edges at which a divisor can be folded away.
+class Smoothing(_Section):
+    """SmoothQuant (Xiao et al. 2022, eq. 4): difficulty moved from activations to weights.
 
-    alpha: one for all edges or one for each, `auto` to search it layer by layer. quantile: which
-    share of a channel's magnitudes the input's maximum covers; 1 is the maximum itself.
+    Attributes:
+        alpha: migration strength, for all edges or by edge; "auto" searches it per layer.
+        edges: the places at which inputs of linears are divided: where the divisor can be folded
+            into a norm, into the rows of up_proj, or into the rows of v_proj.
+        quantile: of a channel's magnitudes, taken as its maximum; 1 is the maximum itself.
     """
 
     alpha: Alpha | dict[Edge, Alpha] = 0.5
@@ -95,21 +129,30 @@ class Smoothing(_Frozen):
         return self.alpha
 
 
-class Rotation(_Frozen):
-    """Random Hadamard rotations: residual stream (R1), values per head (R2), down_proj (R4)."""
+class Rotation(_Section):
+    """Random Hadamard rotations (QuaRot and SpinQuant, whose R1, R2 and R4 they are).
+
+    Attributes:
+        residual: of the residual stream (R1), folded into weights.
+        value_output: of values per head (R2), folded into v_proj and o_proj.
+        down: of the input of down_proj (R4), online.
+    """
 
     residual: bool = True
     value_output: bool = True
     down: bool = True
 
 
-class KvCache(_Frozen):
-    """How keys and values are held: asymmetric codes, a scale and an offset a group of one head.
+class KvCache(_Section):
+    """How keys and values are cached: asymmetric codes, in groups within a head.
 
-    group_size: numbers that share them; `head` is all; `auto` all at 8 bits, and 32, or what else
-    divides a head, at 4. rotate_keys: rotate queries and keys after their position embedding (R3),
-    online; `auto` does so at 4 bits. float_tokens: the first tokens of a sequence, so many, stay in
-    float beside their codes.
+    Attributes:
+        bits: width of a code.
+        group_size: numbers that share a scale and an offset; "head" is all of a head; "auto" is
+            "head" at 8 bits, and at 4 bits 32, or what else divides a head.
+        rotate_keys: rotate queries and keys after their position embedding (R3), online; "auto"
+            does so at 4 bits.
+        float_tokens: number of first tokens of a sequence that stay in float beside their codes.
     """
 
     bits: Literal[4, 8] = 8
@@ -118,13 +161,14 @@ class KvCache(_Frozen):
     float_tokens: int = Field(0, ge=0)
 
 
-class RuntimeSmoothing(_Frozen):
-    """Runtime smoothing: where its scale comes from.
+class RuntimeSmoothing(_Section):
+    """Runtime smoothing (Rotated Runtime Smooth, section 3): inputs divided by scales per channel.
 
-    scope: `live`, the maximum over the sequence at hand (the paper's; not causal); `calibrated`,
-    fixed per channel; `token`, each token's own group maxima as integer multipliers.
-    group_size: channels that share a scale in `live` and `token`; 1 in `live` is one a channel.
-    normalise: divide each token by its maximum first, so that all tokens weigh alike.
+    Attributes:
+        scope: "live", the maximum over the tokens of the sequence, as in the paper (not causal);
+            "calibrated", fixed per channel; "token", integer multipliers per token and group.
+        group_size: channels that share a scale in "live" and "token"; 1 is a scale per channel.
+        normalise: divide each token by its maximum first, so that all tokens weigh alike.
     """
 
     scope: Scope = "token"
@@ -132,10 +176,14 @@ class RuntimeSmoothing(_Frozen):
     normalise: bool = False
 
 
-class Gptq(_Frozen):
-    """GPTQ's settings: columns a block, damping as a share of the mean diagonal, column order.
+class Gptq(_Section):
+    """Settings of GPTQ (Frantar et al. 2022), used where `weights.rounding` is "gptq".
 
-    least_tokens: an expert that fewer tokens reach is rounded to nearest.
+    Attributes:
+        block_size: columns per block of updates.
+        damping: added to the Hessian's diagonal, as a share of its mean.
+        activation_order: round columns with the largest inputs first.
+        least_tokens: an expert that fewer tokens reach is rounded to nearest.
     """
 
     block_size: int = Field(128, ge=1)
@@ -144,11 +192,13 @@ class Gptq(_Frozen):
     least_tokens: int = Field(128, ge=1)
 
 
-class Tuning(_Frozen):
-    """Block-wise tuning after rounding: steps a block, one micro-batch of calibration text each.
+class Tuning(_Section):
+    """Block-wise tuning of codes and scales after rounding. Its rates fall linearly to zero.
 
-    code_rate: how far a step moves what a code is rounded from, in codes. scale_rate: how far it
-    moves a scale, as a share of it. Both fall linearly to zero.
+    Attributes:
+        steps: per block, each on one micro-batch of calibration text.
+        code_rate: how far a step moves the value that a code is rounded from, in codes.
+        scale_rate: how far a step moves a scale, as a share of it.
     """
 
     steps: int = Field(32, ge=1)
@@ -156,8 +206,16 @@ class Tuning(_Frozen):
     scale_rate: float = Field(1e-3, ge=0)
 
 
-class Calibration(_Frozen):
-    """Which text to calibrate on: a data set, a local file or `builtin`, and how much of it."""
+class Calibration(_Section):
+    """The text that activation statistics come from.
+
+    Attributes:
+        source: a data set's name, a local file, or "builtin".
+        split: of the data set; None is its training split.
+        text_column: of the data set; None is found by name.
+        samples: number of sequences.
+        sequence_length: tokens per sequence.
+    """
 
     source: str = "wikitext2"
     split: str | None = None
@@ -166,12 +224,16 @@ class Calibration(_Frozen):
     sequence_length: int = Field(1024, ge=2)
 
 
-class Override(_Frozen):
-    """Other number formats for some linears. match: a pattern of full module names, as in a shell.
+class Override(_Section):
+    """Other number formats for some linears.
 
-    weights, activations: sections in place of the recipe's, whole. Activations of an override are
-    not smoothed at run time unless it says so. All linears that read one tensor need the same
-    activations.
+    All linears that read one tensor need the same activations.
+
+    Attributes:
+        match: a pattern of full module names, as in a shell.
+        weights: the whole section in place of the recipe's.
+        activations: the whole section in place of the recipe's.
+        runtime_smoothing: of these activations; None leaves them without.
     """
 
     match: str
@@ -180,15 +242,28 @@ class Override(_Frozen):
     runtime_smoothing: RuntimeSmoothing | None = None
 
 
-class Recipe(_Frozen):
-    """A whole quantization: number formats, transforms, rounding, calibration, seed.
+class Recipe(_Section):
+    """Everything that is done to a model: number formats, transforms, rounding, calibration.
 
-    keep: patterns of full module names that stay in float. overrides: other formats for some, the
-    first that matches counts. embeddings: bits of embedding and head; 8 is one scale a row.
-    attention: the product of queries and keys in float, or in int8 with a scale a head and token;
-    `int8-centred` takes the keys' mean over the tokens away first. It and kv_cache act on the
-    finished model; calibration runs with float attention. dtype: of everything that stays float in
-    the checkpoint; `auto` is the dtype that the model's config names.
+    Attributes:
+        name: how reports call it.
+        weights: how weights are rounded.
+        activations: how inputs of linears are quantized while the model runs.
+        smoothing: SmoothQuant's migration, or None.
+        rotation: Hadamard rotations, or None.
+        runtime_smoothing: scales per channel computed while the model runs, or None.
+        kv_cache: how keys and values are cached; None is in float. It acts on the finished model:
+            calibration runs with float attention.
+        attention: the product of queries and keys in float, or in int8 with a scale per head and
+            token; "int8-centred" first subtracts the keys' mean over the tokens (SageAttention).
+        gptq: settings of GPTQ.
+        tuning: block-wise tuning after rounding, or None.
+        calibration: the text that statistics come from.
+        keep: patterns of full module names, as in a shell, that stay in float.
+        overrides: other formats for some linears; the first that matches counts.
+        embeddings: bits of embedding and head; 8 is one scale per row.
+        seed: of rotations and of sampling.
+        dtype: of everything that stays float in the checkpoint; "auto" keeps each tensor's own.
     """
 
     name: str = "custom"
@@ -208,6 +283,14 @@ class Recipe(_Frozen):
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_our_words(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        ours = _renamed("", values)
+        return {name: _renamed(name, value) for name, value in ours.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         a, w, smooth = self.activations, self.weights, self.runtime_smoothing
@@ -220,7 +303,7 @@ class Recipe(_Frozen):
         if w.group_scale == "multiplier" and (w.granularity != "group" or w.bits != 4):
             raise ValueError("group_scale 'multiplier' needs 4-bit weights in groups")
         if not w.symmetric and a.bits != FLOAT_BITS:
-            raise ValueError("weights with zero points need float activations: --a-bits 16")
+            raise ValueError("weights with zero points need float activations: activations.bits=16")
         if not w.symmetric and (
             w.group_scale == "multiplier" or w.full_range or w.granularity == "tensor"
         ):
@@ -237,7 +320,7 @@ class Recipe(_Frozen):
         if integer and a.bits > MULTIPLIED_BITS:
             raise ValueError(
                 f"runtime smoothing by integer multipliers has no room beside {a.bits}-bit codes;"
-                " use --a-bits 4, or --smooth-scope live with groups"
+                " use activations.bits=4, or runtime_smoothing.scope=live with groups"
             )
         if smooth.scope == "live" and w.granularity == "group" and w.group_scale == "float":
             raise ValueError(
@@ -362,6 +445,9 @@ class Recipe(_Frozen):
         values: dict[str, Any] = self.model_dump()
         for path, value in {**(fields or {}), **others}.items():
             *sections, leaf = path.replace("__", ".").split(".")
+            sections = [OTHER_WORDS[""].get(name, name) for name in sections]
+            leaf = OTHER_WORDS.get(".".join(sections), {}).get(leaf, leaf)
+            value = value if sections else _renamed(leaf, value)
             target: Any = values
             for name in sections:
                 target = target.get(name, _ABSENT) if isinstance(target, dict) else _ABSENT
@@ -381,6 +467,21 @@ class Recipe(_Frozen):
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _renamed(section: str, fields: Any) -> Any:
+    """The fields of a section by their names here. Raises RecipeError for one given twice."""
+    if not isinstance(fields, Mapping):
+        return fields
+    words = OTHER_WORDS.get(section, {})
+    ours: dict[Any, Any] = {}
+    for word, value in fields.items():
+        name = words.get(word, word)
+        if name in ours:
+            where = f"{section}.{name}" if section else name
+            raise RecipeError(f"recipe: {where} is given twice, once as {word}")
+        ours[name] = value
+    return ours
 
 
 def validated(values: Any) -> Recipe:

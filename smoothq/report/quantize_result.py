@@ -86,7 +86,7 @@ class QuantizeResult:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The closing figures as plain data, as `--json` prints them."""
+        """The closing figures as plain data, as `smoothq quantize --json` prints them."""
         return outcome_as_dict(self, self.name, self.bytes_before, self.bytes_after) | {
             "seconds": round(self.seconds, 1),
             "peak_memory_bytes": self.peak_memory,

@@ -30,6 +30,6 @@ def check_device(device: str) -> None:
     """
     kind = device.partition(":")[0]
     if not runs_on(kind):
-        raise DeviceError(f"smoothq has no kernels for device '{device}'; use --device cpu or cuda")
+        raise DeviceError(f"smoothq has no kernels for device '{device}'; use 'cpu' or 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"PyTorch sees no GPU here for device '{device}'; use --device cpu")
+        raise DeviceError(f"PyTorch sees no GPU here for device '{device}'; use 'cpu'")
