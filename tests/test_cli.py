@@ -417,7 +417,7 @@ def test_plan_says_who_can_run_it_and_what_it_costs(run, model, tmp_path) -> Non
     assert "4-bit codes" in costs["as asked"]["products"]
     assert costs["as asked"]["read"] < costs["w8a8"]["read"] < costs["float"]["read"]
     assert costs["as asked"]["nbytes"] == figures["bytes_after"]
-    assert "group size 32 does not divide 48" in ahead["refused"]["--w4a8"]
+    assert "group size 32 does not divide 48" in ahead["refused"]["w4a8"]
     code, text, log = run("plan", model, "--w8a8")
     assert code == 0, log
     for label in ("Who can run it", "w8a8, as asked", "data sheets", "cannot take"):

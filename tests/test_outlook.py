@@ -52,14 +52,14 @@ def test_a_preset_that_was_asked_for_stands_once() -> None:
     model = tiny_model("llama", torch.float32)
     ahead = advise(model, make_plan(model, preset("w8a8")))
     assert [each.name for each in ahead.costs] == ["float", "w8a8, as asked"]
-    assert set(ahead.refused) == {"--w4a16", "--w4a8", "--w4a4"}
+    assert set(ahead.refused) == {"w4a16", "w4a8", "w4a4"}
 
 
 @pytest.mark.parametrize(
     ("name", "feature", "reason"),
     [
-        ("gpt_oss", "--kv-bits, --attention", "sinks"),
-        ("gemma2", "--kv-bits, --attention", "caps its scores"),
+        ("gpt_oss", "kv_cache, attention", "sinks"),
+        ("gemma2", "kv_cache, attention", "caps its scores"),
         ("mixtral", "runtime_smoothing.scope=live", "tokens of all sequences"),
     ],
 )
