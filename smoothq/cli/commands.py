@@ -409,7 +409,7 @@ def inspect(
     tokens = calibration_tokens(tokenizer, read, sequences, sequence_length, seed)
     with progress() as update:
         inspection = inspect_model(source, tokens, bits, seed, update, device)
-    drawn = inspection.worst() if block is None else inspection.of(block, site)
+    drawn = inspection.worst() if block is None else inspection.site(block, site)
     massive = massive_tokens(inspection, drawn, tokenizer)
     if output is not None or plots is not None:
         from ..inspection.page import write_page

@@ -147,7 +147,7 @@ def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
     rotatable = takes_rotation([graph for _, graph in wiring])
     for block, graph in wiring:
         for site in graph.sites:
-            online = site.reads == "inner" or (site.reads == "stream" and not rotatable)
+            online = site.reads == "mlp" or (site.reads == "residual" and not rotatable)
             if online and site.readers:
                 rotation = Hadamard.of(site.readers[0].view(block).shape[1], 7)
                 for reader in site.readers:

@@ -84,7 +84,7 @@ class OnlineRotation(nn.Module):
         Args:
             x: float (..., K).
             bits: width of a code.
-            group_size: channels of a group in mode `groups`; None for mode `token`.
+            group_size: channels of a group in mode `smooth_token`; None for mode `token`.
             clip: scales cover this share of the maximum.
             full_range: in mode `token`, signed scales.
         """

@@ -89,7 +89,7 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
         if recipe.weights.rounding == "gptq":
             total += tokens * (forward + passed * token_groups * 2 * width**2)
             total += OPS_PER_FLOAT64_OP * (token_groups * 2 * width**3 + elements * width)
-        elif sites[0].input.mode in ("static", "calibrated"):
+        elif sites[0].input.mode in ("static", "smooth_calibrated"):
             total += tokens * forward
         forward += passed * 2.0 * elements
     total += tokens * forward * (1 + (recipe.smoothing is not None))
@@ -132,7 +132,7 @@ def estimate_resources(
     if tokens is None:
         tokens = text.samples * text.sequence_length if recipe.calibrates else 0
     sites = [site for _, _, site in plan.sites()]
-    readers = [site for site in sites if site.site.reads == "stream"]  # of the residual stream
+    readers = [site for site in sites if site.site.reads == "residual"]  # of the residual stream
     width = max(site.input.width for site in readers or sites)
     states = 4 * streams * tokens * width
     work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)

@@ -259,7 +259,7 @@ class HiddenStates:
         Raises:
             NumericsError: the site's input is NaN or Inf.
         """
-        if site_input.spec.mode in ("static", "calibrated"):
+        if site_input.spec.mode in ("static", "smooth_calibrated"):
             observer = AbsMax(site_input.spec.width, normalise)
 
             def update(x: Tensor) -> None:

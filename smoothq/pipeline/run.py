@@ -382,7 +382,7 @@ def _round_local(
     if job.world.rank >= len(turn):
         return None
     token_group, name = turn[job.world.rank]
-    return _round(block, token_group, name, factors.of(token_group), job.plan.recipe)
+    return _round(block, token_group, name, factors.factor(token_group), job.plan.recipe)
 
 
 class _Factors:
@@ -393,7 +393,7 @@ class _Factors:
         self._block, self._moments, self._recipe = block, moments, recipe
         self._last: tuple[str, Factor | None] = ("", None)  # first module, factor
 
-    def of(self, token_group: _TokenGroup) -> Factor | None:
+    def factor(self, token_group: _TokenGroup) -> Factor | None:
         """The factor of a token group, or None if its matrices are to be rounded to nearest."""
         name = token_group.modules[0]
         if self._last[0] != name:

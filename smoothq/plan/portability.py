@@ -128,7 +128,7 @@ def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
             f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
             "checkpoint in transformers"
         )
-    if any(site.input.mode in ("live", "tensor") for _, _, site in plan.sites()):
+    if any(site.input.mode in ("smooth_live", "tensor") for _, _, site in plan.sites()):
         raise RecipeError(
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
             "forward's tokens; quantize with --smooth-scope token, or with one scale a token"
@@ -152,7 +152,7 @@ _BIAS = ExportBlocker(
     "the norm before it hands it a bias that the model's own class has no place for",
     {"rotation__residual": False},
 )
-_ROTATION = {"stream": "residual", "values": "value_output", "inner": "down"}
+_ROTATION = {"residual": "residual", "attention": "value_output", "mlp": "down"}
 
 
 def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
@@ -186,7 +186,7 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
 
 
 def _of_input(spec: InputSpec) -> Iterator[ExportBlocker]:
-    if spec.mode in ("groups", "calibrated", "live"):
+    if spec.smoothed:
         yield ExportBlocker(
             "its input is smoothed while the model runs", {"runtime_smoothing": None}
         )

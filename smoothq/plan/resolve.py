@@ -12,7 +12,7 @@ import fnmatch
 import logging
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -413,7 +413,7 @@ def _plan_site(
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         where = f"{block}.{name}"
-        width, linear_recipe = linear.in_features, recipe.of(where)
+        width, linear_recipe = linear.in_features, recipe.for_module(where)
         grid = _weight_grid(linear_recipe, width, where)
         modules[name] = WeightSpec(linear.out_features, width, grid)
         inputs[name] = _input_spec(site, linear_recipe, width, where, rotatable)
@@ -468,11 +468,11 @@ def _rotates_online(site: Site, recipe: Recipe, rotatable: bool) -> bool:
     if rotation is None:
         return False
     match site.reads:
-        case "stream":
+        case "residual":
             return rotation.residual and not rotatable
-        case "values":
+        case "attention":
             return rotation.value_output and site.edge != "value_output"
-        case "inner":
+        case "mlp":
             return rotation.down
 
 
@@ -483,9 +483,8 @@ def _input_spec(site: Site, recipe: Recipe, width: int, where: str, rotatable: b
     if activations.bits == FLOAT_BITS:
         mode = "float"
     elif smooth is not None:
-        modes: dict[str, Mode] = {"token": "groups", "calibrated": "calibrated", "live": "live"}
-        mode = modes[smooth.scope]
-        if mode != "calibrated":
+        mode = cast(Mode, f"smooth_{smooth.scope}")
+        if smooth.scope != "calibrated":
             settings["group_size"] = _group_size(smooth.group_size, width, where)
         settings["normalise"] = smooth.normalise
     elif activations.granularity == "tensor":
