@@ -431,7 +431,7 @@ class TestOnlineRotation:
     def test_every_family_has_a_rotated_mode(self, name: str) -> None:
         plan = make_plan(tiny_model(name), RECIPES["w4a8"])
         assert (plan.residual_rotation is None) == (name in POST_NORMS)
-        for _, _, site in plan.sites():
+        for site in plan.sites:
             online = site.input.rotation is not None
             assert online == (
                 site.site.reads == "mlp" or (name in POST_NORMS and site.site.reads == "residual")

@@ -128,7 +128,7 @@ class TestRotatedEnds:
         rotation = Hadamard.of(model.config.hidden_size, seed=5)
         rotate_ends(model, parts, rotation)
         assert list(model.state_dict()) == names
-        ends = {model.get_submodule(name) for name in (parts.first_block, parts.final_norm)}
+        ends = {model.get_submodule(name) for name in (parts.block_name(0), parts.final_norm)}
         assert {module for module, _ in rotated_ends(model)} == ends
         assert not torch.equal(model(TOKENS).logits, logits)
         stop_rotating(model)

@@ -245,10 +245,9 @@ class Parts:
     positions: str | None
     entry_norm: str | None
 
-    @property
-    def first_block(self) -> str:
-        """The full name of the first block."""
-        return f"{self.layers}.0"
+    def block_name(self, index: int) -> str:
+        """The full name of a block, such as `model.layers.0`."""
+        return f"{self.layers}.{index}"
 
     @property
     def entering(self) -> tuple[str, ...]:

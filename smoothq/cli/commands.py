@@ -307,7 +307,6 @@ def plan(
     from ..checkpoint.source import read_config, refuse_quantized, skeleton_of
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources, estimate_time
-    from ..plan.resolve import float_bytes
     from ..report import figures as report
     from ..runtime.device import check_device
 
@@ -323,7 +322,7 @@ def plan(
     empty = skeleton_of(config, model)
     _, resolved = planned(empty, model, recipe, servable=servable)
     needs = estimate_resources(resolved, _bytes(max_memory))
-    before = float_bytes(empty)
+    before = resolved.wiring.nbytes
     estimate = estimate_time(resolved, torch.device(device))
     advice = advise(empty, resolved)
     if as_json:

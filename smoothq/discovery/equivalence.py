@@ -20,7 +20,6 @@ from ..architectures import (
     Edge,
     Family,
     Norm,
-    Rows,
     WeightRef,
 )
 from ..architectures.graph import (
@@ -137,8 +136,8 @@ def rotate_values(model: PreTrainedModel, family: Family) -> None:
     """Rotate attention values (R2) in every block."""
     for index, (block, graph) in enumerate(graphs(model, family)):
         site = graph.value_output
-        if site is not None and isinstance(site.producer, Rows) and site.producer.heads:
-            rotate_value_output(block, site, Hadamard.of(site.producer.heads.dim, index))
+        if site is not None and site.heads is not None:
+            rotate_value_output(block, site, Hadamard.of(site.heads.dim, index))
 
 
 def rotate_inputs(model: PreTrainedModel, family: Family) -> None:

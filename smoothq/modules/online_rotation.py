@@ -121,7 +121,7 @@ def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
         parts: its parts.
         rotation: R of the residual stream.
     """
-    _rotate_input(model.get_submodule(parts.first_block), OnlineRotation(rotation))
+    _rotate_input(model.get_submodule(parts.block_name(0)), OnlineRotation(rotation))
     end = OnlineRotation(rotation, transposed=True)
     _rotate_input(model.get_submodule(parts.final_norm), end)
 

@@ -131,9 +131,7 @@ def estimate_resources(
     text, streams = recipe.calibration, 1 + (recipe.tuning is not None)
     if tokens is None:
         tokens = text.samples * text.sequence_length if recipe.calibrates else 0
-    sites = [site for _, _, site in plan.sites()]
-    readers = [site for site in sites if site.site.reads == "residual"]  # of the residual stream
-    width = max(site.input.width for site in readers or sites)
+    width = plan.wiring.config.hidden_size
     states = 4 * streams * tokens * width
     work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)
     limit = STATES_BYTES if max_memory is None else max_memory - work

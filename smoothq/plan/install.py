@@ -90,7 +90,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
             assert isinstance(kept, nn.Linear)
             kept.bias = nn.Parameter(kept.weight.data.new_empty(kept.out_features))
     install_ends(model, plan)
-    if any(site.input.mode == "smooth_live" for _, _, site in plan.sites()):
+    if any(site.input.mode == "smooth_live" for site in plan.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None:
         rotate_ends(model, plan.parts, plan.residual_rotation)

@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import text_config
 from ..errors import RecipeError, UnsupportedModelError
 from ..kernels import highest_code
 from ..modules import InputSpec
 from ..recipe.recipe import FLOAT_BITS, Recipe
 from .plan import Plan, SitePlan
-from .resolve import make_plan
+from .resolve import resolve
+from .wiring import Wiring
 
 # Families that smoothq's vLLM plugin serves: vLLM's modules have the checkpoint's names, the final
 # norm is an RMSNorm without bias, and the outputs were compared with those of transformers.
@@ -104,9 +104,9 @@ def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tup
 
     Returns: the edited recipe, and one line for each changed field.
     """
-    edits: dict[str, Any] = {}
+    wiring, edits = Wiring.of(model), dict[str, Any]()
     while True:
-        blockers = export_blockers(model, make_plan(model, recipe.edit(**edits)))
+        blockers = export_blockers(model, resolve(wiring, recipe.edit(**edits)))
         more = {path: value for blocker in blockers for path, value in blocker.edit.items()}
         if more.items() <= edits.items():
             return recipe.edit(**edits), tuple(
@@ -115,20 +115,20 @@ def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tup
         edits |= more
 
 
-def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
+def refuse_in_plugin(plan: Plan) -> None:
     """Refuse a plan that smoothq's plugin for vLLM cannot serve.
 
     Raises:
         UnsupportedModelError: the plugin does not serve the model's family.
         RecipeError: the recipe has scales over several tokens, or quantizes attention.
     """
-    family = text_config(model).model_type
+    family = plan.wiring.config.model_type
     if family not in PLUGIN_FAMILIES:
         raise UnsupportedModelError(
             f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
             "checkpoint in transformers"
         )
-    if any(site.input.mode in ("smooth_live", "tensor") for _, _, site in plan.sites()):
+    if any(site.input.mode in ("smooth_live", "tensor") for site in plan.sites):
         raise RecipeError(
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
             "forward's tokens; quantize with --smooth-scope token, or with one scale a token"
