@@ -115,7 +115,7 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
     reason = unquantizable_attention(plan.wiring.config, plan.wiring.model_class)
     if reason is not None:
         refused["--kv-bits, --attention"] = reason
-    if plan.family.flattens:
+    if plan.wiring.family.flattens:
         refused["--smooth-scope live"] = "its blocks join the tokens of all sequences"
     costs = [_float_cost(plan)]
     costs += [_cost(name, other) for name, other in plans.items()]
@@ -125,14 +125,8 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
 def _float_cost(plan: Plan) -> Cost:
     """The cost of the unquantized model, in the dtype that it is stored in."""
     wiring, size = plan.wiring, plan.stored_dtype.itemsize
-    routed = _routed_share(plan)
-    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in plan.sites)
     embedding = wiring.tensors[f"{plan.parts.embedding}.weight"].elements
-    unread_experts = sum(
-        (1 - _share(site, routed)) * size * spec.elements
-        for site in plan.sites
-        for spec in site.modules.values()
-    )
+    unread_experts = sum((1 - _share(plan, s)) * size * s.elements for s in plan.sites)
     read = wiring.nbytes - unread_experts - (0 if wiring.tied else size * embedding)
     return Cost(
         name="float",
@@ -142,7 +136,7 @@ def _float_cost(plan: Plan) -> Cost:
         read=int(read),
         products=FLOAT_PRODUCTS,
         decode={chip.name: chip.bandwidth / read for chip in CHIPS},
-        prompt={chip.name: linears / chip.bfloat16 for chip in CHIPS},
+        prompt={chip.name: _prompt_operations(plan) / chip.bfloat16 for chip in CHIPS},
         here=(1.0, 1.0),
     )
 
@@ -151,14 +145,9 @@ def _cost(name: str, plan: Plan) -> Cost:
     """The cost of a plan; times one of its linears on this machine's CPU."""
     rows, columns = plan.wiring.tensors[f"{plan.parts.embedding}.weight"].shape
     embedding = rows * (columns + 2) if plan.tables else rows * columns * plan.stored_dtype.itemsize
-    routed = _routed_share(plan)
-    unread_experts = sum(
-        (1 - _share(site, routed)) * spec.stored_bits / 8
-        for site in plan.sites
-        for spec in site.modules.values()
-    )
+    unread_experts = sum((1 - _share(plan, s)) * s.stored_bits / 8 for s in plan.sites)
     read = plan.total_bytes - unread_experts - (0 if plan.wiring.tied else embedding)
-    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in plan.sites)
+    linears = _prompt_operations(plan)
     bits = plan.recipe.activations.bits
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
     floats = bits == FLOAT_BITS
@@ -175,19 +164,14 @@ def _cost(name: str, plan: Plan) -> Cost:
     )
 
 
-def _elements(site: SitePlan, routed: float) -> float:
-    """Weights of a site that one token is multiplied with; routed: see `_routed_share`."""
-    return _share(site, routed) * sum(spec.elements for spec in site.modules.values())
+def _prompt_operations(plan: Plan) -> float:
+    """Operations of the linears on a prompt of PROMPT tokens."""
+    return 2.0 * PROMPT * sum(_share(plan, site) * site.elements for site in plan.sites)
 
 
-def _share(site: SitePlan, routed: float) -> float:
-    """Share of a site's weights that one token is multiplied with: `routed` for experts, or 1."""
-    return routed if site.site.routed else 1.0
-
-
-def _routed_share(plan: Plan) -> float:
-    """Share of a layer's experts that one token is sent to; 1 for a model without experts."""
-    if not any(site.site.routed for site in plan.sites):
+def _share(plan: Plan, site: SitePlan) -> float:
+    """Share of a site's weights that one token is multiplied with: below 1 for routed experts."""
+    if not site.site.routed:
         return 1.0
     config = plan.wiring.config
     experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))

@@ -105,7 +105,7 @@ def load_block(
         index: the block's number.
         device: where to load the block.
     """
-    name, block_plan = plan.block_name(index), plan.blocks[index]
+    name, block_plan = plan.parts.block_name(index), plan.blocks[index]
     module = copy.deepcopy(model.get_submodule(name))
     load_module(module, name, source, WORKING_DTYPE)
     linearize_block(module)

@@ -82,8 +82,7 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
         width = sites[0].input.width
         if sites[0].site is block.graph.value_output:
             forward += 4.0 * length * width
-        specs = [spec for site in sites for spec in site.modules.values()]
-        elements = sum(spec.elements for spec in specs)
+        elements = sum(site.elements for site in sites)
         token_groups = sum(len(site.site.token_groups) for site in sites)
         passed = min(1.0, ROUTED_EXPERTS / token_groups)
         if recipe.weights.rounding == "gptq":
@@ -163,7 +162,7 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
         for _, together in groupby(block.sites, key=lambda site: site.site.stage):
             sites = list(together)
             square = 8 * max(site.input.width for site in sites) ** 2
-            weights = sum(spec.elements for s in sites for spec in s.modules.values())
+            weights = sum(site.elements for site in sites)
             work = 6 * 8 * min(WORK_ELEMENTS, weights) + 9 * weights
             most = max(most, waiting + max(3 * square, square + work))
             waiting -= 2 * weights

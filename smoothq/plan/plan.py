@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 
-from ..architectures import BlockGraph, Family, Parts, Site
+from ..architectures import BlockGraph, Parts, Site
 from ..architectures.graph import norm_offset
 from ..checkpoint.source import Spec
 from ..modules import AttentionSpec, InputSpec, WeightSpec
@@ -35,6 +36,16 @@ class SitePlan:
     input: InputSpec
     modules: dict[str, WeightSpec]
     adds_bias: bool
+
+    @property
+    def elements(self) -> int:
+        """The number of quantized weights."""
+        return sum(spec.elements for spec in self.modules.values())
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the quantized weights as stored, with their scales."""
+        return sum(spec.stored_bits for spec in self.modules.values())
 
     @property
     def input_name(self) -> str:
@@ -126,18 +137,15 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def family(self) -> Family:
-        """The model's architecture."""
-        return self.wiring.family
-
-    @property
     def parts(self) -> Parts:
         """The full names of the model's decoder, layers, embedding, head and norms."""
         return self.wiring.parts
 
-    def block_name(self, index: int) -> str:
-        """The full name of a decoder block, such as `model.layers.0`."""
-        return self.parts.block_name(index)
+    def named_blocks(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan]]:
+        """Yield (full name, module in `model`, plan) for every decoder block."""
+        for index, block in enumerate(self.blocks):
+            name = self.parts.block_name(index)
+            yield name, model.get_submodule(name), block
 
     @cached_property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -148,7 +156,7 @@ class Plan:
         """Yield (full name of its block, site) for every site of the model, block by block."""
         for index, block in enumerate(self.blocks):
             for site in block.sites:
-                yield self.block_name(index), site
+                yield self.parts.block_name(index), site
 
     def linears(self) -> Iterator[tuple[str, WeightSpec, InputSpec]]:
         """Yield (full name, weight, input) for every quantized linear, block by block."""
@@ -193,11 +201,11 @@ class Plan:
     @cached_property
     def bits(self) -> Bits:
         """Average bits per weight, activation and cached number."""
-        specs = [spec for _, spec, _ in self.linears()]
         inputs = [site.input for site in self.sites]
         kept = sum(block.kept_elements for block in self.blocks)
         kept_width = sum(block.kept_width for block in self.blocks)
-        stored = sum(spec.stored_bits for spec in specs) + 8 * self.stored_dtype.itemsize * kept
+        stored = sum(site.stored_bits for site in self.sites)
+        stored += 8 * self.stored_dtype.itemsize * kept
         width = sum(spec.width for spec in inputs) + kept_width
 
         def activation(tokens: int) -> float:
@@ -227,7 +235,7 @@ class Plan:
     @property
     def linear_bytes(self) -> int:
         """Bytes of all quantized weights with their scales."""
-        return sum(spec.stored_bits for _, spec, _ in self.linears()) // 8
+        return sum(site.stored_bits for site in self.sites) // 8
 
     @property
     def total_bytes(self) -> int:
@@ -244,7 +252,7 @@ class Plan:
 
     @property
     def _quantized_elements(self) -> int:
-        return sum(spec.elements for _, spec, _ in self.linears())
+        return sum(site.elements for site in self.sites)
 
     @property
     def _bias_elements(self) -> int:

@@ -61,9 +61,7 @@ def export_blockers(model: PreTrainedModel, plan: Plan) -> list[ExportBlocker]:
         plan: its plan.
     """
     blockers: dict[str, tuple[ExportBlocker, list[str]]] = {}  # by reason, with the stages
-    layers = model.get_submodule(plan.parts.layers)
-    for index, block in enumerate(plan.blocks):
-        layer = layers.get_submodule(str(index))
+    for _, layer, block in plan.named_blocks(model):
         for site in block.sites:
             for blocker in _of_site(layer, site):
                 _, stages = blockers.setdefault(blocker.what, (blocker, []))
@@ -220,7 +218,7 @@ def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[ExportBlocker]:
         yield ExportBlocker("keys, values or their products are quantized by our attention", edit)
     if plan.tables:
         yield ExportBlocker("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
-    if plan.residual_rotation is not None and not plan.family.folds_offline(model):
+    if plan.residual_rotation is not None and not plan.wiring.family.folds_offline(model):
         what = "the residual stream is rotated at its ends while the model runs"
         yield ExportBlocker(what, {"rotation__residual": False})
 
