@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +10,10 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Modules that are no more → where what they held is now.
 MODULES: dict[str, tuple[str, ...]] = {
@@ -94,6 +98,8 @@ NAMES = {
     "served": "layer_kernels",
     "settled": "default_modes",
 }
+# Words for what a Site reads → what they are now.
+READS = {"stream": "residual", "values": "attention", "inner": "mlp"}
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -116,6 +122,23 @@ def names_of(module: str, *homes: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return moved
+
+
+def also_named(old: str, method: Callable[P, T]) -> Callable[P, T]:
+    """The method under its earlier name, which warns.
+
+    Args:
+        old: the name that the result is assigned to.
+        method: what it is called now.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        message = f"{method.__qualname__.rpartition('.')[0]}.{old} is now {method.__qualname__}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return method(*args, **kwargs)
+
+    return call
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,9 +119,9 @@ class TestEveryGraph:
         for site in graph.sites:
             widths = {reader.view(block).shape[1] for reader in site.all_readers}
             assert len(widths) == 1
-            if site.reads == "stream":
+            if site.reads == "residual":
                 assert widths == {text_config(model).hidden_size}
-            if site.reads == "values":
+            if site.reads == "attention":
                 assert widths == {heads.query * heads.dim}
 
     def test_producers_fit_the_width_of_their_site(self, name: str) -> None:
@@ -430,10 +431,10 @@ class TestOnlineRotation:
     def test_every_family_has_a_rotated_mode(self, name: str) -> None:
         plan = make_plan(tiny_model(name), RECIPES["w4a8"])
         assert (plan.residual_rotation is None) == (name in POST_NORMS)
-        for _, _, site in plan.sites():
+        for site in plan.sites:
             online = site.input.rotation is not None
             assert online == (
-                site.site.reads == "inner" or (name in POST_NORMS and site.site.reads == "stream")
+                site.site.reads == "mlp" or (name in POST_NORMS and site.site.reads == "residual")
             )
 
     def test_the_plan_says_where_no_divisor_passes(self) -> None:
@@ -632,16 +633,27 @@ class TestSite:
     def test_the_edge_is_the_kind_of_the_producer(
         self, producer: Norm | Rows | None, edge: str | None
     ) -> None:
-        assert Site("site", "inner", (self.reader,), producer).edge == edge
+        assert Site("site", "mlp", (self.reader,), producer).edge == edge
 
     def test_modules_that_the_same_tokens_reach_share_a_lane(self) -> None:
         routed = tuple(WeightRef(f"experts.{i}.weight", routed=True) for i in range(2))
         shared = WeightRef("gate.weight"), WeightRef("up.weight")
-        site = Site("both", "stream", (*shared, *routed), None)
+        site = Site("both", "residual", (*shared, *routed), None)
         assert site.token_groups == (("gate", "up"), ("experts.0",), ("experts.1",))
 
+    @pytest.mark.parametrize(
+        ("old", "word"), [("stream", "residual"), ("values", "attention"), ("inner", "mlp")]
+    )
+    def test_an_earlier_word_for_what_it_reads_is_taken_with_a_warning(
+        self, old: Any, word: str
+    ) -> None:
+        with pytest.warns(DeprecationWarning, match=f'now reads="{word}"') as warned:
+            site = Site("site", old, (self.reader,), None)
+        assert site.reads == word
+        assert warned[0].filename == __file__
+
     def test_a_stream_takes_a_rotation_where_every_block_has_writers(self) -> None:
-        site = Site("down", "inner", (self.reader,), None)
+        site = Site("down", "mlp", (self.reader,), None)
         writes, norms = BlockGraph((site,), (self.reader,)), BlockGraph((site,), ())
         assert takes_rotation([writes])
         assert not takes_rotation([writes, norms])

@@ -44,14 +44,14 @@ def test_every_site_has_a_profile_of_every_method(inspection) -> None:
 
 
 def test_a_channel_that_was_made_loud_is_found_and_flattened(inspection) -> None:
-    profiles = inspection.of(1, "qkv").profiles
+    profiles = inspection.site(1, "qkv").profiles
     assert profiles["rtn"].channels == 1
-    assert inspection.of(0, "qkv").profiles["rtn"].channels == 0
+    assert inspection.site(0, "qkv").profiles["rtn"].channels == 0
     for method in ("smoothquant", "quarot", "smoothrot", "rrs"):
         assert profiles[method].channels == 0, method
         assert profiles[method].kurtosis < profiles["rtn"].kurtosis / 2, method
         assert profiles[method].error < profiles["rtn"].error, method
-    assert inspection.of(1, "qkv").best != "rtn"
+    assert inspection.site(1, "qkv").best != "rtn"
 
 
 def test_the_inputs_as_they_are_are_the_models_own(inspection) -> None:
@@ -61,7 +61,7 @@ def test_the_inputs_as_they_are_are_the_models_own(inspection) -> None:
     down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(TOKENS)
-    profile = inspection.of(2, "down").profiles["rtn"]
+    profile = inspection.site(2, "down").profiles["rtn"]
     assert profile.largest == pytest.approx(seen[0].abs().max().item(), rel=1e-4)
     assert profile.median == pytest.approx(seen[0].abs().median().item(), rel=1e-4)
     expected = pooled(seen[0].flatten(0, 1).abs())
@@ -78,12 +78,12 @@ def test_a_massive_activation_is_named_by_its_token(tokenizer) -> None:
     stream = model.get_input_embeddings().weight.data
     stream[first] = 0
     stream[second, 3], stream[first, 3] = 0, 50.0
-    usual = inspect_model(open_source(model), quiet).of(0, "down").profiles["rtn"].median
+    usual = inspect_model(open_source(model), quiet).site(0, "down").profiles["rtn"].median
     for matrix in (mlp.gate_proj.weight.data, mlp.up_proj.weight.data):
         matrix[9] = 0
         matrix[9, 3] = (250 * usual) ** 0.5  # of 8 there after the norm: 16,000 times the median
     found = inspect_model(open_source(model), quiet)
-    site = found.of(0, "down")
+    site = found.site(0, "down")
     assert site.profiles["rtn"].massive == (0, 24)
     assert site.profiles["rtn"].spikes >= 1
     assert found.worst() is site
@@ -113,7 +113,7 @@ def test_plain_data_holds_all_but_the_surfaces(inspection) -> None:
     assert len(plain["sites"]) == len(inspection.sites)
     assert plain["sites"][3]["methods"]["rrs"]["error"] > 0
     with pytest.raises(RecipeError, match="sites are qkv, o"):
-        inspection.of(1, "nowhere")
+        inspection.site(1, "nowhere")
 
 
 def test_the_page_needs_nothing_beside_itself(inspection, tmp_path: Path) -> None:

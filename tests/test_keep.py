@@ -93,7 +93,7 @@ class TestOverrides:
         assert mlp.down_proj.spec.grid.bits == 8
         assert mlp.down_proj.site_input.spec.bits == 8
         assert mlp.up_proj.spec.grid.bits == 4
-        assert mlp.up_proj.site_input.spec.mode == "groups"
+        assert mlp.up_proj.site_input.spec.mode == "smooth_token"
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.equal(equivalence.logits(loaded, TOKENS), equivalence.logits(model, TOKENS))
         stored = json.loads((tmp_path / "out" / "config.json").read_text())

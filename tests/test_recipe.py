@@ -126,6 +126,12 @@ def test_what_is_no_amount_is_misuse(text) -> None:
         _bytes(text)
 
 
+def test_a_linear_s_recipe_is_also_looked_up_by_the_earlier_name() -> None:
+    recipe = preset("w4a4").edit(overrides=[{"match": "*.v_proj", "weights": {"bits": 8}}])
+    with pytest.warns(DeprecationWarning, match=r"Recipe\.of is now Recipe\.for_module"):
+        assert recipe.of("layers.0.v_proj").weights.bits == 8
+
+
 def test_no_function_hides_a_module() -> None:
     for found in pkgutil.iter_modules(smoothq.__path__):
         if not found.name.startswith("__"):

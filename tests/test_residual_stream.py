@@ -299,7 +299,7 @@ def test_the_entry_rotates_offline_with_its_embeddings(name) -> None:
     parts = family_of(model.config).parts(model)
     rotation = Hadamard.of(text_config(model).hidden_size, seed=3)
     seen: list[Tensor] = []
-    model.get_submodule(parts.first_block).register_forward_pre_hook(
+    model.get_submodule(parts.block_name(0)).register_forward_pre_hook(
         lambda _, args: seen.append(args[0])
     )
     model(TOKENS)

@@ -177,7 +177,7 @@ def test_the_recipe_survives_yaml_and_quantize_runs_with_it(
     assert rich == {n for n in linears if any(fnmatchcase(n, e.match) for e in mixed.overrides)}
     assert rich
     for name, linear in linears.items():
-        expected = (8, "token") if name in rich else (4, "groups")
+        expected = (8, "token") if name in rich else (4, "smooth_token")
         assert (linear.site_input.spec.bits, linear.site_input.spec.mode) == expected
 
 
@@ -205,7 +205,7 @@ def test_a_recipes_own_overrides_stay_behind_the_new_ones(found) -> None:
     own = RECIPES["w4a4"].edit(overrides=({"match": "*.o_proj", "weights": {"bits": 8}},))
     mixed = enriched(own, found.units[:1])
     assert mixed.overrides[-1] == own.overrides[0]
-    assert mixed.of("model.layers.0.self_attn.q_proj").weights.bits == 8
+    assert mixed.for_module("model.layers.0.self_attn.q_proj").weights.bits == 8
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 1), (8,)])

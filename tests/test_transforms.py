@@ -128,7 +128,7 @@ class TestRotatedEnds:
         rotation = Hadamard.of(model.config.hidden_size, seed=5)
         rotate_ends(model, parts, rotation)
         assert list(model.state_dict()) == names
-        ends = {model.get_submodule(name) for name in (parts.first_block, parts.final_norm)}
+        ends = {model.get_submodule(name) for name in (parts.block_name(0), parts.final_norm)}
         assert {module for module, _ in rotated_ends(model)} == ends
         assert not torch.equal(model(TOKENS).logits, logits)
         stop_rotating(model)
@@ -155,7 +155,7 @@ def norm_and_readers() -> tuple[nn.ModuleDict, Site]:
     block["linear"].weight.copy_(torch.stack([column(1, -0.5, 3), column(-4, 1, 2)]))
     block["router"].weight.copy_(column(2, 0.25, -9))
     reader, router = WeightRef("linear.weight"), WeightRef("router.weight")
-    return block, Site("site", "stream", (reader,), Norm("norm.weight"), (router,))
+    return block, Site("site", "residual", (reader,), Norm("norm.weight"), (router,))
 
 
 class TestSmoothing:
@@ -215,7 +215,7 @@ class TestSmoothing:
         block.requires_grad_(False)
         refs = tuple(WeightRef("up.weight", slice(i, i + 2)) for i in (1, 4))
         before, readers = block["up"].weight.clone(), block["down"].weight.clone()
-        site = Site("down", "inner", (WeightRef("down.weight"),), Rows(refs))
+        site = Site("down", "mlp", (WeightRef("down.weight"),), Rows(refs))
         smooth(block, site, column(1, 4, 9, 16), alpha=1.0)
         divisor = column(1, 1, 4, 1, 9, 16)
         torch.testing.assert_close(block["up"].weight.data, before / divisor[:, None])
@@ -224,7 +224,7 @@ class TestSmoothing:
     def test_a_site_without_producer_is_refused(self) -> None:
         block, site = norm_and_readers()
         with pytest.raises(ValueError, match="'alone' has no producer"):
-            smooth(block, Site("alone", "inner", site.readers, None), column(1, 2, 3), alpha=0.5)
+            smooth(block, Site("alone", "mlp", site.readers, None), column(1, 2, 3), alpha=0.5)
 
 
 def store_norms(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures.attention_support import unquantizable_attention
-from ..architectures.graph import is_tied, text_config
 from ..discovery.experiments import EXPERT_COUNTS
 from ..errors import RecipeError, UnsupportedModelError
 from ..modules import (
@@ -28,7 +27,7 @@ from ..modules import (
     WeightSpec,
 )
 from ..plan.plan import Plan, SitePlan
-from ..plan.resolve import float_bytes, make_plan
+from ..plan.resolve import resolve
 from ..recipe.presets import preset
 from ..recipe.recipe import FLOAT_BITS, Preset
 from ..report.table import columns
@@ -102,7 +101,7 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
     plans: dict[str, Plan] = {}
     for name in PRESETS:
         try:
-            plans[name] = make_plan(model, preset(name).edit(dtype=plan.recipe.dtype))
+            plans[name] = resolve(plan.wiring, preset(name).edit(dtype=plan.recipe.dtype))
         except (RecipeError, UnsupportedModelError) as error:
             refused[name] = str(error)
     # The plan's own row: a preset's, renamed, or one more.
@@ -113,53 +112,42 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
         plans = {
             f"{name}, as asked" if name == asked else name: other for name, other in plans.items()
         }
-    reason = unquantizable_attention(text_config(model), type(model))
+    reason = unquantizable_attention(plan.wiring.config, plan.wiring.model_class)
     if reason is not None:
         refused["kv_cache, attention"] = reason
-    if plan.family.flattens:
+    if plan.wiring.family.flattens:
         refused["runtime_smoothing.scope=live"] = "its blocks join the tokens of all sequences"
-    costs = [_float_cost(model, plan)]
-    costs += [_cost(name, model, other) for name, other in plans.items()]
+    costs = [_float_cost(plan)]
+    costs += [_cost(name, other) for name, other in plans.items()]
     return PlanAdvice(tuple(list_runners(model, plan)), tuple(costs), refused)
 
 
-def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
+def _float_cost(plan: Plan) -> Cost:
     """The cost of the unquantized model, in the dtype that it is stored in."""
-    nbytes, size = float_bytes(model), plan.stored_dtype.itemsize
-    routed = _routed_share(model, plan)
-    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
-    embedding = model.get_submodule(plan.parts.embedding).get_parameter("weight").numel()
-    unread_experts = sum(
-        (1 - _share(site, routed)) * size * spec.elements
-        for site in _sites(plan)
-        for spec in site.modules.values()
-    )
-    read = nbytes - unread_experts - (0 if is_tied(model) else size * embedding)
+    wiring, size = plan.wiring, plan.stored_dtype.itemsize
+    embedding = wiring.tensors[f"{plan.parts.embedding}.weight"].elements
+    unread_experts = sum((1 - _share(plan, s)) * size * s.elements for s in plan.sites)
+    read = wiring.nbytes - unread_experts - (0 if wiring.tied else size * embedding)
     return Cost(
         name="float",
         weight=8.0 * size,
         activation=8.0 * size,
-        nbytes=nbytes,
+        nbytes=wiring.nbytes,
         read=int(read),
         products=FLOAT_PRODUCTS,
         decode={chip.name: chip.bandwidth / read for chip in CHIPS},
-        prompt={chip.name: linears / chip.bfloat16 for chip in CHIPS},
+        prompt={chip.name: _prompt_operations(plan) / chip.bfloat16 for chip in CHIPS},
         here=(1.0, 1.0),
     )
 
 
-def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
+def _cost(name: str, plan: Plan) -> Cost:
     """The cost of a plan; times one of its linears on this machine's CPU."""
-    rows, columns = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape
+    rows, columns = plan.wiring.tensors[f"{plan.parts.embedding}.weight"].shape
     embedding = rows * (columns + 2) if plan.tables else rows * columns * plan.stored_dtype.itemsize
-    routed = _routed_share(model, plan)
-    unread_experts = sum(
-        (1 - _share(site, routed)) * spec.stored_bits / 8
-        for site in _sites(plan)
-        for spec in site.modules.values()
-    )
-    read = plan.total_bytes - unread_experts - (0 if is_tied(model) else embedding)
-    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
+    unread_experts = sum((1 - _share(plan, s)) * s.stored_bits / 8 for s in plan.sites)
+    read = plan.total_bytes - unread_experts - (0 if plan.wiring.tied else embedding)
+    linears = _prompt_operations(plan)
     bits = plan.recipe.activations.bits
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
     floats = bits == FLOAT_BITS
@@ -172,29 +160,20 @@ def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
         products=FLOAT_PRODUCTS if floats else integers,
         decode={chip.name: chip.bandwidth / read for chip in CHIPS},
         prompt={c.name: linears / (c.bfloat16 if floats else c.int8) for c in CHIPS},
-        here=_timed(max(_sites(plan), key=lambda site: site.input.width)),
+        here=_timed(max(plan.sites, key=lambda site: site.input.width)),
     )
 
 
-def _sites(plan: Plan) -> list[SitePlan]:
-    return [site for _, _, site in plan.sites()]
+def _prompt_operations(plan: Plan) -> float:
+    """Operations of the linears on a prompt of PROMPT tokens."""
+    return 2.0 * PROMPT * sum(_share(plan, site) * site.elements for site in plan.sites)
 
 
-def _elements(site: SitePlan, routed: float) -> float:
-    """Weights of a site that one token is multiplied with; routed: see `_routed_share`."""
-    return _share(site, routed) * sum(spec.elements for spec in site.modules.values())
-
-
-def _share(site: SitePlan, routed: float) -> float:
-    """Share of a site's weights that one token is multiplied with: `routed` for experts, or 1."""
-    return routed if site.site.routed else 1.0
-
-
-def _routed_share(model: PreTrainedModel, plan: Plan) -> float:
-    """Share of a layer's experts that one token is sent to; 1 for a model without experts."""
-    if not any(site.site.routed for site in _sites(plan)):
+def _share(plan: Plan, site: SitePlan) -> float:
+    """Share of a site's weights that one token is multiplied with: below 1 for routed experts."""
+    if not site.site.routed:
         return 1.0
-    config = text_config(model)
+    config = plan.wiring.config
     experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))
     share: float = min(1.0, getattr(config, "num_experts_per_tok", 2) / experts)
     return share

@@ -50,7 +50,7 @@ def list_runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
     runners.append(Runner("transformers without smoothq, vLLM", not blockers, blockers or how))
     refusal = ""
     try:
-        refuse_in_plugin(model, plan)
+        refuse_in_plugin(plan)
     except SmoothqError as error:
         refusal = str(error)
     plugin = "by its plugin, with the operators above; not in tensor parallel"
@@ -62,7 +62,7 @@ def _device_runner(name: str, plan: Plan, device: str) -> Runner:
     """A device type ("cpu", "cuda"), with the operators that it runs for each stage of a block."""
     try:
         by_operators: dict[tuple[str, ...], list[str]] = {}
-        for site in (site for block in plan.blocks for site in block.sites):
+        for site in plan.sites:
             for spec in site.modules.values():
                 operators = spec.operators(site.input, torch.device(device))
                 stages = by_operators.setdefault(operators, [])

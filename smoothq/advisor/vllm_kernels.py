@@ -66,8 +66,8 @@ def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[
     plan = make_plan(model, Recipe())
     schemes = schemes_of(quantization, [name for name, _, _ in plan.linears()])
     blocks_with: dict[tuple[str, Scheme, tuple[int, int]], int] = {}
-    for index, _, site in plan.sites():
-        scheme = schemes.get(f"{plan.block_name(index)}.{next(iter(site.modules))}")
+    for block, site in plan.named_sites():
+        scheme = schemes.get(f"{block}.{next(iter(site.modules))}")
         if scheme is not None:
             shape = (sum(spec.out_features for spec in site.modules.values()), site.input.width)
             key = (site.site.stage, scheme, shape)

@@ -10,6 +10,7 @@ those of experts.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -20,9 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compat import tied_weights
 from ..errors import UnsupportedModelError
+from ..moved import READS
 
 Edge = Literal["norms", "up_down", "value_output"]
-Reads = Literal["stream", "values", "inner"]
+Reads = Literal["residual", "attention", "mlp"]
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu"})  # f(x / s) = f(x) / s for s > 0
 
 
@@ -113,8 +115,8 @@ class Site:
 
     Attributes:
         name: within the block, such as `qkv`, `down` or `down.3`.
-        reads: what the tensor is: the residual stream (`stream`, mostly through a norm), the output
-            of attention (`values`), or the intermediate activation of an MLP (`inner`).
+        reads: what the tensor is: the residual stream, mostly through a norm; the output of
+            attention; or the intermediate activation of an MLP.
         readers: the weights that are quantized.
         producer: the norm or the rows that a divisor of this input can be folded into, or None.
         float_readers: weights that read the same tensor and stay in float (a router's).
@@ -126,6 +128,19 @@ class Site:
     producer: Norm | Rows | None
     float_readers: tuple[WeightRef, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Replace a word for `reads` of an earlier version, with a warning."""
+        if self.reads in READS:
+            word: Any = READS[self.reads]
+            message = f'Site(reads="{self.reads}") is now reads="{word}"'
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "reads", word)
+
+    @property
+    def heads(self) -> Heads | None:
+        """The heads that the input's channels are values of; None where no value rows make them."""
+        return self.producer.heads if isinstance(self.producer, Rows) else None
+
     @property
     def edge(self) -> Edge | None:
         """The kind of the edge from the producer to this site; None without a producer."""
@@ -133,7 +148,7 @@ class Site:
             return None
         if isinstance(self.producer, Norm):
             return "norms"
-        return "value_output" if self.producer.heads else "up_down"
+        return "value_output" if self.heads else "up_down"
 
     @property
     def all_readers(self) -> tuple[WeightRef, ...]:
@@ -230,10 +245,9 @@ class Parts:
     positions: str | None
     entry_norm: str | None
 
-    @property
-    def first_block(self) -> str:
-        """The full name of the first block."""
-        return f"{self.layers}.0"
+    def block_name(self, index: int) -> str:
+        """The full name of a block, such as `model.layers.0`."""
+        return f"{self.layers}.{index}"
 
     @property
     def entering(self) -> tuple[str, ...]:
@@ -409,7 +423,7 @@ def _misfit(site: Site, block: nn.Module) -> str | None:
     routed = [reader.module for reader in site.readers if reader.routed]
     stacks = {module.rpartition(".")[0] for module in routed if module[-1].isdigit()}
     expert_count = sum(len(list(block.get_submodule(stack).children())) for stack in stacks)
-    if site.reads == "stream" and expert_count > len(routed):
+    if site.reads == "residual" and expert_count > len(routed):
         return f"{expert_count} experts where {len(routed)} are expected"
     return None
 

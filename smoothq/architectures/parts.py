@@ -33,8 +33,8 @@ def separate_attention(
     q, k, v, o = weights(*(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", output)))
     heads = attention_heads(config)
     return (
-        Site("qkv", "stream", (q, k, v), norm),
-        Site("o", "values", (o,), Rows((v,), heads)),
+        Site("qkv", "residual", (q, k, v), norm),
+        Site("o", "attention", (o,), Rows((v,), heads)),
     )
 
 
@@ -51,8 +51,8 @@ def fused_attention(
         norm: before `qkv`.
     """
     return (
-        Site("qkv", "stream", (qkv,), norm),
-        Site("o", "values", (output,), Rows(values, heads)),
+        Site("qkv", "residual", (qkv,), norm),
+        Site("o", "attention", (output,), Rows(values, heads)),
     )
 
 
@@ -60,8 +60,8 @@ def gated_mlp(norm: Norm | None) -> tuple[Site, Site]:
     """The sites `gate_up` and `down` of an `mlp` with separate gate and up linears."""
     gate, up, down = weights("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     return (
-        Site("gate_up", "stream", (gate, up), norm),
-        Site("down", "inner", (down,), Rows((up,))),
+        Site("gate_up", "residual", (gate, up), norm),
+        Site("down", "mlp", (down,), Rows((up,))),
     )
 
 
@@ -71,8 +71,8 @@ def fused_gated_mlp(config: PretrainedConfig, norm: Norm | None) -> tuple[Site, 
     width = config.intermediate_size
     up = WeightRef(gate_up.tensor, rows=slice(width, None))
     return (
-        Site("gate_up", "stream", (gate_up,), norm),
-        Site("down", "inner", (down,), Rows((up,))),
+        Site("gate_up", "residual", (gate_up,), norm),
+        Site("down", "mlp", (down,), Rows((up,))),
     )
 
 
@@ -88,8 +88,8 @@ def plain_mlp(up: WeightRef, down: WeightRef, norm: Norm, activation: str) -> tu
     """
     passes = activation in HOMOGENEOUS_ACTIVATIONS
     return (
-        Site("up", "stream", (up,), norm),
-        Site("down", "inner", (down,), Rows((up,)) if passes else None),
+        Site("up", "residual", (up,), norm),
+        Site("down", "mlp", (down,), Rows((up,)) if passes else None),
     )
 
 
@@ -109,7 +109,7 @@ def experts(
     sites = tuple(
         Site(
             f"down.{expert}",
-            "inner",
+            "mlp",
             (WeightRef(f"{module}.down_proj.{expert}.weight", routed=True),),
             None if up is None else Rows((WeightRef(name, rows=up),)),
         )

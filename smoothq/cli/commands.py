@@ -308,7 +308,6 @@ def plan(
     from ..checkpoint.source import read_config, refuse_quantized, skeleton_of
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources, estimate_time
-    from ..plan.resolve import float_bytes
     from ..report import figures as report
     from ..runtime.device import check_device
 
@@ -324,7 +323,7 @@ def plan(
     empty = skeleton_of(config, model)
     _, resolved = planned(empty, model, recipe, servable=servable)
     needs = estimate_resources(resolved, _bytes(max_memory))
-    before = float_bytes(empty)
+    before = resolved.wiring.nbytes
     estimate = estimate_time(resolved, torch.device(device))
     advice = advise(empty, resolved)
     if as_json:
@@ -410,7 +409,7 @@ def inspect(
     tokens = calibration_tokens(tokenizer, read, sequences, sequence_length, seed)
     with progress() as update:
         inspection = inspect_model(source, tokens, bits, seed, update, device)
-    drawn = inspection.worst() if block is None else inspection.of(block, site)
+    drawn = inspection.worst() if block is None else inspection.site(block, site)
     massive = massive_tokens(inspection, drawn, tokenizer)
     if output is not None or plots is not None:
         from ..inspection.page import write_page

@@ -20,7 +20,6 @@ from ..architectures import (
     Edge,
     Family,
     Norm,
-    Rows,
     WeightRef,
 )
 from ..architectures.graph import (
@@ -137,8 +136,8 @@ def rotate_values(model: PreTrainedModel, family: Family) -> None:
     """Rotate attention values (R2) in every block."""
     for index, (block, graph) in enumerate(graphs(model, family)):
         site = graph.value_output
-        if site is not None and isinstance(site.producer, Rows) and site.producer.heads:
-            rotate_value_output(block, site, Hadamard.of(site.producer.heads.dim, index))
+        if site is not None and site.heads is not None:
+            rotate_value_output(block, site, Hadamard.of(site.heads.dim, index))
 
 
 def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
@@ -147,7 +146,7 @@ def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
     rotatable = takes_rotation([graph for _, graph in wiring])
     for block, graph in wiring:
         for site in graph.sites:
-            online = site.reads == "inner" or (site.reads == "stream" and not rotatable)
+            online = site.reads == "mlp" or (site.reads == "residual" and not rotatable)
             if online and site.readers:
                 rotation = Hadamard.of(site.readers[0].view(block).shape[1], 7)
                 for reader in site.readers:

@@ -62,7 +62,7 @@ class FoundSite:
 
     modules: list[str]
     floats: list[str] = field(default_factory=list)
-    reads: str = "inner"
+    reads: str = "mlp"
     producer: str = "None"
     experts: str | None = None
 
@@ -235,13 +235,13 @@ class BlockExperiments:
             if norm is not None and own_weight(norm.module).dim() == 1:
                 self._behind_norm(site, norm, silent)
             elif _same(silent[self._first(site)], self.hidden):
-                site.reads = "stream"
+                site.reads = "residual"
             elif site.experts is None:
                 self._producer(site, [call.name for call in readers])
         self.writes_stream = all(
             self._writes(name)
             for site in self.sites
-            if site.reads != "stream"
+            if site.reads != "residual"
             for name in site.modules
         ) and all(self._writes(name) for name in self._routed_downs())
         if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
@@ -297,7 +297,7 @@ class BlockExperiments:
         if not self._is_read(site) and (not self._uncalled or self._absorbs(site, norm, facts)):
             site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
         if _same(silent[norm.name], self.hidden):
-            site.reads = "stream"
+            site.reads = "residual"
             self.stream_norms.append(facts)
 
     def _absorbs(self, site: FoundSite, norm: Call, facts: NormFacts) -> bool:
@@ -340,11 +340,11 @@ class BlockExperiments:
                 if self._follows(module, name, rows, heads):
                     mixes = self._mixes(name, module)
                     if mixes == (heads is not None):
-                        site.producer, site.reads = producer, "values" if mixes else "inner"
+                        site.producer, site.reads = producer, "attention" if mixes else "mlp"
                         return
         # Without a producer: a reader that an earlier matrix reaches token by token is in an MLP.
         alone = any(self._mixes(name, module) is False for name in earlier)
-        site.reads = "inner" if alone else "values"
+        site.reads = "mlp" if alone else "attention"
 
     def _is_linear(self, name: str) -> bool:
         return name in self._linears()
@@ -488,7 +488,7 @@ class BlockExperiments:
             lines.append(f"{variable} = Site(\n{arguments}    )")
             variables = [variable] + (["*downs"] if site.experts is not None else [])
             names += variables
-            written += variables[1:] if site.reads == "stream" else variables
+            written += variables[1:] if site.reads == "residual" else variables
         residual = f"writers({', '.join(written)})" if rotatable else "()"
         lines.append(f"return BlockGraph(({', '.join(names)}), residual_writers={residual})")
         return "".join(f"    {line}\n" for line in lines)

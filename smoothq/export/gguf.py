@@ -243,7 +243,7 @@ class _Names:
             )
         self._map = gguf.get_tensor_name_map(self.family.arch, config.num_hidden_layers)
 
-    def of(self, tensor: str) -> str:
+    def renamed(self, tensor: str) -> str:
         """llama.cpp's name of a tensor. Raises UnsupportedModelError if it has none."""
         name = self._map.get_name(tensor, try_suffixes=(".weight", ".bias"))
         owner, _, kind = (name or "").rpartition(".")
@@ -271,15 +271,15 @@ def _infos(folded: ExportReader, names: _Names) -> Iterator[_Info]:
     for name, spec in folded.specs.items():
         kind, shape = _kind(name, spec), (spec.out_features, spec.in_features)
         nbytes = spec.elements // BLOCK * block_bytes(kind)
-        yield _Info(names.of(f"{name}.weight"), shape, kind, nbytes)
+        yield _Info(names.renamed(f"{name}.weight"), shape, kind, nbytes)
         if getattr(folded.model.get_submodule(name), "bias", None) is not None:
-            bias = names.of(f"{name}.bias")
+            bias = names.renamed(f"{name}.bias")
             yield _Info(bias, shape[:1], GGMLQuantizationType.F32, 4 * shape[0])
     for tensor in folded.floats():
         vector = len(tensor.shape) == 1
         kind = GGMLQuantizationType.F32 if vector else FLOATS[folded.plan.stored_dtype]
         nbytes = 4 * tensor.shape[0] if vector else tensor.nbytes
-        yield _Info(names.of(tensor.name), tensor.shape, kind, nbytes)
+        yield _Info(names.renamed(tensor.name), tensor.shape, kind, nbytes)
     factors = _rope_factors(folded)
     if factors is not None:
         yield _Info(ROPE_FREQS, tuple(factors.shape), GGMLQuantizationType.F32, factors.nbytes)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..architectures.graph import is_tied
 from ..checkpoint.source import (
     CheckpointSource,
     load_module,
@@ -101,7 +100,7 @@ class ExportReader:
         self.source.adopt(self.model)
         self.plan = quantization.plan_for(self.model)
         refuse_blockers(self.model, self.plan, self.name, form)
-        self.unties = self.plan.residual_rotation is not None and is_tied(self.model)
+        self.unties = self.plan.residual_rotation is not None and self.plan.wiring.tied
 
     @property
     def extras(self) -> list[str]:
@@ -120,8 +119,8 @@ class ExportReader:
         """Bytes of the head that untying adds; 0 without untying."""
         if not self.unties:
             return 0
-        embedding = self.model.get_submodule(self.plan.parts.embedding).get_parameter("weight")
-        return embedding.numel() * self.plan.stored_dtype.itemsize
+        embedding = self.plan.wiring.tensors[f"{self.plan.parts.embedding}.weight"]
+        return embedding.elements * self.plan.stored_dtype.itemsize
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -145,11 +144,11 @@ class ExportReader:
 
     def linears(self, progress: Progress | None = None) -> Iterator[FoldedLinear]:
         """The quantized linears, one by one. progress: called at each block."""
-        before = None
-        for index, name, spec, site_input, scale in self._linears():
-            if progress is not None and index != before:
-                progress(index, len(self.plan.blocks), "export")
-            before = index
+        blocks: set[str] = set()
+        for block, name, spec, site_input, scale in self._linears():
+            if progress is not None and block not in blocks:
+                progress(len(blocks), len(self.plan.blocks), "export")
+            blocks.add(block)
             codes = unpack(self._read(f"{name}.weight"), spec.in_features, spec.grid.bits)
             multiplier = self._read(f"{name}.weight_multiplier") if spec.grid.multiplier else None
             zero = None if spec.grid.symmetric else self._read(f"{name}.weight_zero_point")
@@ -189,14 +188,13 @@ class ExportReader:
             elif name not in left_out and not name.startswith(tuple(taken)):
                 yield self._whole(name, self._read(name))
 
-    def _linears(self) -> Iterator[tuple[int, str, WeightSpec, InputSpec, str | None]]:
+    def _linears(self) -> Iterator[tuple[str, str, WeightSpec, InputSpec, str | None]]:
         """(block, full name, weight spec, input spec, name of a static input's scale or None)."""
-        for index, _, site in self.plan.sites():
-            prefix = self.plan.block_name(index)
+        for block, site in self.plan.named_sites():
             static = site.input.mode == "static"
-            scale = f"{prefix}.{site.input_name}.scale" if static else None
+            scale = f"{block}.{site.input_name}.scale" if static else None
             for module, spec in site.modules.items():
-                yield index, f"{prefix}.{module}", spec, site.input, scale
+                yield block, f"{block}.{module}", spec, site.input, scale
 
     def _whole(self, name: str, tensor: Tensor) -> FoldedFloat:
         cast = tensor.to(self.plan.stored_dtype) if tensor.is_floating_point() else tensor
@@ -204,10 +202,9 @@ class ExportReader:
 
     def _by_rows(self, module: str, fold: Callable[[Tensor], None]) -> FoldedFloat:
         """Embedding or head, folded in chunks of rows; a tied head is read from the embedding."""
-        parts = self.plan.parts
-        read = parts.embedding if module == parts.head and is_tied(self.model) else module
-        shape = tuple(self.model.get_submodule(read).get_parameter("weight").shape)
-        dtype = self.plan.stored_dtype
+        parts, wiring, dtype = self.plan.parts, self.plan.wiring, self.plan.stored_dtype
+        read = parts.embedding if module == parts.head and wiring.tied else module
+        shape = wiring.tensors[f"{read}.weight"].shape
         rows = (chunk.to(dtype) for chunk in float_rows(self.source, self.model, read, fold))
         return FoldedFloat(f"{module}.weight", rows, shape, shape[0] * shape[1] * dtype.itemsize)
 

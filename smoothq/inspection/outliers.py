@@ -24,6 +24,7 @@ from ..data.tokens import micro_batches
 from ..errors import RecipeError
 from ..kernels.reference import group_multipliers
 from ..modules import InputQuantizer, SequenceContext
+from ..moved import also_named
 from ..pipeline.block_tuning import relative
 from ..pipeline.ends import Block, embed_tokens, load_block
 from ..pipeline.hidden_states import HiddenStates
@@ -146,8 +147,8 @@ class Inspection:
         """The site with the highest peak."""
         return max(self.sites, key=lambda site: site.peak)
 
-    def of(self, block: int, site: str | None) -> SiteReport:
-        """Look up a site.
+    def site(self, block: int, site: str | None) -> SiteReport:
+        """The report of a site.
 
         Args:
             block: index of the block.
@@ -161,6 +162,8 @@ class Inspection:
             names = ", ".join(dict.fromkeys(report.site for report in self.sites))
             raise RecipeError(f"block {block} has no site '{site}'; sites are {names}")
         return max(candidates, key=lambda site: site.peak)
+
+    of = also_named("of", site)
 
 
 @torch.no_grad()
@@ -303,7 +306,7 @@ def _profile(block: Block, plan: SitePlan, token_groups: dict[tuple[str, ...], T
 def _as_quantized(quantizer: InputQuantizer, x: Tensor) -> Tensor:
     """An input, float32 (tokens, K), as the quantizer rounds it: rotated, runtime-smoothed."""
     x, spec = quantizer.rotate(x), quantizer.spec
-    if spec.mode != "groups":
+    if spec.mode != "smooth_token":
         return x
     groups = x.unflatten(-1, (-1, spec.group_size))
     multiplier, _ = group_multipliers(groups, spec.bits, spec.clip)

@@ -177,14 +177,13 @@ def measure(
             divergence, ratio = floats.losses(index, site)
             same = rich_site == site
             rich_divergence = divergence if same else floats.losses(index, rich_site)[0]
-            specs = site.modules.values()
             unit = SiteSensitivity(
                 block=index,
                 site=site.site.name,
-                modules=tuple(f"{plan.block_name(index)}.{name}" for name in site.modules),
-                elements=sum(spec.elements for spec in specs),
-                bits=sum(spec.stored_bits for spec in specs),
-                rich_bits=sum(spec.stored_bits for spec in rich_site.modules.values()),
+                modules=tuple(f"{plan.parts.block_name(index)}.{name}" for name in site.modules),
+                elements=site.elements,
+                bits=site.stored_bits,
+                rich_bits=rich_site.stored_bits,
                 divergence=divergence,
                 rich_divergence=rich_divergence,
                 perplexity_ratio=ratio,

@@ -69,7 +69,7 @@ def skeleton(
         model = empty_model(config)
     quantizer = SmoothqHfQuantizer(SmoothqConfig(**quantization), pre_quantized=True)
     quantizer.preprocess_model(model)
-    refuse_in_plugin(model, quantizer.plan)
+    refuse_in_plugin(quantizer.plan)
     return model, quantizer.plan
 
 

@@ -20,22 +20,24 @@ from ..kernels import QuantizedInput
 from ..transforms.hadamard import Hadamard
 from .online_rotation import OnlineRotation
 
-Mode = Literal["float", "token", "tensor", "static", "groups", "calibrated", "live"]
+Mode = Literal[
+    "float", "token", "tensor", "static", "smooth_token", "smooth_calibrated", "smooth_live"
+]
 """How a site's input is quantized.
 
-| mode         | shared scale                                      | computed                |
-|--------------|---------------------------------------------------|-------------------------|
-| `float`      | none, the input stays float                       | never                   |
-| `token`      | a token                                           | at run time             |
-| `tensor`     | the tensor, all its tokens                        | at run time             |
-| `static`     | the site, all its inputs                          | by calibration          |
-| `groups`     | a token, times an integer a group of its channels | at run time             |
-| `calibrated` | a token, times an integer a channel of the site   | integers by calibration |
-| `live`       | a token, times a float a group of a sequence      | at run time             |
+| mode                | shared scale                                    | computed                |
+|---------------------|-------------------------------------------------|-------------------------|
+| `float`             | none, the input stays float                     | never                   |
+| `token`             | a token                                         | at run time             |
+| `tensor`            | the tensor, all its tokens                      | at run time             |
+| `static`            | the site, all its inputs                        | by calibration          |
+| `smooth_token`      | a token, times an integer a group of channels   | at run time             |
+| `smooth_calibrated` | a token, times an integer a channel of the site | integers by calibration |
+| `smooth_live`       | a token, times a float a group of a sequence    | at run time             |
 
-The last three are runtime smoothing (RRS, arXiv 2409.20361) in the recipe's scopes `token`,
-`calibrated` and `live`. In `live` a group is of channels with similar maxima over the sequence;
-groups of one channel have integers in place of floats.
+`smooth_` and a scope is runtime smoothing (RRS, arXiv 2409.20361) in that scope of the recipe. In
+`smooth_live` a group is of channels with similar maxima over the sequence; groups of one channel
+have integers in place of floats.
 """
 
 
@@ -48,8 +50,10 @@ class InputSpec:
         bits: width of a code.
         mode: as `Mode`.
         clip: scales cover this share of the maximum.
-        group_size: channels of a group in `groups` and `live`; 1 in `live` is one factor a channel.
-        normalise: in `live`, divide every token by its maximum before the factors are computed.
+        group_size: channels of a group in `smooth_token` and `smooth_live`; 1 in the latter is one
+            factor a channel.
+        normalise: in `smooth_live`, divide every token by its maximum before the factors are
+            computed.
         full_range: in `token`, signed scales: the value of largest magnitude gets the lowest code.
         rotation: what the input is multiplied by first, or None.
     """
@@ -66,18 +70,19 @@ class InputSpec:
     def scale_bits(self, tokens: int) -> float:
         """Bits of scales and multipliers a token, in a sequence of `tokens` tokens.
 
-        A float32 scale a token; in `groups` besides a multiplier and its sign a group; in `live`
-        a float32 factor (with groups of one channel a multiplier) a group and sequence.
+        A float32 scale a token; in `smooth_token` besides a multiplier and its sign a group; in
+        `smooth_live` a float32 factor (with groups of one channel a multiplier) a group and
+        sequence.
         """
         groups = self.width // self.group_size
         match self.mode:
             case "float" | "static":
                 return 0.0
-            case "token" | "calibrated":
+            case "token" | "smooth_calibrated":
                 return 32.0
             case "tensor":
                 return 32.0 / tokens
-            case "groups":
+            case "smooth_token":
                 largest: int = kernels.largest_group_multiplier(self.bits)
                 return 32.0 + (2 * largest - 1).bit_length() * groups
         bits = 32
@@ -87,13 +92,18 @@ class InputSpec:
 
     @property
     def blocked(self) -> bool:
-        """Whether codes come with a float scale a group of channels: `live` with groups above 1."""
-        return self.mode == "live" and self.group_size > 1
+        """Whether codes come with a float scale a group of channels."""
+        return self.mode == "smooth_live" and self.group_size > 1
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether the input is smoothed at run time."""
+        return self.mode.startswith("smooth_")
 
     @property
     def fused(self) -> bool:
         """Whether rotation and quantizer run as one operator, `hadamard_quantize`."""
-        return self.rotation is not None and self.mode in ("token", "groups")
+        return self.rotation is not None and self.mode in ("token", "smooth_token")
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that quantize an input, in order."""
@@ -102,9 +112,9 @@ class InputSpec:
             "token": ("quantize_per_token",),
             "tensor": ("quantize_per_tensor",),
             "static": ("static_quantize",),
-            "calibrated": ("quantize_smoothed",),
-            "groups": ("quantize_token_groups",),
-            "live": ("runtime_smooth_quantize",),
+            "smooth_calibrated": ("quantize_smoothed",),
+            "smooth_token": ("quantize_token_groups",),
+            "smooth_live": ("runtime_smooth_quantize",),
         }[self.mode]
         if self.fused:
             return ("hadamard_quantize",)
@@ -112,7 +122,7 @@ class InputSpec:
 
 
 class SequenceContext:
-    """The padding mask of the current forward, which quantizers in mode `live` need.
+    """The padding mask of the current forward, which quantizers in mode `smooth_live` need.
 
     mask: bool (batch, tokens), False at padding, or None.
     """
@@ -149,7 +159,7 @@ class InputQuantizer(nn.Module):
     """Rotates, smooths and quantizes a site's input, float (..., K).
 
     Persistent buffers: `scale`, float32 (), in mode `static`; `multiplier`, int8 (K,), in mode
-    `calibrated`.
+    `smooth_calibrated`.
     """
 
     scale: Tensor
@@ -162,13 +172,13 @@ class InputQuantizer(nn.Module):
             name: the site's, for messages.
             spec: its settings.
             readers: how many modules ask for each result.
-            context: the padding mask, for mode `live`.
+            context: the padding mask, for mode `smooth_live`.
         """
         super().__init__()
         self.name, self.spec, self.readers, self.context = name, spec, readers, context
         if spec.mode == "static":
             self.register_buffer("scale", torch.ones((), dtype=torch.float32, device="cpu"))
-        if spec.mode == "calibrated":
+        if spec.mode == "smooth_calibrated":
             ones = torch.ones(spec.width, dtype=torch.int8, device="cpu")
             self.register_buffer("multiplier", ones)
         self.rotation = None if spec.rotation is None else OnlineRotation(spec.rotation)
@@ -179,7 +189,7 @@ class InputQuantizer(nn.Module):
         if self.spec.mode == "static":
             largest = maxima.max() * self.spec.clip / kernels.highest_code(self.spec.bits)
             self.scale.copy_(largest if largest > 0 else torch.ones_like(largest))
-        elif self.spec.mode == "calibrated":
+        elif self.spec.mode == "smooth_calibrated":
             self.multiplier.copy_(kernels.channel_multipliers(maxima, self.spec.bits))
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -210,7 +220,7 @@ class InputQuantizer(nn.Module):
         spec = self.spec
         if spec.fused:
             assert self.rotation is not None
-            group_size = spec.group_size if spec.mode == "groups" else None
+            group_size = spec.group_size if spec.mode == "smooth_token" else None
             return self.rotation.quantize(x, spec.bits, group_size, spec.clip, spec.full_range)
         x = self.rotate(x)
         match spec.mode:
@@ -222,9 +232,9 @@ class InputQuantizer(nn.Module):
                 return kernels.quantize_per_tensor(x, spec.bits, spec.clip)
             case "static":
                 return kernels.static_quantize(x, self.scale, spec.bits)
-            case "calibrated":
+            case "smooth_calibrated":
                 return kernels.quantize_smoothed(x, self.multiplier, spec.bits, spec.clip)
-            case "groups":
+            case "smooth_token":
                 return kernels.quantize_token_groups(x, spec.bits, spec.group_size, spec.clip)
         if x.dim() != 3:
             raise SmoothqError(

@@ -84,7 +84,7 @@ class OnlineRotation(nn.Module):
         Args:
             x: float (..., K).
             bits: width of a code.
-            group_size: channels of a group in mode `groups`; None for mode `token`.
+            group_size: channels of a group in mode `smooth_token`; None for mode `token`.
             clip: scales cover this share of the maximum.
             full_range: in mode `token`, signed scales.
         """
@@ -121,7 +121,7 @@ def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
         parts: its parts.
         rotation: R of the residual stream.
     """
-    _rotate_input(model.get_submodule(parts.first_block), OnlineRotation(rotation))
+    _rotate_input(model.get_submodule(parts.block_name(0)), OnlineRotation(rotation))
     end = OnlineRotation(rotation, transposed=True)
     _rotate_input(model.get_submodule(parts.final_norm), end)
 

@@ -258,8 +258,9 @@ class QuantizedLinear(HoldsCodes):
         return product
 
     def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
-        """The product where groups of channels have float scales: of the input in mode `live`, or
-        of the weight.
+        """The product where groups of channels have float scales.
+
+        They are the input's in mode `smooth_live`, or the weight's.
         """
         live = x.block_scale is not None
         assert self._operand is not None

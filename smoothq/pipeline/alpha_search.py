@@ -44,7 +44,7 @@ def search_alpha(
         NumericsError: the error is NaN or Inf for every candidate.
     """
     spec = plan.input
-    if spec.mode not in ("float", "token", "groups"):
+    if spec.mode not in ("float", "token", "smooth_token"):
         spec = replace(spec, mode="token", group_size=1, normalise=False)
     site_input = InputQuantizer(plan.site.name, spec, 1, SequenceContext()).to(maxima.device)
     batches = [(stream.batch(number), share) for number, share in stream.turns()[0]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import all_finite, is_tied
+from ..architectures.graph import all_finite
 from ..architectures.linearize import linearize_block
 from ..checkpoint.source import Source, check_weight, load_module, skeleton, unload_module
 from ..errors import CalibrationError, CheckpointError, NumericsError
@@ -105,7 +105,7 @@ def load_block(
         index: the block's number.
         device: where to load the block.
     """
-    name, block_plan = plan.block_name(index), plan.blocks[index]
+    name, block_plan = plan.parts.block_name(index), plan.blocks[index]
     module = copy.deepcopy(model.get_submodule(name))
     load_module(module, name, source, WORKING_DTYPE)
     linearize_block(module)
@@ -210,11 +210,11 @@ class ModelTail:
         """
         self._model, self._plan, self._as_stored = skeleton(source), plan, as_stored
         model, parts = self._model, plan.parts
-        last = parts.embedding if is_tied(model) else parts.head
+        last = parts.embedding if plan.wiring.tied else parts.head
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last):
             if name is not None:
                 load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
-        if is_tied(model):
+        if plan.wiring.tied:
             head = model.get_submodule(parts.head)
             biases = [f"{parts.head}.{name}" for name in head.state_dict() if name != "weight"]
             for name, tensor in source.tensors(biases):  # only the weight is tied

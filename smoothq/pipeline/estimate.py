@@ -82,14 +82,13 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
         width = sites[0].input.width
         if sites[0].site is block.graph.value_output:
             forward += 4.0 * length * width
-        specs = [spec for site in sites for spec in site.modules.values()]
-        elements = sum(spec.elements for spec in specs)
+        elements = sum(site.elements for site in sites)
         token_groups = sum(len(site.site.token_groups) for site in sites)
         passed = min(1.0, ROUTED_EXPERTS / token_groups)
         if recipe.weights.rounding == "gptq":
             total += tokens * (forward + passed * token_groups * 2 * width**2)
             total += OPS_PER_FLOAT64_OP * (token_groups * 2 * width**3 + elements * width)
-        elif sites[0].input.mode in ("static", "calibrated"):
+        elif sites[0].input.mode in ("static", "smooth_calibrated"):
             total += tokens * forward
         forward += passed * 2.0 * elements
     total += tokens * forward * (1 + (recipe.smoothing is not None))
@@ -131,9 +130,7 @@ def estimate_resources(
     text, streams = recipe.calibration, 1 + (recipe.tuning is not None)
     if tokens is None:
         tokens = text.samples * text.sequence_length if recipe.calibrates else 0
-    sites = [site for _, _, site in plan.sites()]
-    readers = [site for site in sites if site.site.reads == "stream"]  # of the residual stream
-    width = max(site.input.width for site in readers or sites)
+    width = plan.wiring.config.hidden_size
     states = 4 * streams * tokens * width
     work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)
     limit = STATES_BYTES if max_memory is None else max_memory - work
@@ -165,7 +162,7 @@ def _working_bytes(block: BlockPlan, plan: Plan) -> int:
         for _, together in groupby(block.sites, key=lambda site: site.site.stage):
             sites = list(together)
             square = 8 * max(site.input.width for site in sites) ** 2
-            weights = sum(spec.elements for s in sites for spec in s.modules.values())
+            weights = sum(site.elements for site in sites)
             work = 6 * 8 * min(WORK_ELEMENTS, weights) + 9 * weights
             most = max(most, waiting + max(3 * square, square + work))
             waiting -= 2 * weights

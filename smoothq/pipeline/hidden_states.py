@@ -139,7 +139,7 @@ class HiddenStates:
         attribute = parts.layers.removeprefix(f"{parts.decoder}.")
         blocks = decoder.get_submodule(attribute)
         assert isinstance(blocks, nn.ModuleList)
-        returns_tuple = plan.family.returns_tuple
+        returns_tuple = plan.wiring.family.returns_tuple
         recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
         decoder.set_submodule(attribute, nn.ModuleList(recorders))
         store = _MicroBatchStore(directory)
@@ -259,7 +259,7 @@ class HiddenStates:
         Raises:
             NumericsError: the site's input is NaN or Inf.
         """
-        if site_input.spec.mode in ("static", "calibrated"):
+        if site_input.spec.mode in ("static", "smooth_calibrated"):
             observer = AbsMax(site_input.spec.width, normalise)
 
             def update(x: Tensor) -> None:

@@ -211,7 +211,7 @@ class RoundTrip:
         layers = model.get_submodule(self._plan.parts.layers)
         for index, block in enumerate(layers.children()):
             for key in list(block.state_dict()):
-                name = f"{self._plan.block_name(index)}.{key}"
+                name = f"{self._plan.parts.block_name(index)}.{key}"
                 tensor = read_tensor(files[name], name).to(self._world.device, copy=True)
                 owner, _, leaf = key.rpartition(".")
                 module = block.get_submodule(owner)

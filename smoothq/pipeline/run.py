@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures.graph import is_tied
 from ..architectures.positions import positions_of, within_positions
 from ..checkpoint.manifest import RunKey
 from ..checkpoint.source import Source, skeleton, unload_module
@@ -130,7 +129,7 @@ def quantize_checkpoint(
     world.broadcast_from(lambda: writer.check(disk, source.paths))
     output = SharedWriter(writer, world)
     identity = _identity(source, recipe, tokens)
-    config = _config_of(source, model, plan)
+    config = _config_of(source, plan)
     result = QuantizeResult(
         name=source.name,
         recipe=plan.recipe,
@@ -165,12 +164,12 @@ def quantize_checkpoint(
     return replace(result, seconds=seconds, peak_memory=peak_memory(), repeated=False)
 
 
-def _config_of(source: Source, model: PreTrainedModel, plan: Plan) -> PretrainedConfig:
+def _config_of(source: Source, plan: Plan) -> PretrainedConfig:
     """The output's config: the source's, with class, dtype and tying as they are stored."""
     config = copy.deepcopy(source.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [plan.wiring.model_class.__name__]
     config.dtype = plan.stored_dtype
-    if not is_tied(model):
+    if not plan.wiring.tied:
         for part in (config, config.get_text_config(decoder=True)):
             if getattr(part, "tie_word_embeddings", False):
                 part.tie_word_embeddings = False
@@ -382,7 +381,7 @@ def _round_local(
     if job.world.rank >= len(turn):
         return None
     token_group, name = turn[job.world.rank]
-    return _round(block, token_group, name, factors.of(token_group), job.plan.recipe)
+    return _round(block, token_group, name, factors.factor(token_group), job.plan.recipe)
 
 
 class _Factors:
@@ -393,7 +392,7 @@ class _Factors:
         self._block, self._moments, self._recipe = block, moments, recipe
         self._last: tuple[str, Factor | None] = ("", None)  # first module, factor
 
-    def of(self, token_group: _TokenGroup) -> Factor | None:
+    def factor(self, token_group: _TokenGroup) -> Factor | None:
         """The factor of a token group, or None if its matrices are to be rounded to nearest."""
         name = token_group.modules[0]
         if self._last[0] != name:
@@ -494,8 +493,7 @@ def _store_ends(job: _Job) -> None:
         elif name in source.specs or name in source.extras:
             chunks = stored_rows(source, name, name.rpartition(".")[0] in checked)
             cast = (rows.to("cpu", spec.dtype) for rows in chunks)
-            nbytes = nbytes_of({name: spec})
-            job.output.add_rows(name, cast, spec.shape, nbytes)
+            job.output.add_rows(name, cast, spec.shape, spec.nbytes)
         elif name.rpartition(".")[0] not in tables.values():
             job.output.add({name: job.model.get_buffer(name).to(spec.dtype)})
 

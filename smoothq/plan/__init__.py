@@ -2,4 +2,6 @@
 
 from ..moved import names_of
 
-__getattr__ = names_of(__name__, "plan.resolve", "plan.plan", "plan.install", "runtime.device")
+__getattr__ = names_of(
+    __name__, "plan.resolve", "plan.plan", "plan.wiring", "plan.install", "runtime.device"
+)

@@ -19,7 +19,7 @@ from ..errors import OutputError
 from ..modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear
 from .install import install
 from .plan import Plan
-from .resolve import stored_tensors
+from .wiring import stored_tensors
 
 Account = dict[str, Spec]  # full tensor name → shape and dtype
 
@@ -58,7 +58,7 @@ def codes_of(model: nn.Module) -> set[str]:
 
 def nbytes_of(account: Account) -> int:
     """Total bytes of the tensors of an account."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in account.values())
+    return sum(spec.nbytes for spec in account.values())
 
 
 def outside_blocks(account: Account, plan: Plan, source: Source) -> Account:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from transformers import PreTrainedModel
-
-from ..architectures import BlockGraph, Rows
 from ..architectures.attention_support import unquantizable_attention
-from ..architectures.graph import text_config
 from ..errors import RecipeError, UnsupportedModelError
 from ..modules import AttentionSpec, CacheFormat
-from ..recipe.recipe import FLOAT_BITS, KvCache, Recipe
+from ..recipe.recipe import KvCache, Recipe
 from ..transforms.hadamard import Hadamard
+from .wiring import Wiring
 
 AUTO_HEAD_GROUPS = (32, 16, 8)  # of a 4-bit KV cache
 
 
-def plan_attention(
-    model: PreTrainedModel, graphs: Sequence[BlockGraph], recipe: Recipe
-) -> AttentionSpec | None:
+def plan_attention(wiring: Wiring, recipe: Recipe) -> AttentionSpec | None:
     """How a model's attention and KV cache are quantized, or None if the recipe keeps them float.
 
     Args:
-        model: the float model; only its config and class are read.
-        graphs: the wiring of every block.
+        wiring: of the model.
         recipe: the recipe to resolve.
 
     Raises:
@@ -34,38 +26,21 @@ def plan_attention(
     """
     if not recipe.quantizes_attention:
         return None
-    config = text_config(model)
-    reason = unquantizable_attention(config, type(model))
-    if reason is None and any(graph.value_output is None for graph in graphs):
+    reason = unquantizable_attention(wiring.config, wiring.model_class)
+    if reason is None and any(graph.value_output is None for graph in wiring.graphs):
         reason = "its values do not reach the output projection unchanged"
     if reason is not None:
         raise UnsupportedModelError(
-            f"{config.model_type}: attention cannot be quantized: {reason}; leave kv_cache and "
-            "attention out of the recipe"
+            f"{wiring.config.model_type}: attention cannot be quantized: {reason}; leave kv_cache "
+            "and attention out of the recipe"
         )
     if recipe.kv_cache is None:
         return AttentionSpec(product=recipe.attention)
-    width, wanted = _head_width(graphs), recipe.kv_cache
+    width, wanted = wiring.head_dim, recipe.kv_cache
     rotated = wanted.bits == 4 if wanted.rotate_keys == "auto" else wanted.rotate_keys
     cache = CacheFormat(wanted.bits, _head_group(recipe, wanted, width), wanted.float_tokens)
     rotation = Hadamard.of(width, recipe.seed) if rotated else None
     return AttentionSpec(cache, recipe.attention, rotation)
-
-
-def cached_bits(attention: AttentionSpec | None, graphs: Sequence[BlockGraph]) -> float:
-    """Average bits per number in the KV cache, scales and offsets included; 16 if it is float."""
-    if attention is None or attention.cache is None:
-        return FLOAT_BITS
-    return attention.cache.stored_bits(_head_width(graphs))
-
-
-def _head_width(graphs: Sequence[BlockGraph]) -> int:
-    """The head dimension, from the shapes of the model's value projection."""
-    site = graphs[0].value_output
-    assert site is not None
-    assert isinstance(site.producer, Rows)
-    assert site.producer.heads is not None
-    return site.producer.heads.dim
 
 
 def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:

@@ -73,13 +73,12 @@ class SmoothqConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: the checkpoint's format lays the tensors of this plan out differently.
         """
-        from ..architectures.graph import is_tied
         from .resolve import make_plan
 
         self.check_format()
         plan = make_plan(model, self.parsed_recipe())
-        parts, tied = plan.parts, is_tied(model)
-        folded = not tied and parts.entry_norm is None and parts.folds_head(model)
+        parts = plan.parts
+        folded = not plan.wiring.tied and parts.entry_norm is None and parts.folds_head(model)
         moved = plan.residual_rotation is not None and (folded or parts.positions is not None)
         if self.format < FORMAT and moved:
             raise self._foreign()

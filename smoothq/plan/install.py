@@ -77,11 +77,9 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     The new modules are empty: a checkpoint is to be loaded into the model next.
     """
     context = SequenceContext()
-    layers = model.get_submodule(plan.parts.layers)
-    for index, block in enumerate(plan.blocks):
-        layer = layers.get_submodule(str(index))
+    for name, layer, block in plan.named_blocks(model):
         linearize_block(layer)
-        inputs = install_inputs(layer, block, context, plan.block_name(index))
+        inputs = install_inputs(layer, block, context, name)
         for site in block.sites:
             for module in site.modules:
                 install_linear(layer, module, site, inputs[site.site.name])
@@ -90,7 +88,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
             assert isinstance(kept, nn.Linear)
             kept.bias = nn.Parameter(kept.weight.data.new_empty(kept.out_features))
     install_ends(model, plan)
-    if any(site.input.mode == "live" for _, _, site in plan.sites()):
+    if any(site.input.mode == "smooth_live" for site in plan.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None:
         rotate_ends(model, plan.parts, plan.residual_rotation)
@@ -100,9 +98,8 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 def install_attention(model: PreTrainedModel, plan: Plan) -> None:
     """Quantize a model's attention and KV cache as planned, in place; no weight changes."""
     if plan.attention is not None:
-        layers = model.get_submodule(plan.parts.layers)
-        named = zip(layers.children(), plan.blocks, strict=True)
-        attentions = [layer.get_submodule(block.attention) for layer, block in named]
+        blocks = plan.named_blocks(model)
+        attentions = [layer.get_submodule(block.attention) for _, layer, block in blocks]
         quantize_attention(attentions, plan.attention, text_config(model))
 
 
@@ -147,14 +144,12 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
         plan: its plan.
         dtype: the dtype of the float weights.
     """
-    layers = model.get_submodule(plan.parts.layers)
     with torch.device("meta"):
-        stock = type(model)(model.config).get_submodule(plan.parts.layers)
-    for index, block_plan in enumerate(plan.blocks):
-        block = layers.get_submodule(str(index))
+        stock = type(model)(model.config)
+    for name, block, block_plan in plan.named_blocks(model):
         for site in block_plan.sites:
-            for name in site.modules:
-                block.set_submodule(name, _dense(block.get_submodule(name), torch.float32))
+            for module in site.modules:
+                block.set_submodule(module, _dense(block.get_submodule(module), torch.float32))
             parent, _, attribute = site.input_name.rpartition(".")
             site_input = block.get_submodule(site.input_name)
             assert isinstance(site_input, InputQuantizer)
@@ -165,7 +160,7 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
         if plan.attention is not None:
             attention = block.get_submodule(block_plan.attention)
             stop_quantizing_attention(attention, text_config(model))
-        restore_block(block, stock.get_submodule(str(index)))
+        restore_block(block, stock.get_submodule(name))
         block.to(dtype)
     stop_rotating(model)
     if plan.tables:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from torch import nn
 
-from ..architectures import (
-    BlockGraph,
-    Family,
-    Parts,
-    Site,
-)
-from ..architectures.graph import (
-    norm_offset,
-)
-from ..modules import (
-    AttentionSpec,
-    InputSpec,
-    WeightSpec,
-)
+from ..architectures import BlockGraph, Parts, Site
+from ..architectures.graph import norm_offset
+from ..checkpoint.source import Spec
+from ..modules import AttentionSpec, InputSpec, WeightSpec
 from ..recipe.recipe import FLOAT_BITS, Recipe
 from ..transforms.hadamard import Hadamard
+from .wiring import Wiring
+
+PREFILL_TOKENS = 2048  # length of the sequence among whose tokens shared scales are divided
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,16 @@ class SitePlan:
     input: InputSpec
     modules: dict[str, WeightSpec]
     adds_bias: bool
+
+    @property
+    def elements(self) -> int:
+        """The number of quantized weights."""
+        return sum(spec.elements for spec in self.modules.values())
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the quantized weights as stored, with their scales."""
+        return sum(spec.stored_bits for spec in self.modules.values())
 
     @property
     def input_name(self) -> str:
@@ -67,6 +72,7 @@ class BlockPlan:
         kept_width: total input width of the sites whose linears are all kept in float.
         new_biases: float linears, such as routers, that gain a bias because the bias of the norm
             before them is folded into them.
+        bias_elements: elements of the biases that linears gain, quantized ones included.
     """
 
     graph: BlockGraph
@@ -76,6 +82,7 @@ class BlockPlan:
     kept_elements: int
     kept_width: int
     new_biases: tuple[str, ...]
+    bias_elements: int
 
     @property
     def attention(self) -> str:
@@ -113,56 +120,54 @@ class Plan:
     Attributes:
         recipe: the recipe as given; linears whose weights the model's code reads directly are
             added to its `keep`.
-        family: the model's architecture.
-        parts: the full names of the model's decoder, layers, embedding, head and norms.
+        wiring: what is known of the model before any recipe.
         blocks: the plan of every decoder block, in order.
         residual_rotation: the rotation of the residual stream (R1), or None. It is folded into the
             weights of the blocks and applied online at the two ends: to the input of the first
             block, and inverted before the final norm. Weights outside the blocks are unchanged.
         attention: how attention and the KV cache are quantized in every block, or None for float.
-        bits: average bits per weight, activation and cached number.
         notes: messages for the user, one line each.
-        stored_dtype: the recipe's dtype; for "auto" the dtype of most of the model's floats. It is
-            also the dtype of float tensors that the source does not have.
-        float_elements: how many numbers of the checkpoint stay in float.
-        float_bytes: their bytes; for the dtype "auto" each tensor counts in its source's dtype.
-        tables: (rows, columns) of each matrix stored in 8 bits with one scale per row: the
-            embedding, and the head if it is not tied. Empty if they stay in float.
     """
 
     recipe: Recipe
-    family: Family
-    parts: Parts
+    wiring: Wiring
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
     attention: AttentionSpec | None
-    bits: Bits
-    notes: tuple[str, ...]
-    stored_dtype: torch.dtype
-    float_elements: int
-    float_bytes: int
-    tables: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()
 
-    def block_name(self, index: int) -> str:
-        """The full name of a decoder block, such as `model.layers.0`."""
-        return f"{self.parts.layers}.{index}"
+    @property
+    def parts(self) -> Parts:
+        """The full names of the model's decoder, layers, embedding, head and norms."""
+        return self.wiring.parts
 
-    def sites(self) -> Iterator[tuple[int, BlockPlan, SitePlan]]:
-        """Yield (block index, its plan, site) for every site of the model, block by block."""
+    def named_blocks(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan]]:
+        """Yield (full name, module in `model`, plan) for every decoder block."""
+        for index, block in enumerate(self.blocks):
+            name = self.parts.block_name(index)
+            yield name, model.get_submodule(name), block
+
+    @cached_property
+    def sites(self) -> tuple[SitePlan, ...]:
+        """All sites of the model, block by block."""
+        return tuple(site for block in self.blocks for site in block.sites)
+
+    def named_sites(self) -> Iterator[tuple[str, SitePlan]]:
+        """Yield (full name of its block, site) for every site of the model, block by block."""
         for index, block in enumerate(self.blocks):
             for site in block.sites:
-                yield index, block, site
+                yield self.parts.block_name(index), site
 
     def linears(self) -> Iterator[tuple[str, WeightSpec, InputSpec]]:
         """Yield (full name, weight, input) for every quantized linear, block by block."""
-        for index, _, site in self.sites():
+        for block, site in self.named_sites():
             for module, spec in site.modules.items():
-                yield f"{self.block_name(index)}.{module}", spec, site.input
+                yield f"{block}.{module}", spec, site.input
 
     @property
     def online_rotations(self) -> list[Hadamard]:
         """The distinct rotations that are applied while the model runs."""
-        rotations = [*site_rotations(self.blocks), self.residual_rotation]
+        rotations = [*(site.input.rotation for site in self.sites), self.residual_rotation]
         if self.attention is not None:
             rotations.append(self.attention.rotation)
         return list(dict.fromkeys(rotation for rotation in rotations if rotation is not None))
@@ -170,12 +175,67 @@ class Plan:
     @property
     def norm_offset(self) -> float:
         """The constant that the model's norms add to their weight, such as 1 in Gemma."""
-        return norm_offset(block.graph for block in self.blocks)
+        return norm_offset(self.wiring.graphs)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The recipe's dtype; for `auto` the dtype of most of the model's floats.
+
+        It is also the dtype of float tensors that the source does not have.
+        """
+        dtype = self.recipe.dtype
+        return self.wiring.dtype if dtype == "auto" else getattr(torch, dtype)
+
+    @property
+    def tables(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each matrix stored in 8 bits with one scale per row.
+
+        They are the embedding, and the head if it is not tied. Empty if they stay in float.
+        """
+        names = (self.parts.embedding, self.parts.head)
+        if self.recipe.embeddings == FLOAT_BITS or any(map(self.recipe.keeps, names)):
+            return ()
+        specs = (self.wiring.tensors[f"{name}.weight"] for name in names[: 2 - self.wiring.tied])
+        return tuple((spec.shape[0], spec.shape[1]) for spec in specs)
+
+    @cached_property
+    def bits(self) -> Bits:
+        """Average bits per weight, activation and cached number."""
+        inputs = [site.input for site in self.sites]
+        kept = sum(block.kept_elements for block in self.blocks)
+        kept_width = sum(block.kept_width for block in self.blocks)
+        stored = sum(site.stored_bits for site in self.sites)
+        stored += 8 * self.stored_dtype.itemsize * kept
+        width = sum(spec.width for spec in inputs) + kept_width
+
+        def activation(tokens: int) -> float:
+            bits = sum(spec.bits * spec.width + spec.scale_bits(tokens) for spec in inputs)
+            return (bits + FLOAT_BITS * kept_width) / width
+
+        weight = stored / (self._quantized_elements + kept)
+        cache = None if self.attention is None else self.attention.cache
+        cached = FLOAT_BITS if cache is None else cache.stored_bits(self.wiring.head_dim)
+        return Bits(weight, activation(PREFILL_TOKENS), activation(1), cached)
+
+    @property
+    def float_elements(self) -> int:
+        """How many numbers of the checkpoint stay in float."""
+        kept = sum(spec.elements for spec in self._uncoded.values()) - self._quantized_elements
+        return kept + self._bias_elements
+
+    @property
+    def float_bytes(self) -> int:
+        """Their bytes; for the dtype `auto` each tensor counts in its source's dtype."""
+        if self.recipe.dtype != "auto":
+            return self.float_elements * self.stored_dtype.itemsize
+        nbytes = sum(spec.nbytes for spec in self._uncoded.values())
+        nbytes -= sum(block.unquantized_bytes for block in self.blocks)
+        return nbytes + self._bias_elements * self.stored_dtype.itemsize
 
     @property
     def linear_bytes(self) -> int:
         """Bytes of all quantized weights with their scales."""
-        return sum(spec.stored_bits for _, spec, _ in self.linears()) // 8
+        return sum(site.stored_bits for site in self.sites) // 8
 
     @property
     def total_bytes(self) -> int:
@@ -183,12 +243,17 @@ class Plan:
         tables = sum(rows * (columns + 2) for rows, columns in self.tables)
         return self.linear_bytes + tables + self.float_bytes
 
+    @property
+    def _uncoded(self) -> dict[str, Spec]:
+        """The model's tensors without those in `tables`."""
+        names = (self.parts.embedding, self.parts.head) if self.tables else ()
+        coded = {f"{name}.weight" for name in names}
+        return {name: spec for name, spec in self.wiring.tensors.items() if name not in coded}
 
-def site_rotations(blocks: tuple[BlockPlan, ...]) -> list[Hadamard | None]:
-    """The online rotation of every site's input, None for a site without one."""
-    return [site.input.rotation for block in blocks for site in block.sites]
+    @property
+    def _quantized_elements(self) -> int:
+        return sum(site.elements for site in self.sites)
 
-
-def weight_specs(blocks: tuple[BlockPlan, ...]) -> list[WeightSpec]:
-    """Shape and number format of every quantized weight of some blocks, in order."""
-    return [spec for block in blocks for spec in block.weight_specs]
+    @property
+    def _bias_elements(self) -> int:
+        return sum(block.bias_elements for block in self.blocks)

@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import text_config
 from ..errors import RecipeError, UnsupportedModelError
 from ..kernels import highest_code
 from ..modules import InputSpec
 from ..recipe.recipe import FLOAT_BITS, Recipe
 from .plan import Plan, SitePlan
-from .resolve import make_plan
+from .resolve import resolve
+from .wiring import Wiring
 
 # Families that smoothq's vLLM plugin serves: vLLM's modules have the checkpoint's names, the final
 # norm is an RMSNorm without bias, and the outputs were compared with those of transformers.
@@ -61,9 +61,7 @@ def export_blockers(model: PreTrainedModel, plan: Plan) -> list[ExportBlocker]:
         plan: its plan.
     """
     blockers: dict[str, tuple[ExportBlocker, list[str]]] = {}  # by reason, with the stages
-    layers = model.get_submodule(plan.parts.layers)
-    for index, block in enumerate(plan.blocks):
-        layer = layers.get_submodule(str(index))
+    for _, layer, block in plan.named_blocks(model):
         for site in block.sites:
             for blocker in _of_site(layer, site):
                 _, stages = blockers.setdefault(blocker.what, (blocker, []))
@@ -104,9 +102,9 @@ def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tup
 
     Returns: the edited recipe, and one line for each changed field.
     """
-    edits: dict[str, Any] = {}
+    wiring, edits = Wiring.of(model), dict[str, Any]()
     while True:
-        blockers = export_blockers(model, make_plan(model, recipe.edit(**edits)))
+        blockers = export_blockers(model, resolve(wiring, recipe.edit(**edits)))
         more = {path: value for blocker in blockers for path, value in blocker.edit.items()}
         if more.items() <= edits.items():
             return recipe.edit(**edits), tuple(
@@ -115,20 +113,20 @@ def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tup
         edits |= more
 
 
-def refuse_in_plugin(model: PreTrainedModel, plan: Plan) -> None:
+def refuse_in_plugin(plan: Plan) -> None:
     """Refuse a plan that smoothq's plugin for vLLM cannot serve.
 
     Raises:
         UnsupportedModelError: the plugin does not serve the model's family.
         RecipeError: the recipe has scales over several tokens, or quantizes attention.
     """
-    family = text_config(model).model_type
+    family = plan.wiring.config.model_type
     if family not in PLUGIN_FAMILIES:
         raise UnsupportedModelError(
             f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
             "checkpoint in transformers"
         )
-    if any(site.input.mode in ("live", "tensor") for _, _, site in plan.sites()):
+    if any(site.input.mode in ("smooth_live", "tensor") for site in plan.sites):
         raise RecipeError(
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
             "forward's tokens; use runtime_smoothing.scope=token, or one scale a token"
@@ -152,7 +150,7 @@ _BIAS = ExportBlocker(
     "the norm before it hands it a bias that the model's own class has no place for",
     {"rotation__residual": False},
 )
-_ROTATION = {"stream": "residual", "values": "value_output", "inner": "down"}
+_ROTATION = {"residual": "residual", "attention": "value_output", "mlp": "down"}
 
 
 def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
@@ -186,7 +184,7 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
 
 
 def _of_input(spec: InputSpec) -> Iterator[ExportBlocker]:
-    if spec.mode in ("groups", "calibrated", "live"):
+    if spec.smoothed:
         yield ExportBlocker(
             "its input is smoothed while the model runs", {"runtime_smoothing": None}
         )
@@ -220,7 +218,7 @@ def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[ExportBlocker]:
         yield ExportBlocker("keys, values or their products are quantized by our attention", edit)
     if plan.tables:
         yield ExportBlocker("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
-    if plan.residual_rotation is not None and not plan.family.folds_offline(model):
+    if plan.residual_rotation is not None and not plan.wiring.family.folds_offline(model):
         what = "the residual stream is rotated at its ends while the model runs"
         yield ExportBlocker(what, {"rotation__residual": False})
 

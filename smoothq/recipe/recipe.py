@@ -6,15 +6,16 @@ into the output's `config.json`. Nothing downstream reads flags.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RecipeError, first_line
+from ..moved import also_named
 
 Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
 Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
@@ -349,6 +350,11 @@ class Recipe(_Section):
         return self.kv_cache is not None or self.attention != "float"
 
     @property
+    def rotates(self) -> Rotation:
+        """`rotation`, with every field False where the recipe has none."""
+        return self.rotation or Rotation(residual=False, value_output=False, down=False)
+
+    @property
     def calibrates(self) -> bool:
         """Whether the recipe looks at calibration text at all."""
         return (
@@ -376,7 +382,7 @@ class Recipe(_Section):
             return False
         return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
 
-    def of(self, module: str) -> Recipe:
+    def for_module(self, module: str) -> Recipe:
         """The recipe of one linear, by its full name: this one, or the first override that matches.
 
         Raises RecipeError where an override's sections do not go together.
@@ -392,6 +398,8 @@ class Recipe(_Section):
             values["activations"] = override.activations.model_dump()
             values["runtime_smoothing"] = smooth and smooth.model_dump()
         return self.edit(**values)
+
+    of: ClassVar[Callable[[Recipe, str], Recipe]] = also_named("of", for_module)
 
     def override(self, module: str) -> Override | None:
         """The first override that matches a linear, by its full name."""

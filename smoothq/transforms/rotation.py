@@ -83,7 +83,7 @@ def rotate_residual(
         inverse: use Rᵀ for R, which undoes the rotation.
     """
     for site in graph.sites:
-        if site.reads == "stream":
+        if site.reads == "residual":
             for reader in site.all_readers:
                 rotate_input(reader.view(block), rotation, inverse)
     for writer in graph.residual_writers:

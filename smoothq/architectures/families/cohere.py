@@ -15,7 +15,7 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     norm = Norm("input_layernorm.weight")
     qkv, o = separate_attention(config, norm)
     gate_up, down = gated_mlp(norm)
-    both = Site("qkv_gate_up", "stream", qkv.readers + gate_up.readers, norm)
+    both = Site("qkv_gate_up", "residual", qkv.readers + gate_up.readers, norm)
     return BlockGraph((both, o, down), writers(o, down))
 
 

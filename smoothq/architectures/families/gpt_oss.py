@@ -23,7 +23,7 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     qkv, o = separate_attention(config, Norm("input_layernorm.weight"))
     readers, downs = experts("mlp.experts", config.num_local_experts, None)
     norm = Norm("post_attention_layernorm.weight")
-    gate_up = Site("gate_up", "stream", readers, norm, weights("mlp.router"))
+    gate_up = Site("gate_up", "residual", readers, norm, weights("mlp.router"))
     return BlockGraph((qkv, o, gate_up, *downs), writers(o, *downs))
 
 

@@ -22,7 +22,7 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
         "mlp.experts", config.num_local_experts, slice(config.intermediate_size, None)
     )
     norm = Norm("post_attention_layernorm.weight")
-    gate_up = Site("gate_up", "stream", readers, norm, weights("mlp.gate"))
+    gate_up = Site("gate_up", "residual", readers, norm, weights("mlp.gate"))
     return BlockGraph((qkv, o, gate_up, *downs), writers(o, *downs))
 
 

@@ -30,12 +30,12 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     )
     router = weights("mlp.gate")
     if config.model_type == "qwen3_moe":
-        routers_input = Site("gate_up", "stream", routed, norm, router)
+        routers_input = Site("gate_up", "residual", routed, norm, router)
         return BlockGraph((qkv, o, routers_input, *downs), writers(o, *downs))
     gate, up, shared = weights(*(f"mlp.shared_expert.{m}_proj" for m in ("gate", "up", "down")))
     floats = router + weights("mlp.shared_expert_gate")
-    both = Site("gate_up", "stream", (gate, up, *routed), norm, floats)
-    downs = (Site("down", "inner", (shared,), Rows((up,))), *downs)
+    both = Site("gate_up", "residual", (gate, up, *routed), norm, floats)
+    downs = (Site("down", "mlp", (shared,), Rows((up,))), *downs)
     return BlockGraph((qkv, o, both, *downs), writers(o, *downs))
 
 

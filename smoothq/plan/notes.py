@@ -1,0 +1,68 @@
+"""Messages for the user on what a recipe comes to for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .plan import Plan
+
+
+def notes_on(plan: Plan, read: Sequence[str]) -> tuple[str, ...]:
+    """What the user should know of a plan, one line each.
+
+    Args:
+        plan: the plan.
+        read: the linears that stay in float as the model's code reads their weights.
+    """
+    notes = [*_fallbacks(plan), *_chosen_groups(plan), *_limits(plan)]
+    if read:
+        notes.append(
+            f"{len(read)} linears stay in float, as the model's code reads their weights: "
+            f"{read[0]}{', …' if len(read) > 1 else ''}"
+        )
+    return tuple(dict.fromkeys(notes))
+
+
+def _fallbacks(plan: Plan) -> Iterator[str]:
+    """Yield where no Hadamard matrix of the width is known."""
+    keys = None if plan.attention is None else plan.attention.rotation
+    online = [site.input.rotation for site in plan.sites]
+    for rotation in (plan.residual_rotation, keys, *online):
+        if rotation is not None and rotation.fallback is not None:
+            yield rotation.fallback
+
+
+def _chosen_groups(plan: Plan) -> Iterator[str]:
+    """Yield the group sizes that the recipe's `auto` came to."""
+    weights, smooth = plan.recipe.weights, plan.recipe.runtime_smoothing
+    chosen = []
+    if weights.granularity == "group" and weights.group_size == "auto":
+        specs = (spec for _, spec, _ in plan.linears())
+        chosen += [("weight", spec.grid.group_size, spec.in_features) for spec in specs]
+    if smooth is not None and smooth.group_size == "auto" and smooth.scope != "calibrated":
+        inputs = (site.input for site in plan.sites)
+        chosen += [("activation", spec.group_size, spec.width) for spec in inputs]
+    for kind, size, width in chosen:
+        yield f"{kind} groups chosen by 'auto': {size} of {width} channels"
+
+
+def _limits(plan: Plan) -> Iterator[str]:
+    """Yield what the recipe asks for and the model's wiring does not allow, or only in part."""
+    if plan.recipe.rotates.residual and not plan.wiring.rotatable:
+        yield (
+            "norms stand between the blocks' outputs and the residual stream: it cannot be "
+            "rotated offline, so each of its readers' inputs is rotated while the model runs"
+        )
+    if plan.recipe.smoothing is None:
+        return
+    sites = [site.site for site in plan.sites]
+    edges = {site.edge for site in sites}
+    for edge in plan.recipe.smoothing.edges:
+        if edge not in edges:
+            yield f"no divisor passes the {edge} edge of this family: it is not smoothed there"
+    shared = any(len(site.token_groups) > 1 for site in sites if site.edge == "norms")
+    if "norms" in plan.recipe.smoothing.edges and shared:
+        yield (
+            "all experts of a layer share the smoothing divisor of the norm before them; inside, "
+            "each has its own, from the tokens that reach it"
+        )
