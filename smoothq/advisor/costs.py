@@ -21,12 +21,7 @@ from ..architectures.attention_support import unquantizable_attention
 from ..architectures.graph import is_tied, text_config
 from ..discovery.experiments import EXPERT_COUNTS
 from ..errors import RecipeError, UnsupportedModelError
-from ..modules import (
-    InputQuantizer,
-    QuantizedLinear,
-    SequenceContext,
-    WeightSpec,
-)
+from ..modules import InputQuantizer, QuantizedLinear, WeightSpec
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import float_bytes, make_plan
 from ..recipe.presets import preset
@@ -118,66 +113,42 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
         refused["--kv-bits, --attention"] = reason
     if plan.family.flattens:
         refused["--smooth-scope live"] = "its blocks join the tokens of all sequences"
-    costs = [_float_cost(model, plan)]
+    costs = [_cost("float", model, plan, quantized=False)]
     costs += [_cost(name, model, other) for name, other in plans.items()]
     return PlanAdvice(tuple(list_runners(model, plan)), tuple(costs), refused)
 
 
-def _float_cost(model: PreTrainedModel, plan: Plan) -> Cost:
-    """The cost of the unquantized model, in the dtype that it is stored in."""
-    nbytes, size = float_bytes(model), plan.stored_dtype.itemsize
-    routed = _routed_share(model, plan)
-    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
-    embedding = model.get_submodule(plan.parts.embedding).get_parameter("weight").numel()
-    unread_experts = sum(
-        (1 - _share(site, routed)) * size * spec.elements
-        for site in _sites(plan)
-        for spec in site.modules.values()
-    )
-    read = nbytes - unread_experts - (0 if is_tied(model) else size * embedding)
-    return Cost(
-        name="float",
-        weight=8.0 * size,
-        activation=8.0 * size,
-        nbytes=nbytes,
-        read=int(read),
-        products=FLOAT_PRODUCTS,
-        decode={chip.name: chip.bandwidth / read for chip in CHIPS},
-        prompt={chip.name: linears / chip.bfloat16 for chip in CHIPS},
-        here=(1.0, 1.0),
-    )
+def _cost(name: str, model: PreTrainedModel, plan: Plan, quantized: bool = True) -> Cost:
+    """The cost of a plan, or of the unquantized model in the dtype that it is stored in.
 
-
-def _cost(name: str, model: PreTrainedModel, plan: Plan) -> Cost:
-    """The cost of a plan; times one of its linears on this machine's CPU."""
+    Times one of the plan's linears on this machine's CPU.
+    """
     rows, columns = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape
-    embedding = rows * (columns + 2) if plan.tables else rows * columns * plan.stored_dtype.itemsize
+    size, bits = plan.stored_dtype.itemsize, plan.recipe.activations.bits
+    nbytes = plan.total_bytes if quantized else float_bytes(model)
+    embedding = rows * (columns + 2 if quantized and plan.tables else columns * size)
     routed = _routed_share(model, plan)
     unread_experts = sum(
-        (1 - _share(site, routed)) * spec.stored_bits / 8
-        for site in _sites(plan)
+        (1 - _share(site, routed)) * (spec.stored_bits / 8 if quantized else size * spec.elements)
+        for _, _, site in plan.sites()
         for spec in site.modules.values()
     )
-    read = plan.total_bytes - unread_experts - (0 if is_tied(model) else embedding)
-    linears = 2.0 * PROMPT * sum(_elements(site, routed) for site in _sites(plan))
-    bits = plan.recipe.activations.bits
+    read = nbytes - unread_experts - (0 if is_tied(model) else embedding)
+    linears = 2.0 * PROMPT * sum(_elements(site, routed) for _, _, site in plan.sites())
+    floats = not quantized or bits == FLOAT_BITS
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
-    floats = bits == FLOAT_BITS
+    widest = max((site for _, _, site in plan.sites()), key=lambda site: site.input.width)
     return Cost(
         name=name,
-        weight=plan.bits.weight,
-        activation=plan.bits.activation,
-        nbytes=plan.total_bytes,
+        weight=plan.bits.weight if quantized else 8.0 * size,
+        activation=plan.bits.activation if quantized else 8.0 * size,
+        nbytes=nbytes,
         read=int(read),
         products=FLOAT_PRODUCTS if floats else integers,
         decode={chip.name: chip.bandwidth / read for chip in CHIPS},
         prompt={c.name: linears / (c.bfloat16 if floats else c.int8) for c in CHIPS},
-        here=_timed(max(_sites(plan), key=lambda site: site.input.width)),
+        here=_timed(widest) if quantized else (1.0, 1.0),
     )
-
-
-def _sites(plan: Plan) -> list[SitePlan]:
-    return [site for _, _, site in plan.sites()]
 
 
 def _elements(site: SitePlan, routed: float) -> float:
@@ -192,7 +163,7 @@ def _share(site: SitePlan, routed: float) -> float:
 
 def _routed_share(model: PreTrainedModel, plan: Plan) -> float:
     """Share of a layer's experts that one token is sent to; 1 for a model without experts."""
-    if not any(site.site.routed for site in _sites(plan)):
+    if not any(site.site.routed for _, _, site in plan.sites()):
         return 1.0
     config = text_config(model)
     experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))
@@ -209,7 +180,7 @@ def _timed(site: SitePlan) -> tuple[float, float]:
     width, grid = spec.in_features, replace(spec.grid, clip=False)
     rows = min(spec.out_features, max(1, TIMED_WEIGHTS // width))
     weight = torch.randn(rows, width, dtype=torch.float32)
-    site_input = InputQuantizer("timed", site.input, 1, SequenceContext())
+    site_input = InputQuantizer("timed", site.input)
     if site_input.rotation is not None:
         site_input.rotation.prepare(weight.device)
     quantized = QuantizedLinear(WeightSpec(rows, width, grid), site_input, weight.dtype)
@@ -237,48 +208,41 @@ def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
 
 def tables(advice: PlanAdvice) -> list[Table]:
     """The tables that `smoothq plan` prints: runners, costs, bounds, and what is refused."""
+    runners = [(r.name, "yes" if r.runs else "no", r.how) for r in advice.runners]
+    costs = [
+        (
+            cost.name,
+            *(f"{value:.2f}" for value in (cost.weight, cost.activation)),
+            *(f"{value / 1e9:.2f}" for value in (cost.nbytes, cost.read)),
+            cost.products,
+            *(f"{value:.1f}" for value in cost.here),
+        )
+        for cost in advice.costs
+    ]
+    bounds = [
+        (
+            cost.name,
+            *(
+                text
+                for chip in cost.decode
+                for text in (f"{cost.decode[chip]:.0f}", f"{1e3 * cost.prompt[chip]:.2f}")
+            ),
+        )
+        for cost in advice.costs
+    ]
     printed = [
-        columns(
-            "Who can run it",
-            ("", "runs", "by"),
-            [
-                (runner.name, "yes" if runner.runs else "no", runner.how)
-                for runner in advice.runners
-            ],
-        ),
+        columns("Who can run it", ("", "runs", "by"), runners),
         columns(
             "What it costs beside the alternatives; speed of the widest linear measured on this "
             "processor, times float32",
             ("", "bits", "inputs", "GB", "GB a token", "products in", "1 token", f"{PROMPT}"),
-            [
-                (
-                    cost.name,
-                    *(f"{value:.2f}" for value in (cost.weight, cost.activation)),
-                    *(f"{value / 1e9:.2f}" for value in (cost.nbytes, cost.read)),
-                    cost.products,
-                    *(f"{value:.1f}" for value in cost.here),
-                )
-                for cost in advice.costs
-            ],
+            costs,
         ),
         columns(
             "Bounds computed from data sheets, batch 1: tokens decoded a second at most, ms of "
             f"the products of a prompt of {PROMPT} tokens at least",
             ("", *(f"{chip.name}, {what}" for chip in CHIPS for what in ("tokens/s", "ms"))),
-            [
-                (
-                    cost.name,
-                    *(
-                        text
-                        for chip in CHIPS
-                        for text in (
-                            f"{cost.decode[chip.name]:.0f}",
-                            f"{1e3 * cost.prompt[chip.name]:.2f}",
-                        )
-                    ),
-                )
-                for cost in advice.costs
-            ],
+            bounds,
         ),
     ]
     if advice.refused:

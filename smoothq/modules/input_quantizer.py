@@ -155,17 +155,24 @@ class InputQuantizer(nn.Module):
     scale: Tensor
     multiplier: Tensor
 
-    def __init__(self, name: str, spec: InputSpec, readers: int, context: SequenceContext) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: InputSpec,
+        readers: int = 1,
+        context: SequenceContext | None = None,
+    ) -> None:
         """Create the quantizer, not calibrated yet.
 
         Args:
             name: the site's, for messages.
             spec: its settings.
             readers: how many modules ask for each result.
-            context: the padding mask, for mode `live`.
+            context: the padding mask, for mode `live`; None for none.
         """
         super().__init__()
-        self.name, self.spec, self.readers, self.context = name, spec, readers, context
+        self.name, self.spec, self.readers = name, spec, readers
+        self.context = context or SequenceContext()
         if spec.mode == "static":
             self.register_buffer("scale", torch.ones((), dtype=torch.float32, device="cpu"))
         if spec.mode == "calibrated":
