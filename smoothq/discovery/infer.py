@@ -329,7 +329,7 @@ class _Writer:
             self.model(TOKENS, use_cache=False)
 
     def _entering(self, opened: nn.Module, read: set[str]) -> Callable[..., None]:
-        def embed_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def embed_tokens(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.blocks:
                 self.before_blocks = len(self.ends)
             self.blocks.append(

@@ -130,7 +130,7 @@ class SequenceContext:
         if self._hook is not None:
             self._hook.remove()
 
-    def _take(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _take(self, _module: nn.Module, _args: object, kwargs: dict[str, object]) -> None:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise SmoothqError(
