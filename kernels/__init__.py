@@ -186,15 +186,24 @@ class Product(Generic[Arguments]):
     as computing the product.
     """
 
-    def __init__(self, definition: Callable[Arguments, Tensor]) -> None:
+    def __init__(
+        self, definition: Callable[Arguments, Tensor], shape: Callable[..., tuple[int, ...]]
+    ) -> None:
         """Register the operator `smoothq::NAME` of a function of `reference.py`.
 
         Args:
-            definition: the function; each backend has one of the same name, which runs.
+            definition: the function; each backend has one of the same name, which runs. Its result
+                has the dtype that is its last operand, or else the first operand's.
+            shape: of the result, from the operands.
         """
         self.direct = _by_device(definition)
         name = f"smoothq::{definition.__name__}"
         self.registered = torch.library.custom_op(name, self.direct, mutates_args=())
+
+        @self.registered.register_fake
+        def fake(first: Tensor, *rest: object) -> Tensor:
+            dtype = rest[-1] if isinstance(rest[-1], torch.dtype) else first.dtype
+            return first.new_empty(shape(first, *rest), dtype=dtype)
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         """Run the operator on the backend of the first argument's device."""
@@ -203,97 +212,24 @@ class Product(Generic[Arguments]):
         return self.direct(*args, **kwargs)
 
 
-int8_gemm = Product(reference.int8_gemm)
-int4_gemm = Product(reference.int4_gemm)
-group_gemm = Product(reference.group_gemm)
-weight_only_gemm = Product(reference.weight_only_gemm)
-cached_attention = Product(reference.cached_attention)
-int8_attention = Product(reference.int8_attention)
-
-
-@int8_gemm.registered.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
-
-
-@int4_gemm.registered.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    multiplier: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], packed.shape[0], dtype=dtype)
-
-
-@group_gemm.registered.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    block_scale: Tensor | None,
-    order: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], codes.shape[1], weight.shape[0], dtype=dtype)
-
-
-@weight_only_gemm.registered.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    multiplier: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-) -> Tensor:
-    return x.new_empty(x.shape[0], packed.shape[0])
-
-
-@cached_attention.registered.register_fake
-def _(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    first_keys: Tensor | None,
-    first_values: Tensor | None,
-    start: Tensor | None,
-    mask: Tensor | None,
-    scaling: float,
-    bits: int,
-    group_size: int | None,
-) -> Tensor:
-    width = row_width(values.shape[-1], bits, group_size)
-    return query.new_empty(*query.shape[:-1], width)
-
-
-@int8_attention.registered.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    packed, width = values.dtype == torch.uint8, values.shape[-1]
-    width = row_width(width, bits, None) if packed else width
-    return codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+int8_gemm = Product(reference.int8_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
+int4_gemm = Product(reference.int4_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
+group_gemm = Product(
+    reference.group_gemm,
+    lambda a, _, block_scale, order, w, *rest: (*a.shape[:2], w.shape[0]),
+)
+weight_only_gemm = Product(reference.weight_only_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
+cached_attention = Product(
+    reference.cached_attention,
+    lambda query, _, v, *rest: (*query.shape[:-1], row_width(v.shape[-1], *rest[-2:])),
+)
+int8_attention = Product(
+    reference.int8_attention,
+    lambda query, _, keys, v, mask, scaling, bits, dtype: (
+        *query.shape[:-1],
+        row_width(v.shape[-1], bits, None) if v.dtype == torch.uint8 else v.shape[-1],
+    ),
+)
 
 
 @runtime_checkable

@@ -39,30 +39,7 @@ from ..reference import (
 )
 from ..tracing import is_traced
 from . import native
-from .native import is_compiled
-
-__all__ = [
-    "cached_attention",
-    "channel_multipliers",
-    "group_gemm",
-    "hadamard",
-    "hadamard_quantize",
-    "int4_gemm",
-    "int8_attention",
-    "int8_gemm",
-    "int8_matmul",
-    "is_compiled",
-    "left_factor",
-    "packed_tokens",
-    "quantize_heads",
-    "quantize_per_tensor",
-    "quantize_per_token",
-    "quantize_smoothed",
-    "quantize_token_groups",
-    "runtime_smooth_quantize",
-    "static_quantize",
-    "weight_only_gemm",
-]
+from .native import is_compiled as is_compiled
 
 EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
 QUERY_ROWS = 512  # int8_attention's working set: the scores of this many queries
@@ -167,17 +144,17 @@ def int8_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int8_gemm`, the scaling in float32."""
-    tokens, road = codes.shape[0], cast(Road, _many_tokens)
+    tokens, path = codes.shape[0], cast(GemmPath, _many_tokens)
     if tokens <= FEW_TOKENS and is_compiled():
-        road = _faster(max(tokens - 1, 0).bit_length(), weight.shape, torch.get_num_threads())
-    return road(codes, scale, weight, weight_scale, bias, dtype)
+        path = _faster(max(tokens - 1, 0).bit_length(), weight.shape, torch.get_num_threads())
+    return path(codes, scale, weight, weight_scale, bias, dtype)
 
 
-Road = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+GemmPath = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
 
 @functools.cache
-def _faster(doublings: int, weight: torch.Size, threads: int) -> Road:
+def _faster(doublings: int, weight: torch.Size, threads: int) -> GemmPath:
     """The faster way to `int8_gemm` for 2^doublings tokens, timed the first time that it comes."""
     del threads
     operands = (
@@ -190,12 +167,12 @@ def _faster(doublings: int, weight: torch.Size, threads: int) -> Road:
     )
     other_layers = torch.ones(CACHE_BYTES // 8, dtype=torch.int64, device="cpu")
 
-    def seconds(road: Road) -> float:
+    def seconds(path: GemmPath) -> float:
         trials = []
         for _ in range(TRIALS):
             other_layers.sum()  # they pass through the caches between two calls
             start = time.perf_counter()
-            road(*operands)
+            path(*operands)
             trials.append(time.perf_counter() - start)
         return min(trials)
 

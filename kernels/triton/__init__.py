@@ -19,24 +19,3 @@ from .quantize import (
 )
 from .runtime_smooth import runtime_smooth_quantize
 from .weight_only_gemm import weight_only_gemm
-
-__all__ = [
-    "cached_attention",
-    "channel_multipliers",
-    "group_gemm",
-    "hadamard",
-    "hadamard_quantize",
-    "int4_gemm",
-    "int8_attention",
-    "int8_gemm",
-    "left_factor",
-    "packed_tokens",
-    "quantize_heads",
-    "quantize_per_tensor",
-    "quantize_per_token",
-    "quantize_smoothed",
-    "quantize_token_groups",
-    "runtime_smooth_quantize",
-    "static_quantize",
-    "weight_only_gemm",
-]

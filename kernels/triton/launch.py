@@ -101,6 +101,13 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def launch_by_row(kernel: Kernel, rows: Tensor, *arguments: object) -> None:
+    """Launch a kernel on rows (M, K), a program a row; its last argument is K, padded."""
+    if rows.shape[0]:
+        block = triton.next_power_of_2(rows.shape[1])
+        kernel[(rows.shape[0],)](rows, *arguments, block, num_warps=row_warps(block))
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x, (..., K), as contiguous rows (M, K): a view where x is contiguous."""
     return x.reshape(-1, x.shape[-1]).contiguous()

@@ -15,7 +15,7 @@ from ..reference import (
     largest_multiplier,
 )
 from .codes import divide, divide_by, nonzero, per_token, to_codes, token_groups
-from .launch import check_float, on_its_device, row_warps, rows_of
+from .launch import check_float, launch_by_row, on_its_device, row_warps, rows_of
 
 STATIC_BLOCK = 4096  # elements a program of the element-wise quantizer
 
@@ -139,19 +139,8 @@ def fake_quantized(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
 def _per_token(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_per_token")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    if rows.shape[0]:
-        block = triton.next_power_of_2(rows.shape[1])
-        _per_token_kernel[(rows.shape[0],)](
-            rows,
-            codes,
-            scale,
-            rows.shape[1],
-            clip,
-            highest_code(bits),
-            full_range,
-            block,
-            num_warps=row_warps(block),
-        )
+    form = (rows.shape[1], clip, highest_code(bits), full_range)
+    launch_by_row(_per_token_kernel, rows, codes, scale, *form)
     return codes, scale
 
 
@@ -160,22 +149,12 @@ def _per_token(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Ten
 def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_token_groups")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    if rows.shape[0]:
-        groups = triton.next_power_of_2(rows.shape[1] // group_size)
-        columns = triton.next_power_of_2(group_size)
-        _token_groups_kernel[(rows.shape[0],)](
-            rows,
-            codes,
-            scale,
-            rows.shape[1],
-            clip,
-            group_size,
-            highest_code(bits),
-            largest_group_multiplier(bits),
-            groups,
-            columns,
-            num_warps=row_warps(groups * columns),
-        )
+    tokens, width = rows.shape
+    if tokens:
+        tile = [triton.next_power_of_2(n) for n in (width // group_size, group_size)]
+        form = (width, clip, group_size, highest_code(bits), largest_group_multiplier(bits), *tile)
+        warps = row_warps(tile[0] * tile[1])
+        _token_groups_kernel[(tokens,)](rows, codes, scale, *form, num_warps=warps)
     return codes, scale
 
 
@@ -184,21 +163,10 @@ def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[T
 def _smoothed(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_smoothed")
     rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    if rows.shape[0]:
-        multiplier = rows_of(multiplier)
-        block = triton.next_power_of_2(rows.shape[1])
-        _smoothed_kernel[(rows.shape[0],)](
-            rows,
-            multiplier,
-            codes,
-            scale,
-            rows.shape[1],
-            rows.shape[0] // multiplier.shape[0],
-            clip,
-            highest_code(bits),
-            block,
-            num_warps=row_warps(block),
-        )
+    multiplier = rows_of(multiplier)
+    tokens_a_sequence = rows.shape[0] // max(multiplier.shape[0], 1)
+    form = (rows.shape[1], tokens_a_sequence, clip, highest_code(bits))
+    launch_by_row(_smoothed_kernel, rows, multiplier, codes, scale, *form)
     return codes, scale
 
 
@@ -211,18 +179,8 @@ def _one_scale(
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty([1] * x.dim(), dtype=torch.float32, device=x.device)
     programs = max(triton.cdiv(x.numel(), STATIC_BLOCK), 1)
-    _one_scale_kernel[(programs,)](
-        x,
-        source.float(),
-        codes,
-        scale,
-        x.numel(),
-        clip,
-        from_maximum,
-        highest_code(bits),
-        STATIC_BLOCK,
-        num_warps=4,
-    )
+    form = (x.numel(), clip, from_maximum, highest_code(bits), STATIC_BLOCK)
+    _one_scale_kernel[(programs,)](x, source.float(), codes, scale, *form, num_warps=4)
     return codes, scale
 
 
@@ -232,17 +190,8 @@ def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
     """As `reference.channel_multipliers`."""
     rows = rows_of(scale)
     multiplier = torch.empty(scale.shape, dtype=torch.int8, device=scale.device)
-    if rows.shape[0]:
-        block = triton.next_power_of_2(rows.shape[1])
-        _multipliers_kernel[(rows.shape[0],)](
-            rows,
-            multiplier,
-            rows.shape[1],
-            SMALLEST_SCALE,
-            largest_multiplier(bits),
-            block,
-            num_warps=row_warps(block),
-        )
+    form = (rows.shape[1], SMALLEST_SCALE, largest_multiplier(bits))
+    launch_by_row(_multipliers_kernel, rows, multiplier, *form)
     return multiplier
 
 
@@ -250,16 +199,10 @@ for _operator in (_per_token, _token_groups, _smoothed):
     _operator.register_fake(fake_quantized)
 
 
-@_one_scale.register_fake
-def _(
-    x: Tensor, source: Tensor, from_maximum: bool, bits: int, clip: float
-) -> tuple[Tensor, Tensor]:
-    return empty_quantized(x)[0], x.new_empty([1] * x.dim(), dtype=torch.float32)
-
-
-@channel_multipliers.register_fake
-def _(scale: Tensor, bits: int) -> Tensor:
-    return torch.empty(scale.shape, dtype=torch.int8, device=scale.device)
+_one_scale.register_fake(
+    lambda x, *_: (empty_quantized(x)[0], x.new_empty([1] * x.dim(), dtype=torch.float32))
+)
+channel_multipliers.register_fake(lambda scale, _: scale.new_empty(scale.shape, dtype=torch.int8))
 
 
 def quantize_per_token(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code
 from .codes import divide, per_token
-from .launch import check_float, on_its_device, row_warps, rows_of
-from .quantize import channel_multipliers, empty_quantized, quantize_smoothed
+from .launch import check_float, launch_by_row, on_its_device, row_warps, rows_of
+from .quantize import channel_multipliers, empty_quantized, fake_quantized, quantize_smoothed
 
 TOKENS_A_PROGRAM = 16  # of the first pass: so many fewer atomic maxima than tokens
 
@@ -85,17 +85,11 @@ def _channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
     maxima = torch.full((batch, width), SMALLEST_SCALE, dtype=torch.float32, device=x.device)
     if batch and length:
         block = triton.next_power_of_2(width)
-        _channel_maxima_kernel[(triton.cdiv(length, TOKENS_A_PROGRAM), batch)](
-            rows_of(x),
-            None if mask is None else mask.to(torch.uint8).contiguous(),
-            maxima,
-            length,
-            width,
-            SMALLEST_SCALE,
-            normalise,
-            TOKENS_A_PROGRAM,
-            block,
-            num_warps=row_warps(block),
+        kept = None if mask is None else mask.to(torch.uint8).contiguous()
+        form = (length, width, SMALLEST_SCALE, normalise, TOKENS_A_PROGRAM, block)
+        programs = (triton.cdiv(length, TOKENS_A_PROGRAM), batch)
+        _channel_maxima_kernel[programs](
+            rows_of(x), kept, maxima, *form, num_warps=row_warps(block)
         )
     return maxima
 
@@ -106,36 +100,15 @@ def _ordered(
     x: Tensor, order: Tensor, block_scale: Tensor, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:
     codes, scale = empty_quantized(x)
-    batch, length, width = x.shape
-    if batch and length:
-        block = triton.next_power_of_2(width)
-        _ordered_kernel[(batch * length,)](
-            rows_of(x),
-            order,
-            block_scale,
-            codes,
-            scale,
-            length,
-            width,
-            clip,
-            group_size,
-            highest_code(bits),
-            block,
-            num_warps=row_warps(block),
-        )
+    form = (*x.shape[1:], clip, group_size, highest_code(bits))
+    launch_by_row(_ordered_kernel, rows_of(x), order, block_scale, codes, scale, *form)
     return codes, scale
 
 
-@_channel_maxima.register_fake
-def _(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
-
-
-@_ordered.register_fake
-def _(
-    x: Tensor, order: Tensor, block_scale: Tensor, bits: int, group_size: int, clip: float
-) -> tuple[Tensor, Tensor]:
-    return empty_quantized(x)
+_channel_maxima.register_fake(
+    lambda x, *_: x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+)
+_ordered.register_fake(fake_quantized)
 
 
 def runtime_smooth_quantize(

@@ -20,12 +20,7 @@ from transformers import PreTrainedModel
 from ..architectures.attention_support import unquantizable_attention
 from ..discovery.experiments import EXPERT_COUNTS
 from ..errors import RecipeError, UnsupportedModelError
-from ..modules import (
-    InputQuantizer,
-    QuantizedLinear,
-    SequenceContext,
-    WeightSpec,
-)
+from ..modules import InputQuantizer, QuantizedLinear, WeightSpec
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import resolve
 from ..recipe.presets import preset
@@ -117,56 +112,40 @@ def advise(model: PreTrainedModel, plan: Plan) -> PlanAdvice:
         refused["kv_cache, attention"] = reason
     if plan.wiring.family.flattens:
         refused["runtime_smoothing.scope=live"] = "its blocks join the tokens of all sequences"
-    costs = [_float_cost(plan)]
+    costs = [_cost("float", plan, quantized=False)]
     costs += [_cost(name, other) for name, other in plans.items()]
     return PlanAdvice(tuple(list_runners(model, plan)), tuple(costs), refused)
 
 
-def _float_cost(plan: Plan) -> Cost:
-    """The cost of the unquantized model, in the dtype that it is stored in."""
-    wiring, size = plan.wiring, plan.stored_dtype.itemsize
-    embedding = wiring.tensors[f"{plan.parts.embedding}.weight"].elements
-    unread_experts = sum((1 - _share(plan, s)) * size * s.elements for s in plan.sites)
-    read = wiring.nbytes - unread_experts - (0 if wiring.tied else size * embedding)
-    return Cost(
-        name="float",
-        weight=8.0 * size,
-        activation=8.0 * size,
-        nbytes=wiring.nbytes,
-        read=int(read),
-        products=FLOAT_PRODUCTS,
-        decode={chip.name: chip.bandwidth / read for chip in CHIPS},
-        prompt={chip.name: _prompt_operations(plan) / chip.bfloat16 for chip in CHIPS},
-        here=(1.0, 1.0),
+def _cost(name: str, plan: Plan, quantized: bool = True) -> Cost:
+    """The cost of a plan, or of the unquantized model in the dtype that it is stored in.
+
+    Times one of the plan's linears on this machine's CPU.
+    """
+    wiring, size, bits = plan.wiring, plan.stored_dtype.itemsize, plan.recipe.activations.bits
+    rows, columns = wiring.tensors[f"{plan.parts.embedding}.weight"].shape
+    nbytes = plan.total_bytes if quantized else wiring.nbytes
+    embedding = rows * (columns + 2 if quantized and plan.tables else columns * size)
+    unread_experts = sum(
+        (1 - _share(plan, site)) * (site.stored_bits / 8 if quantized else size * site.elements)
+        for site in plan.sites
     )
-
-
-def _cost(name: str, plan: Plan) -> Cost:
-    """The cost of a plan; times one of its linears on this machine's CPU."""
-    rows, columns = plan.wiring.tensors[f"{plan.parts.embedding}.weight"].shape
-    embedding = rows * (columns + 2) if plan.tables else rows * columns * plan.stored_dtype.itemsize
-    unread_experts = sum((1 - _share(plan, s)) * s.stored_bits / 8 for s in plan.sites)
-    read = plan.total_bytes - unread_experts - (0 if plan.wiring.tied else embedding)
-    linears = _prompt_operations(plan)
-    bits = plan.recipe.activations.bits
+    read = nbytes - unread_experts - (0 if wiring.tied else embedding)
+    linears = 2.0 * PROMPT * sum(_share(plan, site) * site.elements for site in plan.sites)
+    floats = not quantized or bits == FLOAT_BITS
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
-    floats = bits == FLOAT_BITS
+    widest = max(plan.sites, key=lambda site: site.input.width)
     return Cost(
         name=name,
-        weight=plan.bits.weight,
-        activation=plan.bits.activation,
-        nbytes=plan.total_bytes,
+        weight=plan.bits.weight if quantized else 8.0 * size,
+        activation=plan.bits.activation if quantized else 8.0 * size,
+        nbytes=nbytes,
         read=int(read),
         products=FLOAT_PRODUCTS if floats else integers,
         decode={chip.name: chip.bandwidth / read for chip in CHIPS},
         prompt={c.name: linears / (c.bfloat16 if floats else c.int8) for c in CHIPS},
-        here=_timed(max(plan.sites, key=lambda site: site.input.width)),
+        here=_timed(widest) if quantized else (1.0, 1.0),
     )
-
-
-def _prompt_operations(plan: Plan) -> float:
-    """Operations of the linears on a prompt of PROMPT tokens."""
-    return 2.0 * PROMPT * sum(_share(plan, site) * site.elements for site in plan.sites)
 
 
 def _share(plan: Plan, site: SitePlan) -> float:
@@ -188,7 +167,7 @@ def _timed(site: SitePlan) -> tuple[float, float]:
     width, grid = spec.in_features, replace(spec.grid, clip=False)
     rows = min(spec.out_features, max(1, TIMED_WEIGHTS // width))
     weight = torch.randn(rows, width, dtype=torch.float32)
-    site_input = InputQuantizer("timed", site.input, 1, SequenceContext())
+    site_input = InputQuantizer("timed", site.input)
     if site_input.rotation is not None:
         site_input.rotation.prepare(weight.device)
     quantized = QuantizedLinear(WeightSpec(rows, width, grid), site_input, weight.dtype)
@@ -216,48 +195,41 @@ def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
 
 def tables(advice: PlanAdvice) -> list[Table]:
     """The tables that `smoothq plan` prints: runners, costs, bounds, and what is refused."""
+    runners = [(r.name, "yes" if r.runs else "no", r.how) for r in advice.runners]
+    costs = [
+        (
+            cost.name,
+            *(f"{value:.2f}" for value in (cost.weight, cost.activation)),
+            *(f"{value / 1e9:.2f}" for value in (cost.nbytes, cost.read)),
+            cost.products,
+            *(f"{value:.1f}" for value in cost.here),
+        )
+        for cost in advice.costs
+    ]
+    bounds = [
+        (
+            cost.name,
+            *(
+                text
+                for chip in cost.decode
+                for text in (f"{cost.decode[chip]:.0f}", f"{1e3 * cost.prompt[chip]:.2f}")
+            ),
+        )
+        for cost in advice.costs
+    ]
     printed = [
-        columns(
-            "Who can run it",
-            ("", "runs", "by"),
-            [
-                (runner.name, "yes" if runner.runs else "no", runner.how)
-                for runner in advice.runners
-            ],
-        ),
+        columns("Who can run it", ("", "runs", "by"), runners),
         columns(
             "What it costs beside the alternatives; speed of the widest linear measured on this "
             "processor, times float32",
             ("", "bits", "inputs", "GB", "GB a token", "products in", "1 token", f"{PROMPT}"),
-            [
-                (
-                    cost.name,
-                    *(f"{value:.2f}" for value in (cost.weight, cost.activation)),
-                    *(f"{value / 1e9:.2f}" for value in (cost.nbytes, cost.read)),
-                    cost.products,
-                    *(f"{value:.1f}" for value in cost.here),
-                )
-                for cost in advice.costs
-            ],
+            costs,
         ),
         columns(
             "Bounds computed from data sheets, batch 1: tokens decoded a second at most, ms of "
             f"the products of a prompt of {PROMPT} tokens at least",
             ("", *(f"{chip.name}, {what}" for chip in CHIPS for what in ("tokens/s", "ms"))),
-            [
-                (
-                    cost.name,
-                    *(
-                        text
-                        for chip in CHIPS
-                        for text in (
-                            f"{cost.decode[chip.name]:.0f}",
-                            f"{1e3 * cost.prompt[chip.name]:.2f}",
-                        )
-                    ),
-                )
-                for cost in advice.costs
-            ],
+            bounds,
         ),
     ]
     if advice.refused:

@@ -266,46 +266,39 @@ def _table_texts(
     source: TextSource, path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """The documents of a local `.json`, `.jsonl` or `.parquet` file."""
-    import datasets
-
     if path.stat().st_size == 0:
         raise _no_text(source)
-    split = source.split or "train"
-    try:
-        rows = datasets.load_dataset(
-            _TABLE_BUILDERS[path.suffix.lower()],
-            data_files=str(path),
-            split=split,
-            streaming=_can_stream(split),
-        )
-    except Exception as error:  # pyarrow, pandas and datasets have no common base
-        raise _unreadable(source, error) from error
-    return _texts(rows, source, tokenizer)
+    split, builder = source.split or "train", _TABLE_BUILDERS[path.suffix.lower()]
+    options = {"data_files": str(path), "split": split, "streaming": _can_stream(split)}
+    return _texts(_load_dataset(source, (builder,), options), source, tokenizer)
 
 
 def _hub_texts(
     source: TextSource, dataset: _HubDataset, purpose: Purpose, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """The documents of a data set on the hub, or of a data set in a local folder."""
-    import datasets
-
     split = source.split or getattr(dataset, purpose)
     # C4 has 300 GB; of other data sets than `_NAMED`, calibration needs only the beginning.
     streaming = source.name == "c4" or (
         source.name not in _NAMED and purpose == "calibration" and _can_stream(split)
     )
-    try:
-        rows = datasets.load_dataset(
-            dataset.path,
-            dataset.config,
-            data_dir=dataset.data_dir,
-            revision=dataset.revision,
-            split=split,
-            streaming=streaming,
-        )
-    except Exception as error:  # the hub's client, its transport and datasets have no common base
-        raise _unreadable(source, error) from error
+    options: dict[str, Any] = {"data_dir": dataset.data_dir, "revision": dataset.revision}
+    options |= {"split": split, "streaming": streaming}
+    rows = _load_dataset(source, (dataset.path, dataset.config), options)
     return _texts(rows, source, tokenizer)
+
+
+def _load_dataset(
+    source: TextSource, what: tuple[str | None, ...], options: dict[str, Any]
+) -> Iterable[Row]:
+    """What `datasets.load_dataset` returns; CalibrationError where it cannot read the source."""
+    import datasets
+
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(*what, **options)
+    except Exception as error:  # pyarrow, pandas, the hub's client and datasets share no base
+        raise _unreadable(source, error) from error
+    return rows
 
 
 def _texts(

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,10 +130,10 @@ class NormFacts:
     def of(cls, call: Call) -> NormFacts:
         """Find out by running a norm on the input of a recorded call."""
         norm: Any = call.module
-        bias, weight = getattr(norm, "bias", None), norm.weight.clone()
-        norm.weight.zero_()
-        silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
-        norm.weight.copy_(weight)
+        bias = getattr(norm, "bias", None)
+        with restored([norm.weight]):
+            norm.weight.zero_()
+            silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
         moved = norm(call.input + 3)
         return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, norm(call.input)))
 
@@ -210,12 +211,9 @@ class BlockExperiments:
                 site.experts = call.name
             else:
                 site.modules.append(call.name)
-        for call in calls:
-            if (
-                not self._is_reader(call)
-                and call.key in by_key
-                and own_weight(call.module).dim() == 2
-            ):
+        others = [call for call in calls if not self._is_reader(call) and call.key in by_key]
+        for call in others:
+            if own_weight(call.module).dim() == 2:
                 by_key[call.key].floats.append(call.name)
         self.sites = list(by_key.values())
         self._check_explained(calls)
@@ -228,16 +226,7 @@ class BlockExperiments:
                 small = [name for name in site.modules if self._rows(name) in (1, TINY_EXPERTS)]
                 site.floats += small
                 site.modules = [name for name in site.modules if name not in small]
-        norms = {(call.output.data_ptr(), call.output.numel()): call for call in calls}
-        silent = self._silent_inputs()
-        for key, site in by_key.items():
-            norm = norms.get(key)
-            if norm is not None and own_weight(norm.module).dim() == 1:
-                self._behind_norm(site, norm, silent)
-            elif _same(silent[self._first(site)], self.hidden):
-                site.reads = "residual"
-            elif site.experts is None:
-                self._producer(site, [call.name for call in readers])
+        self._explain_inputs(by_key, calls)
         self.writes_stream = all(
             self._writes(name)
             for site in self.sites
@@ -248,6 +237,20 @@ class BlockExperiments:
             # A matrix whose weight is read directly may read or write the stream unobserved.
             self.writes_stream = False
         self.sites += [FoundSite([name]) for name in self._uncalled]
+
+    def _explain_inputs(self, by_key: dict[tuple[int, int], FoundSite], calls: list[Call]) -> None:
+        """Set what each site reads, and its producer."""
+        readers = [call.name for call in calls if self._is_reader(call)]
+        norms = {(call.output.data_ptr(), call.output.numel()): call for call in calls}
+        silent = self._silent_inputs()
+        for key, site in by_key.items():
+            norm = norms.get(key)
+            if norm is not None and own_weight(norm.module).dim() == 1:
+                self._behind_norm(site, norm, silent)
+            elif _same(silent[self._first(site)], self.hidden):
+                site.reads = "residual"
+            elif site.experts is None:
+                self._producer(site, readers)
 
     def _is_reader(self, call: Call) -> bool:
         routed = any(f".{matrix}." in call.name for matrix in EXPERT_MATRICES)
@@ -285,7 +288,7 @@ class BlockExperiments:
 
         Nothing is added to the residual stream then, so its readers get the block's input.
         """
-        with _Zeroed(self.module):
+        with _zeroed(self.module):
             output, calls = self.run()
         if not _same(output, self.hidden):
             self.writes_stream = False
@@ -418,15 +421,13 @@ class BlockExperiments:
         """Whether scaling rows of a matrix scales the channels of a reader's input likewise."""
         before = self._input(reader)
         linear = self.module.get_submodule(module)
-        originals = {name: parameter.clone() for name, parameter in linear.named_parameters()}
         count = sum(len(range(self._rows(module))[part]) for part in rows)
         scale = 0.5 + torch.rand(count, dtype=torch.float64, generator=torch.Generator())
-        for part, factors in zip(rows, scale.split(count // len(rows)), strict=True):
-            for parameter in linear.parameters():
-                parameter[part] *= factors if parameter.dim() == 1 else factors[:, None]
-        after = self._input(reader)
-        for name, parameter in linear.named_parameters():
-            parameter.copy_(originals[name])
+        with restored(linear.parameters()):
+            for part, factors in zip(rows, scale.split(count // len(rows)), strict=True):
+                for parameter in linear.parameters():
+                    parameter[part] *= factors if parameter.dim() == 1 else factors[:, None]
+            after = self._input(reader)
         expected = scale if heads is None else repeat_over_queries(scale, heads)
         return _same(after, before * expected)
 
@@ -441,14 +442,13 @@ class BlockExperiments:
         """
         before = self._input(reader)
 
-        def disturb(linear: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def disturb(_linear: nn.Module, _args: Any, output: Tensor) -> Tensor:
             changed = output.clone()
             changed.view(-1, output.shape[-1])[0] += 1
             return changed
 
-        handle = self.module.get_submodule(module).register_forward_hook(disturb)
-        moved = (self._input(reader) - before).flatten(0, -2).abs().amax(-1) > EXACT
-        handle.remove()
+        with self.module.get_submodule(module).register_forward_hook(disturb):
+            moved = (self._input(reader) - before).flatten(0, -2).abs().amax(-1) > EXACT
         return None if not moved.any() else bool(moved[1:].any())
 
     def _writes(self, module: str) -> bool:
@@ -457,13 +457,12 @@ class BlockExperiments:
         added = torch.randn(self._rows(module), dtype=torch.float64, generator=torch.Generator())
         if len(added) != self.hidden.shape[-1]:
             return False
-        with _Zeroed(self.module):
+        with _zeroed(self.module):
             before, calls = self.run()
             if module not in {call.name for call in calls}:
                 return True  # an expert that no token reaches is like those that some reach
-            handle = linear.register_forward_hook(lambda linear, args, output: output + added)
-            after, _ = self.run()
-            handle.remove()
+            with linear.register_forward_hook(lambda linear, args, output: output + added):
+                after, _ = self.run()
         change = after - before
         factor = change @ added / added.square().sum()
         straight = (change - factor[..., None] * added).abs().max() <= EXACT
@@ -525,22 +524,27 @@ def _weights(modules: list[str]) -> str:
     return f"weights({', '.join(map(text, modules))})"
 
 
-class _Zeroed:
+@contextmanager
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A context at whose end tensors have the values that they had at its beginning."""
+    originals = [(tensor, tensor.clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, original in originals:
+            tensor.copy_(original)
+
+
+@contextmanager
+def _zeroed(block: nn.Module) -> Iterator[None]:
     """A context in which every matrix of a block, and its bias, is set to zero."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self._parameters = [
-            parameter
-            for module in block.modules()
-            if own_weight(module) is not None and own_weight(module).dim() == 2
-            for parameter in module.parameters(recurse=False)
-        ]
-
-    def __enter__(self) -> None:
-        self._originals = [parameter.clone() for parameter in self._parameters]
-        for parameter in self._parameters:
+    parameters = [
+        parameter
+        for module in block.modules()
+        if own_weight(module) is not None and own_weight(module).dim() == 2
+        for parameter in module.parameters(recurse=False)
+    ]
+    with restored(parameters):
+        for parameter in parameters:
             parameter.zero_()
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, original in zip(self._parameters, self._originals, strict=True):
-            parameter.copy_(original)
+        yield

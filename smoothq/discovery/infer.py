@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from .experiments import (
     Unexplained,
     keep,
     own_weight,
+    restored,
     text,
 )
 from .weight_watch import read_weights
@@ -314,21 +316,20 @@ class _Writer:
     def _record(self) -> None:
         """Run the model once and record the arguments of blocks, and calls around the blocks."""
         opened = copy.deepcopy(self.layers)
-        handles = []
-        for name, child in self.model.get_decoder().named_children():
-            if child is not self.layers and isinstance(own_weight(child), Tensor):
-                handles.append(child.register_forward_hook(keep(self.ends, name)))
-        for index, (layer, copied) in enumerate(zip(self.layers, opened, strict=True)):
-            linearize_block(copied)
-            within = f".{self.attribute}.{index}."
-            entering = self._entering(copied, {name.partition(within)[2] for name in self._read})
-            handles.append(layer.register_forward_pre_hook(entering, with_kwargs=True))
-        self.model(TOKENS, use_cache=False)
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as hooks:
+            for name, child in self.model.get_decoder().named_children():
+                if child is not self.layers and isinstance(own_weight(child), Tensor):
+                    hooks.enter_context(child.register_forward_hook(keep(self.ends, name)))
+            for index, (layer, copied) in enumerate(zip(self.layers, opened, strict=True)):
+                linearize_block(copied)
+                within = f".{self.attribute}.{index}."
+                read = {name.partition(within)[2] for name in self._read}
+                entering = self._entering(copied, read)
+                hooks.enter_context(layer.register_forward_pre_hook(entering, with_kwargs=True))
+            self.model(TOKENS, use_cache=False)
 
     def _entering(self, opened: nn.Module, read: set[str]) -> Callable[..., None]:
-        def embed_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def embed_tokens(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.blocks:
                 self.before_blocks = len(self.ends)
             self.blocks.append(
@@ -405,14 +406,11 @@ class _Writer:
         """Whether rotating the rows of embeddings rotates what enters the first block."""
         rotation = Hadamard.of(self.config.hidden_size, seed=0)
         entering: list[Tensor] = []
-        handle = self.layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-        originals = [table.clone() for table in tables]
-        for table in tables:
-            rotate_input(table, rotation)
-        self.model(TOKENS, use_cache=False)
-        handle.remove()
-        for table, original in zip(tables, originals, strict=True):
-            table.copy_(original)
+        hook = self.layers[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+        with hook, restored(tables):
+            for table in tables:
+                rotate_input(table, rotation)
+            self.model(TOKENS, use_cache=False)
         return equivalence.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
 
 

@@ -52,6 +52,15 @@ class TextResult:
             return None
         return self.perplexity.perplexity / self.reference.perplexity
 
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain data, on one level."""
+        figures = {"text": self.text, **asdict(self.perplexity)}
+        if self.reference is not None and self.against is not None:
+            figures["reference_perplexity"] = self.reference.perplexity
+            figures["perplexity_ratio"] = self.ratio
+            figures |= {"divergence": self.against.divergence, "top1": self.against.top1}
+        return figures
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -76,23 +85,7 @@ class Evaluation:
         return {
             "model": self.model,
             "against": self.reference,
-            "texts": [
-                {
-                    "text": result.text,
-                    **asdict(result.perplexity),
-                    **(
-                        {}
-                        if result.reference is None or result.against is None
-                        else {
-                            "reference_perplexity": result.reference.perplexity,
-                            "perplexity_ratio": result.ratio,
-                            "divergence": result.against.divergence,
-                            "top1": result.against.top1,
-                        }
-                    ),
-                }
-                for result in self.texts
-            ],
+            "texts": [result.as_dict() for result in self.texts],
             "decode": None if self.decoded is None else asdict(self.decoded),
             "tasks": None if self.tasks is None else [asdict(value) for value in self.tasks.values],
         }

@@ -23,7 +23,7 @@ from ..checkpoint.source import Source, skeleton, unload_module
 from ..data.tokens import micro_batches
 from ..errors import RecipeError
 from ..kernels.reference import group_multipliers
-from ..modules import InputQuantizer, SequenceContext
+from ..modules import InputQuantizer
 from ..moved import also_named
 from ..pipeline.block_tuning import relative
 from ..pipeline.ends import Block, embed_tokens, load_block
@@ -229,35 +229,39 @@ def _methods(bits: Preset) -> list[Method]:
     return [method for method in METHODS if bits == "w4a4" or method not in ("rs", "rrs")]
 
 
+@dataclass(frozen=True)
 class _View:
-    """A model under one method: its hidden states, advanced block by block."""
+    """A model under one method: its hidden states, advanced block by block.
 
-    def __init__(
-        self,
-        method: Method,
-        source: Source,
-        model: PreTrainedModel,
-        plan: Plan,
-        stream: HiddenStates,
-        device: torch.device,
-    ) -> None:
-        """model: the skeleton of the source. stream: hidden states that enter the first block."""
-        self.method, self.plan = method, plan
-        self._source, self._model, self._stream, self._device = source, model, stream, device
+    Attributes:
+        method: by which the model is transformed.
+        source: of its weights.
+        model: the skeleton of the source.
+        plan: of the method.
+        stream: hidden states that enter the first block, or the one that is next.
+        device: where blocks run.
+    """
+
+    method: Method
+    source: Source
+    model: PreTrainedModel
+    plan: Plan
+    stream: HiddenStates
+    device: torch.device
 
     def block(self, index: int) -> dict[str, Profile]:
         """Profiles of a block's sites by name; advances the hidden states past the block.
 
         Sites that no token reached, as of an unused expert, are left out.
         """
-        block = load_block(self._source, self._model, self.plan, index, self._device)
-        transform_block(block, self.plan, self._stream)
+        block = load_block(self.source, self.model, self.plan, index, self.device)
+        transform_block(block, self.plan, self.stream)
         watched: dict[str, Callable[[Tensor], None]] = {}
         seen: dict[str, list[Tensor]] = {}
         for site_plan in block.plan.sites:
             for token_group in site_plan.site.token_groups:
                 watched[token_group[0]] = partial(_keep, seen.setdefault(token_group[0], []))
-        self._stream.watch(block.module, index, watched, advance=True)
+        self.stream.watch(block.module, index, watched, advance=True)
         profiles = {}
         for plan in block.plan.sites:
             reached = {
@@ -281,7 +285,7 @@ def _profile(block: Block, plan: SitePlan, token_groups: dict[tuple[str, ...], T
 
     token_groups: inputs, float32 (tokens, K), by the names of the modules that read them.
     """
-    site, quantizer = plan.site, InputQuantizer(plan.site.name, plan.input, 1, SequenceContext())
+    site, quantizer = plan.site, InputQuantizer(plan.site.name, plan.input)
     if plan.input.rotation is not None:
         for reader in site.readers:
             rotate_input(reader.view(block.module), plan.input.rotation)

@@ -24,7 +24,7 @@ from ..data.tokens import micro_batches
 from ..errors import CalibrationError, NumericsError, RecipeError
 from ..evaluation.divergence import summed_divergence
 from ..evaluation.perplexity import perplexity_of
-from ..modules import InputQuantizer, SequenceContext
+from ..modules import InputQuantizer
 from ..pipeline.alpha_search import quantize_linear
 from ..pipeline.ends import ModelTail, embed_tokens, load_block
 from ..pipeline.run import transform_block
@@ -301,7 +301,7 @@ class _FloatModel:
         Returns KL(float ‖ quantized) in nats a token, and the perplexity over the float model's.
         """
         block, settings = self._blocks[index], self._plan.recipe.runtime_smoothing
-        site_input = InputQuantizer(site.site.name, site.input, 1, SequenceContext())
+        site_input = InputQuantizer(site.site.name, site.input)
         site_input.to(self._device)
         normalise = settings is not None and settings.normalise
         self._entering[index].calibrate(block, index, site.site, site_input, normalise)

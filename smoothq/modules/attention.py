@@ -228,7 +228,6 @@ def _attend(
     value: Tensor | HeldTokens,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of `IMPLEMENTATION`, as transformers calls it."""

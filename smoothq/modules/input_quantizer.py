@@ -140,7 +140,7 @@ class SequenceContext:
         if self._hook is not None:
             self._hook.remove()
 
-    def _take(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _take(self, _module: nn.Module, _args: object, kwargs: dict[str, object]) -> None:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise SmoothqError(
@@ -165,17 +165,24 @@ class InputQuantizer(nn.Module):
     scale: Tensor
     multiplier: Tensor
 
-    def __init__(self, name: str, spec: InputSpec, readers: int, context: SequenceContext) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: InputSpec,
+        readers: int = 1,
+        context: SequenceContext | None = None,
+    ) -> None:
         """Create the quantizer, not calibrated yet.
 
         Args:
             name: the site's, for messages.
             spec: its settings.
             readers: how many modules ask for each result.
-            context: the padding mask, for mode `smooth_live`.
+            context: the padding mask, for mode `smooth_live`; None for none.
         """
         super().__init__()
-        self.name, self.spec, self.readers, self.context = name, spec, readers, context
+        self.name, self.spec, self.readers = name, spec, readers
+        self.context = context or SequenceContext()
         if spec.mode == "static":
             self.register_buffer("scale", torch.ones((), dtype=torch.float32, device="cpu"))
         if spec.mode == "smooth_calibrated":

@@ -254,11 +254,8 @@ class ModelTail:
         elif rotation is not None:
             end = rotation.apply_transposed(hidden)
         final_norm = self._model.get_submodule(self._plan.parts.final_norm)
-        hook = final_norm.register_forward_pre_hook(lambda _, args: (end, *args[1:]))
-        try:
+        with final_norm.register_forward_pre_hook(lambda _, args: (end, *args[1:])):
             logits: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
-        finally:
-            hook.remove()
         return logits.float()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ class HiddenStates:
         try:
             for number, batch in enumerate(batches):
                 embedded = embedding(batch).float()
-                _run_until_stopped(decoder, inputs_embeds=embedded, use_cache=False)
+                with suppress(_Stopped):
+                    decoder(inputs_embeds=embedded, use_cache=False)
                 entered = recorders[0].hidden
                 if world.owns(number):
                     rotated = entered if rotate is None else rotate(entered)
@@ -341,43 +343,29 @@ class HiddenStates:
         stops = len(watched) == 1 and not advance
 
         def hook(into: Callable[[Tensor], None]) -> Callable[..., None]:
-            def caught(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            def caught(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 into(args[0])
                 if stops:
                     raise _Stopped
 
             return caught
 
-        handles = [
-            block.get_submodule(module).register_forward_pre_hook(hook(into))
-            for module, into in watched.items()
-        ]
-        try:
-            outputs = _MicroBatchStore(self._store.directory) if advance else self._store
-            with busy_heap():
-                for number in self._store.numbers:
-                    batch = self._store.get(number).to(self._run.world.device)
-                    try:
-                        output = self.forward(block, index, batch)
-                    except _Stopped:
-                        continue
+        outputs = _MicroBatchStore(self._store.directory) if advance else self._store
+        with ExitStack() as hooks, busy_heap():
+            for module, into in watched.items():
+                reader = block.get_submodule(module)
+                hooks.enter_context(reader.register_forward_pre_hook(hook(into)))
+            for number in self._store.numbers:
+                batch = self._store.get(number).to(self._run.world.device)
+                with suppress(_Stopped):
+                    output = self.forward(block, index, batch)
                     if advance:
                         outputs.put(number, output)
-            self._store = outputs
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._store = outputs
 
 
 class _Stopped(Exception):
     """Stops a forward once the inputs to observe have been seen."""
-
-
-def _run_until_stopped(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    try:
-        module(*args, **kwargs)
-    except _Stopped:
-        return
 
 
 class _Recorder(nn.Module):

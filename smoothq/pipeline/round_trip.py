@@ -9,7 +9,7 @@ embedding: a quantizer is a step function, so the last bits of a float may chang
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,21 +154,20 @@ class RoundTrip:
         sketches: dict[int, Tensor] = {}
 
         def keep(index: int) -> Callable[..., None]:
-            def kept(module: nn.Module, args: Any, output: Any) -> None:
+            def kept(_module: nn.Module, _args: Any, output: Any) -> None:
                 sketches[index] = _sketch(output[0] if isinstance(output, tuple) else output)
 
             return kept
 
         blocks = loaded.get_submodule(self._plan.parts.layers).children()
-        hooks = [block.register_forward_hook(keep(index)) for index, block in enumerate(blocks)]
         embedding = loaded.get_input_embeddings()
-        hooks.append(embedding.register_forward_hook(lambda m, args, out: _perturbed(out, seed)))
-        try:
+        with ExitStack() as hooks:
+            for index, block in enumerate(blocks):
+                hooks.enter_context(block.register_forward_hook(keep(index)))
+            perturb = embedding.register_forward_hook(lambda _, args, out: _perturbed(out, seed))
+            hooks.enter_context(perturb)
             ids = self._ids.to(self._world.device)
             logits: Tensor = loaded(input_ids=ids, use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
         return {**sketches, len(sketches): logits.float()}
 
     def _compare_by_blocks(self, directory: Path, files: dict[str, Path]) -> None:
