@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +22,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "checkpoint.compressed_tensors": ("export.schemes",),
     "checkpoint.gguf": ("export.gguf_tensors",),
     "checkpoint.packing": ("rounding.packing",),
-    "checkpoint.stream": ("checkpoint.source",),
+    "checkpoint.stream": (
+        *("checkpoint.weight_files", "checkpoint.hub_files", "checkpoint.model_config"),
+        *("checkpoint.skeleton", "checkpoint.source", "checkpoint.checkpoint_source"),
+        *("checkpoint.module_source", "checkpoint.open"),
+    ),
     "checkpoint.tokenizer": ("data.tokenizer",),
     "architectures.attention": ("architectures.attention_support",),
     "architectures.layout": ("architectures.linearize",),
@@ -93,6 +99,7 @@ NAMES = {
     "servable": "make_exportable",
     "served": "layer_kernels",
     "settled": "default_modes",
+    "skeleton": "Source.skeleton",
 }
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -109,10 +116,11 @@ def names_of(module: str, *homes: str) -> Callable[[str], Any]:
         for home in () if name.startswith("__") else homes:
             source = import_module(f"{_PACKAGE}.{home}")
             current = name if hasattr(source, name) else NAMES.get(name, name)
-            if hasattr(source, current):
+            with suppress(AttributeError):
+                value = attrgetter(current)(source)
                 message = f"{module}.{name} is now {_PACKAGE}.{home}.{current}"
                 warnings.warn(message, DeprecationWarning, stacklevel=3)
-                return getattr(source, current)
+                return value
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return moved

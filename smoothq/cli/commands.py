@@ -16,15 +16,7 @@ from ..errors import CalibrationError, RecipeError, SmoothqError, needs_package
 from ..recipe.recipe import Preset
 from ..report.table import columns, pairs
 from .recipe_flags import DtypeName, RecipeFlags, takes_recipe
-from .terminal import (
-    err,
-    log,
-    out,
-    perplexity_so_far,
-    progress,
-    show_log,
-    show_what_can_be_shown,
-)
+from .terminal import err, log, out, perplexity_so_far, progress, show_log, show_what_can_be_shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -260,7 +252,7 @@ def push(
 
     Example: smoothq push OUT owner/name
     """
-    from ..checkpoint.source import parse_hub_id
+    from ..checkpoint.hub_files import parse_hub_id
     from ..hub import push_to_hub
 
     repo_id, branch = parse_hub_id(repo)
@@ -304,7 +296,8 @@ def plan(
 
     from ..advisor.costs import advise, tables
     from ..api import planned
-    from ..checkpoint.source import read_config, refuse_quantized, skeleton_of
+    from ..checkpoint.model_config import read_config, refuse_quantized
+    from ..checkpoint.skeleton import skeleton_of
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources, estimate_time
     from ..plan.resolve import float_bytes
@@ -395,7 +388,8 @@ def inspect(
 
     Example: smoothq inspect MODEL --calibration builtin -o report.html
     """
-    from ..checkpoint.source import open_source, text_tokenizer
+    from ..checkpoint.open import open_source
+    from ..checkpoint.source import text_tokenizer
     from ..data.text import TextSource, calibration_tokens
     from ..inspection.outliers import inspect_model
     from ..inspection.summary import as_dict, massive_tokens, tables
@@ -452,7 +446,8 @@ def sensitivity(
 
     Example: smoothq sensitivity MODEL --w4a16 --calibration builtin --budget 5 -o mixed.yaml
     """
-    from ..checkpoint.source import open_source, text_tokenizer
+    from ..checkpoint.open import open_source
+    from ..checkpoint.source import text_tokenizer
     from ..data.text import TextSource, calibration_tokens
     from ..inspection.sensitivity import measure, mixed_recipe
 
@@ -691,7 +686,7 @@ def families(
 
     _silence_transformers()
     if infer is not None:
-        from ..checkpoint.source import read_config
+        from ..checkpoint.model_config import read_config
         from ..discovery.infer import discover_family
 
         print(discover_family(read_config(infer))[1], end="")
@@ -713,12 +708,12 @@ def _dry_run(
 ) -> None:
     """Print what quantizing would come to and take, of the model's own tensors."""
     from ..api import planned
-    from ..checkpoint.source import open_source, skeleton
+    from ..checkpoint.open import open_source
     from ..pipeline.estimate import estimate_resources, estimate_time
     from ..report import figures as report
 
     source = open_source(model, gguf_file=gguf_file)
-    _, plan = planned(skeleton(source), model, recipe, form, servable, world.is_main)
+    _, plan = planned(source.skeleton(), model, recipe, form, servable, world.is_main)
     needs = estimate_resources(plan, max_memory, checkpoint_every)
     if not world.is_main:
         return

@@ -16,17 +16,12 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
+from ..checkpoint.checkpoint_source import CheckpointSource
 from ..checkpoint.manifest import MANIFEST, sha256_of
 from ..checkpoint.placing import is_mounted
-from ..checkpoint.source import CheckpointSource
 from ..checkpoint.tensor_file import as_bytes
 from ..data.tokenizer import in_one_line
-from ..errors import (
-    CheckpointError,
-    OutputError,
-    RecipeError,
-    UnsupportedModelError,
-)
+from ..errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
 from ..modules import WeightSpec
 from ..progress import Progress
 from ..report.results import ExportResult

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures.positions import within_positions
-from ..checkpoint.source import Source, skeleton, unload_module
+from ..checkpoint.source import Source, unload_module
 from ..data.tokens import micro_batches
 from ..errors import RecipeError
 from ..kernels.reference import group_multipliers
@@ -189,7 +189,7 @@ def inspect_model(
         SmoothqError: the model cannot be quantized.
     """
     world = World.join(device)
-    model = skeleton(source)
+    model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "sequences")]
     views: list[_View] = []
     entered: dict[Hadamard | None, HiddenStates] = {}

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..architectures.graph import is_tied
 from ..architectures.positions import positions_of, within_positions
 from ..checkpoint.manifest import RunKey
-from ..checkpoint.source import Source, skeleton, unload_module
+from ..checkpoint.source import Source, unload_module
 from ..checkpoint.writer import CheckpointWriter, Environment
 from ..data.calibration import tokens_of
 from ..data.text import TextSource, calibration_tokens
@@ -118,7 +118,7 @@ def quantize_checkpoint(
     start = time.perf_counter()
     check_device(device)
     world = World.join(device)
-    model = skeleton(source)
+    model = source.skeleton()
     plan = make_plan(model, recipe)
     side_files = source.side_files().with_tokenizer(tokenizer)
     tokens = _calibration_tokens(plan, source, model, tokenizer, data)
