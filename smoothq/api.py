@@ -23,8 +23,8 @@ from .errors import RecipeError, StoppedError
 from .evaluation.perplexity import windows_of
 from .export.compressed_tensors import export_compressed_tensors
 from .pipeline.estimate import estimate_resources, estimate_time
-from .pipeline.monitor import BlockDone, Probe
-from .pipeline.run import OnBlock, quantize_checkpoint
+from .pipeline.monitor import BlockDone, OnBlock, Probe
+from .pipeline.run import quantize_checkpoint
 from .plan.plan import Plan
 from .plan.portability import cost_of, make_exportable, refuse_blockers
 from .plan.resolve import make_plan

@@ -27,7 +27,7 @@ from ..modules import InputQuantizer, SequenceContext
 from ..pipeline.block_tuning import relative
 from ..pipeline.ends import Block, embed_tokens, load_block
 from ..pipeline.hidden_states import HiddenStates
-from ..pipeline.run import transform_block
+from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
 from ..progress import Progress

@@ -27,7 +27,7 @@ from ..evaluation.perplexity import perplexity_of
 from ..modules import InputQuantizer, SequenceContext
 from ..pipeline.alpha_search import quantize_linear
 from ..pipeline.ends import ModelTail, embed_tokens, load_block
-from ..pipeline.run import transform_block
+from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
 from ..progress import Progress
