@@ -20,7 +20,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "calibration": ("data.text",),
     "calibration_data": ("data.calibration",),
     "checkpoint.compressed_tensors": ("export.schemes",),
-    "checkpoint.gguf": ("export.gguf_tensors",),
+    "checkpoint.gguf": ("export.gguf_tensors", "export.gguf_tokenizer"),
     "checkpoint.packing": ("rounding.packing",),
     "checkpoint.stream": (
         *("checkpoint.weight_files", "checkpoint.hub_files", "checkpoint.model_config"),
@@ -35,7 +35,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "evaluation.harness": ("evaluation.tasks",),
     "evaluation.loading": ("evaluation.load",),
     "experiments": ("discovery.experiments",),
-    "export_gguf": ("export.gguf",),
+    "export_gguf": ("export.gguf", "export.gguf_metadata"),
     "families": ("advisor.families",),
     "flags": ("cli.recipe_flags",),
     "float_parts": ("pipeline.ends",),

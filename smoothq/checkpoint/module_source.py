@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -77,15 +78,28 @@ class ModuleSource(Source):
                     f"{self.name}: '{name}' is a {self._types[name].__name__}, its class has a "
                     f"{kind.__name__} there: save the model under a class that has it"
                 )
-        reader = _Tensors(self._tensors, model, self.name, self._dtype)
-        modules = module_types(model)
-        for name in reader.unnamed:
-            if name.rpartition(".")[0] in modules:
+        tensors = self._tensors
+        for target, twin in list(tied_weights(model).items()):
+            if target in tensors and twin in tensors:
+                left, right = tensors[target], tensors[twin]
+                if left.data_ptr() != right.data_ptr() and not torch.equal(left, right):
+                    untie(model, target)
+        tied, wanted, modules = tied_weights(model), model.state_dict(), module_types(model)
+        specs: dict[str, Spec] = {}
+        unnamed: dict[str, tuple[str, Spec]] = {}
+        for name, tensor in tensors.items():
+            dtype = self._dtype if tensor.is_floating_point() else None
+            spec = Spec(tuple(tensor.shape), dtype or tensor.dtype)
+            if name in wanted and name not in tied:
+                specs[name] = spec
+            elif name not in wanted and name.rpartition(".")[0] not in modules:
+                unnamed[name] = name, spec
+            elif name not in wanted:
                 raise UnsupportedModelError(
                     f"{self.name}: its class has no tensor '{name}', so the model in memory is "
                     "another than it makes: save the model under a class that has it"
                 )
-        return reader
+        return _Tensors(tensors, specs, unnamed, self.name)
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and every tensor's name, shape, dtype, first and last values."""
@@ -102,40 +116,21 @@ class ModuleSource(Source):
         return self._side_files
 
 
+@dataclass
 class _Tensors:
-    """The tensors of a model in memory under the names of an empty one of its class."""
+    """The tensors of a model in memory, as a `Reader`. source: name of the model, for messages."""
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        model: PreTrainedModel,
-        source: str,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """source: name of the model, for messages. dtype: in place of the floats' dtypes."""
-        self._tensors, self._source = tensors, source
-        for target, twin in list(tied_weights(model).items()):
-            if target in tensors and twin in tensors:
-                left, right = tensors[target], tensors[twin]
-                if left.data_ptr() != right.data_ptr() and not torch.equal(left, right):
-                    untie(model, target)
-        tied, wanted = tied_weights(model), model.state_dict()
-        self.specs: dict[str, Spec] = {}
-        self.unnamed: dict[str, tuple[str, Spec]] = {}
-        for name, tensor in tensors.items():
-            stored = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-            spec = Spec(tuple(tensor.shape), stored)
-            if name in wanted and name not in tied:
-                self.specs[name] = spec
-            elif name not in wanted:
-                self.unnamed[name] = name, spec
+    stored: Mapping[str, Tensor]
+    specs: dict[str, Spec]
+    unnamed: dict[str, tuple[str, Spec]]
+    source: str
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) in their present dtypes, sharing memory with the model."""
         for name in names:
-            if name not in self._tensors:
-                raise CheckpointError(f"{self._source}: the model has no tensor '{name}'")
-            yield name, self._tensors[name].detach()
+            if name not in self.stored:
+                raise CheckpointError(f"{self.source}: the model has no tensor '{name}'")
+            yield name, self.stored[name].detach()
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """A parameter in chunks of `count` rows, sharing memory with the model."""

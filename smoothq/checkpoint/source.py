@@ -109,17 +109,13 @@ class Source(ABC):
                 useless.append(stored)
             else:
                 extras[stored] = spec
-        notes = []
-        if extras:
-            notes.append(
-                f"{len(extras)} tensors that the model's class does not know are kept as they are: "
-                f"{families_of(extras)}"
-            )
-        if useless:
-            notes.append(
-                f"{len(useless)} stored tensors are left out, for the model's code does not use "
-                f"them: {families_of(useless)}"
-            )
+        kept = "tensors that the model's class does not know are kept as they are"
+        left_out = "stored tensors are left out, for the model's code does not use them"
+        notes = [
+            f"{len(names)} {what}: {families_of(names)}"
+            for names, what in ((extras, kept), (useless, left_out))
+            if names
+        ]
         buffers = {name for name, _ in model.named_buffers()}
         notes += [
             f"{name} is not stored: it is as the model's class makes it"

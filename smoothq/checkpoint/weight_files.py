@@ -22,16 +22,10 @@ SINGLE = "model.safetensors"
 WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 END_BYTES = 4096  # hashed at the beginning and at the end of a tensor, for a fingerprint
 NAMED = 4  # name patterns that `families_of` lists at most
-DTYPES = {  # name in a safetensors header → torch.dtype
+DTYPES: dict[str, torch.dtype] = {  # name in a safetensors header → torch.dtype
     "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,

@@ -20,11 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (quantize, export, push, plan, verify, inspect, sensitivity):
-    app.command()(command)
-app.command(name="eval")(evaluate)
-for command in (compare, generate, families):
-    app.command()(command)
+looking = (plan, verify, inspect, sensitivity)
+for command in (quantize, export, push, *looking, evaluate, compare, generate, families):
+    app.command("eval" if command is evaluate else None)(command)
 
 
 @app.callback()

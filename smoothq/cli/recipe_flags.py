@@ -16,6 +16,7 @@ from ..recipe.presets import preset
 from ..recipe.recipe import Attention, Effort, Method, Preset, Recipe, Scope, load_recipe
 from .common import DtypeName
 
+BY_NAME = inspect.Parameter.KEYWORD_ONLY
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
@@ -38,12 +39,8 @@ class _Flag:
         kind = self.kind if self.default is not None else self.kind | None
         names = (f"--{name}",) if self.kind is bool else ()  # without a --no-
         option = typer.Option(*names, help=self.help, hidden=self.hidden)
-        return inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=self.default,
-            annotation=Annotated[kind, option],
-        )
+        kind = Annotated[kind, option]
+        return inspect.Parameter(name, BY_NAME, default=self.default, annotation=kind)
 
 
 _visible = partial(_Flag, hidden=False)
@@ -124,10 +121,7 @@ FLAGS = {  # parameter of a command → its option, in the order of the help
     "sequence_length": _Flag(int, "Tokens a sequence.", "calibration.sequence_length"),
     "seed": _Flag(int, "Seed of rotations and of sampling.", "seed"),
     "dtype": _Flag(
-        DtypeName,
-        "dtype of all that is not quantized; auto is the model's own.",
-        "dtype",
-        default="auto",
+        DtypeName, "dtype of all that is not quantized; auto is the model's own.", "dtype", "auto"
     ),
     "set": _visible(
         list[str], "Any field of the recipe: activations.bits=8, as in YAML; repeatable."
@@ -177,7 +171,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command, in the place of its parameter `flags`, one option for each of `FLAGS`."""
     options = [flag.parameter(name) for name, flag in FLAGS.items()]
     parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameter.replace(kind=BY_NAME)
         for name, given in inspect.signature(command, eval_str=True).parameters.items()
         for parameter in (options if name == "flags" else [given])
     ]

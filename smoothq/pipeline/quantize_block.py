@@ -151,7 +151,8 @@ def _quantize_sites(
         factors = _Factors(block, moments, recipe)
         work = [(token_group, name) for token_group in together for name in token_group.modules]
         for turn in (work[i : i + world.size] for i in range(0, len(work), world.size)):
-            local = world.raise_together(partial(_round_local, block, turn, factors, recipe, world))
+            work_here = turn[world.rank] if world.rank < len(turn) else None
+            local = world.raise_together(partial(_round, block, work_here, factors, recipe))
             for rank, (token_group, name) in enumerate(turn):
                 rounded = world.broadcast_from(lambda local=local: local, rank)  # type: ignore[misc]
                 assert rounded is not None
@@ -164,20 +165,6 @@ def _quantize_sites(
                     unrounded[name] = rounded.unrounded
             del local, rounded
     return unrounded
-
-
-def _round_local(
-    block: Block,
-    turn: list[tuple[_TokenGroup, str]],
-    factors: _Factors,
-    recipe: Recipe,
-    world: World,
-) -> QuantizedWeight | None:
-    """The weight of `turn[rank]`, rounded on this rank; None if the turn has fewer matrices."""
-    if world.rank >= len(turn):
-        return None
-    token_group, name = turn[world.rank]
-    return _round(block, token_group, name, factors.of(token_group), recipe)
 
 
 class _Factors:
@@ -248,9 +235,13 @@ def _factor(
 
 
 def _round(
-    block: Block, token_group: _TokenGroup, name: str, factor: Factor | None, recipe: Recipe
-) -> QuantizedWeight:
-    """The rounded weight of one linear of a token group; without a factor rounded to nearest."""
+    block: Block, work: tuple[_TokenGroup, str] | None, factors: _Factors, recipe: Recipe
+) -> QuantizedWeight | None:
+    """The rounded weight of one linear of a token group; None where a turn has no work."""
+    if work is None:
+        return None
+    token_group, name = work
+    factor = factors.of(token_group)
     linear = block.module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     grid = token_group.plan.modules[name].grid

@@ -7,8 +7,7 @@ a run, rank 0 does by `World.broadcast_from`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -31,14 +30,9 @@ class SharedWriter:
     def _enter(self) -> None:
         self._writer.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._world.is_main:
-            self._writer.__exit__(kind, error, trace)
+            self._writer.__exit__(*error)
 
     def stream(self, name: str) -> Iterator[Tensor] | None:
         """The saved hidden states named `name`, to resume from, on rank 0; None on other ranks."""
