@@ -26,7 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from smoothq import Recipe, preset
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.pipeline.run import quantize_checkpoint
 

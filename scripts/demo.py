@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from smoothq import Recipe, perplexity, preset
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.data.text import TextSource, evaluation_tokens
 from smoothq.data.tokenizer import encode_prompt

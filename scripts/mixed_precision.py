@@ -19,15 +19,11 @@ from pathlib import Path
 from accuracy import FLOAT, Bench
 from transformers.utils import logging
 
-from smoothq.checkpoint.source import Source, open_source, skeleton
+from smoothq.checkpoint.open import open_source
+from smoothq.checkpoint.source import Source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.data.text import TextSource, calibration_tokens
-from smoothq.inspection.sensitivity import (
-    Sensitivities,
-    enriched,
-    measure,
-    mixed_recipe,
-)
+from smoothq.inspection.sensitivity import Sensitivities, enriched, measure, mixed_recipe
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
 from smoothq.recipe.presets import preset
@@ -64,7 +60,7 @@ def rows(args: argparse.Namespace, source: Source) -> Iterator[str]:
     yield "\n| weights | bits per weight | perplexity | second text | KL to float |"
     yield "|---|---|---|---|---|"
     yield line(FLOAT, 32, bench.measure(args.model))
-    bits = make_plan(skeleton(source), finer).bits.weight
+    bits = make_plan(source.skeleton(), finer).bits.weight
     for name, recipe in recipes(found, base, finer, bits).items():
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "model"

@@ -26,7 +26,7 @@ from models import Where, skeleton
 from rich.console import Console
 
 from smoothq import Recipe, preset
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.pipeline.estimate import estimate_resources, estimate_time
 from smoothq.pipeline.run import quantize_checkpoint

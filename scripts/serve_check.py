@@ -145,7 +145,8 @@ def check(arguments: argparse.Namespace) -> None:
 
     import smoothq
     from smoothq.advisor.vllm_kernels import layer_kernels
-    from smoothq.checkpoint.source import read_config, skeleton_of
+    from smoothq.checkpoint.model_config import read_config
+    from smoothq.checkpoint.skeleton import skeleton_of
     from smoothq.data.text import TextSource, evaluation_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.float)

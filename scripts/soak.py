@@ -27,7 +27,7 @@ from rich.progress import track
 from transformers import LlamaConfig
 
 from smoothq import Recipe, preset
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.pipeline.run import quantize_checkpoint
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .architectures.parts import gated_mlp as gated_mlp
     from .architectures.parts import separate_attention as separate_attention
     from .architectures.parts import writers as writers
-    from .checkpoint.source import open_source as open_source
+    from .checkpoint.open import open_source as open_source
     from .data.text import TextSource as TextSource
     from .data.text import calibration_tokens as calibration_tokens
     from .data.text import evaluation_tokens as evaluation_tokens
@@ -77,7 +77,7 @@ _HOMES = {
     "keep_packed": "modules.prepare",
     "load_recipe": "recipe.recipe",
     "massive_tokens": "inspection.summary",
-    "open_source": "checkpoint.source",
+    "open_source": "checkpoint.open",
     "perplexity": "evaluation.perplexity",
     "preset": "recipe.presets",
     "prove_family": "discovery.infer",

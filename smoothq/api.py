@@ -15,15 +15,16 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint.source import Source, open_source, skeleton, text_tokenizer
+from .checkpoint.open import open_source
+from .checkpoint.source import Source, text_tokenizer
 from .checkpoint.writer import CheckpointWriter
 from .data.text import TextSource, evaluation_tokens
 from .errors import RecipeError, StoppedError
 from .evaluation.perplexity import windows_of
 from .export.compressed_tensors import export_compressed_tensors
 from .pipeline.estimate import estimate_resources, estimate_time
-from .pipeline.monitor import BlockDone, Probe
-from .pipeline.run import OnBlock, quantize_checkpoint
+from .pipeline.monitor import BlockDone, OnBlock, Probe
+from .pipeline.run import quantize_checkpoint
 from .plan.plan import Plan
 from .plan.portability import cost_of, make_exportable, refuse_blockers
 from .plan.resolve import make_plan
@@ -124,7 +125,7 @@ def quantize(
             world.broadcast_from(partial(target.check, 0, source.paths))
         if servable or exporter is not None or log.isEnabledFor(logging.INFO):
             recipe, plan = planned(
-                skeleton(source), source.name, recipe, format, servable, world.is_main
+                source.skeleton(), source.name, recipe, format, servable, world.is_main
             )
             if world.is_main and log.isEnabledFor(logging.INFO):
                 seconds = estimate_time(plan, world.device).seconds

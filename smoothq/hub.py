@@ -21,9 +21,10 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from pydantic import TypeAdapter, ValidationError
 
+from .checkpoint.hub_files import HUB_ID
 from .checkpoint.manifest import MANIFEST, Manifest
 from .checkpoint.placing import Place
-from .checkpoint.source import HUB_ID, tensor_files
+from .checkpoint.weight_files import tensor_files
 from .errors import CheckpointError, first_line
 from .evaluation.divergence import Agreement
 from .evaluation.evaluate import Evaluation, TextResult

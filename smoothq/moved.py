@@ -6,9 +6,11 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,9 +24,13 @@ MODULES: dict[str, tuple[str, ...]] = {
     "calibration": ("data.text",),
     "calibration_data": ("data.calibration",),
     "checkpoint.compressed_tensors": ("export.schemes",),
-    "checkpoint.gguf": ("export.gguf_tensors",),
+    "checkpoint.gguf": ("export.gguf_tensors", "export.gguf_tokenizer"),
     "checkpoint.packing": ("rounding.packing",),
-    "checkpoint.stream": ("checkpoint.source",),
+    "checkpoint.stream": (
+        *("checkpoint.weight_files", "checkpoint.hub_files", "checkpoint.model_config"),
+        *("checkpoint.skeleton", "checkpoint.source", "checkpoint.checkpoint_source"),
+        *("checkpoint.module_source", "checkpoint.open"),
+    ),
     "checkpoint.tokenizer": ("data.tokenizer",),
     "architectures.attention": ("architectures.attention_support",),
     "architectures.layout": ("architectures.linearize",),
@@ -33,7 +39,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "evaluation.harness": ("evaluation.tasks",),
     "evaluation.loading": ("evaluation.load",),
     "experiments": ("discovery.experiments",),
-    "export_gguf": ("export.gguf",),
+    "export_gguf": ("export.gguf", "export.gguf_metadata"),
     "families": ("advisor.families",),
     "flags": ("cli.recipe_flags",),
     "float_parts": ("pipeline.ends",),
@@ -97,6 +103,7 @@ NAMES = {
     "servable": "make_exportable",
     "served": "layer_kernels",
     "settled": "default_modes",
+    "skeleton": "Source.skeleton",
 }
 # Words for what a Site reads → what they are now.
 READS = {"stream": "residual", "values": "attention", "inner": "mlp"}
@@ -115,10 +122,11 @@ def names_of(module: str, *homes: str) -> Callable[[str], Any]:
         for home in () if name.startswith("__") else homes:
             source = import_module(f"{_PACKAGE}.{home}")
             current = name if hasattr(source, name) else NAMES.get(name, name)
-            if hasattr(source, current):
+            with suppress(AttributeError):
+                value = attrgetter(current)(source)
                 message = f"{module}.{name} is now {_PACKAGE}.{home}.{current}"
                 warnings.warn(message, DeprecationWarning, stacklevel=3)
-                return getattr(source, current)
+                return value
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return moved

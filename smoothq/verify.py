@@ -12,13 +12,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .checkpoint.check import check_tensors
 from .checkpoint.manifest import MANIFEST, Manifest, sha256_of
-from .checkpoint.source import (
-    check_sizes,
-    read_config,
-    read_tensor,
-    tensor_files,
-)
+from .checkpoint.model_config import check_sizes, read_config
 from .checkpoint.tensor_file import as_bytes, is_intact
+from .checkpoint.weight_files import read_tensor, tensor_files
 from .errors import CheckpointError, SmoothqError, first_line
 from .kernels import largest_multiplier
 from .plan.account import codes_of

@@ -30,12 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from scripts import families_table
-from smoothq import (
-    Recipe,
-    architectures,
-    preset,
-    quantize,
-)
+from smoothq import Recipe, architectures, preset, quantize
 from smoothq.advisor import families
 from smoothq.architectures import (
     BlockGraph,
@@ -51,7 +46,7 @@ from smoothq.architectures import (
 )
 from smoothq.architectures.graph import takes_rotation, text_config
 from smoothq.architectures.linearize import linearize_block, restore_block
-from smoothq.checkpoint.source import empty_model
+from smoothq.checkpoint.skeleton import empty_model
 from smoothq.data.text import TextSource, evaluation_tokens
 from smoothq.discovery import equivalence as equivalence
 from smoothq.discovery.infer import discover_family, prove_family

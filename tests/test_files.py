@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from smoothq import preset, quantize
 from smoothq.checkpoint import placing, side_files
 from smoothq.checkpoint.manifest import MANIFEST, Manifest
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.placing import Place
 from smoothq.checkpoint.side_files import SideFiles
-from smoothq.checkpoint.source import open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.data.tokenizer import encode_prompt
 from smoothq.errors import CheckpointError, OutputError, SmoothqError
@@ -274,7 +274,7 @@ def test_the_weights_are_those_that_transformers_loads(model, there) -> None:
         if wanted:
             store(model, form, seed)
     source = open_source(model)
-    skeleton(source)
+    source.skeleton()
     loaded = AutoModelForCausalLM.from_pretrained(model).state_dict()
     read = dict(source.tensors(loaded))
     assert all(torch.equal(read[name], loaded[name]) for name in loaded)
@@ -291,7 +291,7 @@ def test_what_the_shards_hold_counts_not_what_their_index_says(model) -> None:
     del wrong[NAME]
     path.write_text(json.dumps(index | {"weight_map": wrong}))
     source = open_source(model)
-    skeleton(source)
+    source.skeleton()
     loaded = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert all(torch.equal(held, loaded[name]) for name, held in source.tensors(loaded))
 
@@ -303,7 +303,7 @@ def test_a_file_that_the_config_names_is_read_first(model) -> None:
     config["transformers_weights"] = "other.safetensors"
     (model / "config.json").write_text(json.dumps(config))
     source = open_source(model)
-    skeleton(source)
+    source.skeleton()
     loaded = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert torch.equal(dict(source.tensors([NAME]))[NAME], loaded[NAME])
     assert torch.equal(loaded[NAME], state[NAME])

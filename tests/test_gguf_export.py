@@ -28,21 +28,13 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from smoothq import (
-    Recipe,
-    export,
-    preset,
-    quantize,
-)
-from smoothq.checkpoint.source import read_config, skeleton_of
-from smoothq.errors import (
-    CheckpointError,
-    OutputError,
-    RecipeError,
-    UnsupportedModelError,
-)
+from smoothq import Recipe, export, preset, quantize
+from smoothq.checkpoint.model_config import read_config
+from smoothq.checkpoint.skeleton import skeleton_of
+from smoothq.errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
 from smoothq.export.gguf import export_gguf
-from smoothq.export.gguf_tensors import blocks, lost_scales, vocabulary
+from smoothq.export.gguf_tensors import blocks, lost_scales
+from smoothq.export.gguf_tokenizer import vocabulary
 from smoothq.export.reader import ExportReader
 from smoothq.plan.portability import make_exportable
 from smoothq.rounding.grid import QuantizedWeight, Scales

@@ -15,14 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from smoothq import (
-    Evaluation,
-    Perplexity,
-    export,
-    quantize,
-)
+from smoothq import Evaluation, Perplexity, export, quantize
+from smoothq.checkpoint.hub_files import parse_hub_id
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.shards import SHARD_BYTES
-from smoothq.checkpoint.source import open_source, parse_hub_id
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.errors import CheckpointError
 from smoothq.evaluation.divergence import Agreement

@@ -6,14 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.errors import RecipeError
-from smoothq.inspection.outliers import (
-    METHODS,
-    Inspection,
-    inspect_model,
-    pooled,
-)
+from smoothq.inspection.outliers import METHODS, Inspection, inspect_model, pooled
 from smoothq.inspection.summary import as_dict, massive_tokens
 from tests.architectures import VOCABULARY, tiny_model
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from smoothq import Recipe, load_recipe, preset
-from smoothq.checkpoint.source import skeleton_of
+from smoothq.checkpoint.skeleton import skeleton_of
 from smoothq.errors import RecipeError, UnsupportedModelError
 from smoothq.plan.resolve import make_plan
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
 from smoothq import perplexity, preset, quantize
 from smoothq.architectures.positions import positions_of, within_positions
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.inspection.outliers import inspect_model
 from smoothq.inspection.sensitivity import measure
 from smoothq.pipeline.block_tuning import relative_error

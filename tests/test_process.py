@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from smoothq import kernels, quantize
-from smoothq.checkpoint.source import empty_model
+from smoothq.checkpoint.skeleton import empty_model
 from smoothq.discovery.infer import discover_family
 from smoothq.errors import UnsupportedModelError
 from smoothq.modules import QuantizedLinear

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from smoothq import preset, quantize
 from smoothq.checkpoint import writer as writer_module
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.errors import (
     CalibrationError,

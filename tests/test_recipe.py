@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import smoothq
 from smoothq import preset
-from smoothq.cli.commands import _bytes
+from smoothq.cli.common import parse_memory
 from smoothq.cli.in_flags import in_flags
 from smoothq.errors import RecipeError
 from smoothq.recipe.recipe import OTHER_WORDS, Recipe
@@ -117,13 +117,13 @@ def test_an_edit_makes_a_section_that_was_not_there() -> None:
 def test_units_of_memory_are_decimal_or_binary(amount, unit, binary, upper) -> None:
     text = f"{amount}{unit}{'i' if binary else ''}b"
     factor = (1024 if binary else 1000) ** (" kmgt".index(unit))
-    assert _bytes(text.upper() if upper else text) == amount * factor
+    assert parse_memory(text.upper() if upper else text) == amount * factor
 
 
 @pytest.mark.parametrize("text", ["", "GB", "8iB", "8XB", "1e999", "-1GB", "nan"])
 def test_what_is_no_amount_is_misuse(text) -> None:
     with pytest.raises(typer.BadParameter, match="no amount of memory"):
-        _bytes(text)
+        parse_memory(text)
 
 
 def test_a_linear_s_recipe_is_also_looked_up_by_the_earlier_name() -> None:

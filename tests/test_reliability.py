@@ -20,15 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from smoothq import Recipe, preset, quantize
 from smoothq.checkpoint import tensor_file, writer
+from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.shards import ShardState, ShardWriter
-from smoothq.checkpoint.source import open_source, skeleton
 from smoothq.checkpoint.writer import CheckpointWriter
-from smoothq.errors import (
-    CheckpointError,
-    OutputError,
-    RecipeError,
-    SmoothqError,
-)
+from smoothq.errors import CheckpointError, OutputError, RecipeError, SmoothqError
 from smoothq.pipeline.estimate import estimate_resources
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
@@ -325,7 +320,7 @@ def test_too_little_memory_is_refused_before_any_work(run, tmp_path) -> None:
 
 def test_needs_count_the_states_where_they_are(float_checkpoint) -> None:
     recipe = preset("w8a8").edit(calibration__samples=1000, calibration__sequence_length=2048)
-    plan = make_plan(skeleton(open_source(float_checkpoint("llama"))), recipe)
+    plan = make_plan(open_source(float_checkpoint("llama")).skeleton(), recipe)
     states = 4 * 1000 * 2048 * 48
     roomy = estimate_resources(plan, 10**12)
     tight = estimate_resources(plan, roomy.memory - 1)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from smoothq import Recipe, load_recipe, quantize
-from smoothq.checkpoint.source import open_source
+from smoothq.checkpoint.open import open_source
 from smoothq.errors import CalibrationError, RecipeError
 from smoothq.evaluation.divergence import agreement
 from smoothq.evaluation.perplexity import perplexity

@@ -28,14 +28,9 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from smoothq import Recipe, quantize
-from smoothq.checkpoint.source import empty_model
+from smoothq.checkpoint.skeleton import empty_model
 from smoothq.errors import RecipeError, SmoothqError, UnsupportedModelError
-from smoothq.integrations.vllm import (
-    RotatedEnd,
-    SmoothqMethod,
-    SmoothqVllmConfig,
-    skeleton,
-)
+from smoothq.integrations.vllm import RotatedEnd, SmoothqMethod, SmoothqVllmConfig, skeleton
 from smoothq.modules import QuantizedLinear
 from smoothq.plan.config import SmoothqConfig
 from smoothq.plan.resolve import make_plan

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoothq import preset, quantize
-from smoothq.checkpoint.source import empty_model
+from smoothq.checkpoint.skeleton import empty_model
 from smoothq.discovery.weight_watch import read_weights
 from smoothq.errors import UnsupportedModelError
 from smoothq.modules import QuantizedEmbedding, QuantizedLinear

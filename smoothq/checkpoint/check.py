@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..compat import tied_weights
 from ..errors import CheckpointError
-from .source import Spec, tensor_shapes
+from .weight_files import Spec, tensor_shapes
 
 
 def check_tensors(model: PreTrainedModel, files: list[str]) -> None:

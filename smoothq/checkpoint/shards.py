@@ -19,13 +19,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .source import DTYPES, INDEX, SINGLE
-from .tensor_file import (
-    Entry,
-    TensorFile,
-    blocks_of,
-    is_intact,
-)
+from .tensor_file import Entry, TensorFile, blocks_of, is_intact
+from .weight_files import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -31,30 +31,13 @@ from torch import __version__ as torch_version
 from transformers import PretrainedConfig
 
 from ..compat import forget_weights_file, save_custom_code
-from ..errors import (
-    CheckpointError,
-    OutputError,
-    SmoothqError,
-    StoppedError,
-    first_line,
-)
-from .manifest import (
-    COMPRESSED_TENSORS,
-    Manifest,
-    RunKey,
-    hashes_of,
-    sha256_of,
-)
+from ..errors import CheckpointError, OutputError, SmoothqError, StoppedError, first_line
+from .manifest import COMPRESSED_TENSORS, Manifest, RunKey, hashes_of, sha256_of
 from .placing import Place, sync
 from .shards import SHARD_BYTES, ShardState, ShardWriter
-from .side_files import (
-    CARD,
-    CONFIG,
-    SideFiles,
-    goes_along,
-)
-from .source import tensor_files
+from .side_files import CARD, CONFIG, SideFiles, goes_along
 from .tensor_file import Entry, TensorFile, is_intact
+from .weight_files import tensor_files
 
 log = logging.getLogger("smoothq")
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..architectures import BlockGraph, Family
 from ..architectures.graph import text_config
 from ..architectures.linearize import linearize_block
-from ..checkpoint.source import empty_model
+from ..checkpoint.skeleton import empty_model
 from ..compat import use_eager_experts
 from ..errors import UnsupportedModelError
 from ..transforms.hadamard import Hadamard

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures.positions import named_positions, positions_of
-from ..checkpoint.source import read_config, resolve_directory, tensor_files
+from ..checkpoint.hub_files import resolve_directory
+from ..checkpoint.model_config import read_config
+from ..checkpoint.weight_files import tensor_files
 from ..data.text import TextSource
 from ..errors import CalibrationError
 from ..plan.plan import Bits, Plan

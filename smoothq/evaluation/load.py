@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.source import read_config, resolve_directory
+from ..checkpoint.hub_files import resolve_directory
+from ..checkpoint.model_config import read_config
 from ..data.tokenizer import load_tokenizer
 from ..errors import CheckpointError, SmoothqError, first_line
 from ..modules.prepare import keep_packed

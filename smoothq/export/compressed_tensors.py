@@ -9,13 +9,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    RunKey,
-    sha256_of,
-)
-from ..checkpoint.source import CheckpointSource
+from ..checkpoint.checkpoint_source import CheckpointSource
+from ..checkpoint.manifest import MANIFEST, Manifest, RunKey, sha256_of
 from ..checkpoint.writer import CheckpointWriter, Environment
 from ..modules import InputSpec, WeightSpec
 from ..progress import Progress

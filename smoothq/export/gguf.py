@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import gguf
 import numpy as np
@@ -16,31 +16,18 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
+from ..checkpoint.checkpoint_source import CheckpointSource
 from ..checkpoint.manifest import MANIFEST, sha256_of
 from ..checkpoint.placing import is_mounted
-from ..checkpoint.source import CheckpointSource
 from ..checkpoint.tensor_file import as_bytes
-from ..data.tokenizer import in_one_line
-from ..errors import (
-    CheckpointError,
-    OutputError,
-    RecipeError,
-    UnsupportedModelError,
-)
+from ..errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
 from ..modules import WeightSpec
 from ..progress import Progress
 from ..report.results import ExportResult
 from ..version import __version__
-from .gguf_tensors import (
-    BLOCK,
-    TYPES,
-    block_bytes,
-    blocks,
-    lost_scales,
-    paired_rows,
-    vocabulary,
-    with_rows,
-)
+from .gguf_metadata import FAMILIES, describe, rope_factors
+from .gguf_tensors import BLOCK, TYPES, block_bytes, blocks, lost_scales, paired_rows, with_rows
+from .gguf_tokenizer import describe_tokenizer
 from .reader import ExportReader
 
 FORMAT = "GGUF"
@@ -55,47 +42,7 @@ FLOATS = {
     torch.float16: GGMLQuantizationType.F16,
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
-ROPE = {  # rope_type → parameters that it must have
-    "default": set[str](),
-    "linear": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-    "llama3": {
-        *("factor", "original_max_position_embeddings"),
-        *("low_freq_factor", "high_freq_factor"),
-    },
-}
-# Further parameters, with the only values that are supported.
-ROPE_PLAIN = {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1}
 ROPE_FREQS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True)
-class Family:
-    """How llama.cpp runs a model_type.
-
-    Attributes:
-        arch: llama.cpp's architecture.
-        pairs: whether the two rows that RoPE rotates together are adjacent in a head, instead of
-            half a head apart.
-        biases: names of the tensors that may have a bias.
-        rope_tensor: whether the file may hold RoPE frequency factors.
-    """
-
-    arch: gguf.MODEL_ARCH
-    pairs: bool
-    biases: frozenset[str]
-    rope_tensor: bool
-
-
-_INPUTS = frozenset({"attn_q", "attn_k", "attn_v"})
-_LINEARS = _INPUTS | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
-_LLAMA = Family(gguf.MODEL_ARCH.LLAMA, True, _LINEARS, True)
-FAMILIES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": Family(gguf.MODEL_ARCH.QWEN2, False, _INPUTS, False),
-    "qwen3": Family(gguf.MODEL_ARCH.QWEN3, False, _INPUTS, False),
-}
 
 
 @dataclass(frozen=True)
@@ -109,10 +56,7 @@ class _Info:
 
 
 def export_gguf(
-    directory: Path,
-    output: Path,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    directory: Path, output: Path, overwrite: bool = False, progress: Progress | None = None
 ) -> ExportResult:
     """Write a smoothq checkpoint as a GGUF file.
 
@@ -157,7 +101,8 @@ def export_gguf(
         raise CheckpointError(f"output '{output}' exists; overwrite=True replaces it")
     partial = _partial(output)
     writer = GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[names.family.arch])
-    _describe(writer, folded, names.family)
+    describe(writer, folded, names.family)
+    describe_tokenizer(writer, folded.source)
     if made_from is not None:
         writer.add_string(MADE_FROM, made_from)
     writer.add_file_type(FILE_TYPES[kinds.most_common(1)[0][0]])
@@ -280,7 +225,7 @@ def _infos(folded: ExportReader, names: _Names) -> Iterator[_Info]:
         kind = GGMLQuantizationType.F32 if vector else FLOATS[folded.plan.stored_dtype]
         nbytes = 4 * tensor.shape[0] if vector else tensor.nbytes
         yield _Info(names.renamed(tensor.name), tensor.shape, kind, nbytes)
-    factors = _rope_factors(folded)
+    factors = rope_factors(folded)
     if factors is not None:
         yield _Info(ROPE_FREQS, tuple(factors.shape), GGMLQuantizationType.F32, factors.nbytes)
 
@@ -300,9 +245,7 @@ def _kind(name: str, spec: WeightSpec) -> GGMLQuantizationType:
 
 
 def _data(
-    folded: ExportReader,
-    names: _Names,
-    progress: Progress | None,
+    folded: ExportReader, names: _Names, progress: Progress | None
 ) -> Iterator[Iterable[Tensor]]:
     """The data of all tensors as chunks of rows, in the order of `_infos`."""
     for linear in folded.linears(progress):
@@ -324,7 +267,7 @@ def _data(
         order = names.order(tensor.name, tensor.shape[0])
         rows = tensor.rows if order is None else [torch.cat(list(tensor.rows))[order]]
         yield (part.float() for part in rows) if len(tensor.shape) == 1 else rows
-    factors = _rope_factors(folded)
+    factors = rope_factors(folded)
     if factors is not None:
         yield [factors]
 
@@ -338,94 +281,3 @@ def _append(file: IO[bytes], info: _Info, rows: Iterable[Tensor], alignment: int
     if file.tell() - start != info.nbytes:
         raise CheckpointError(f"tensor '{info.name}' is not what the config says")
     file.write(bytes(-info.nbytes % alignment))
-
-
-def _describe(writer: GGUFWriter, folded: ExportReader, family: Family) -> None:
-    """Add the metadata of a model: shape, RoPE and tokenizer."""
-    config = folded.source.config
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    size = getattr(config, "head_dim", None) or hidden // heads
-    if family.arch is gguf.MODEL_ARCH.QWEN2 and heads * size != hidden:
-        raise UnsupportedModelError(f"{folded.name}: llama.cpp wants heads of {hidden // heads}")
-    writer.add_name(folded.source.directory.resolve().name)
-    writer.add_quantized_by(f"smoothq {__version__}")
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    writer.add_context_length(min(window, config.max_position_embeddings))
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(size)
-    _describe_rope(writer, folded, family)
-    _describe_tokenizer(writer, folded)
-
-
-def _describe_rope(writer: GGUFWriter, folded: ExportReader, family: Family) -> None:
-    rope: dict[str, Any] = folded.source.config.rope_parameters
-    kind = rope["rope_type"]
-    told = {key for key, value in rope.items() if value not in (None, ROPE_PLAIN.get(key))}
-    odd = (told - {"rope_type", "rope_theta", "type"}) ^ ROPE.get(kind, set())
-    if kind not in ROPE or odd or (kind == "llama3" and not family.rope_tensor):
-        which = f" and {', '.join(sorted(odd))}" if odd else ""
-        raise UnsupportedModelError(
-            f"{folded.name}: llama.cpp has no place here for rotary positions of the kind "
-            f"'{kind}'{which}; export it in another format"
-        )
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if kind in ("default", "llama3"):
-        return
-    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-    writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-
-
-def _rope_factors(folded: ExportReader) -> Tensor | None:
-    """Divisors of the RoPE frequencies for `llama3`, float32 (head size / 2,); None for others."""
-    rope = folded.source.config.rope_parameters
-    if rope["rope_type"] != "llama3":
-        return None
-    model: Any = folded.model.base_model
-    frequencies: Tensor = model.rotary_emb.inv_freq
-    places = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
-    plain: Tensor = rope["rope_theta"] ** -places
-    return (plain / frequencies).float()
-
-
-def _describe_tokenizer(writer: GGUFWriter, folded: ExportReader) -> None:
-    tokenizer, config = folded.source.tokenizer(), folded.source.config
-    if tokenizer is None:
-        raise CheckpointError(f"{folded.name}: it has no tokenizer, and llama.cpp needs one")
-    with in_one_line(f"{folded.name}: its tokenizer cannot be described"):
-        vocab = vocabulary(tokenizer, config.vocab_size)
-    writer.add_tokenizer_model(vocab.model)
-    writer.add_tokenizer_pre(vocab.pre)
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_types(vocab.types)
-    writer.add_token_merges(vocab.merges)
-    writer.add_token_scores(vocab.scores)
-    writer.add_add_space_prefix(vocab.space_prefix)
-    ids = {}
-    for kind in ("bos", "eos", "unk", "pad"):
-        for source in (tokenizer, config):
-            token = getattr(source, f"{kind}_token_id", None)
-            if isinstance(token, int) and kind not in ids:
-                ids[kind] = token
-                getattr(writer, f"add_{kind}_token_id")(token)
-    if "eos" not in ids:
-        raise CheckpointError(f"{folded.name}: its tokenizer names no token that ends a text")
-    with in_one_line(f"{folded.name}: its tokenizer cannot encode text"):
-        encoded = tokenizer("a").input_ids
-    writer.add_add_bos_token(encoded[:1] == [ids.get("bos")])
-    writer.add_add_eos_token(encoded[-1:] == [ids["eos"]])
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)

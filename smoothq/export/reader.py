@@ -13,13 +13,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..checkpoint.source import (
-    CheckpointSource,
-    load_module,
-    read_tensor,
-    skeleton_of,
-    unload_module,
-)
+from ..checkpoint.checkpoint_source import CheckpointSource
+from ..checkpoint.source import load_module, unload_module
+from ..checkpoint.weight_files import read_tensor
 from ..errors import CheckpointError
 from ..modules import InputSpec, WeightSpec
 from ..pipeline.ends import WORKING_DTYPE, float_rows
@@ -96,8 +92,7 @@ class ExportReader:
         self.name = str(directory)
         self.source = CheckpointSource(directory, self.name)
         quantization = quantization_of(self.source.config, self.name)
-        self.model = skeleton_of(self.source.config, self.name)
-        self.source.adopt(self.model)
+        self.model = self.source.skeleton(check=False)  # whose linears are stored as codes
         self.plan = quantization.plan_for(self.model)
         refuse_blockers(self.model, self.plan, self.name, form)
         self.unties = self.plan.residual_rotation is not None and self.plan.wiring.tied

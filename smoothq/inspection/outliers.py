@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures.positions import within_positions
-from ..checkpoint.source import Source, skeleton, unload_module
+from ..checkpoint.source import Source, unload_module
 from ..data.tokens import micro_batches
 from ..errors import RecipeError
 from ..kernels.reference import group_multipliers
@@ -28,7 +28,7 @@ from ..moved import also_named
 from ..pipeline.block_tuning import relative
 from ..pipeline.ends import Block, embed_tokens, load_block
 from ..pipeline.hidden_states import HiddenStates
-from ..pipeline.run import transform_block
+from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
 from ..progress import Progress
@@ -192,7 +192,7 @@ def inspect_model(
         SmoothqError: the model cannot be quantized.
     """
     world = World.join(device)
-    model = skeleton(source)
+    model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "sequences")]
     views: list[_View] = []
     entered: dict[Hadamard | None, HiddenStates] = {}

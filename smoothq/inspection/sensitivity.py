@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures.positions import within_positions
-from ..checkpoint.source import Source, skeleton
+from ..checkpoint.source import Source
 from ..data.tokens import micro_batches
 from ..errors import CalibrationError, NumericsError, RecipeError
 from ..evaluation.divergence import summed_divergence
@@ -27,16 +27,11 @@ from ..evaluation.perplexity import perplexity_of
 from ..modules import InputQuantizer
 from ..pipeline.alpha_search import quantize_linear
 from ..pipeline.ends import ModelTail, embed_tokens, load_block
-from ..pipeline.run import transform_block
+from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
 from ..progress import Progress
-from ..recipe.recipe import (
-    Activations,
-    Override,
-    Recipe,
-    Weights,
-)
+from ..recipe.recipe import Activations, Override, Recipe, Weights
 from ..runtime.device import check_device
 from ..runtime.distributed import World
 
@@ -162,7 +157,7 @@ def measure(
         raise CalibrationError(
             f"tokens must be (windows, length of 2 or more), not {tuple(tokens.shape)}"
         )
-    model = skeleton(source)
+    model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "windows")]
     plan = make_plan(model, recipe)
     rich = make_plan(model, recipe.edit(overrides=(_rich(recipe, "*"), *recipe.overrides)))
@@ -277,7 +272,7 @@ class _FloatModel:
         self._targets = [
             F.pad(batch[:, 1:], (0, 1), value=NO_TARGET).flatten().to(device) for batch in batches
         ]
-        model = skeleton(source)
+        model = source.skeleton()
         stream = embed_tokens(source, model, plan, batches, World(0, 1, device))
         self._entering = [stream]
         self._blocks: list[nn.Module] = []

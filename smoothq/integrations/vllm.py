@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import base_config, register_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
 
-from ..checkpoint.source import empty_model
+from ..checkpoint.skeleton import empty_model
 from ..errors import CheckpointError, RecipeError, SmoothqError
 from ..modules import (
     InputQuantizer,

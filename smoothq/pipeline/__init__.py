@@ -2,4 +2,8 @@
 
 from ..moved import names_of
 
-__getattr__ = names_of(__name__, "pipeline.run", "report.quantize_result", "progress")
+__getattr__ = names_of(
+    __name__,
+    *("pipeline.run", "pipeline.quantize_block", "pipeline.monitor"),
+    *("report.quantize_result", "progress"),
+)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.graph import all_finite
 from ..architectures.linearize import linearize_block
-from ..checkpoint.source import Source, check_weight, load_module, skeleton, unload_module
+from ..checkpoint.source import Source, check_weight, load_module, unload_module
 from ..errors import CalibrationError, CheckpointError, NumericsError
 from ..modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
 from ..modules.quantized_embedding import row_grid
@@ -208,7 +208,7 @@ class ModelTail:
                 plan stores it so, and with the runtime operator for the inverse residual rotation,
                 which is computed in float64 otherwise.
         """
-        self._model, self._plan, self._as_stored = skeleton(source), plan, as_stored
+        self._model, self._plan, self._as_stored = source.skeleton(), plan, as_stored
         model, parts = self._model, plan.parts
         last = parts.embedding if plan.wiring.tied else parts.head
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last):

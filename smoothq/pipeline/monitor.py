@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,9 @@ class BlockDone:
     blocks: int
     perplexity: float | None = None
     float_perplexity: float | None = None
+
+
+OnBlock = Callable[[BlockDone], None]
 
 
 class PerplexityMonitor:

@@ -20,14 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..architectures.graph import text_config
 from ..architectures.positions import positions_of
 from ..checkpoint.check import check_tensors
-from ..checkpoint.source import (
-    Source,
-    read_config,
-    read_tensor,
-    skeleton_of,
-    tensor_files,
-)
+from ..checkpoint.model_config import read_config
+from ..checkpoint.skeleton import skeleton_of
+from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import as_bytes
+from ..checkpoint.weight_files import read_tensor, tensor_files
 from ..errors import OutputError
 from ..modules import OnlineRotation, quantize_attention, stop_quantizing_attention
 from ..modules.prepare import prepare

@@ -1,32 +1,23 @@
-"""A facade of `CheckpointWriter` for distributed runs: rank 0 writes, every rank calls.
+"""What is written block by block in a distributed run: rank 0 writes, every rank calls.
 
-Every method is to be called on all ranks, in the same order.
+Every method is to be called on all ranks, in the same order. What a `CheckpointWriter` does once in
+a run, rank 0 does by `World.broadcast_from`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from ..checkpoint.manifest import RunKey
-from ..checkpoint.side_files import SideFiles
-from ..checkpoint.writer import CheckpointWriter, Environment, State
-from ..plan.account import Account, check_files
+from ..checkpoint.writer import CheckpointWriter
 from ..runtime.distributed import World
 from .hidden_states import HiddenStates
 
 
 class SharedWriter:
-    """A `CheckpointWriter` for a distributed run: all ranks call its methods, rank 0 writes.
-
-    An error on rank 0 in `begin`, `is_finished`, `assemble`, `check` or `place`, or on entering, is
-    raised on every rank.
-    """
+    """A `CheckpointWriter`'s tensors and states, of which rank 0 writes what all ranks give."""
 
     def __init__(self, writer: CheckpointWriter, world: World) -> None:
         """Wrap a writer, which acts on rank 0 only."""
@@ -39,24 +30,9 @@ class SharedWriter:
     def _enter(self) -> None:
         self._writer.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._world.is_main:
-            self._writer.__exit__(kind, error, trace)
-
-    def begin(self, identity: RunKey, surroundings: Environment) -> State:
-        """Begin or resume the output, on rank 0; the stored state on every rank.
-
-        Args:
-            identity: hashes of everything that the output depends on; a state of another run is
-                not resumed.
-            surroundings: the environment of the run, recorded with the state.
-        """
-        return self._world.broadcast_from(lambda: self._writer.begin(identity, surroundings))
+            self._writer.__exit__(*error)
 
     def stream(self, name: str) -> Iterator[Tensor] | None:
         """The saved hidden states named `name`, to resume from, on rank 0; None on other ranks."""
@@ -97,31 +73,3 @@ class SharedWriter:
         for stream in streams.values():
             for number in range(len(stream)):
                 stream.batch(number)  # collective: each rank sends its micro-batches to rank 0
-
-    def is_finished(
-        self, identity: RunKey, config: PretrainedConfig, side_files: SideFiles
-    ) -> bool:
-        """Whether a complete output of the same model, recipe and data already exists."""
-        return self._world.broadcast_from(
-            lambda: self._writer.is_finished(identity, config, side_files)
-        )
-
-    def assemble(self, config: PretrainedConfig, side_files: SideFiles, card: str) -> Path:
-        """Write config, side files and model card beside the weights, on rank 0.
-
-        Returns: on every rank, the directory of the complete checkpoint, not yet renamed to the
-        output.
-        """
-        return self._world.broadcast_from(lambda: self._writer.assemble(config, side_files, card))
-
-    def check(self, account: Account, assembled: Path) -> None:
-        """Compare the tensors of the assembled checkpoint with the account.
-
-        Raises:
-            OutputError: on every rank, if names, shapes or dtypes differ.
-        """
-        self._world.broadcast_from(lambda: check_files(account, assembled))
-
-    def place(self) -> None:
-        """Rename the assembled checkpoint to the output; done when this returns on any rank."""
-        self._world.broadcast_from(self._writer.place)

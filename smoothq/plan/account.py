@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.source import Source, Spec, tensor_shapes
+from ..checkpoint.source import Source
+from ..checkpoint.weight_files import Spec, tensor_shapes
 from ..errors import OutputError
 from ..modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear
 from .install import install

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..architectures import BlockGraph, Parts, Site
 from ..architectures.graph import norm_offset
-from ..checkpoint.source import Spec
+from ..checkpoint.weight_files import Spec
 from ..modules import AttentionSpec, InputSpec, WeightSpec
 from ..recipe.recipe import FLOAT_BITS, Recipe
 from ..transforms.hadamard import Hadamard

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architectures import BlockGraph, Family, Parts, family_of
 from ..architectures.graph import is_tied, takes_rotation, text_config
 from ..architectures.linearize import linearize_block
-from ..checkpoint.source import Spec
+from ..checkpoint.weight_files import Spec
 from ..compat import tied_weights
 from ..discovery.infer import discover_family
 from ..discovery.weight_reads import weights_read

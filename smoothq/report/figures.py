@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from ..checkpoint.source import families_of
+from ..checkpoint.weight_files import families_of
 from ..plan.plan import Bits, Plan
 from ..recipe.recipe import FLOAT_BITS, Recipe
 from .results import ExportResult, ResourceEstimate, TimeEstimate, duration_text

@@ -1,0 +1,102 @@
+"""The config of a model: reading it, and refusing one that is damaged or of a quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from ..errors import CheckpointError, UnsupportedModelError, first_line
+from .hub_files import resolve_directory
+from .side_files import CONFIG
+
+ADAPTER = "adapter_config.json"
+LARGEST_SIZE = 1 << 28  # integers in a config above this are taken for damage
+
+
+def read_config(model: str) -> PretrainedConfig:
+    """The config of a hub id or a local directory; no weights are downloaded.
+
+    Raises:
+        SmoothqError: if there is no config, or it cannot be read.
+    """
+    return config_in(resolve_directory(model, weights=False), model)
+
+
+def config_in(directory: Path, name: str) -> PretrainedConfig:
+    """The config of a local directory.
+
+    Args:
+        directory: of the model.
+        name: of the model, for messages.
+
+    Raises:
+        CheckpointError: for a directory without a config, or with an adapter alone.
+        UnsupportedModelError: for a config that transformers cannot read.
+    """
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{name} holds an adapter, not a whole model; merge it and quantize that: "
+            f"from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("
+            f"'{directory}', dtype='auto').merge_and_unload().save_pretrained('MERGED')"
+        )
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # transformers has no common base for damaged files
+        raise UnsupportedModelError(
+            f"{name}: its config cannot be read: {first_line(error)}"
+        ) from error
+    return config
+
+
+def refuse_quantized(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError if a model's config says that it is quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, dict)
+            else getattr(quantization, "quant_method", "?")
+        )
+        raise UnsupportedModelError(
+            f"{name} is already quantized (quant_method '{method}'); quantize the float model"
+        )
+
+
+def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:
+    """Refuse a damaged config, which would make transformers build until memory is exhausted.
+
+    Args:
+        config: of the model.
+        tensors: names of the stored tensors; a model has at most as many layers.
+        name: of the model, for messages.
+
+    Raises:
+        UnsupportedModelError: for an integer above `LARGEST_SIZE` or an impossible layer count.
+    """
+    text = config.get_text_config(decoder=True)
+    for field, value in (config.to_dict() | text.to_dict()).items():
+        if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+            raise UnsupportedModelError(f"{name}: its config says {field} = {value}")
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or not 0 < layers <= len(tensors):
+        raise UnsupportedModelError(
+            f"{name}: its config says {layers} layers, with {len(tensors)} tensors stored"
+        )
+
+
+def dtype_named_by(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a config names, or float32 if it names none.
+
+    Raises:
+        UnsupportedModelError: for a dtype that is no float.
+    """
+    named = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UnsupportedModelError(f"{config.model_type}: its config says dtype = {named}")
+    return dtype
