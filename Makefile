@@ -16,8 +16,9 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py $(DEMO)/SmolLM2-135M-Instruct $(DEMO)/quantized
 
 # Two workers of one thread each: most tests are too small for two threads to help. A file's tests
-# stay with one worker, as they share the models that its fixtures make.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# stay with one worker, as they share the models that its fixtures make; the files that take longest
+# come first, as tests/conftest.py puts them, so that no worker waits for one of them at the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST)

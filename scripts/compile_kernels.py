@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -106,10 +106,13 @@ Case = tuple[str, Callable[[], object]]
 ROWS, WIDTH, DOWN, GROUP = 256, 4096, 14336, 128
 
 
-def cases() -> Iterator[Case]:
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def cases(dtypes: Iterable[str] = DTYPES) -> Iterator[Case]:
     """Every operator in every form, its name first, at widths that real models have."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kind = str(dtype).removeprefix("torch.")
+    for kind in dtypes:
+        dtype = DTYPES[kind]
         forms = [*weight_only_cases(dtype), *quantizer_cases(dtype)]
         if dtype != torch.float16:  # it differs from bfloat16 in conversions only
             forms += [*integer_cases(dtype), *attention_cases(dtype)]
@@ -226,8 +229,8 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
                 )
 
 
-def compile_all(chip: Chip, only: str = "") -> list[Compiled]:
-    """Compile every case whose name contains `only`."""
+def compile_all(chip: Chip, only: str = "", dtypes: Iterable[str] = DTYPES) -> list[Compiled]:
+    """Compile every case of some dtypes whose name contains `only`."""
     loaded: dict[str, tuple[str, str, dict[str, str]]] = {}
     case = ""
 
@@ -238,7 +241,7 @@ def compile_all(chip: Chip, only: str = "") -> list[Compiled]:
     with tempfile.TemporaryDirectory() as cache:  # timings found here must reach no real cache
         triton.knobs.cache.dir = cache
         triton.knobs.runtime.kernel_load_end_hook.add(remember)
-        for case, run in cases():
+        for case, run in cases(dtypes):
             if only in case:
                 run()
         with ThreadPoolExecutor() as pool:
@@ -293,12 +296,15 @@ def _number(pattern: str, text: str) -> int:
 def main(
     target: Annotated[str, typer.Option(help=f"One of {', '.join(CHIPS)}.")] = "sm_90",
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}, all by default; repeatable.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the rows as JSON here.")] = None,
 ) -> None:
     """Compile, and print a row for each kernel."""
     if launch.INTERPRETED:
         raise typer.BadParameter("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    rows = compile_all(CHIPS[target], only)
+    rows = compile_all(CHIPS[target], only, dtype or DTYPES)
     if output is not None:
         output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     columns = list(asdict(rows[0]))

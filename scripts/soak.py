@@ -31,7 +31,6 @@ from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.pipeline.run import quantize_checkpoint
 
-LAYERS = 12
 TOKENS = (8, 256)  # samples and their length
 SHARD_BYTES = 1 << 20  # so that there are several
 console = Console(highlight=False)
@@ -43,13 +42,13 @@ def recipe() -> Recipe:
     return preset("w4a4").edit(weights__group_size=32, tuning__steps=4)
 
 
-def make_model(directory: Path) -> None:
+def make_model(directory: Path, layers: int) -> None:
     """A small model with random weights."""
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=False,
@@ -101,13 +100,14 @@ def digests(directory: Path) -> dict[str, str]:
 def soak(
     kills: Annotated[int, typer.Option(help="Runs to kill.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    layers: Annotated[int, typer.Option(help="Blocks of the model.", min=1)] = 12,
 ) -> None:
     """Kill and resume, and print what came of it."""
     moments = random.Random(seed)
     resumed = identical = before_state = 0
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
-        make_model(model)
+        make_model(model, layers)
         seconds = run(model, out)
         expected = digests(out)
         for _ in track(range(kills), "killing", console=console, transient=True):
@@ -119,7 +119,7 @@ def soak(
             resumed += out.exists() and not (Path(scratch) / "out.partial").exists()
             identical += digests(out) == expected
     console.print(
-        f"a run of {seconds:.1f} s in {LAYERS} blocks; {before_state} kills came before a block "
+        f"a run of {seconds:.1f} s in {layers} blocks; {before_state} kills came before a block "
         "was kept, or after the last act"
     )
     console.print(f"{resumed} resumed, {identical} identical")

@@ -3,8 +3,9 @@
 import os
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ if not torch.cuda.is_available():
 from smoothq import Recipe, preset
 from smoothq.cli import main
 from tests.architectures import VOCABULARY, tiny_model
+
+# Few tests that take long: with several workers the others are shared out beside them.
+LONGEST = ("test_compiled.py", "test_smollm2.py", "test_benchmarks.py", "test_lm_eval.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -56,6 +64,8 @@ def recipes() -> dict[str, Recipe]:
 
 def _shrunk(recipe: Recipe) -> Recipe:
     fields: dict[str, object] = {"calibration__source": "builtin"}
+    if recipe.tuning is not None:
+        fields["tuning__steps"] = 2  # both with a gradient; how well it tunes is test_tuning's
     if recipe.weights.granularity == "group":
         fields["weights__group_size"] = 16
     if recipe.runtime_smoothing is not None:
@@ -101,6 +111,15 @@ def float_checkpoint(
         return made[name]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def short_text() -> Iterator[None]:
+    """Cut the topics of the text `builtin` short: of a token a character there would be 270,000."""
+    with pytest.MonkeyPatch.context() as patched:
+        short = {name: text[:300] for name, text in topics.topics.items()}
+        patched.setattr(topics, "topics", short)
+        yield
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -3,14 +3,17 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from smoothq import preset
 from smoothq.cli.commands import main
+
+pytestmark = pytest.mark.usefixtures("short_text")
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--samples", "4", "--sequence-length", "32")
@@ -27,8 +30,23 @@ def accuracy() -> ModuleType:
     return module
 
 
-def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, monkeypatch) -> None:
+def test_runs_are_measured_once_stored_and_tabled(
+    float_checkpoint, tmp_path, monkeypatch, run
+) -> None:
     script = accuracy()
+    start, commands = subprocess.run, list[list[str]]()
+
+    def in_this_process(command: list[str], **options: object) -> object:
+        """The first command in a process as the script has it, the others as `run` runs them."""
+        commands.append(command)
+        if len(commands) == 1:
+            return start(command, **options)
+        assert command[:3] == [sys.executable, "-m", "smoothq"]
+        code, out, log = run(*command[3:])
+        assert code == 0, log
+        return SimpleNamespace(stdout=out.splitlines()[-1])  # the script's own lines come before
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     rows = [
         script.Row("eight bits", ("--w8a8", *QUICK)),
         script.Row("two draws", ("--w4a8", "--group-size", "16", "--effort", "fast", *QUICK), 2),
@@ -59,6 +77,8 @@ def test_runs_are_measured_once_stored_and_tabled(float_checkpoint, tmp_path, mo
     assert f"({low:.2f} … {high:.2f})" in text
     assert f"| {runs[1]['bits']['weight']:.2f} |" in text
 
+    assert [command[-1] == "--dry-run" for command in commands] == [True, False] * 3
+    monkeypatch.setattr(sys, "argv", arguments)
     measured: list[str] = []
     monkeypatch.setattr(script.Bench, "measure", lambda bench, path: measured.append(path))
     script.main()

@@ -92,12 +92,24 @@ def test_toy_kernels_are_run_and_labelled(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "interpret"), [((), False), (("--toy",), False), ((), True)])
-def test_kernels_are_not_measured_without_a_gpu(tmp_path, arguments, interpret) -> None:
-    done = run(tmp_path, "bench_kernels.py", *arguments, interpret=interpret)
+def test_kernels_are_not_measured_without_a_gpu(tmp_path) -> None:
+    done = run(tmp_path, "bench_kernels.py", interpret=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("toy", "interpret"), [(False, False), (True, False), (False, True)])
+def test_what_the_surroundings_cannot_measure_is_refused_in_a_line(
+    monkeypatch, toy, interpret
+) -> None:
+    bench = load(monkeypatch, "bench_kernels")
+    monkeypatch.setattr(bench.launch, "INTERPRETED", interpret)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refused:
+        bench.check(toy, None)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not isinstance(refused.value.code, int)
 
 
 def test_targets_are_geometric_means_over_wide_projections(monkeypatch) -> None:
@@ -218,6 +230,6 @@ def test_random_models_are_what_transformers_loads(monkeypatch, tmp_path) -> Non
 
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path) -> None:
-    done = run(tmp_path, "soak.py", "--kills", 2, interpret=False)
+    done = run(tmp_path, "soak.py", "--kills", 2, "--layers", 4, interpret=False)
     assert done.returncode == 0, done.stderr
     assert "2 resumed, 2 identical" in done.stdout

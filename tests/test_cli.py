@@ -17,6 +17,8 @@ from smoothq.cli.commands import app
 from tests import fake_hub
 from tests.conftest import RECIPES
 
+pytestmark = pytest.mark.usefixtures("short_text")
+
 SMALL = ("--group-size", 16, "--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
 QUICK = ("--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
 

@@ -179,11 +179,31 @@ def test_importing_smoothq_is_enough(quantized, folder, imports) -> None:
     assert json.loads(result.stdout.splitlines()[-1]) == expected.values[0].value
 
 
+# `python -m smoothq.lm_eval` where lm-eval finds its own tasks in a folder without any: there are
+# thousands, read at every start.
+FEW_TASKS = """
+import sys, smoothq
+from lm_eval.tasks import manager
+manager.__file__ = sys.argv[1] + "/manager.py"
+from smoothq.lm_eval import main
+sys.argv[:2] = ["lm_eval"]
+main()
+"""
+
+
+@pytest.fixture
+def few_tasks(tmp_path) -> tuple[str, str, str]:
+    """The beginning of a command, in place of `-m smoothq.lm_eval`."""
+    (tmp_path / "none").mkdir()
+    return "-c", FEW_TASKS, str(tmp_path / "none")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["smoothq", "hf"])
-def test_the_command_line_of_lm_eval(quantized, folder, tmp_path, model) -> None:
+def test_the_command_line_of_lm_eval(quantized, folder, tmp_path, few_tasks, model) -> None:
+    start = ("-m", "smoothq.lm_eval") if model == "smoothq" else few_tasks
     result = run_python(
-        *("-m", "smoothq.lm_eval", "run", "--model", model, "--device", "cpu"),
+        *(*start, "run", "--model", model, "--device", "cpu"),
         *("--model_args", f"pretrained={quantized},dtype=float32", "--tasks", ",".join(TASKS)),
         *("--include_path", folder, "--output_path", tmp_path / "results.json"),
     )
@@ -194,9 +214,9 @@ def test_the_command_line_of_lm_eval(quantized, folder, tmp_path, model) -> None
 
 
 @pytest.mark.slow
-def test_an_error_on_the_command_line_is_one_line(folder) -> None:
+def test_an_error_on_the_command_line_is_one_line(folder, few_tasks) -> None:
     result = run_python(
-        *("-m", "smoothq.lm_eval", "run", "--model", "smoothq", "--include_path", folder),
+        *(*few_tasks, "run", "--model", "smoothq", "--include_path", folder),
         *("--model_args", "pretrained=./nowhere", "--tasks", "colours"),
     )
     assert result.returncode == 1
@@ -270,7 +290,10 @@ def test_data_out_of_reach_is_named(loaded, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_an_unknown_task_is_named_with_the_places_looked_in(loaded, folder) -> None:
+def test_an_unknown_task_is_named_with_the_places_looked_in(
+    loaded, folder, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))
     with pytest.raises(CalibrationError, match="no task or group 'no-such'") as caught:
         run_tasks(*loaded, ["colours", "no-such"], folder)
     assert str(folder) in str(caught.value)

@@ -65,6 +65,65 @@ def test_auto_takes_a_candidate_and_leaves_everything_else(
     assert stored["quantization_config"]["recipe"]["smoothing"]["alpha"] == "auto"
 
 
+SITES = {"qkv": ("self_attn", ("q_proj", "k_proj", "v_proj"))}
+SITES["gate_up"] = ("mlp", ("gate_proj", "up_proj"))
+
+
+def simulated_errors(model, data, site: str) -> dict[float, float]:
+    """Candidate → the error of the first block's output with one site in 8 bits, as SmoothQuant's.
+
+    Written again from the paper: s = max|x|^α / max|w|^(1−α), then both are rounded to nearest.
+    """
+    module, names = SITES[site]
+    block, seen = model.model.layers[0], {}
+    readers = [block.get_submodule(f"{module}.{name}") for name in names]
+    floats = [reader.weight.clone() for reader in readers]
+
+    def output(prepare) -> torch.Tensor:
+        hooks = [reader.register_forward_pre_hook(prepare) for reader in readers]
+        hooks.append(block.register_forward_hook(lambda _, args, result: seen.update(y=result)))
+        model(data)
+        for hook in hooks:
+            hook.remove()
+        return seen["y"][0] if isinstance(seen["y"], tuple) else seen["y"]
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        step = values.abs().amax(-1, keepdim=True) / 127
+        return (values / step).round() * step
+
+    wanted = output(lambda _, args: seen.update(x=args[0]))
+    x, w = seen["x"].flatten(0, -2).abs().amax(0), torch.cat(floats).abs().amax(0)
+    errors = {}
+    for alpha in CANDIDATES:
+        divisor = x**alpha / w ** (1 - alpha)
+        for reader, weight in zip(readers, floats, strict=True):
+            reader.weight.copy_(rounded(weight * divisor))
+        output_now = output(lambda _, args, divisor=divisor: (rounded(args[0] / divisor),))
+        share = (output_now - wanted).square().sum(-1) / wanted.square().sum(-1)
+        errors[alpha] = share.mean().item()
+    for reader, weight in zip(readers, floats, strict=True):
+        reader.weight.copy_(weight)
+    return errors
+
+
+@pytest.mark.parametrize("factor", [1, 30])
+@torch.no_grad()
+def test_auto_takes_the_candidate_of_the_least_error(data, caplog, factor) -> None:
+    model = tiny_model("llama", torch.float32)
+    layer = model.model.layers[0]
+    layer.input_layernorm.weight[:2] *= factor
+    layer.post_attention_layernorm.weight[3:5] *= factor
+    recipe = preset("w8a8").edit(smoothing__alpha="auto", smoothing__edges=["norms"])
+    with caplog.at_level("DEBUG", "smoothq"):
+        quantize(model, recipe, data=data)
+    chosen = [r.args for r in caplog.records if r.msg.startswith("%s, %s: alpha")]
+    for site in SITES:
+        errors = simulated_errors(model, data, site)
+        alpha = next(alpha for _, name, alpha in chosen if name == site)
+        assert errors[alpha] == pytest.approx(min(errors.values()), rel=0.005), errors
+        assert factor == 1 or max(errors.values()) > 1.2 * min(errors.values())
+
+
 def test_auto_finds_what_outliers_in_the_input_ask_for(data, caplog) -> None:
     def chosen(factor: float) -> set[float]:
         model = tiny_model("llama", torch.float32)

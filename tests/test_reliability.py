@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from smoothq.checkpoint import tensor_file, writer
 from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.shards import ShardState, ShardWriter
 from smoothq.checkpoint.writer import CheckpointWriter
+from smoothq.cli import main
 from smoothq.errors import CheckpointError, OutputError, RecipeError, SmoothqError
 from smoothq.pipeline.estimate import estimate_resources
 from smoothq.pipeline.run import quantize_checkpoint
@@ -55,14 +57,21 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.fixture
-def run(float_checkpoint, data, tmp_path) -> Callable[..., Path]:
-    """Quantize a tiny Llama of three blocks into a directory of the test's."""
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run_in(float_checkpoint, data) -> Run:
+    """Quantize a tiny Llama of three blocks into a directory of a folder."""
 
     def quantized(
-        name: str = "out", recipe: Recipe = RECIPE, tokens: torch.Tensor = data, **kwargs: object
+        folder: Path,
+        name: str = "out",
+        recipe: Recipe = RECIPE,
+        tokens: torch.Tensor = data,
+        **kwargs: object,
     ) -> Path:
-        out = tmp_path / name
+        out = folder / name
         taken = {key: kwargs.pop(key) for key in ("resume", "every", "overwrite") if key in kwargs}
         output = CheckpointWriter(out, shard_bytes=SHARD_BYTES, **taken)
         source = open_source(kwargs.pop("source", float_checkpoint("llama")))
@@ -73,9 +82,15 @@ def run(float_checkpoint, data, tmp_path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def whole(run) -> dict[str, bytes]:
+def run(run_in, tmp_path) -> Run:
+    """The same, into a directory of the test's."""
+    return partial(run_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(run_in, tmp_path_factory) -> dict[str, bytes]:
     """The files of a run that nothing stopped."""
-    return contents(run("whole"))
+    return contents(run_in(tmp_path_factory.mktemp("whole")))
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -101,9 +116,10 @@ def test_one_run_after_another_may_be_stopped(run, whole) -> None:
     assert contents(run()) == whole
 
 
-def test_a_stop_at_any_step_on_the_disk_loses_nothing(run, whole, tmp_path, monkeypatch) -> None:
+def test_a_stop_at_any_step_on_the_disk_loses_nothing(run, tmp_path, monkeypatch) -> None:
     """Every renaming and every removal of a file is the last thing that some run does."""
-    steps = 0
+    steps, run = 0, partial(run, recipe=RECIPE.edit(weights__rounding="rtn", tuning__steps=1))
+    whole = contents(run("whole"))
     for step in range(200):
         left = iter(range(step))
 
@@ -362,46 +378,91 @@ print(result.peak_memory)
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def quantized_by(processes: int, model: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """The tensors that so many processes of one thread make."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+# Runs several commands one after the other; each rank writes how they ended.
+COMMANDS = """
+import json, os, sys
+from pathlib import Path
+from smoothq.cli import main
+
+results, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
+for index, command in enumerate(commands):
+    sys.argv = ["smoothq", *command]
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    (results / f"{index} of rank {os.environ['RANK']}").write_text(str(code))
+"""
+STATIC = ("--w8a8", "--activation-scales", "static")
+GPTQ = ("--w4a16", "--group-size", "16", "--effort", "fast")
+
+
+def command(model: Path, out: Path, *flags: str) -> list[str]:
     # Of 64 tokens, the text of 40 samples makes two micro-batches.
     text = ["--calibration", "builtin", "--samples", "40", "--sequence-length", "64"]
-    command += ["smoothq", "quantize", str(model), "-o", str(out), *text, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return ["quantize", str(model), "-o", str(out), *text, *flags]
+
+
+@pytest.fixture(scope="module")
+def two_processes(float_checkpoint, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of what two processes of one thread made and of how they ended; what they said.
+
+    They quantize a model by nearest and by GPTQ, and one that is damaged, in one launch.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    model, damaged = float_checkpoint("llama"), folder / "damaged"
+    shutil.copytree(model, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    (folder / "commands.py").write_text(COMMANDS)
+    commands = [
+        command(model, folder / "static", *STATIC),
+        command(model, folder / "gptq", *GPTQ),
+        command(damaged, folder / "refused", "--w8a8"),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += [str(folder / "commands.py"), str(folder), json.dumps(commands)]
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return load_file(out / "model.safetensors")
+    return folder, done.stderr
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static-w8a8", "gptq"])
-def test_two_processes_make_what_one_makes(float_checkpoint, tmp_path, static) -> None:
-    flags = ["--w8a8", "--activation-scales", "static"]
-    if not static:
-        flags = ["--w4a16", "--group-size", "16", "--effort", "fast"]
-    model = float_checkpoint("llama")
-    one = quantized_by(1, model, tmp_path / "one", *flags)
-    two = quantized_by(2, model, tmp_path / "two", *flags)
+def ends(folder: Path, index: int) -> list[str]:
+    """The exit codes of a command on both ranks."""
+    return [(folder / f"{index} of rank {rank}").read_text() for rank in range(2)]
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "static"), (1, "gptq")])
+def test_two_processes_make_what_one_makes(
+    two_processes, float_checkpoint, tmp_path, monkeypatch, index, name
+) -> None:
+    folder, log = two_processes
+    assert ends(folder, index) == ["0", "0"], log
+    alone = command(float_checkpoint("llama"), tmp_path / "one", *(STATIC, GPTQ)[index])
+    monkeypatch.setattr(sys, "argv", ["smoothq", *alone])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    one, two = (load_file(out / "model.safetensors") for out in (tmp_path / "one", folder / name))
     assert one.keys() == two.keys()
-    differing = [name for name in one if not torch.equal(one[name], two[name])]
-    if static:
+    differing = [key for key in one if not torch.equal(one[key], two[key])]
+    if name == "static":
         assert not differing
-    moved = sum(int((one[name] != two[name]).sum()) for name in differing)
+    moved = sum(int((one[key] != two[key]).sum()) for key in differing)
     assert moved <= 0.001 * sum(tensor.numel() for tensor in one.values())
 
 
-def test_an_error_in_one_of_two_processes_ends_both(float_checkpoint, tmp_path) -> None:
-    model = tmp_path / "damaged"
-    shutil.copytree(float_checkpoint("llama"), model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AssertionError, match=r"up_proj\.weight' holds NaN or Inf"):
-        quantized_by(2, model, tmp_path / "out", "--w8a8")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+def test_an_error_in_one_of_two_processes_ends_both(two_processes) -> None:
+    folder, log = two_processes
+    assert "0" not in ends(folder, 2)
+    assert "up_proj.weight' holds NaN or Inf" in log
+    assert not (folder / "refused").exists()
+    assert not (folder / "refused.partial").exists()
 
 
 # ---- damaged checkpoints -------------------------------------------------------------------------
