@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from pydantic import BaseModel
 
 from smoothq.cli import app
@@ -194,6 +195,24 @@ def test_every_recipe_field_is_in_the_manual() -> None:
     missing = [each for paths in fields.values() for each in paths if each not in text]
     assert not missing
     assert sum(map(len, fields.values())) > 50
+
+
+def test_the_manual_s_defaults_are_the_recipe_s() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text().partition("## The words")[0]
+    values = Recipe().model_dump(mode="json")
+    for name in ("smoothing", "rotation", "runtime_smoothing", "kv_cache", "tuning"):
+        section = Recipe.model_fields[name].annotation.__args__[0]
+        values[name] = section().model_dump(mode="json")
+    checked = 0
+    for path, default in re.findall(r"^\| `([\w.]+)` \| (`[^`]+`|[^|,…]+)", text, re.M):
+        section, _, field = path.rpartition(".")
+        value = (values[section] if section else values).get(field)
+        if section in ("", *values) and not isinstance(value, dict):
+            shown = default.strip(" `")
+            assert (value is None or value == []) == (shown == "none"), path
+            assert shown == "none" or yaml.safe_load(shown) == value, path
+            checked += 1
+    assert checked > 30
 
 
 def test_the_words_of_other_libraries_are_those_that_a_recipe_reads() -> None:

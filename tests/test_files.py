@@ -615,14 +615,14 @@ def test_a_finished_output_is_done_and_that_of_another_run_is_refused(model, tmp
     assert isinstance(quantize(model, RTN, output=out).load(), torch.nn.Module)
     assert contents(out) == made
     other = RTN.edit(seed=1)
-    refused("not empty.*recipe differs.*--overwrite", lambda: run(model, out, other), out)
+    refused("not empty.*recipe differs.*overwrite=True", lambda: run(model, out, other), out)
     (model / "chat_template.jinja").write_text("new")
-    refused("side files differ.*--overwrite", lambda: run(model, out), out)
+    refused("side files differ.*overwrite=True", lambda: run(model, out), out)
     (model / "chat_template.jinja").unlink()
     tensors = load_file(model / "model.safetensors")
     tensors[NAME][-1, -1] += 1
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    refused("model differs.*--overwrite", lambda: run(model, out), out)
+    refused("model differs.*overwrite=True", lambda: run(model, out), out)
     assert not run(model, out, overwrite=True)
 
 
@@ -644,7 +644,7 @@ def test_an_output_that_is_not_whole_is_not_done(model, tmp_path, damage) -> Non
         del held["run"]
         (out / MANIFEST).write_text(json.dumps(held))
         verify_checkpoint(out)
-    refused("not empty.*--overwrite", lambda: run(model, out), out)
+    refused("not empty.*overwrite=True", lambda: run(model, out), out)
 
 
 def test_an_export_repeated_is_done(model, tmp_path) -> None:

@@ -100,6 +100,9 @@ def test_presets_are_causal_and_the_papers_live_rrs_is_not() -> None:
     assert not preset("w8a8").edit(activations__granularity="tensor").causal
 
 
+ZERO_POINTS = {"activations__bits": 16, "weights__symmetric": False}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -110,6 +113,28 @@ def test_presets_are_causal_and_the_papers_live_rrs_is_not() -> None:
         ({"activations__clip_ratio": 0}, "clip_ratio"),
         ({"nonsense": 1}, "nonsense"),
         ({"rotation__down": False}, "no rotation"),
+        ({"activations__bits": 16, "runtime_smoothing": {}}, "≤ 8 bits"),
+        (
+            {"activations": {"bits": 16, "granularity": "tensor", "static": True}},
+            "static scales need",
+        ),
+        ({"activations": {"full_range": True, "granularity": "tensor"}}, "of one scale a token"),
+        ({"runtime_smoothing": {}, "activations": {"bits": 4, "full_range": True}}, "have it"),
+        ({"runtime_smoothing": {}, "activations": {"bits": 4, "granularity": "tensor"}}, "per t"),
+        ({"weights__symmetric": False}, "need float activations"),
+        (ZERO_POINTS | {"weights__full_range": True}, "zero points go with"),
+        (ZERO_POINTS | {"weights__granularity": "tensor"}, "zero points go with"),
+        (
+            ZERO_POINTS
+            | {"weights": {"bits": 4, "granularity": "group", "group_scale": "multiplier"}},
+            "zero points go with",
+        ),
+        ({"tuning": {}, "weights__granularity": "tensor"}, "a scale a row"),
+        ({"kv_cache": {}, "attention": "int8-centred"}, "codes already"),
+        ({"kv_cache__bits": 4}, "no kv cache"),
+        ({"kv_cache": {"group_size": 32}, "attention": "int8"}, "one group a head"),
+        ({"kv_cache": {"float_tokens": 4}, "attention": "int8"}, "one group a head"),
+        ({"smoothing": {"alpha": {"norms": 0.5}}}, "no value for the edge up_down"),
     ],
 )
 def test_contradictions_are_refused(fields, message) -> None:
@@ -130,3 +155,55 @@ def test_a_config_whose_dtype_is_none_is_refused(dtype) -> None:
     config.dtype = dtype
     with pytest.raises(UnsupportedModelError, match="dtype"):
         skeleton_of(config, "model")
+
+
+FOUR_BITS = {"weights.bits": 4, "weights.clip": True}
+GPTQ = {**FOUR_BITS, "weights.rounding": "gptq"}
+OURS = {
+    **GPTQ,
+    **{"weights.granularity": "group", "weights.group_size": 32},
+    **{"weights.group_scale": "multiplier", "smoothing.edges": ("up_down",)},
+    **{"tuning.steps": 16, "rotation": {}},
+}
+TOKEN_GROUPS = {"runtime_smoothing.group_size": 16, "runtime_smoothing.scope": "token"}
+NORMS = {"smoothing.edges": ("norms", "up_down")}
+UP_DOWN = {"smoothing.edges": ("up_down",), "rotation": {}}
+CLIPPED = {"activations.clip_ratio": 0.9}
+PRESETS = {  # what each sets, beside its bits of activations
+    ("w8a8", None): NORMS,
+    ("w4a8", None): OURS,
+    ("w4a4", None): OURS | TOKEN_GROUPS | {"activations.clip_ratio": 0.925},
+    ("w4a16", None): OURS,
+    ("w8a8", "rtn"): {},
+    ("w8a8", "smoothquant"): NORMS,
+    ("w8a8", "quarot"): {"rotation": {}},
+    ("w8a8", "smoothrot"): UP_DOWN,
+    ("w4a8", "rtn"): FOUR_BITS,
+    ("w4a8", "smoothquant"): GPTQ | NORMS,
+    ("w4a8", "quarot"): GPTQ | {"rotation": {}},
+    ("w4a8", "smoothrot"): GPTQ | UP_DOWN,
+    ("w4a4", "rtn"): FOUR_BITS,
+    ("w4a4", "smoothquant"): GPTQ | NORMS,
+    ("w4a4", "quarot"): GPTQ | CLIPPED | {"rotation": {}},
+    ("w4a4", "smoothrot"): GPTQ | CLIPPED | UP_DOWN,
+    ("w4a4", "rs"): GPTQ | TOKEN_GROUPS,
+    ("w4a4", "rrs"): GPTQ | TOKEN_GROUPS | {"rotation": {}},
+}
+
+
+@pytest.mark.parametrize(("name", "method"), PRESETS)
+def test_a_preset_sets_these_fields_and_no_other(name, method) -> None:
+    values: dict[str, object] = {"activations": {"bits": int(name.partition("a")[2])}}
+    for path, value in PRESETS[name, method].items():
+        section, _, field = path.rpartition(".")
+        values.setdefault(section or path, {})
+        if section:
+            values[section][field] = value
+    assert preset(name, method) == Recipe(**values, name=preset(name, method).name)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("method", ["rs", "rrs"])
+def test_runtime_smoothing_is_for_four_bit_activations(name, method) -> None:
+    with pytest.raises(RecipeError, match=f"method={method} smooths 4-bit activations"):
+        preset(name, method)
