@@ -39,7 +39,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def markdown() -> str:
-    """The support matrix as a Markdown table, as the README has it."""
+    """The support matrix as a Markdown table, as `docs/models.md` has it."""
     return markdown_table(HEADER, rows())
 
 

@@ -19,7 +19,7 @@ RunDtype = Annotated[
     DtypeName, typer.Option(help="dtype of all that is not quantized; auto is float32 on a CPU.")
 ]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside MODEL, read by transformers.")]
-Device = Annotated[str, typer.Option(help="Device to run on.")]
+Device = Annotated[str, typer.Option(help="Device to run on; auto is a GPU where there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
 Servable = Annotated[
     bool, typer.Option("--servable", help="Leave out of the recipe what only smoothq can run.")

@@ -41,7 +41,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of its text.")] = None,
     dtype: RunDtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     memory: Memory = "fast",
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table as Markdown.")
@@ -111,7 +111,7 @@ def compare(
     windows: Annotated[int, typer.Option(help="At most this many windows.", min=1)] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
     dtype: RunDtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown.")
     ] = False,
@@ -165,7 +165,7 @@ def generate(
     ] = True,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
     dtype: RunDtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     memory: Memory = "fast",
 ) -> None:
     """Stream MODEL's continuation of PROMPT.

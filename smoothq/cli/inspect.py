@@ -44,7 +44,7 @@ def inspect(
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
     seed: Annotated[int, typer.Option(help="Seed of rotations and of sampling.")] = 0,
     every_site: EverySite = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     gguf_file: Gguf = None,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +101,7 @@ def sensitivity(
     windows: Annotated[int, typer.Option(help="Windows of the calibration text.", min=1)] = 2,
     window_length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 512,
     every_site: EverySite = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     gguf_file: Gguf = None,
     as_json: Json = False,
 ) -> None:

@@ -27,7 +27,7 @@ def plan(
     max_memory: Annotated[
         str | None, typer.Option(help="Memory that quantizing may take, such as 8GB; or refuse.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     servable: Servable = False,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +44,7 @@ def plan(
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources
     from ..report import figures as report
-    from ..runtime.device import check_device
+    from ..runtime.device import resolve_device
 
     silence_transformers()
     config = read_config(model)
@@ -53,7 +53,7 @@ def plan(
         _plan_export(skeleton_of(config, model), quantization, as_json)
         return
     recipe = flags.chosen()
-    check_device(device)
+    device = resolve_device(device)
     refuse_quantized(config, model)
     empty = skeleton_of(config, model)
     _, resolved = planned(empty, model, recipe, servable=servable)

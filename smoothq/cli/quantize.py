@@ -36,7 +36,7 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     flags: RecipeFlags,
-    device: Device = "cpu",
+    device: Device = "auto",
     gguf_file: Gguf = None,
     form: Annotated[
         Literal["smoothq", "compressed-tensors"],

@@ -77,7 +77,7 @@ def compare(
     windows: int | None = None,
     sequence_length: int = 2048,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     on_window: OnWindow | None = None,
 ) -> list[ModelMeasurement]:
     """Measure models one after the other, on the same text and against the same reference.
@@ -89,7 +89,7 @@ def compare(
         windows: at most so many windows of the text; None for all.
         sequence_length: tokens a window; fewer where a model has fewer positions.
         dtype: of all that is not quantized, as for `load_model`.
-        device: where the models run, such as `cpu` or `cuda`.
+        device: where the models run, such as `cpu` or `cuda`; `auto` is a GPU where there is one.
         on_window: called after each window, as for `perplexity`.
 
     Raises:

@@ -10,13 +10,13 @@ from ..checkpoint.model_config import read_config
 from ..data.tokenizer import load_tokenizer
 from ..errors import CheckpointError, SmoothqError, first_line
 from ..modules.prepare import keep_packed
-from ..runtime.device import check_device
+from ..runtime.device import resolve_device
 from ..runtime.process import build_lock
 from .divergence import check_vocabularies
 
 
 def load_model(
-    model: str, dtype: str = "auto", device: str = "cpu", memory: str = "fast"
+    model: str, dtype: str = "auto", device: str = "auto", memory: str = "fast"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a float or quantized causal LM and its tokenizer, from a directory or the hub.
 
@@ -24,7 +24,7 @@ def load_model(
         model: a directory or a hub id.
         dtype: of all that is not quantized, by its name in torch; `auto` is the checkpoint's
             dtype, and float32 on a CPU.
-        device: where the model runs, such as `cpu` or `cuda`.
+        device: where the model runs, such as `cpu` or `cuda`; `auto` is a GPU where there is one.
         memory: `fast` keeps 4-bit weights also unpacked to int8 where kernels are faster that
             way, `low` keeps only the packed weights.
 
@@ -32,7 +32,7 @@ def load_model(
         CheckpointError: the model cannot be loaded.
         DeviceError: the device is not available.
     """
-    check_device(device)
+    device = resolve_device(device)
     directory = resolve_directory(model)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu":

@@ -35,6 +35,7 @@ from ..progress import Progress
 from ..recipe.presets import preset
 from ..recipe.recipe import Method, Preset
 from ..rounding.rtn import round_to_nearest
+from ..runtime.device import resolve_device
 from ..runtime.distributed import World
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
@@ -173,7 +174,7 @@ def inspect_model(
     bits: Preset = "w4a4",
     seed: int = 0,
     progress: Progress | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Inspection:
     """Record the inputs of every linear of a float model under each method, block by block.
 
@@ -186,12 +187,12 @@ def inspect_model(
             smoothing (RS, RRS) exist for `w4a4` only.
         seed: of the rotations.
         progress: called before each block.
-        device: where blocks run, such as `cpu` or `cuda`.
+        device: where blocks run, such as `cpu` or `cuda`; `auto` is a GPU where there is one.
 
     Raises:
         SmoothqError: the model cannot be quantized.
     """
-    world = World.join(device)
+    world = World.join(resolve_device(device))
     model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "sequences")]
     views: list[_View] = []

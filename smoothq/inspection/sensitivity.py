@@ -32,7 +32,7 @@ from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan
 from ..progress import Progress
 from ..recipe.recipe import Activations, Override, Recipe, Weights
-from ..runtime.device import check_device
+from ..runtime.device import resolve_device
 from ..runtime.distributed import World
 
 RICH_BITS = 8  # of weights and inputs in the rich format
@@ -132,7 +132,7 @@ def measure(
     recipe: Recipe,
     tokens: Tensor,
     progress: Progress | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Sensitivities:
     """Quantize every site of a model alone, in two formats, and compare with the float model.
 
@@ -145,14 +145,14 @@ def measure(
         tokens: int64 (windows, length), for calibration of the recipe's smoothing and for the
             comparison; cut to the model's positions.
         progress: called before each site.
-        device: where the model runs, such as `cpu` or `cuda`.
+        device: where the model runs, such as `cpu` or `cuda`; `auto` is a GPU where there is one.
 
     Raises:
         SmoothqError: the model cannot be quantized.
         CalibrationError: `tokens` is of another shape.
         NumericsError: the float model's loss is NaN or Inf.
     """
-    check_device(device)
+    device = resolve_device(device)
     if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
         raise CalibrationError(
             f"tokens must be (windows, length of 2 or more), not {tuple(tokens.shape)}"

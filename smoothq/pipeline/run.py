@@ -26,7 +26,7 @@ from ..progress import Progress, silent
 from ..recipe.recipe import Recipe
 from ..report.model_card import model_card
 from ..report.quantize_result import QuantizeResult
-from ..runtime.device import check_device
+from ..runtime.device import resolve_device
 from ..runtime.distributed import World
 from ..runtime.memory import give_back, peak_memory, steady_heap
 from ..runtime.process import default_modes
@@ -87,7 +87,7 @@ def quantize_checkpoint(
             worked on if it can be detected by then.
     """
     start = time.perf_counter()
-    check_device(device)
+    device = resolve_device(device)
     world = World.join(device)
     model = source.skeleton()
     plan = make_plan(model, recipe)
