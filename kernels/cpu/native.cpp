@@ -501,6 +501,20 @@ inline void products(const int8_t* const* a, const int64_t* rows, const Weight& 
 
 #endif
 
+// A product as it is rounded: a compiler must not fuse it with the sum that follows, as then the
+// result would depend on which of two equal ways was faster when they were timed.
+inline float rounded(float product) {
+#if defined(__x86_64__)
+    asm("" : "+x"(product));
+#elif defined(__aarch64__)
+    asm("" : "+w"(product));
+#else
+    volatile float kept = product;
+    product = kept;
+#endif
+    return product;
+}
+
 struct Scaling {
     const float* token;   // (M,), or one for all where stride is 0
     int64_t stride;
@@ -511,7 +525,7 @@ struct Scaling {
     int64_t rows;
 
     void operator()(int64_t m, int64_t n, int32_t total) const {
-        const float value = float(total) * token[m * stride] * weight[n];
+        const float value = rounded(float(total) * token[m * stride] * weight[n]);
         store(out, type, m * rows + n, bias ? value + bias[n] : value);
     }
 
