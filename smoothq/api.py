@@ -32,6 +32,7 @@ from .progress import Progress
 from .recipe.presets import recipe_of
 from .recipe.recipe import Recipe
 from .report.figures import needs_text
+from .report.quantize_result import QuantizeResult
 from .report.results import duration_text
 from .runtime.device import resolve_device
 from .runtime.distributed import World
@@ -127,10 +128,8 @@ def quantize(
             recipe, plan = planned(
                 source.skeleton(), source.name, recipe, format, servable, world.is_main
             )
-            if world.is_main and log.isEnabledFor(logging.INFO):
-                seconds = estimate_time(plan, world.device).seconds
-                needs = estimate_resources(plan, max_memory, checkpoint_every)
-                log.info("about %s on this machine; %s", duration_text(seconds), needs_text(needs))
+            if world.is_main:
+                _log_estimate(plan, world, max_memory, checkpoint_every)
         if isinstance(probe, int):
             probe = Probe(_probe_tokens(source, probe_text or recipe.calibration.source), probe)
         result = quantize_checkpoint(
@@ -151,11 +150,22 @@ def quantize(
             result = replace(result, export=export_compressed_tensors(writer.out, exporter))
             shutil.rmtree(writer.out)
         result = replace(result, path=directory, _dtype=dtype, _memory=memory)
-        if output is not None:
-            return result
-        for note in result.notes:
-            log.warning("%s: %s", result.name, note)
-        return result.load()
+        return result if output is not None else _loaded(result)
+
+
+def _loaded(result: QuantizeResult) -> Any:
+    """The model of a result whose directory is about to go; logs its notes."""
+    for note in result.notes:
+        log.warning("%s: %s", result.name, note)
+    return result.load()
+
+
+def _log_estimate(plan: Plan, world: World, max_memory: int | None, every: int) -> None:
+    """Log how long a run will take, and how much memory and disk."""
+    if log.isEnabledFor(logging.INFO):
+        seconds = estimate_time(plan, world.device).seconds
+        needs = estimate_resources(plan, max_memory, every)
+        log.info("about %s on this machine; %s", duration_text(seconds), needs_text(needs))
 
 
 def _check_options(

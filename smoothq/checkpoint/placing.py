@@ -92,18 +92,22 @@ class Place:
             if directory.exists() and not os.access(directory, os.W_OK):
                 raise CheckpointError(f"no permission to write to '{directory}'")
         if self.content and overwrite:
-            real = self.out.resolve()
-            if _holds_us(real):
+            self._refuse_irreplaceable()
+
+    def _refuse_irreplaceable(self) -> None:
+        """Raise CheckpointError for an output with the current directory or a mount point in it."""
+        real = self.out.resolve()
+        if _holds_us(real):
+            raise CheckpointError(
+                f"output '{self.out}' is not empty and is or holds the current directory, which"
+                " overwrite=True does not replace; give another output"
+            )
+        for mount in mount_points():
+            if mount != real and mount.is_relative_to(real):
                 raise CheckpointError(
-                    f"output '{self.out}' is not empty and is or holds the current directory, which"
-                    " overwrite=True does not replace; give another output"
+                    f"'{mount}' is mounted in output '{self.out}', and overwrite=True would "
+                    "remove what it holds; give another output"
                 )
-            for mount in mount_points():
-                if mount != real and mount.is_relative_to(real):
-                    raise CheckpointError(
-                        f"'{mount}' is mounted in output '{self.out}', and overwrite=True would "
-                        "remove what it holds; give another output"
-                    )
 
     def refuse_sources(self, sources: Iterable[Path]) -> None:
         """Raise CheckpointError if placing would remove a path that the model is read from."""

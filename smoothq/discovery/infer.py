@@ -244,6 +244,30 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
     if hasattr(tiny, "quantization_config"):
         del tiny.quantization_config
     decoder = tiny.get_text_config(decoder=True)
+    _shrink(decoder, layers)
+    numbers = sum(parameter.numel() for parameter in empty_model(tiny).parameters())
+    if numbers > _LARGEST:
+        raise UnsupportedModelError(
+            f"architecture '{decoder.model_type}' has no file, and no small model of its wiring "
+            f"can be made: with the widths that are known it still has {numbers:,} parameters"
+        )
+    model: Any = AutoModelForCausalLM.from_config(tiny)
+    model.to(torch.float64).eval()
+    use_eager_experts(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.dim() == 1:
+            parameter.copy_(0.8 + 0.2 * noise)
+        else:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    tiny_model: PreTrainedModel = model
+    return tiny_model
+
+
+def _shrink(decoder: PretrainedConfig, layers: int) -> None:
+    """Set the widths and counts of a decoder's config to small ones, in place."""
     real_heads = decoder.num_attention_heads
     changes: dict[str, Any] = {
         "num_hidden_layers": layers,
@@ -270,25 +294,6 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
         decoder.num_experts_per_tok = min(decoder.num_experts_per_tok, 2)
     if getattr(decoder, "layer_types", None):
         decoder.layer_types = decoder.layer_types[:layers]
-    numbers = sum(parameter.numel() for parameter in empty_model(tiny).parameters())
-    if numbers > _LARGEST:
-        raise UnsupportedModelError(
-            f"architecture '{decoder.model_type}' has no file, and no small model of its wiring "
-            f"can be made: with the widths that are known it still has {numbers:,} parameters"
-        )
-    model: Any = AutoModelForCausalLM.from_config(tiny)
-    model.to(torch.float64).eval()
-    use_eager_experts(model)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if parameter.dim() == 1:
-            parameter.copy_(0.8 + 0.2 * noise)
-        else:
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    tiny_model: PreTrainedModel = model
-    return tiny_model
 
 
 class _Writer:

@@ -130,17 +130,7 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).expanduser().absolute() for task in tasks if task.endswith(".yaml")}
-    folders = []
-    if include_path is not None:
-        folders.append(include_path.expanduser().absolute())
-        if not folders[0].is_dir():
-            raise CalibrationError(f"no directory '{include_path}' to look for tasks in")
-    for task, file in files.items():
-        if not file.is_file():
-            raise CalibrationError(f"no task file '{task}': give an existing one, or a task's name")
-        if not any(file.is_relative_to(folder) for folder in folders):
-            folders.append(file.parent)
-
+    folders = _folders(files, include_path)
     manager = TaskManager(include_path=folders, include_defaults=False)
     by_file = {entry.yaml_path: name for name, entry in manager.task_index.items()}
     names = []
@@ -163,6 +153,24 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
                 "a .yaml file or an include path adds others"
             )
     return manager, names
+
+
+def _folders(files: dict[str, Path], include_path: Path | None) -> list[Path]:
+    """The directories with task files: `include_path`, and those of the files outside of it.
+
+    files: by the task that names one. Raises CalibrationError for a path that is not there.
+    """
+    folders = []
+    if include_path is not None:
+        folders.append(include_path.expanduser().absolute())
+        if not folders[0].is_dir():
+            raise CalibrationError(f"no directory '{include_path}' to look for tasks in")
+    for task, file in files.items():
+        if not file.is_file():
+            raise CalibrationError(f"no task file '{task}': give an existing one, or a task's name")
+        if not any(file.is_relative_to(folder) for folder in folders):
+            folders.append(file.parent)
+    return folders
 
 
 def _is_whole(name: str, index: dict[str, Any]) -> bool:

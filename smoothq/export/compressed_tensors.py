@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from ..checkpoint.checkpoint_source import CheckpointSource
 from ..checkpoint.manifest import MANIFEST, Manifest, RunKey, sha256_of
 from ..checkpoint.writer import CheckpointWriter, Environment
@@ -52,16 +54,7 @@ def export_compressed_tensors(
     needed = source.nbytes + folded.added_bytes + side_files.nbytes
     writer.check(needed, source.paths)
     schemes = {name: scheme_of(*of_linear) for name, of_linear in folded.forms.items()}
-    config = copy.deepcopy(source.config)
-    config.quantization_config = quantization_config(schemes, folded.float_linears)
-    if folded.unties:
-        for part in (config, config.get_text_config(decoder=True)):
-            part.tie_word_embeddings = False
-    if folded.left_out:
-        for part in (config, config.get_text_config(decoder=True)):
-            for field in PREDICTING:
-                if getattr(part, field, 0):
-                    setattr(part, field, 0)
+    config = _config(folded, schemes)
     identity, dtype = _identity(directory), folded.plan.stored_dtype
     exported = ExportResult(
         source.nbytes,
@@ -92,6 +85,19 @@ def export_compressed_tensors(
         writer.assemble(config, side_files, served_card(card_of(directory), exported))
         writer.place()
     return exported
+
+
+def _config(folded: ExportReader, schemes: dict[str, Scheme]) -> PretrainedConfig:
+    """The output's config: the checkpoint's, with the schemes of its linears by name."""
+    config = copy.deepcopy(folded.source.config)
+    config.quantization_config = quantization_config(schemes, folded.float_linears)
+    for part in (config, config.get_text_config(decoder=True)):
+        if folded.unties:
+            part.tie_word_embeddings = False
+        for field in PREDICTING if folded.left_out else ():
+            if getattr(part, field, 0):
+                setattr(part, field, 0)
+    return config
 
 
 def scheme_of(spec: WeightSpec, site_input: InputSpec) -> Scheme:

@@ -140,11 +140,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     if not model["byte_fallback"]:
-        steps, whole = _steps(spec), bool(model["ignore_merges"])
-        if (steps, whole) not in _PRE:
-            raise _unsupported(f"it splits text by {', '.join(steps) or 'nothing'}")
         joined = tuple(" ".join(pair) for pair in merges)
-        return Vocabulary("gpt2", tokens, types, _PRE[steps, whole], joined)
+        return Vocabulary("gpt2", tokens, types, _pre(spec), joined)
     for byte in (f"<0x{number:02X}>" for number in range(256)):
         if byte not in ids:
             raise _unsupported(f"it has no token '{byte}'")
@@ -153,6 +150,14 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         types[tokenizer.unk_token_id] = TokenType.UNKNOWN
     scores, prefix = _scores(tokens, types, merges), _space_prefix(spec)
     return Vocabulary("llama", tokens, types, scores=scores, space_prefix=prefix)
+
+
+def _pre(spec: dict[str, Any]) -> str:
+    """llama.cpp's name of how a byte-level tokenizer splits text. Raises UnsupportedModelError."""
+    steps, whole = _steps(spec), bool(spec["model"]["ignore_merges"])
+    if (steps, whole) not in _PRE:
+        raise _unsupported(f"it splits text by {', '.join(steps) or 'nothing'}")
+    return _PRE[steps, whole]
 
 
 def _unsupported(why: str) -> UnsupportedModelError:

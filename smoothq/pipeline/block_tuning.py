@@ -55,14 +55,7 @@ def tune(
     Raises:
         NumericsError: the loss is NaN or Inf; the message names the layer.
     """
-    inputs: dict[str, _Input] = {}
-    linears: dict[str, _Linear] = {}
-    for site in plan.sites:
-        for module in site.modules:
-            linear = block.get_submodule(module)
-            assert isinstance(linear, QuantizedLinear)
-            shared = inputs.setdefault(site.input_name, _Input(linear.site_input))
-            linears[module] = _Linear(linear, shared, unrounded[module])
+    inputs, linears = _tunable(block, plan, unrounded)
     if not linears:
         return
     block.requires_grad_(False)
@@ -96,6 +89,21 @@ def tune(
             schedule.step()
     for module, linear in linears.items():
         block.set_submodule(module, linear.finish())
+
+
+def _tunable(
+    block: nn.Module, plan: BlockPlan, unrounded: dict[str, Tensor]
+) -> tuple[dict[str, _Input], dict[str, _Linear]]:
+    """A block's inputs by name, and the linears that read them by module, as they are tuned."""
+    inputs: dict[str, _Input] = {}
+    linears: dict[str, _Linear] = {}
+    for site in plan.sites:
+        for module in site.modules:
+            linear = block.get_submodule(module)
+            assert isinstance(linear, QuantizedLinear)
+            shared = inputs.setdefault(site.input_name, _Input(linear.site_input))
+            linears[module] = _Linear(linear, shared, unrounded[module])
+    return inputs, linears
 
 
 def relative_error(output: Tensor, wanted: Tensor) -> Tensor:

@@ -311,6 +311,11 @@ class Recipe(_Section):
             raise ValueError("zero points go with positive float scales per channel or group")
         if self.tuning is not None and w.granularity == "tensor":
             raise ValueError("tuning learns a scale a row: it needs weights per channel or group")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_smoothing(self) -> Recipe:
+        a, w, smooth = self.activations, self.weights, self.runtime_smoothing
         if smooth is None:
             return self
         if a.granularity != "token":
