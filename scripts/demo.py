@@ -21,18 +21,16 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import smoothq
 from smoothq import Recipe, perplexity, preset
-from smoothq.checkpoint.open import open_source
-from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.data.text import TextSource, evaluation_tokens
 from smoothq.data.tokenizer import encode_prompt
-from smoothq.pipeline.run import quantize_checkpoint
 
 RECIPES: dict[str, Recipe] = {
     "W8A8 SmoothQuant": preset("w8a8"),
     "W4A8": preset("w4a8", effort="fast"),
     "W4A4 SmoothRot": preset("w4a4", "smoothrot"),
-    "W4A4 RRS": preset("w4a4", effort="fast"),
+    "W4A4": preset("w4a4", effort="fast"),
 }
 FLOAT = "float (bfloat16)"
 SAMPLES, LENGTH = 8, 256  # calibration
@@ -86,8 +84,9 @@ def quantize(name: str, recipe: Recipe, model: Path, out: Path) -> tuple[str, st
         calibration__samples=SAMPLES,
         calibration__sequence_length=LENGTH,
     )
-    writer = CheckpointWriter(out, overwrite=True)
-    result = quantize_checkpoint(open_source(model), chosen, writer, progress=on_progress)
+    result = smoothq.quantize(
+        model, chosen, output=out, overwrite=True, device="cpu", progress=on_progress
+    )
     return f"{result.bits.weight:.2f}", f"{result.bits.activation:.2f}"
 
 

@@ -40,24 +40,32 @@ FLAGS = (
 )
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of native.cpp's enum Type
 MODES = {"token": 0, "full_range": 1, "smoothed": 2, "static": 3, "groups": 4}
-_DATA, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_ROTATION = [_DATA, _DATA, _LONG, _LONG]
-_SIZES = [_LONG, _LONG, _LONG]  # tokens, rows, columns
-_TYPED = [_DATA, _INT]  # a tensor and its dtype, see `_with_type`
-_QUANTIZER = [_INT, _INT, _LONG, _INT, _FLOAT]
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_ROTATION = [_POINTER, _POINTER, _LONG, _LONG]
+_SIZES = [_LONG, _LONG, _LONG]
+_OUTPUT = [_POINTER, _INT]
 _INTERFACE = {
-    "smoothq_quantize": [*_TYPED, _LONG, _LONG, *_ROTATION, *_QUANTIZER, *([_DATA] * 4)],
-    "smoothq_rotate": [*_TYPED, _LONG, _LONG, *_ROTATION, _DATA],
-    "smoothq_int8_gemm": [_DATA, _DATA, _LONG, _DATA, _DATA, _DATA, *_SIZES, *_TYPED],
-    "smoothq_int4_gemm": [
-        *(_DATA, _DATA, _LONG, _DATA, _DATA, _DATA, _LONG, _DATA),
-        *(*_SIZES, *_TYPED),
+    "smoothq_quantize": [
+        *(_POINTER, _INT, _LONG, _LONG),
+        *_ROTATION,
+        *(_INT, _INT, _LONG, _INT, _FLOAT),
+        *([_POINTER] * 4),
     ],
-    "smoothq_scale": [_DATA, _DATA, _LONG, _DATA, _DATA, _LONG, _LONG, *_TYPED],
-    "smoothq_unpack": [_DATA, _DATA, _LONG, _LONG, _LONG, _DATA],
+    "smoothq_rotate": [_POINTER, _INT, _LONG, _LONG, *_ROTATION, _POINTER],
+    "smoothq_int8_gemm": [_POINTER, _POINTER, _LONG, *([_POINTER] * 3), *_SIZES, *_OUTPUT],
+    "smoothq_int4_gemm": [
+        *(_POINTER, _POINTER, _LONG),
+        *(_POINTER, _POINTER, _POINTER, _LONG, _POINTER),
+        *_SIZES,
+        *_OUTPUT,
+    ],
+    "smoothq_scale": [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, *_OUTPUT],
+    "smoothq_unpack": [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER],
     "smoothq_weight_only_gemm": [
-        *(_DATA, _DATA, _INT, *_TYPED, _DATA, _LONG, _DATA),
-        *(*_SIZES, _DATA),
+        *(_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _LONG, _POINTER),
+        *_SIZES,
+        _POINTER,
     ],
 }
 
@@ -117,15 +125,14 @@ def is_compiled() -> bool:
 
 
 def _call(name: str, *arguments: object) -> None:
-    """Call a function of `native.cpp`, with the addresses of tensors."""
     loaded = library()
     if loaded is None:
         raise RuntimeError("the C++ operators are not compiled: ask is_compiled() first")
-    getattr(loaded, name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    getattr(loaded, name)(*arguments)
 
 
-def _with_type(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, TYPES[tensor.dtype]
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 # C++ gets addresses and believes the sizes that come with them, so every operand passes `_integers`
@@ -214,13 +221,26 @@ def quantize(
         step = _floats("scale", _given("scale", scale), 1)
     elif mode == "groups" and (not group_size or group_size < 0 or width % group_size):
         raise ValueError(f"group_size {group_size} does not divide {width} channels")
-    factors = (None, None, 0, 0) if rotation is None else _factors(*rotation, width)
+    factors = None if rotation is None else _Factors(*rotation, width)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu")
-    largest = 0 if group_size is None else largest_group_multiplier(bits)
-    quantizer = (MODES[mode], bits, group_size or 0, largest, clip)
-    rows = (*_with_type(x), scales.numel(), width)
-    _call("smoothq_quantize", *rows, *factors, *quantizer, multipliers, step, codes, scales)
+    _call(
+        "smoothq_quantize",
+        x.data_ptr(),
+        TYPES[x.dtype],
+        scales.numel(),
+        width,
+        *(_NO_ROTATION if factors is None else factors.arguments),
+        MODES[mode],
+        bits,
+        group_size or 0,
+        0 if group_size is None else largest_group_multiplier(bits),
+        clip,
+        _address(multipliers),
+        _address(step),
+        codes.data_ptr(),
+        scales.data_ptr(),
+    )
     return codes, tied(scales, x)
 
 
@@ -230,31 +250,40 @@ def _given(name: str, operand: Tensor | None) -> Tensor:
     return operand
 
 
-def _factors(
-    signs: Tensor, left: Tensor, right: Tensor, width: int
-) -> tuple[Tensor, Tensor, int, int]:
-    """A rotation's factors as the interface takes them: signs, left, and both factors' orders.
+_NO_ROTATION = (None, None, 0, 0)
 
-    width: of the rows to rotate. Raises ValueError where the factors do not fit them.
-    """
-    order, power = left.shape[0], right.shape[0]
-    # The right factor is not read: it is Sylvester's matrix, of an order that is a power of 2.
-    if not order or not power or power & (power - 1) or width % (order * power):
-        raise ValueError(
-            f"factors of orders {order} and {power} do not rotate rows of {width}; the second "
-            "is a power of two, and their product divides the width"
-        )
-    signs = _integers("signs", signs, torch.int8, width)
-    return signs, _integers("left", left, torch.int8, order * order), order, power
+
+class _Factors:
+    """A rotation's factors as the interface takes them, alive as long as this is."""
+
+    def __init__(self, signs: Tensor, left: Tensor, right: Tensor, width: int) -> None:
+        """width: of the rows to rotate. Raises ValueError where the factors do not fit them."""
+        order, power = left.shape[0], right.shape[0]
+        # The right factor is not read: it is Sylvester's matrix, of an order that is a power of 2.
+        if not order or not power or power & (power - 1) or width % (order * power):
+            raise ValueError(
+                f"factors of orders {order} and {power} do not rotate rows of {width}; the second "
+                "is a power of two, and their product divides the width"
+            )
+        self._signs = _integers("signs", signs, torch.int8, width)
+        self._left = _integers("left", left, torch.int8, order * order)
+        self.arguments = (self._signs.data_ptr(), self._left.data_ptr(), order, power)
 
 
 def rotate(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """As `reference.hadamard`, in float32: float (..., K) → the same shape and dtype."""
     typed, width = _typed(x), x.shape[-1]
-    factors = _factors(signs, left, right, width)
+    factors = _Factors(signs, left, right, width)
     rotated = torch.empty_like(typed)
-    rows = (*_with_type(typed), typed.numel() // width, width)
-    _call("smoothq_rotate", *rows, *factors, rotated)
+    _call(
+        "smoothq_rotate",
+        typed.data_ptr(),
+        TYPES[typed.dtype],
+        typed.numel() // width,
+        width,
+        *factors.arguments,
+        rotated.data_ptr(),
+    )
     return tied(rotated.to(x.dtype), x)
 
 
@@ -277,9 +306,20 @@ def int8_gemm(
     weight = _integers("weight", weight, torch.int8, rows * width)
     scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
     out = _output(tokens, rows, dtype)
-    sizes = (tokens, rows, width)
-    left, right = (codes, scale, int(scale.numel() > 1)), (weight, weight_scale, bias)
-    _call("smoothq_int8_gemm", *left, *right, *sizes, *_with_type(out))
+    _call(
+        "smoothq_int8_gemm",
+        codes.data_ptr(),
+        scale.data_ptr(),
+        int(scale.numel() > 1),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        _address(bias),
+        tokens,
+        rows,
+        width,
+        out.data_ptr(),
+        TYPES[out.dtype],
+    )
     return out if out.dtype is dtype else out.to(dtype)
 
 
@@ -300,10 +340,22 @@ def int4_gemm(
     _check_blocks(width, groups)
     scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
     out = _output(tokens, rows, dtype)
-    sizes = (tokens, rows, width)
-    left = (codes, scale, int(scale.numel() > 1))
-    right = (packed, weight_scale, multipliers, groups, bias)
-    _call("smoothq_int4_gemm", *left, *right, *sizes, *_with_type(out))
+    _call(
+        "smoothq_int4_gemm",
+        codes.data_ptr(),
+        scale.data_ptr(),
+        int(scale.numel() > 1),
+        packed.data_ptr(),
+        weight_scale.data_ptr(),
+        _address(multipliers),
+        groups,
+        _address(bias),
+        tokens,
+        rows,
+        width,
+        out.data_ptr(),
+        TYPES[out.dtype],
+    )
     return out if out.dtype is dtype else out.to(dtype)
 
 
@@ -316,8 +368,18 @@ def scaled(
     scale, weight_scale, bias = _scales(scale, weight_scale, bias, tokens, rows)
     half = dtype == torch.bfloat16
     out = totals.new_empty(totals.shape, dtype=dtype) if half else totals.view(torch.float32)
-    factors = (scale, int(scale.numel() > 1), weight_scale, bias)
-    _call("smoothq_scale", totals, *factors, tokens, rows, *_with_type(out))
+    _call(
+        "smoothq_scale",
+        totals.data_ptr(),
+        scale.data_ptr(),
+        int(scale.numel() > 1),
+        weight_scale.data_ptr(),
+        _address(bias),
+        tokens,
+        rows,
+        out.data_ptr(),
+        TYPES[out.dtype],
+    )
     return out if out.dtype is dtype else out.to(dtype)
 
 
@@ -335,7 +397,15 @@ def unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
     packed = _integers("packed", packed, torch.uint8, rows * ((columns + 1) // 2))
     multipliers, groups = _row_multipliers(multiplier, rows, columns)
     out = torch.empty((rows, columns), dtype=torch.int8, device="cpu")
-    _call("smoothq_unpack", packed, multipliers, groups, rows, columns, out)
+    _call(
+        "smoothq_unpack",
+        packed.data_ptr(),
+        _address(multipliers),
+        groups,
+        rows,
+        columns,
+        out.data_ptr(),
+    )
     return out
 
 
@@ -369,6 +439,19 @@ def weight_only_gemm(
         raise _unfit("weight_scale", weight_scale, f"{rows * steps} floats")
     bias = _optional_bias(bias, rows)
     out = torch.empty((tokens, rows), dtype=torch.float32, device="cpu")
-    right = (packed, bits, *_with_type(scale), multipliers, groups, bias)
-    _call("smoothq_weight_only_gemm", x32, *right, tokens, rows, width, out)
+    _call(
+        "smoothq_weight_only_gemm",
+        x32.data_ptr(),
+        packed.data_ptr(),
+        bits,
+        scale.data_ptr(),
+        TYPES[scale.dtype],
+        _address(multipliers),
+        groups,
+        _address(bias),
+        tokens,
+        rows,
+        width,
+        out.data_ptr(),
+    )
     return out.to(x.dtype)
