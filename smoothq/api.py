@@ -27,7 +27,8 @@ from .pipeline.monitor import BlockDone, OnBlock, Probe
 from .pipeline.run import quantize_checkpoint
 from .plan.plan import Plan
 from .plan.portability import cost_of, make_exportable, refuse_blockers
-from .plan.resolve import make_plan
+from .plan.resolve import resolve
+from .plan.wiring import Wiring
 from .progress import Progress
 from .recipe.presets import recipe_of
 from .recipe.recipe import Recipe
@@ -200,12 +201,13 @@ def planned(
         servable: leave out of the recipe what only smoothq can run.
         is_main: whether this process is the main one, which logs what was left out.
     """
+    wiring = Wiring.of(empty)
     if servable:
         wanted = recipe
-        recipe, changes = make_exportable(empty, wanted)
+        recipe, changes = make_exportable(empty, wanted, wiring)
         if is_main and changes:
             log.info("servable: %s; %s", "; ".join(changes), cost_of(wanted))
-    plan = make_plan(empty, recipe)
+    plan = resolve(wiring, recipe)
     if format != "smoothq":
         refuse_blockers(empty, plan, name, format)
     return recipe, plan

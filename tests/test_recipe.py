@@ -88,6 +88,12 @@ def test_a_field_is_also_known_by_what_other_libraries_call_it(section, word) ->
     assert f" {word}:" not in base.edit(nested(word)).to_yaml()
 
 
+def test_an_override_s_sections_read_the_same_words() -> None:
+    base = preset("w8a8")
+    ours, theirs = ({"match": "*.o_proj", "weights": {word: 4}} for word in ("bits", "num_bits"))
+    assert base.edit(overrides=[theirs]) == base.edit(overrides=[ours])
+
+
 def test_one_field_by_two_words_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"keep is given twice, once as ignore"):
         Recipe.model_validate({"keep": ["a"], "ignore": ["b"]})

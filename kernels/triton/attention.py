@@ -356,17 +356,25 @@ def quantize_heads(x: Tensor, bits: int, group_size: int | None) -> Tensor:
     groups = x.numel() // size
     if groups:
         _heads_kernel[(triton.cdiv(groups, GROUPS_A_PROGRAM),)](
-            *(rows_of(x), rows.view(torch.int8), rows.view(torch.float16)),
-            *(groups, size, width // size, bits, nbytes),
-            *(GROUPS_A_PROGRAM, triton.next_power_of_2(size // 2)),
+            rows_of(x),
+            rows.view(torch.int8),
+            rows.view(torch.float16),
+            groups,
+            size,
+            width // size,
+            bits,
+            nbytes,
+            GROUPS_A_PROGRAM,
+            triton.next_power_of_2(size // 2),
             num_warps=4,
         )
     return rows
 
 
-quantize_heads.register_fake(
-    lambda x, *form: x.new_empty(*x.shape[:-1], row_bytes(x.shape[-1], *form), dtype=torch.uint8)
-)
+@quantize_heads.register_fake
+def _(x: Tensor, bits: int, group_size: int | None) -> Tensor:
+    nbytes = row_bytes(x.shape[-1], bits, group_size)
+    return x.new_empty(*x.shape[:-1], nbytes, dtype=torch.uint8)
 
 
 def splits(device: torch.device, programs: int, queries: int, tokens: int) -> int:
@@ -425,14 +433,26 @@ def _attention(
         return batch * heads, triton.cdiv(rows, meta["BLOCK_M"]), parts
 
     kernel[grid](
-        *(query.contiguous(), contiguous(query_scale)),
-        *(keys.view(torch.int8), keys.view(torch.float16)),
+        query.contiguous(),
+        contiguous(query_scale),
+        keys.view(torch.int8),
+        keys.view(torch.float16),
         values.view(torch.int8) if packed else values,
         values.view(torch.float16) if packed else None,
-        *(first_keys, first_values, start),
+        first_keys,
+        first_values,
+        start,
         None if mask is None else mask.view(torch.uint8),
-        *(*sums, rows, length, tokens, heads, scaling),
-        *(*key_strides, *value_strides, *mask_strides, token_bucket(tokens)),
+        *sums,
+        rows,
+        length,
+        tokens,
+        heads,
+        scaling,
+        *key_strides,
+        *value_strides,
+        *mask_strides,
+        token_bucket(tokens),
         WIDTH=width,
         GROUP=group_size or width,
         VALUE_WIDTH=value_width,

@@ -172,11 +172,22 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
     L, R = left.shape[0], right.shape[0]
     if tokens:
         tiles = triton.cdiv(L, TILE) * triton.cdiv(R, TILE)
-        sizes = (L, R, *left.stride(), *right.stride(), width, (L * R) ** -0.5)
-        tile = (TILE, TILE, 32)
         _hadamard_kernel[(tokens, width // (L * R), tiles)](
-            *(rows, signs.contiguous(), left, right, out),
-            *(*sizes, *_operands(x.dtype), *tile),
+            rows,
+            signs.contiguous(),
+            left,
+            right,
+            out,
+            L,
+            R,
+            *left.stride(),
+            *right.stride(),
+            width,
+            (L * R) ** -0.5,
+            *_operands(x.dtype),
+            TILE,
+            TILE,
+            32,
             num_warps=8,
         )
     return out
@@ -199,16 +210,34 @@ def _fused(
         L = left.shape[0]
         padded, (a, b) = _padded(L), _axes(right)
         _hadamard_quantize_kernel[(rows.shape[0],)](
-            *(rows, signs.contiguous(), left, codes, scale),
-            *(rows.shape[1], *left.stride(), (L * right) ** -0.5, clip),
-            *(L, a, b, padded, *_operands(x.dtype), group_size, full_range, highest_code(bits)),
+            rows,
+            signs.contiguous(),
+            left,
+            codes,
+            scale,
+            rows.shape[1],
+            *left.stride(),
+            (L * right) ** -0.5,
+            clip,
+            L,
+            a,
+            b,
+            padded,
+            *_operands(x.dtype),
+            group_size,
+            full_range,
+            highest_code(bits),
             largest_group_multiplier(bits) if group_size else 0,
             num_warps=min(max(padded * right // 1024, 1), 16),
         )
     return codes, scale
 
 
-_hadamard.register_fake(lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]))
+@_hadamard.register_fake
+def _(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
 _fused.register_fake(fake_quantized)
 
 

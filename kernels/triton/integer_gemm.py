@@ -215,8 +215,20 @@ def integer_gemm(
         return tiles, parts
 
     kernel[grid](
-        *(codes, scale, weight, weight_scale, multiplier, bias, sums),
-        *(M, N, K, weight.shape[1], scale_stride, groups, token_bucket(M)),
+        codes,
+        scale,
+        weight,
+        weight_scale,
+        multiplier,
+        bias,
+        sums,
+        M,
+        N,
+        K,
+        weight.shape[1],
+        scale_stride,
+        groups,
+        token_bucket(M),
         PACKED=packed,
         GROUP=K // groups,
         SPLIT_K=parts,
@@ -224,9 +236,20 @@ def integer_gemm(
     )
     if parts > 1:
         block_m = triton.next_power_of_2(M)
-        form = (M, N, scale_stride, packed and multiplier is None, parts, block_m, 128)
         _add_splits_kernel[(triton.cdiv(N, 128), 1)](
-            sums, scale, weight_scale, bias, out, *form, num_warps=4
+            sums,
+            scale,
+            weight_scale,
+            bias,
+            out,
+            M,
+            N,
+            scale_stride,
+            packed and multiplier is None,
+            parts,
+            block_m,
+            128,
+            num_warps=4,
         )
     return out
 

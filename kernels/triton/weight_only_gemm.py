@@ -181,8 +181,19 @@ def weight_only_gemm(
         return (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
 
     kernel[grid](
-        *(x, weight, weight_scale.contiguous(), multiplier, bias, out),
-        *(M, N, K, weight.shape[1], groups, token_bucket(M), operand(x.dtype)),
+        x,
+        weight,
+        weight_scale.contiguous(),
+        multiplier,
+        bias,
+        out,
+        M,
+        N,
+        K,
+        weight.shape[1],
+        groups,
+        token_bucket(M),
+        operand(x.dtype),
         PACKED=bits == 4,
         GROUPED=groups > 1,
         GROUP=K // groups,

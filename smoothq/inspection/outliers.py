@@ -30,7 +30,8 @@ from ..pipeline.ends import Block, embed_tokens, load_block
 from ..pipeline.hidden_states import HiddenStates
 from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
-from ..plan.resolve import make_plan
+from ..plan.resolve import resolve
+from ..plan.wiring import Wiring
 from ..progress import Progress
 from ..recipe.presets import preset
 from ..recipe.recipe import Method, Preset
@@ -195,11 +196,11 @@ def inspect_model(
     world = World.join(resolve_device(device))
     model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "sequences")]
-    views: list[_View] = []
+    wiring, views = Wiring.of(model), list[_View]()
     entered: dict[Hadamard | None, HiddenStates] = {}
     for method in _methods(bits):
         recipe = preset(bits, method).edit(seed=seed, weights__rounding="rtn", weights__clip=False)
-        plan = make_plan(model, recipe)
+        plan = resolve(wiring, recipe)
         if plan.residual_rotation not in entered:
             batches = micro_batches(tokens)
             entered[plan.residual_rotation] = embed_tokens(source, model, plan, batches, world)

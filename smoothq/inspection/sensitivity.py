@@ -29,7 +29,7 @@ from ..pipeline.alpha_search import quantize_linear
 from ..pipeline.ends import ModelTail, embed_tokens, load_block
 from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
-from ..plan.resolve import make_plan
+from ..plan.resolve import make_plan, resolve
 from ..progress import Progress
 from ..recipe.recipe import Activations, Override, Recipe, Weights
 from ..runtime.device import resolve_device
@@ -160,7 +160,7 @@ def measure(
     model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "windows")]
     plan = make_plan(model, recipe)
-    rich = make_plan(model, recipe.edit(overrides=(_rich(recipe, "*"), *recipe.overrides)))
+    rich = resolve(plan.wiring, recipe.edit(overrides=(_rich(recipe, "*"), *recipe.overrides)))
     if progress is not None:
         progress(0, len(plan.blocks), "float forward")
     floats = _FloatModel(source, plan, tokens, torch.device(device))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import NumericsError
-from ..modules import InputQuantizer, SequenceContext
+from ..modules import InputQuantizer
 from ..plan.plan import SitePlan
 from ..rounding.rtn import round_to_nearest
 from ..transforms.rotation import rotate_input
@@ -46,7 +46,7 @@ def search_alpha(
     spec = plan.input
     if spec.mode not in ("float", "token", "smooth_token"):
         spec = replace(spec, mode="token", group_size=1, normalise=False)
-    site_input = InputQuantizer(plan.site.name, spec, 1, SequenceContext()).to(maxima.device)
+    site_input = InputQuantizer(plan.site.name, spec).to(maxima.device)
     batches = [(stream.batch(number), share) for number, share in stream.turns()[0]]
     float_outputs = [stream.forward(block, index, batch) for batch, _ in batches]
     float_parameters = {name: parameter.clone() for name, parameter in block.named_parameters()}

@@ -119,7 +119,7 @@ def install_ends(model: PreTrainedModel, plan: Plan) -> None:
     spec = InputSpec(
         columns, FLOAT_BITS if floats else EMBEDDING_BITS, "float" if floats else "token"
     )
-    site_input = InputQuantizer(f"{parts.head}.input", spec, 1, SequenceContext())
+    site_input = InputQuantizer(f"{parts.head}.input", spec)
     if untied:
         head = model.get_submodule(parts.head)
         bias = dtype if isinstance(head.bias, nn.Parameter) else None

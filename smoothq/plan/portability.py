@@ -90,7 +90,9 @@ def refuse_blockers(model: PreTrainedModel, plan: Plan, name: str, form: str) ->
         )
 
 
-def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+def make_exportable(
+    model: PreTrainedModel, recipe: Recipe, wiring: Wiring | None = None
+) -> tuple[Recipe, tuple[str, ...]]:
     """A recipe edited so that its result can be exported.
 
     Blockers that no recipe field avoids, such as a family's experts, remain: `export_blockers`
@@ -99,10 +101,11 @@ def make_exportable(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, tup
     Args:
         model: the float model on the meta device.
         recipe: the recipe to edit.
+        wiring: of the model, if it is known already.
 
     Returns: the edited recipe, and one line for each changed field.
     """
-    wiring, edits = Wiring.of(model), dict[str, Any]()
+    wiring, edits = wiring or Wiring.of(model), dict[str, Any]()
     while True:
         blockers = export_blockers(model, resolve(wiring, recipe.edit(**edits)))
         more = {path: value for blocker in blockers for path, value in blocker.edit.items()}

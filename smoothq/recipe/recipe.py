@@ -52,8 +52,28 @@ OTHER_WORDS: dict[str, dict[str, str]] = {
 }
 
 
+def _renamed(section: str, fields: Any) -> Any:
+    """The fields of a section by their names here. Raises RecipeError for one given twice."""
+    if not isinstance(fields, Mapping):
+        return fields
+    words = OTHER_WORDS.get(section, {})
+    ours: dict[Any, Any] = {}
+    for word, value in fields.items():
+        name = words.get(word, word)
+        if name in ours:
+            where = f"{section}.{name}" if section else name
+            raise RecipeError(f"recipe: {where} is given twice, once as {word}")
+        ours[name] = value
+    return ours
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_our_words(cls, fields: Any) -> Any:
+        return _renamed("" if cls.__name__ == "Recipe" else cls.__name__.lower(), fields)
 
 
 class Weights(_Section):
@@ -284,14 +304,6 @@ class Recipe(_Section):
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _in_our_words(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        ours = _renamed("", values)
-        return {name: _renamed(name, value) for name, value in ours.items()}
-
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         a, w, smooth = self.activations, self.weights, self.runtime_smoothing
@@ -458,7 +470,6 @@ class Recipe(_Section):
         values: dict[str, Any] = self.model_dump()
         for path, value in {**(fields or {}), **others}.items():
             *sections, leaf = path.replace("__", ".").split(".")
-            sections = [OTHER_WORDS[""].get(name, name) for name in sections]
             leaf = OTHER_WORDS.get(".".join(sections), {}).get(leaf, leaf)
             value = value if sections else _renamed(leaf, value)
             target: Any = values
@@ -480,21 +491,6 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _renamed(section: str, fields: Any) -> Any:
-    """The fields of a section by their names here. Raises RecipeError for one given twice."""
-    if not isinstance(fields, Mapping):
-        return fields
-    words = OTHER_WORDS.get(section, {})
-    ours: dict[Any, Any] = {}
-    for word, value in fields.items():
-        name = words.get(word, word)
-        if name in ours:
-            where = f"{section}.{name}" if section else name
-            raise RecipeError(f"recipe: {where} is given twice, once as {word}")
-        ours[name] = value
-    return ours
 
 
 def validated(values: Any) -> Recipe:
