@@ -125,6 +125,7 @@ def quantize(
         source = open_source(model, tokenizer, gguf_file)
         for target in filter(None, (writer, exporter)):
             world.broadcast_from(partial(target.check, 0, source.paths))
+        plan = None
         if servable or exporter is not None or log.isEnabledFor(logging.INFO):
             recipe, plan = planned(
                 source.skeleton(), source.name, recipe, format, servable, world.is_main
@@ -145,6 +146,7 @@ def quantize(
             on_block=_watched(on_block, stop_above, world),
             probe=probe,
             check=check,
+            plan=plan,
         )
         if world.is_main and exporter is not None and writer.out.is_dir():
             # It is gone where the export was finished before.

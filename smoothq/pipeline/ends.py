@@ -208,7 +208,7 @@ class ModelTail:
                 plan stores it so, and with the runtime operator for the inverse residual rotation,
                 which is computed in float64 otherwise.
         """
-        self._model, self._plan, self._as_stored = source.skeleton(), plan, as_stored
+        self._model, self._plan, self._as_stored = source.skeleton(check=False), plan, as_stored
         model, parts = self._model, plan.parts
         last = parts.embedding if plan.wiring.tied else parts.head
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last):

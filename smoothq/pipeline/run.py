@@ -21,6 +21,7 @@ from ..checkpoint.source import Source, unload_module
 from ..checkpoint.writer import CheckpointWriter, Environment
 from ..data.tokens import Tokens
 from ..plan.account import account_of, check_files, nbytes_of
+from ..plan.plan import Plan
 from ..plan.resolve import make_plan
 from ..progress import Progress, silent
 from ..recipe.recipe import Recipe
@@ -58,6 +59,7 @@ def quantize_checkpoint(
     on_block: OnBlock | None = None,
     probe: Probe | None = None,
     check: bool = True,
+    plan: Plan | None = None,
 ) -> QuantizeResult:
     """Quantize a source into a checkpoint directory, or resume an interrupted run.
 
@@ -79,6 +81,7 @@ def quantize_checkpoint(
             `on_block`.
         check: whether to load the written checkpoint again and compare it with what was computed,
             before it is renamed to the output.
+        plan: of the recipe, where it is known already.
 
     Returns: sizes, time and memory of the run.
 
@@ -90,7 +93,7 @@ def quantize_checkpoint(
     device = resolve_device(device)
     world = World.join(device)
     model = source.skeleton()
-    plan = make_plan(model, recipe)
+    plan = plan or make_plan(model, recipe)
     side_files = source.side_files().with_tokenizer(tokenizer)
     tokens = tokens_for(plan, source, model, tokenizer, data)
     account = account_of(model, plan, source)
