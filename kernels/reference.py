@@ -80,7 +80,8 @@ def nonzero(scale: Tensor) -> Tensor:
 
 def _codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     highest = highest_code(bits)
-    return (x / scale).round_().clamp_(-highest - 1, highest).to(torch.int8)
+    codes = (x / scale).round_().clamp_(-highest - 1, highest)
+    return codes.nan_to_num_(0.0).to(torch.int8)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def _largest(x: Tensor) -> Tensor:
 def extreme(x: Tensor) -> Tensor:
     """The value of largest magnitude, (..., K) → (..., 1); the negative one of x and -x."""
     highest, lowest = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
-    return torch.where(highest > -lowest, highest, lowest)
+    return torch.where(highest > -lowest, highest, lowest)  # a NaN is both
 
 
 def quantize_per_token(
@@ -158,7 +159,7 @@ def group_multipliers(groups: Tensor, bits: int, clip: float = 1.0) -> tuple[Ten
     base = maxima.amax(-2, keepdim=True) / largest
     scale = nonzero(base / (highest_code(bits) + 1))
     base = scale * (highest_code(bits) + 1)
-    multiplier = (maxima / base).ceil().clamp(1, largest)
+    multiplier = (maxima / base).ceil().clamp(1, largest).nan_to_num(1.0)  # of ∞ / ∞, and of NaN
     return torch.where(largest_values > 0, -multiplier, multiplier), scale
 
 
@@ -169,7 +170,8 @@ def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
     """
     scale = scale.float().clamp(min=SMALLEST_SCALE)
     base = scale.amax(-1, keepdim=True) / largest_multiplier(bits)
-    return (scale / base).ceil().clamp(1, largest_multiplier(bits)).to(torch.int8)
+    multiplier = (scale / base).ceil().clamp(1, largest_multiplier(bits))
+    return multiplier.nan_to_num(1.0).to(torch.int8)  # of ∞ / ∞, and of NaN
 
 
 def quantize_smoothed(

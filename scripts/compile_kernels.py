@@ -104,6 +104,7 @@ class CompilingDriver:
 Case = tuple[str, Callable[[], object]]
 
 ROWS, WIDTH, DOWN, GROUP = 256, 4096, 14336, 128
+WIDEST = 28672  # Llama 3 70B's down_proj
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -189,6 +190,8 @@ def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:
             "quantize_per_token" + ", full range" * full_range,
             partial(operators.quantize_per_token, x, 4, 1.0, full_range),
         )
+    widest = torch.ones(1, 2, WIDEST, dtype=dtype)
+    yield "quantize_per_token, widest", partial(operators.quantize_per_token, widest, 8)
     yield "quantize_per_tensor", partial(operators.quantize_per_tensor, x, 8)
     yield "static_quantize", partial(operators.static_quantize, x, torch.ones(()), 8)
     yield "quantize_token_groups", partial(operators.quantize_token_groups, x, 4, GROUP)

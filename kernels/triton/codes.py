@@ -30,17 +30,43 @@ def nonzero(scale):
 
 
 @triton.jit
+def magnitude_bits(x):
+    """The bits of |x|, in the order of |x|: a NaN is the largest of all, and so is not lost."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """max |x| along an axis; of a NaN, NaN."""
+    return tl.max(magnitude_bits(x), axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def at_least(x, smallest):
+    """max(x, smallest), where a NaN stays one."""
+    return tl.maximum(x, smallest, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def extreme(x, axis: tl.constexpr):
     """The value of largest magnitude along an axis; of two the negative one."""
-    highest, lowest = tl.max(x, axis=axis), tl.min(x, axis=axis)
-    return tl.where(highest > -lowest, highest, lowest)
+    magnitude, lowest = largest(x, axis), tl.min(x, axis=axis)
+    return tl.where(lowest == -magnitude, lowest, magnitude)
 
 
 @triton.jit
 def to_codes(quotient, HIGHEST: tl.constexpr):
-    """Quotients as int8 codes: rounded half to even, −HIGHEST − 1 … HIGHEST."""
+    """Quotients as int8 codes: rounded half to even, −HIGHEST − 1 … HIGHEST; 0 for a NaN."""
     bounded = tl.minimum(tl.maximum(quotient, -HIGHEST - 1.0), HIGHEST * 1.0)
-    return ((bounded + _ROUND) - _ROUND).to(tl.int8)
+    rounded = (bounded + _ROUND) - _ROUND
+    return tl.where(quotient == quotient, rounded, 0.0).to(tl.int8)
+
+
+@triton.jit
+def to_multipliers(quotient, LARGEST: tl.constexpr):
+    """Quotients as integers in float32, rounded up: 1 … LARGEST; 1 for a NaN."""
+    bounded = tl.minimum(tl.maximum(tl.ceil(quotient), 1.0), LARGEST * 1.0)
+    return tl.where(quotient == quotient, bounded, 1.0)
 
 
 @triton.jit
@@ -49,7 +75,7 @@ def per_token(x, clip, HIGHEST: tl.constexpr, FULL_RANGE: tl.constexpr):
     if FULL_RANGE:
         scale = nonzero(divide_by(extreme(x, None) * clip, -HIGHEST - 1))
     else:
-        scale = nonzero(divide_by(tl.max(tl.abs(x)) * clip, HIGHEST))
+        scale = nonzero(divide_by(largest(x, None) * clip, HIGHEST))
     return to_codes(divide(x, scale), HIGHEST), scale
 
 
@@ -61,9 +87,8 @@ def token_groups(x, clip, HIGHEST: tl.constexpr, LARGEST: tl.constexpr):
     """
     extremes = extreme(x, 1)
     maxima = tl.abs(extremes) * clip
-    scale = nonzero(divide_by(divide_by(tl.max(maxima), LARGEST), HIGHEST + 1))
-    multiplier = tl.ceil(divide(maxima, scale * (HIGHEST + 1)))
-    multiplier = tl.minimum(tl.maximum(multiplier, 1.0), LARGEST * 1.0)
+    scale = nonzero(divide_by(divide_by(largest(maxima, None), LARGEST), HIGHEST + 1))
+    multiplier = to_multipliers(divide(maxima, scale * (HIGHEST + 1)), LARGEST)
     multiplier = tl.where(extremes > 0, -multiplier, multiplier)
     codes = to_codes(divide(x, (multiplier * scale)[:, None]), HIGHEST)
     return codes * multiplier.to(tl.int8)[:, None], scale

@@ -89,8 +89,11 @@ def packed_tokens(operator: str, group_size: int | None) -> int:
 
 
 def row_warps(width: int) -> int:
-    """Warps for a program that holds `width` float32 values: 32 values a thread."""
-    return min(max(width // 1024, 1), 32)
+    """Warps for a program that holds `width` float32 values: 32 values a thread.
+
+    A program has 1,024 threads at most: 32 warps, or 16 of AMD's, which are twice as wide.
+    """
+    return min(max(width // 1024, 1), 16 if _target()[0] == "hip" else 32)
 
 
 @cache

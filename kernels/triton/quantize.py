@@ -14,7 +14,17 @@ from ..reference import (
     largest_group_multiplier,
     largest_multiplier,
 )
-from .codes import divide, divide_by, nonzero, per_token, to_codes, token_groups
+from .codes import (
+    at_least,
+    divide,
+    divide_by,
+    largest,
+    nonzero,
+    per_token,
+    to_codes,
+    to_multipliers,
+    token_groups,
+)
 from .launch import check_float, launch_by_row, on_its_device, row_warps, rows_of
 
 STATIC_BLOCK = 4096  # elements a program of the element-wise quantizer
@@ -117,9 +127,9 @@ def _multipliers_kernel(scale, multiplier, K, smallest, LARGEST: tl.constexpr, B
     columns = tl.arange(0, BLOCK)
     inside = columns < K
     values = tl.load(scale + row * K + columns, mask=inside, other=0.0).to(tl.float32)
-    values = tl.maximum(values, smallest)
-    base = divide_by(tl.max(values), LARGEST)
-    integers = tl.minimum(tl.maximum(tl.ceil(divide(values, base)), 1.0), LARGEST * 1.0)
+    values = at_least(values, smallest)
+    base = divide_by(largest(values, None), LARGEST)
+    integers = to_multipliers(divide(values, base), LARGEST)
     tl.store(multiplier + row * K + columns, integers.to(tl.int8), mask=inside)
 
 

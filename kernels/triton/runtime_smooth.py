@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code
-from .codes import divide, per_token
+from .codes import at_least, divide, largest, magnitude_bits, per_token
 from .launch import check_float, launch_by_row, on_its_device, row_warps, rows_of
 from .quantize import channel_multipliers, empty_quantized, fake_quantized, quantize_smoothed
 
@@ -36,18 +36,17 @@ def _channel_maxima_kernel(
     first = tl.program_id(0) * TOKENS
     columns = tl.arange(0, BLOCK)
     inside = columns < K
-    largest = tl.zeros([BLOCK], tl.float32)
+    highest = tl.zeros([BLOCK], tl.int32)  # of the bits, in whose order a NaN is the largest
     for token in range(first, min(first + TOKENS, L)):
         row = sequence * L + token
         kept = True
         if mask is not None:
             kept = tl.load(mask + row) != 0
         values = tl.load(x + row * K + columns, mask=inside & kept, other=0.0).to(tl.float32)
-        values = tl.abs(values)
         if NORMALISE:
-            values = divide(values, tl.maximum(tl.max(values), smallest))
-        largest = tl.maximum(largest, values)
-    tl.atomic_max(maxima + sequence * K + columns, largest, mask=inside, sem="relaxed")
+            values = divide(values, at_least(largest(values, None), smallest))
+        highest = tl.maximum(highest, magnitude_bits(values))
+    tl.atomic_max(maxima + sequence * K + columns, highest, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def _channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
         form = (length, width, SMALLEST_SCALE, normalise, TOKENS_A_PROGRAM, block)
         programs = (triton.cdiv(length, TOKENS_A_PROGRAM), batch)
         _channel_maxima_kernel[programs](
-            rows_of(x), kept, maxima, *form, num_warps=row_warps(block)
+            rows_of(x), kept, maxima.view(torch.int32), *form, num_warps=row_warps(block)
         )
     return maxima
 

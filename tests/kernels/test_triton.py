@@ -18,6 +18,7 @@ from torch import Tensor
 from smoothq.kernels import QuantizedInput, reference
 from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
+from tests.kernels.extremes import EXTREMES
 from tests.kernels.test_gemm import Draw, assert_rounded_once, weight_only_operands
 from tests.kernels.test_quantizers import activations
 
@@ -159,7 +160,7 @@ def assert_same(found: QuantizedInput, expected: QuantizedInput) -> None:
         if one is not None and other is not None:
             assert one.dtype == other.dtype, part
             assert one.shape == other.shape, part
-            assert torch.equal(one, other), part
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=part)
 
 
 def assert_quantized_alike(name: str, *operands: Any, **named: Any) -> None:
@@ -278,15 +279,6 @@ class TestQuantizers:
         assert torch.equal(found, expected)
 
 
-EXTREMES = {
-    "zeros": torch.zeros(3, 24),
-    "a dead token among others": activations(3, 24) * torch.tensor([[1.0], [0.0], [1.0]]),
-    "an outlier": torch.ones(3, 24).index_fill_(1, torch.tensor([5]), -1e4),
-    "near the largest": torch.arange(-36, 36).reshape(3, 24) * 9e36,
-    "denormals": torch.arange(-36, 36).reshape(3, 24) * 2.0**-149,
-    "ties": torch.cat([torch.arange(-7, 8) / 2, torch.full((9,), 7.0)]).repeat(3, 1),
-    "negative zeros": torch.full((3, 24), -0.0),
-}
 OF_24_CHANNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "per token": ("quantize_per_token", (4,)),
     "per token, clipped": ("quantize_per_token", (4, 0.25)),
