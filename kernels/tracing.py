@@ -26,6 +26,14 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def refuse_gradient(context: Any, *gradients: Tensor) -> None:
+    """Raises RuntimeError: what stands for the gradient of an operator."""
+    raise RuntimeError(
+        "smoothq's integer layers have no gradient; train the float model, or "
+        "`dequantize()` this one first"
+    )
+
+
 class _Undifferentiable(torch.autograd.Function):
     """Passes a result on as a function of x whose backward raises RuntimeError."""
 
@@ -35,12 +43,9 @@ class _Undifferentiable(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
+    def backward(ctx: Any, *gradients: Any) -> Any:
         """Raises RuntimeError."""
-        raise RuntimeError(
-            "smoothq's integer layers have no gradient; train the float model, or "
-            "`dequantize()` this one first"
-        )
+        refuse_gradient(ctx, *gradients)
 
 
 def tied(result: Tensor, x: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """The operators on a CPU: exact integer products, floats in float32.
 
-`native.cpp` has what PyTorch lacks: a quantizer in one pass, and products of few tokens, which read
-each weight once. Products of many tokens are PyTorch's own, exact in two ways: `torch._int_mm`,
-which is fast where the processor has int8 dot products (AVX512-VNNI, AMX), and float32 lanes, in
-which a block of 1,024 products of at most 128 · 128 cannot exceed 2²⁴ and so is never rounded. All
-give the same integer; which one runs for a shape is measured the first time that it comes.
+`csrc/` has what PyTorch lacks, compiled when smoothq is installed and chosen by instruction set at
+run time: a quantizer in one pass, and products that read each weight once. `native.py` calls it.
 
-What a compiler traces runs on plain tensor code instead, which it can fuse.
+Where SMOOTHQ_CPU_ISA=pytorch chooses PyTorch's own operators, integer products are exact in two
+ways: `torch._int_mm`, which is fast where the processor has int8 dot products (AVX512-VNNI, AMX),
+and float32 lanes, in which a block of 1,024 products of at most 128 · 128 cannot exceed 2²⁴ and so
+is never rounded. All give the same integer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,30 +35,21 @@ from ..reference import (
     unpack_int4,
     with_first_tokens,
 )
-from ..tracing import is_traced
 from . import native
 from .native import is_compiled as is_compiled
 
 EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
 QUERY_ROWS = 512  # int8_attention's working set: the scores of this many queries
 UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matrix in float32
-FEW_TOKENS = 128  # up to so many, reading each weight once can win (measured at 2,048 and 5,632)
-FLOAT_TOKENS = 32  # up to so many, a float product on packed codes is faster than on a float copy
-PACKED_TOKENS = 4  # up to so many, 4-bit weights are faster packed than as int8
-CACHE_BYTES = 2**26  # more than a core's share of the last cache
-TRIALS = 3  # of each way, when two are timed against one another
+PACKED_TOKENS = 4  # up to so many, 4-bit weights are faster packed than as int8 (operators.cpp)
 RIGHT_FACTOR = 256  # of a rotation: one row of it stays in the first cache
-
-
-def _runs_native(x: Tensor) -> bool:
-    return not is_traced(x) and is_compiled()
 
 
 def quantize_per_token(
     x: Tensor, bits: int, clip: float = 1.0, full_range: bool = False
 ) -> QuantizedInput:
     """As `reference.quantize_per_token`."""
-    if not _runs_native(x):
+    if not is_compiled():
         return reference.quantize_per_token(x, bits, clip, full_range)
     return QuantizedInput(*native.quantize(x, _token_mode(full_range), bits, clip))
 
@@ -76,7 +65,7 @@ def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInp
 
 def static_quantize(x: Tensor, scale: Tensor, bits: int) -> QuantizedInput:
     """As `reference.static_quantize`."""
-    if not _runs_native(x):
+    if not is_compiled():
         return reference.static_quantize(x, scale, bits)
     codes, _ = native.quantize(x, "static", bits, scale=scale)
     return QuantizedInput(codes, scale.float().reshape([1] * x.dim()))
@@ -86,7 +75,7 @@ def quantize_smoothed(
     x: Tensor, multiplier: Tensor, bits: int, clip: float = 1.0
 ) -> QuantizedInput:
     """As `reference.quantize_smoothed`; multipliers that differ by sequence run on PyTorch."""
-    if multiplier.dim() > 1 or not _runs_native(x):
+    if multiplier.dim() > 1 or not is_compiled():
         return reference.quantize_smoothed(x, multiplier, bits, clip)
     return QuantizedInput(*native.quantize(x, "smoothed", bits, clip, multiplier=multiplier))
 
@@ -95,7 +84,7 @@ def quantize_token_groups(
     x: Tensor, bits: int, group_size: int, clip: float = 1.0
 ) -> QuantizedInput:
     """As `reference.quantize_token_groups`."""
-    if not _runs_native(x):
+    if not is_compiled():
         return reference.quantize_token_groups(x, bits, group_size, clip)
     return QuantizedInput(*native.quantize(x, "groups", bits, clip, group_size=group_size))
 
@@ -144,53 +133,10 @@ def int8_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int8_gemm`, the scaling in float32."""
-    tokens, path = codes.shape[0], cast(GemmPath, _many_tokens)
-    if tokens <= FEW_TOKENS and is_compiled():
-        path = _faster(max(tokens - 1, 0).bit_length(), weight.shape, torch.get_num_threads())
-    return path(codes, scale, weight, weight_scale, bias, dtype)
-
-
-GemmPath = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
-
-
-@functools.cache
-def _faster(doublings: int, weight: torch.Size, threads: int) -> GemmPath:
-    """The faster way to `int8_gemm` for 2^doublings tokens, timed the first time that it comes."""
-    del threads
-    operands = (
-        torch.ones(1 << doublings, weight[1], dtype=torch.int8, device="cpu"),
-        torch.ones(1 << doublings, 1, dtype=torch.float32, device="cpu"),
-        torch.ones(weight, dtype=torch.int8, device="cpu"),
-        torch.ones(weight[0], dtype=torch.float32, device="cpu"),
-        None,
-        torch.float32,
-    )
-    other_layers = torch.ones(CACHE_BYTES // 8, dtype=torch.int64, device="cpu")
-
-    def seconds(path: GemmPath) -> float:
-        trials = []
-        for _ in range(TRIALS):
-            other_layers.sum()  # they pass through the caches between two calls
-            start = time.perf_counter()
-            path(*operands)
-            trials.append(time.perf_counter() - start)
-        return min(trials)
-
-    return min((native.int8_gemm, _many_tokens), key=seconds)
-
-
-def _many_tokens(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`int8_gemm` by PyTorch's product."""
-    if is_compiled() and _has_fast_int_mm() and codes.shape[1] > 1:
-        total = torch._int_mm(codes, weight.t())
-        return native.scaled(total, scale, weight_scale, bias, dtype)
+    if is_compiled():
+        operands = (codes, scale, weight, weight_scale, bias, dtype)
+        product: Tensor = torch.ops.smoothq.int8_gemm(*operands)
+        return product
     result = int8_matmul(codes, weight).mul_(scale).mul_(weight_scale)
     return (result if bias is None else result.add_(bias)).to(dtype)
 
@@ -205,23 +151,17 @@ def int4_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int4_gemm`: few tokens meet the packed weights, many an unpacked copy."""
-    groups = 1 if multiplier is None else multiplier.shape[1]
-    few = codes.shape[0] <= PACKED_TOKENS and is_compiled()
-    if few and (groups == 1 or _fits(codes.shape[1] // groups)):
-        return native.int4_gemm(codes, scale, packed, weight_scale, multiplier, bias, dtype)
-    weight = _unpacked(packed, codes.shape[1], multiplier)
+    if is_compiled():
+        operands = (codes, scale, packed, weight_scale, multiplier, bias, dtype)
+        product: Tensor = torch.ops.smoothq.int4_gemm(*operands)
+        return product
+    weight = multiplied_weight(unpack_int4(packed, codes.shape[1]), multiplier)
     return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
 
 
 def _fits(group_size: int) -> bool:
     """Whether groups are whole packed blocks, or halves of one, as the native products need."""
     return group_size % PACKED_BLOCK == 0 or group_size == PACKED_BLOCK // 2
-
-
-def _unpacked(packed: Tensor, columns: int, multiplier: Tensor | None) -> Tensor:
-    if is_compiled():
-        return native.unpacked(packed, columns, multiplier)
-    return multiplied_weight(unpack_int4(packed, columns), multiplier)
 
 
 def packed_tokens(operator: str, group_size: int | None) -> int:
@@ -284,15 +224,15 @@ def weight_only_gemm(
     bits: int,
 ) -> Tensor:
     """As `reference.weight_only_gemm`, in float32, without a float copy of the matrix."""
-    width, groups = x.shape[1], (weight_scale if multiplier is None else multiplier).shape[1]
-    few = x.shape[0] <= FLOAT_TOKENS and width % PACKED_BLOCK == 0 and is_compiled()
-    if few and (groups == 1 or _fits(width // groups)):
-        return native.weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)
+    if is_compiled():
+        operands = (x, packed, weight_scale, multiplier, bias, bits)
+        product: Tensor = torch.ops.smoothq.weight_only_gemm(*operands)
+        return product
     x32 = x.float()
     result = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
     for row in range(0, packed.shape[0], UNPACK_ROWS):
         rows = slice(row, row + UNPACK_ROWS)
-        weight = _unpacked(packed[rows], width, None) if bits == 4 else packed[rows]
+        weight = unpack_int4(packed[rows], x.shape[1]) if bits == 4 else packed[rows]
         step = weight_scale[rows].float()
         if multiplier is not None:
             step = step * multiplier[rows]
@@ -303,7 +243,7 @@ def weight_only_gemm(
 
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """As `reference.hadamard`, in float32 (in float64 for float64 input)."""
-    if x.dtype != torch.float64 and _runs_native(x):
+    if x.dtype != torch.float64 and is_compiled():
         return native.rotate(x, signs, left, right)
     work = x if x.dtype == torch.float64 else x.float()
     norm = (left.shape[0] * right.shape[0]) ** 0.5
@@ -324,11 +264,11 @@ def hadamard_quantize(
 ) -> QuantizedInput:
     """As `reference.hadamard_quantize`, rotated in float32."""
     factors = (signs, left, right)
-    if not _runs_native(x):
+    if not is_compiled():
         rotated = hadamard(x.float(), *factors)
         return reference.quantize_rotated(rotated, bits, group_size, clip, full_range)
     mode = _token_mode(full_range) if group_size is None else "groups"
-    quantized = native.quantize(x, mode, bits, clip, group_size=group_size, rotation=factors)
+    quantized = native.quantize(x, mode, bits, clip, group_size=group_size or 0, rotation=factors)
     return QuantizedInput(*quantized)
 
 

@@ -1,7 +1,9 @@
 """The compiled CPU operators: every way to a result is the same result, to the last integer."""
 
-import platform
-import warnings
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,34 +13,20 @@ from smoothq import kernels
 from smoothq.kernels.cpu import native
 from smoothq.kernels.reference import multiplied_weight, unpack_int4
 from smoothq.transforms.hadamard import Hadamard
+from tests.kernels.extremes import EXTREMES
 from tests.kernels.test_gemm import Draw, assert_rounded_once
 
 reference = kernels.reference
 WIDTHS = (1, 63, 64, 65, 320, 1000)
-PORTABLE = {"x86_64": "-march=x86-64-v2", "aarch64": "-march=armv8-a"}
 
 
-@pytest.fixture
-def portable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same source without the processor's own instructions: what others run."""
-    target = PORTABLE.get(platform.machine())
-    if target is None:
-        pytest.skip(f"no portable target is known for {platform.machine()}")
-    flags = tuple(target if flag == "-march=native" else flag for flag in native.FLAGS)
-    monkeypatch.setattr(native, "FLAGS", flags)
-    native.library.cache_clear()
-    yield
-    native.library.cache_clear()
-
-
-@pytest.fixture
-def not_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    """A machine without a compiler, and with an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    native.library.cache_clear()
-    yield
-    native.library.cache_clear()
+@pytest.fixture(params=native.isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on every instruction set that this processor has."""
+    best = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(best)
 
 
 def check_int8(tokens: int, rows: int, width: int, bias: bool, dtype: torch.dtype) -> None:
@@ -47,10 +35,10 @@ def check_int8(tokens: int, rows: int, width: int, bias: bool, dtype: torch.dtyp
     scale, row_scale = draw.scales(tokens, 1), draw.scales(rows)
     operands = (codes, scale, weight, row_scale, draw.floats(rows) if bias else None)
     exact = reference.int8_gemm(*operands, torch.float64)
-    few, many = native.int8_gemm(*operands, dtype), kernels.cpu._many_tokens(*operands, dtype)
-    assert_rounded_once(few, exact, dtype)
-    # The two are timed against one another: what a run gives must not depend on which won.
-    assert torch.equal(few, many)
+    result = kernels.int8_gemm(*operands, dtype)
+    assert_rounded_once(result, exact, dtype)
+    # A compiler's graph reaches the same loops through PyTorch's dispatcher.
+    assert torch.equal(result, kernels.int8_gemm.registered(*operands, dtype))
 
 
 def check_int4(tokens: int, rows: int, width: int, groups: int | None) -> None:
@@ -60,14 +48,17 @@ def check_int4(tokens: int, rows: int, width: int, groups: int | None) -> None:
     multiplier = None if groups is None else draw.multipliers(rows, groups)
     operands = (codes, scale, packed, row_scale, multiplier, None)
     exact = reference.int4_gemm(*operands, torch.float64)
-    assert_rounded_once(kernels.cpu.int4_gemm(*operands, torch.float32), exact, torch.float32)
+    result = kernels.int4_gemm(*operands, torch.float32)
+    assert_rounded_once(result, exact, torch.float32)
+    assert torch.equal(result, kernels.int4_gemm.registered(*operands, torch.float32))
     unpacked = multiplied_weight(unpack_int4(packed, width), multiplier)
     assert torch.equal(native.unpacked(packed, width, multiplier), unpacked)
 
 
 class TestProducts:
-    def test_they_are_compiled_here(self) -> None:
+    def test_they_are_compiled_here(self, isa: str) -> None:
         assert kernels.cpu.is_compiled()
+        assert native.isa() == isa
 
     @pytest.mark.parametrize("width", WIDTHS)
     @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 33, 130])
@@ -83,7 +74,7 @@ class TestProducts:
         codes = torch.full((3, 65_000), -128, dtype=torch.int8)
         weight = torch.full((5, 65_000), -128, dtype=torch.int8)
         one, rows = torch.ones(3, 1), torch.ones(5)
-        found = native.int8_gemm(codes, one, weight, rows, None, torch.float32)
+        found = kernels.int8_gemm(codes, one, weight, rows, None, torch.float32)
         assert (found == 128 * 128 * 65_000).all()
 
     def test_one_scale_for_all_tokens(self) -> None:
@@ -91,7 +82,7 @@ class TestProducts:
         codes, weight, row_scale = draw.codes(3, 70), draw.codes(9, 70), draw.scales(9)
         operands = (codes, draw.scales(1, 1), weight, row_scale, None)
         exact = reference.int8_gemm(*operands, torch.float64)
-        assert_rounded_once(native.int8_gemm(*operands, torch.float32), exact, torch.float32)
+        assert_rounded_once(kernels.int8_gemm(*operands, torch.float32), exact, torch.float32)
 
     @pytest.mark.parametrize(
         ("width", "groups"),
@@ -111,18 +102,12 @@ class TestProducts:
             exact = reference.weight_only_gemm(operands[0].double(), *operands[1:])
             assert_rounded_once(kernels.weight_only_gemm(*operands), exact, torch.float32)
 
-    @pytest.mark.parametrize("width", WIDTHS)
-    def test_without_the_processors_own_instructions(self, portable: None, width: int) -> None:
-        assert kernels.cpu.is_compiled()
-        for tokens in (1, 2, 5):
-            check_int8(tokens, 19, width, True, torch.float32)
-            check_int4(tokens, 19, width, None)
-        check_int4(3, 5, 384, 12)
+
+ROTATION = Hadamard.of(96, seed=0)
+FACTORS = (ROTATION.signs(), *ROTATION.factors())
 
 
 def every_quantizer(x: Tensor) -> list[kernels.QuantizedInput]:
-    rotation = Hadamard.of(96, seed=0)
-    factors = (rotation.signs(), *rotation.factors())
     multiplier = torch.tensor([1, 5, 15] * 32, dtype=torch.int8)
     return [
         kernels.quantize_per_token(x, 8),
@@ -131,32 +116,45 @@ def every_quantizer(x: Tensor) -> list[kernels.QuantizedInput]:
         kernels.static_quantize(x, torch.tensor(0.1), 4),
         kernels.quantize_smoothed(x, multiplier, 4),
         kernels.quantize_token_groups(x, 4, 32, 0.9),
-        kernels.hadamard_quantize(x, *factors, 4, 32),
-        kernels.hadamard_quantize(x, *factors, 8),
+        kernels.hadamard_quantize(x, *FACTORS, 4, 32),
+        kernels.hadamard_quantize(x, *FACTORS, 8),
     ]
 
 
 class TestQuantizers:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_they_equal_what_a_compiler_traces(
+    def test_they_equal_pytorchs_own(
         self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         x = (Draw().floats(2, 5, 96) * 3).to(dtype)
         compiled = every_quantizer(x)
-        monkeypatch.setattr(kernels.cpu, "is_traced", lambda x: True)
+        monkeypatch.setattr(kernels.cpu, "is_compiled", lambda: False)
         for found, expected in zip(compiled[:6], every_quantizer(x)[:6], strict=True):
             assert torch.equal(found.codes, expected.codes)
             assert torch.equal(found.scale, expected.scale)
 
-    def test_without_the_processors_own_instructions(
-        self, monkeypatch: pytest.MonkeyPatch, portable: None
-    ) -> None:
-        x = Draw().floats(7, 96)
-        found = every_quantizer(x)
-        monkeypatch.setattr(kernels.cpu, "is_traced", lambda x: True)
-        for one, expected in zip(found[:6], every_quantizer(x)[:6], strict=True):
-            assert torch.equal(one.codes, expected.codes)
-            assert torch.equal(one.scale, expected.scale)
+    @pytest.mark.parametrize("values", EXTREMES)
+    def test_extremes(self, values: str) -> None:
+        x = EXTREMES[values]
+        multiplier = torch.tensor([1, 5, 15] * 8, dtype=torch.int8)
+        for name, *rest in (
+            ("quantize_per_token", 4, 0.25),
+            ("quantize_per_token", 8, 1.0, True),
+            ("quantize_per_tensor", 8),
+            ("static_quantize", torch.tensor(0.1), 4),
+            ("quantize_smoothed", multiplier, 4),
+            ("quantize_token_groups", 4, 8),
+        ):
+            result, expected = getattr(kernels, name)(x, *rest), getattr(reference, name)(x, *rest)
+            assert torch.equal(result.codes, expected.codes), name
+            assert torch.equal(result.scale.nan_to_num(-1), expected.scale.nan_to_num(-1)), name
+
+    def test_a_compilers_graph_gives_the_same(self) -> None:
+        x = Draw().floats(2, 5, 96)
+        compiled = torch.compile(every_quantizer, fullgraph=True, backend="aot_eager")
+        for found, expected in zip(compiled(x), every_quantizer(x), strict=True):
+            assert torch.equal(found.codes, expected.codes)
+            assert torch.equal(found.scale, expected.scale)
 
     def test_a_nan_is_not_lost(self) -> None:
         x = Draw().floats(3, 96)
@@ -191,21 +189,43 @@ class TestGradients:
             product.sum().backward()
 
 
-class TestWithoutACompiler:
-    def test_it_is_said_once_and_everything_runs(self, not_compiled: None) -> None:
-        x = Draw().floats(3, 96)
-        with pytest.warns(UserWarning, match="C\\+\\+ compiler with OpenMP"):
-            found = kernels.quantize_per_token(x, 8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert not kernels.cpu.is_compiled()
-            check = reference.quantize_per_token(x, 8)
-            assert torch.equal(found.codes, check.codes)
-            draw = Draw()
-            operands = (found.codes, found.scale, draw.codes(5, 96), draw.scales(5), None)
-            exact = reference.int8_gemm(*operands, torch.float64)
-            result = kernels.int8_gemm(*operands, torch.float32)
-            assert_rounded_once(result, exact, torch.float32)
+IN_A_FRESH_PROCESS = """
+import sys
+sys.modules["smoothq.kernels.cpu._operators"] = None  # as where nothing was built
+import torch
+from smoothq import kernels
+x = torch.randn(3, 96)
+found, check = kernels.quantize_per_token(x, 8), kernels.reference.quantize_per_token(x, 8)
+assert torch.equal(found.codes, check.codes)
+operands = (*found[:2], torch.ones(5, 96, dtype=torch.int8), torch.ones(5), None)
+exact = kernels.reference.int8_gemm(*operands, torch.float64)
+assert torch.allclose(kernels.int8_gemm(*operands, torch.float32).double(), exact, rtol=1e-6)
+print(kernels.cpu.native.isa())
+"""
+
+
+class TestWithoutTheLibrary:
+    @pytest.mark.parametrize(
+        ("choice", "says"),
+        [
+            ("", "RuntimeError: smoothq was installed without its CPU operators"),
+            ("pytorch", "pytorch\n"),
+        ],
+    )
+    def test_a_missing_one_is_an_error_by_name_and_pytorch_a_choice(
+        self, choice: str, says: str
+    ) -> None:
+        result = subprocess.run(
+            [sys.executable, "-c", IN_A_FRESH_PROCESS],
+            env={**os.environ, native.CHOICE: choice},
+            capture_output=True,
+            text=True,
+        )
+        assert says in result.stdout + result.stderr
+
+    def test_an_instruction_set_that_is_not_here_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="no_such_isa is not of this processor, which has: "):
+            native.use_isa("no_such_isa")
 
 
 class TestOperands:
@@ -227,27 +247,27 @@ class TestOperands:
         operands = self.operands()
         short = operands[name].flatten()[:-1].clone() if name != "scale" else torch.ones(3)
         operands[name] = short if short.dim() == operands[name].dim() else short[None]
-        with pytest.raises(ValueError, match=r"operand|not enough values"):
-            native.int8_gemm(**operands)
+        with pytest.raises(ValueError, match=r"operand|is not a matrix"):
+            kernels.int8_gemm(*operands.values())
 
     @pytest.mark.parametrize("name", ["codes", "weight"])
     def test_codes_of_another_dtype_are_no_codes(self, name) -> None:
         operands = self.operands()
         operands[name] = operands[name].float()
-        with pytest.raises(ValueError, match=f"operand '{name}' is torch.float32"):
-            native.int8_gemm(**operands)
+        with pytest.raises(ValueError, match=f"operand '{name}' is float32"):
+            kernels.int8_gemm(*operands.values())
 
     def test_a_tensor_on_another_device_is_refused(self) -> None:
         operands = self.operands()
         operands["weight_scale"] = operands["weight_scale"].to("meta")
-        with pytest.raises(ValueError, match=r"'weight_scale' .* on meta"):
-            native.int8_gemm(**operands)
+        with pytest.raises(ValueError, match=r"'weight_scale' .* on another device"):
+            kernels.int8_gemm(*operands.values())
 
     def test_what_is_not_contiguous_is_read_in_order(self) -> None:
         operands = self.operands()
-        expected = native.int8_gemm(**operands)
+        expected = kernels.int8_gemm(*operands.values())
         operands["weight"] = operands["weight"].t().contiguous().t()
-        assert torch.equal(native.int8_gemm(**operands), expected)
+        assert torch.equal(kernels.int8_gemm(*operands.values()), expected)
 
     def test_quantizers_name_what_does_not_fit(self) -> None:
         x = torch.randn(3, 96)
@@ -258,9 +278,7 @@ class TestOperands:
         with pytest.raises(ValueError, match="group_size 36 does not divide 96"):
             native.quantize(x, "groups", 4, group_size=36)
         with pytest.raises(ValueError, match="do not rotate rows of 96"):
-            native.rotate(
-                x, *(torch.ones(96, dtype=torch.int8), torch.ones(8, 8), torch.ones(8, 8))
-            )
+            native.rotate(x, *(torch.ones(n, dtype=torch.int8) for n in ((96,), (8, 8), (8, 8))))
 
     def test_packed_codes_name_what_does_not_fit(self) -> None:
         packed, x = torch.zeros(4, 32, dtype=torch.uint8), torch.randn(2, 64)
@@ -268,7 +286,7 @@ class TestOperands:
             native.unpacked(packed, 128, None)
         with pytest.raises(ValueError, match="'multiplier'"):
             native.unpacked(packed, 64, torch.ones(3, 2, dtype=torch.int8))
-        with pytest.raises(ValueError, match=r"'packed' is torch.uint8"):
-            native.weight_only_gemm(x, packed, torch.ones(4, 1), None, None, 8)
+        with pytest.raises(ValueError, match="'packed' is uint8"):
+            kernels.weight_only_gemm(x, packed, torch.ones(4, 1), None, None, 8)
         with pytest.raises(ValueError, match="'weight_scale'"):
-            native.weight_only_gemm(x, packed, torch.ones(3, 1), None, None, 4)
+            kernels.weight_only_gemm(x, packed, torch.ones(3, 1), None, None, 4)

@@ -4,7 +4,7 @@ Without a GPU the operators of the CPU are exchanged for Triton's, which its int
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,8 +50,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def triton_for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_BACKENDS", {"cpu": "triton"})
+def run_by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Called, it makes Triton's interpreter run the CPU's tensors, by every way to an operator."""
+    with torch.library._scoped_library("smoothq", "IMPL") as library:
+
+        def run() -> None:
+            monkeypatch.setattr(kernels, "_BACKENDS", {"cpu": "triton"})
+            for name in vars(kernels):
+                operator = getattr(kernels, name)
+                if isinstance(operator, kernels.Product):
+                    registered = operator.registered.name().partition("::")[2]
+                    library.impl(registered, operator.direct, "CPU", allow_override=True)
+
+        yield run
+
+
+@pytest.fixture
+def triton_for_cpu(run_by_triton: Callable[[], None]) -> None:
+    run_by_triton()
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +110,10 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_logits_are_those_of_the_cpu_by_the_operators_that_are_named(
-    name: str, made: Made, monkeypatch: pytest.MonkeyPatch
+    name: str, made: Made, run_by_triton: Callable[[], None]
 ) -> None:
     expected = logits(made(EVERY[name]))
-    monkeypatch.setattr(kernels, "_BACKENDS", {"cpu": "triton"})
+    run_by_triton()
     model = made(EVERY[name])
     lines = kernels.report(model).splitlines()
     assert all(line.endswith("triton on cpu") for line in lines)

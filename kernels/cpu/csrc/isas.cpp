@@ -1,0 +1,120 @@
+#include "isas.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace smoothq {
+
+const Table* plain();
+
+#if defined(__x86_64__)
+
+const Table* avx2();
+const Table* avx512();
+const Table* avx512vnni();
+
+namespace {
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+struct Isa {
+    const Table* (*table)();
+    bool (*has)();
+};
+
+constexpr Isa BEST_FIRST[] = {{avx512vnni, has_avx512vnni}, {avx512, has_avx512}, {avx2, has_avx2}};
+
+#elif defined(__aarch64__)
+
+const Table* dotprod();
+
+namespace {
+
+bool has_dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has;
+#else
+    return false;
+#endif
+}
+
+struct Isa {
+    const Table* (*table)();
+    bool (*has)();
+};
+
+constexpr Isa BEST_FIRST[] = {{dotprod, has_dotprod}};
+
+#else
+
+namespace {
+
+struct Isa {
+    const Table* (*table)();
+    bool (*has)();
+};
+
+constexpr Isa BEST_FIRST[] = {{plain, [] { return true; }}};
+
+#endif
+
+std::vector<const Table*> tables() {
+    std::vector<const Table*> here;
+    for (const Isa& isa : BEST_FIRST)
+        if (isa.has()) here.push_back(isa.table());
+    if (here.empty() || here.back() != plain()) here.push_back(plain());
+    return here;
+}
+
+const Table& named(const std::string& name) {
+    std::string names;
+    for (const Table* table : tables()) {
+        if (name == table->name) return *table;
+        names += std::string(names.empty() ? "" : ", ") + table->name;
+    }
+    throw std::invalid_argument("SMOOTHQ_CPU_ISA=" + name +
+                                " is not of this processor, which has: " + names);
+}
+
+const Table& first() {
+    const char* asked = std::getenv("SMOOTHQ_CPU_ISA");
+    return asked && *asked ? named(asked) : *tables().front();
+}
+
+std::atomic<const Table*>& current() {
+    static std::atomic<const Table*> table{&first()};
+    return table;
+}
+
+}  // namespace
+
+const Table& table() { return *current().load(std::memory_order_relaxed); }
+
+void use(const std::string& name) { current().store(&named(name)); }
+
+std::vector<std::string> runnable() {
+    std::vector<std::string> names;
+    for (const Table* table : tables()) names.emplace_back(table->name);
+    return names;
+}
+
+}  // namespace smoothq

@@ -1,0 +1,99 @@
+// The operators on tensors that are only looked at: what is checked, converted, and run in threads.
+//
+// Two doors lead here: the registered operators (`library.cpp`) and the direct calls from Python
+// (`python.cpp`). Each says how its tensors are seen and makes the outputs.
+//
+// All throw std::invalid_argument, which names the operand, for another dtype or size than is
+// needed. Nothing is read or written beyond what a View says.
+
+#pragma once
+
+#include <cstdint>
+
+#include "table.h"
+
+namespace smoothq {
+
+enum class Number { INT8, UINT8, INT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64, OTHER };
+
+constexpr int MOST_AXES = 8;
+
+// A tensor in the CPU's memory that somebody else owns; without data it stands for None.
+struct View {
+    void* data = nullptr;
+    Number number = Number::OTHER;
+    int axes = 0;
+    int64_t sizes[MOST_AXES] = {};
+    int64_t strides[MOST_AXES] = {};  // in elements
+    bool given = false;
+    bool elsewhere = false;  // in another device's memory
+
+    int64_t elements() const {
+        int64_t product = 1;
+        for (int axis = 0; axis < axes; ++axis) product *= sizes[axis];
+        return product;
+    }
+
+    bool contiguous() const {
+        int64_t stride = 1;
+        for (int axis = axes - 1; axis >= 0; --axis) {
+            if (sizes[axis] != 1 && strides[axis] != stride) return false;
+            stride *= sizes[axis];
+        }
+        return true;
+    }
+
+    int64_t last() const { return axes ? sizes[axes - 1] : 1; }
+};
+
+struct Quantizing {
+    Mode mode;
+    int64_t bits;
+    double clip;
+    int64_t group_size;  // of GROUPS
+    View multiplier;     // of SMOOTHED
+    View scale;          // of STATIC
+    View signs, left;    // of a rotation before, or none
+    int64_t right;       // its power of two
+};
+
+// The mode of a number of Mode. Throws for a number that is none.
+Mode mode_of(int64_t number);
+
+// x (..., K) → codes int8 (..., K), scales float32 (..., 1).
+void quantize(const View& x, const Quantizing& how, const View& codes, const View& scales);
+
+// x (..., K) → out, of the same shape and dtype.
+void hadamard(const View& x, const View& signs, const View& left, int64_t right, const View& out);
+
+// Whether PyTorch's own int8 product is faster than the loops of this instruction set for so many
+// tokens; `scaled` completes it.
+bool torch_is_faster(int64_t tokens);
+
+// As in `reference.py`. out (M, N), float32 or bfloat16.
+void int8_gemm(const View& codes, const View& scale, const View& weight, const View& weight_scale,
+               const View& bias, const View& out);
+void int4_gemm(const View& codes, const View& scale, const View& packed, const View& weight_scale,
+               const View& multiplier, const View& bias, const View& out);
+void weight_only_gemm(const View& x, const View& packed, const View& weight_scale,
+                      const View& multiplier, const View& bias, int64_t bits, const View& out);
+
+// Whether `weight_only_gemm` is for so many tokens and such groups: else a float copy, made by
+// `dequantize`, is faster, or the only way.
+bool reads_packed_floats(int64_t tokens, int64_t width, int64_t groups);
+
+// Rows `first` … of a weight, of `bits` a code, as float32 out (rows, K).
+void dequantize(const View& packed, const View& weight_scale, const View& multiplier, int64_t bits,
+                int64_t first, const View& out);
+
+// out float32 (M, N), the bias (N,) added to every row of it.
+void add_bias(const View& bias, const View& out);
+
+// totals int32 (M, N), times both scales, plus the bias; out may be their memory.
+void scaled(const View& totals, const View& scale, const View& weight_scale, const View& bias,
+            const View& out);
+
+// packed (N, ⌈K/2⌉) → out int8 (N, K), multipliers in them.
+void unpack(const View& packed, const View& multiplier, const View& out);
+
+}  // namespace smoothq
