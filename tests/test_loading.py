@@ -148,6 +148,7 @@ def with_one_block(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
+@pytest.mark.slow
 def test_compiles_whole(quantized) -> None:
     model = with_one_block(quantized("w4a4")[0])
     expected = logits(model)
