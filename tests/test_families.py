@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -223,9 +223,11 @@ class TestOpening:
 
 
 CLAIMS = [
-    pytest.param(name, claim, id=f"{name}-{claim}".replace(" ", "-"))
+    pytest.param(name, claim, dtype, id=f"{name}-{claim}-{dtype}".replace(" ", "-"))
     for name in TINY
     for claim in (*equivalence.claims(*opened(name)), "all together")
+    for dtype in equivalence.TOLERANCE
+    if dtype == torch.float64 or claim == "all together"
 ]
 
 
@@ -262,8 +264,7 @@ def changed_names(model: PreTrainedModel, name: str) -> set[str]:
 
 
 class TestTheFunctionIsKept:
-    @pytest.mark.parametrize("dtype", equivalence.TOLERANCE, ids=["float64", "float32"])
-    @pytest.mark.parametrize(("name", "claim"), CLAIMS)
+    @pytest.mark.parametrize(("name", "claim", "dtype"), CLAIMS)
     def test_weights_change_and_logits_stay(
         self, name: str, claim: str, dtype: torch.dtype
     ) -> None:
@@ -319,21 +320,35 @@ def small(recipe: Recipe) -> Recipe:
     return recipe.edit(gptq__least_tokens=8)
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a4-rrs"])
-@pytest.mark.parametrize("name", TINY)
+def four_bits_in_turn() -> Iterator[Any]:
+    """Every family with one of two 4-bit recipes in the fast tests, and with the other among slow.
+
+    Families that are alike stand beside one another, so that each kind meets both.
+    """
+    for number, name in enumerate(TINY):
+        recipes = ["w4a4", "w4a4-rrs"]
+        yield name, recipes.pop(number % 2)
+        yield pytest.param(name, recipes[0], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [*((name, "w8a8") for name in TINY), *four_bits_in_turn()]
+)
 def test_quantizes_saves_loads_and_generates(
     name: str, recipe: str, float_checkpoint: Callable[[str], Path], data: Tensor, tmp_path: Path
 ) -> None:
-    data = data.clamp(max=90)
-    made = quantize(
-        float_checkpoint(name), small(RECIPES[recipe]), data=data, output=tmp_path
-    ).load()
     exact = original_logits(name, torch.float32)
-    logits = equivalence.logits(made, TOKENS)
-    bound = {"w8a8": 0.15, "w4a4": 0.9, "w4a4-rrs": 0.9}[recipe]
-    assert (logits - exact).norm() < bound * exact.norm()
+    bound = 0.15 if recipe == "w8a8" else 0.9
+    quantize(
+        float_checkpoint(name),
+        small(RECIPES[recipe]),
+        data=data.clamp(max=90),
+        output=tmp_path,
+        check=bound > 0.5,  # exact, where the bound is a loose one
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(equivalence.logits(loaded, TOKENS), logits)
+    logits = equivalence.logits(loaded, TOKENS)
+    assert (logits - exact).norm() < bound * exact.norm()
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(equivalence.logits(again, TOKENS), logits)
@@ -370,13 +385,15 @@ def test_keys_and_values_are_quantized_or_refused_by_name(
         with pytest.raises(UnsupportedModelError, match=f"attention.*{OWN_ATTENTION[name]}"):
             make_plan(tiny_model(name), recipe)
         return
-    plain = quantize(float_checkpoint(name), preset("w8a8", "rtn"))
-    made = quantize(float_checkpoint(name), recipe, output=tmp_path).load()
-    logits, expected = equivalence.logits(made, TOKENS), equivalence.logits(plain, TOKENS)
+    quantize(float_checkpoint(name), recipe, output=tmp_path, check=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["recipe"]["kv_cache"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)  # the same weights, a float cache
+    logits, expected = equivalence.logits(loaded, TOKENS), equivalence.logits(plain, TOKENS)
     assert not torch.equal(logits, expected)
     assert (logits - expected).norm() < 0.15 * expected.norm()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(equivalence.logits(loaded, TOKENS), logits)
     output = loaded.generate(
         TOKENS[:, :9],
         max_new_tokens=3,
@@ -406,14 +423,15 @@ class TestExperts:
         assert len([s for s in graph.sites if s.stage == "down" and s.readers[0].routed]) == 4
 
     def test_an_expert_that_few_tokens_reach_is_rounded_to_nearest_and_reported(
-        self, float_checkpoint, data, caplog
+        self, float_checkpoint, data, tmp_path, caplog
     ) -> None:
         recipe = RECIPES["w4a8"].edit(gptq__least_tokens=10_000, tuning=None)
-        quantize(float_checkpoint("mixtral"), recipe, data=data)
+        source = float_checkpoint("mixtral")
+        quantize(source, recipe, data=data, output=tmp_path / "few", check=False)
         messages = [record.getMessage() for record in caplog.records]
         assert len([m for m in messages if "reached this expert" in m]) == 3 * 8
         caplog.clear()
-        quantize(float_checkpoint("mixtral"), small(recipe), data=data)
+        quantize(source, small(recipe), data=data, output=tmp_path / "enough", check=False)
         assert not [r for r in caplog.records if "reached this expert" in r.getMessage()]
 
     @pytest.mark.parametrize("name", [*WITH_EXPERTS, "opt"])
@@ -469,11 +487,16 @@ def shape_of(graph: BlockGraph, block: nn.Module) -> list[object]:
     return [*sorted(sites, key=str), sorted(matrices(graph.residual_writers))]
 
 
+@cache
+def discovered(name: str) -> Family:
+    return discover_family(TINY[name]())[0]
+
+
 class TestInference:
     @pytest.mark.parametrize("name", TINY)
     def test_it_finds_what_the_file_says(self, name: str) -> None:
         model, written = opened(name)
-        found, _ = discover_family(TINY[name]())
+        found = discovered(name)
         assert found.parts(model) == written.parts(model)
         for fact in ("centred", "returns_tuple", "flattens", "sums_at_entry"):
             assert getattr(found, fact) == getattr(written, fact)
@@ -484,7 +507,7 @@ class TestInference:
 
     @pytest.mark.parametrize("name", REQUIRED)
     def test_what_it_finds_passes_the_same_transforms(self, name: str) -> None:
-        found, _ = discover_family(TINY[name]())
+        found = discovered(name)
         model, written = opened(name)
         assert equivalence.claims(model, found).keys() == equivalence.claims(model, written).keys()
         for rewrite in (*equivalence.claims(model, found).values(), equivalence.everything):
@@ -496,22 +519,30 @@ class TestInference:
                 < equivalence.TOLERANCE[torch.float64]
             )
 
-    @pytest.mark.parametrize("name", REQUIRED)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=() if name in ("phi3", "gpt2") else pytest.mark.slow)
+            for name in REQUIRED
+        ],
+    )
     def test_a_family_without_its_file_is_quantized_with_a_notice(
         self, name, float_checkpoint, data, tmp_path, monkeypatch, caplog
     ) -> None:
         data = data.clamp(max=90)
-        expected = quantize(float_checkpoint(name), small(RECIPES["w4a8"]), data=data)
+        recipe = small(RECIPES["w4a8"]).edit(tuning=None)
+        expected = quantize(float_checkpoint(name), recipe, data=data, check=False)
         model_type = TINY[name]().model_type
         monkeypatch.delitem(architectures._BY_MODEL_TYPE, model_type)
         made = quantize(
-            float_checkpoint(name), small(RECIPES["w4a8"]), data=data, output=tmp_path / "out"
+            float_checkpoint(name), recipe, data=data, output=tmp_path / "out", check=False
         ).load()
         notices = [r.getMessage() for r in caplog.records if "has no file" in r.getMessage()]
         assert notices
         assert f"'{model_type}'" in notices[0]
         assert torch.equal(equivalence.logits(made, TOKENS), equivalence.logits(expected, TOKENS))
 
+    @pytest.mark.slow
     def test_it_refuses_what_it_cannot_explain(self) -> None:
         config = Qwen3NextConfig(
             vocab_size=97, hidden_size=64, num_hidden_layers=4, intermediate_size=80, num_experts=4
@@ -523,7 +554,9 @@ class TestInference:
 STRAY = ("head_dim", "num_key_value_heads", "num_kv_heads", "kv_channels", "intermediate_size")
 STRAY += ("n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "num_local_experts")
 STRAY += ("num_experts", "n_routed_experts")
-stray_fields = st.dictionaries(st.sampled_from(STRAY), st.sampled_from([1, 2, 3, 4, 8, 32, 64]))
+stray_fields = st.dictionaries(
+    st.sampled_from(STRAY), st.sampled_from([1, 2, 3, 4, 8, 32, 64]), max_size=4
+)
 
 
 def shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
@@ -532,7 +565,7 @@ def shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
 
 def with_unused(config: PretrainedConfig, fields: dict[str, int]) -> PretrainedConfig:
     """A config with those of some fields that change no tensor of its model."""
-    told, before = copy.deepcopy(config), shapes(config)
+    told, before = copy.deepcopy(config), shapes(config) if fields else {}
     for name, value in fields.items():
         tried = copy.deepcopy(told)
         try:
@@ -546,7 +579,7 @@ def with_unused(config: PretrainedConfig, fields: dict[str, int]) -> PretrainedC
 
 @pytest.mark.parametrize("name", TINY)
 class TestConfigFieldsThatAModelDoesNotUse:
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(fields=stray_fields)
     def test_a_familys_file_goes_by_the_models_tensors(self, name, fields) -> None:
         told = with_unused(TINY[name](), fields).get_text_config(decoder=True)

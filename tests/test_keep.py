@@ -27,20 +27,29 @@ def quantized_names(model: PreTrainedModel) -> set[str]:
     return {name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w8a8-static"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-groups", "mixtral", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama", "w4a4"),
+        ("llama", "w8a8-static"),
+        ("gpt2", "w4a4"),
+        ("falcon-groups", "w8a8-static"),
+        ("mixtral", "w8a8"),
+        ("mixtral", "w4a4"),
+        ("gemma2", "w8a8"),
+    ],
+)
 def test_a_kept_block_stays_float_and_computes_what_it_did(
     name, recipe, float_checkpoint, data, tmp_path
 ) -> None:
     data, layers = data.clamp(max=90), {"llama": "model.layers", "mixtral": "model.layers"}
     prefix = f"{layers.get(name, 'model.layers' if name == 'gemma2' else 'transformer.h')}.1."
     kept = RECIPES[recipe].edit(keep=(f"{prefix}*",), gptq__least_tokens=8, tuning=None)
+    # The last look compares the block that was computed in float with the one that is loaded.
     model = quantize(float_checkpoint(name), kept, data=data, output=tmp_path / "out").load()
     names = quantized_names(model)
     assert names
     assert not [n for n in names if n.startswith(prefix)]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(equivalence.logits(loaded, TOKENS), equivalence.logits(model, TOKENS))
     everything = RECIPES[recipe].edit(
         keep=(f"{prefix.replace('.1.', '.*')}",), gptq__least_tokens=8, tuning=None
     )
@@ -55,7 +64,7 @@ def test_all_but_one_linear_kept_leaves_the_function_but_for_its_rounding(
     recipe = preset("w4a8").edit(
         keep=keep, weights__group_size=16, weights__bits=8, weights__group_scale="float"
     )
-    model = quantize(float_checkpoint("llama-untied"), recipe, data=data)
+    model = quantize(float_checkpoint("llama-untied"), recipe, data=data, check=False)
     assert quantized_names(model) == {"model.layers.0.mlp.down_proj"}
     exact = equivalence.logits(tiny_model("llama-untied", torch.float32), TOKENS)
     assert (equivalence.logits(model, TOKENS) - exact).norm() < 0.01 * exact.norm()
@@ -94,8 +103,6 @@ class TestOverrides:
         assert mlp.down_proj.site_input.spec.bits == 8
         assert mlp.up_proj.spec.grid.bits == 4
         assert mlp.up_proj.site_input.spec.mode == "smooth_token"
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert torch.equal(equivalence.logits(loaded, TOKENS), equivalence.logits(model, TOKENS))
         stored = json.loads((tmp_path / "out" / "config.json").read_text())
         again = recipe_from_dict(stored["quantization_config"]["recipe"])
         assert again == recipe
@@ -114,13 +121,23 @@ class TestOverrides:
 
 
 class TestEmbeddings:
-    @pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a16"])
-    @pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2", "bloom", "gpt_neox"])
+    @pytest.mark.parametrize(
+        ("name", "recipe"),
+        [
+            ("llama", "w8a8"),
+            ("llama", "w4a4"),
+            ("llama-untied", "w4a4"),
+            ("llama-untied", "w4a16"),
+            ("gpt2", "w4a16"),
+            ("bloom", "w4a4"),
+            ("gpt_neox", "w8a8"),
+        ],
+    )
     def test_embedding_and_head_in_8_bits_load_save_and_dequantize(
         self, name, recipe, float_checkpoint, data, tmp_path
     ) -> None:
         data, out = data.clamp(max=90), tmp_path / "out"
-        plain = quantize(float_checkpoint(name), RECIPES[recipe], data=data)
+        plain = quantize(float_checkpoint(name), RECIPES[recipe], data=data, check=False)
         eight = RECIPES[recipe].edit(embeddings=8)
         model = quantize(float_checkpoint(name), eight, data=data, output=out).load()
         assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
@@ -131,9 +148,7 @@ class TestEmbeddings:
         exact = equivalence.logits(tiny_model(name, torch.float32), TOKENS)
         error = (logits - exact).norm() / exact.norm()
         assert error < 0.05 + 1.5 * (expected - exact).norm() / exact.norm()
-        loaded = AutoModelForCausalLM.from_pretrained(out)
-        assert torch.equal(equivalence.logits(loaded, TOKENS), logits)
-        loaded.save_pretrained(tmp_path / "again")
+        model.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(equivalence.logits(again, TOKENS), logits)
         assert again.generate(TOKENS[:1, :4], max_new_tokens=2, pad_token_id=0).shape[1] > 4
@@ -155,7 +170,7 @@ class TestEmbeddings:
         for bits in (16, 8):
             recipe = preset("w8a8", "rtn").edit(embeddings=bits)
             out = tmp_path / str(bits)
-            quantize(float_checkpoint("llama"), recipe, output=out)
+            quantize(float_checkpoint("llama"), recipe, output=out, check=False)
             plan = make_plan(tiny_model("llama", torch.float32), recipe)
             sizes[bits] = plan.total_bytes
             file = (out / "model.safetensors").stat().st_size

@@ -1,5 +1,6 @@
 """A written checkpoint, loaded by transformers: the same model or an error, never another one."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -32,7 +33,10 @@ def quantized(
     float_checkpoint: Callable[[str], Path],
     data: Tensor,
 ) -> Callable[..., tuple[PreTrainedModel, Path]]:
-    """The model that `quantize` returns for a recipe, and its checkpoint; made once."""
+    """The model that `quantize` returns for a recipe, and its checkpoint; made once.
+
+    Every recipe passes the last look with one wiring; others are compared with their float model.
+    """
     made: dict[tuple[str, str], tuple[PreTrainedModel, Path]] = {}
 
     def of(recipe: str, architecture: str = "llama") -> tuple[PreTrainedModel, Path]:
@@ -40,7 +44,9 @@ def quantized(
         if key not in made:
             out = tmp_path_factory.mktemp("quantized") / "model"
             source = float_checkpoint(architecture)
-            made[key] = (quantize(source, RECIPES[recipe], data=data, output=out).load(), out)
+            looked_at = architecture == "llama"
+            result = quantize(source, RECIPES[recipe], data=data, output=out, check=looked_at)
+            made[key] = (result.load(), out)
         return made[key]
 
     return of
@@ -64,17 +70,21 @@ def plain_unpack(stored: Tensor, columns: int) -> Tensor:
 def test_loads_to_the_very_logits_of_the_model_that_was_returned(quantized, recipe) -> None:
     model, out = quantized(recipe)
     expected = logits(model)
-    for device_map in (None, "auto", "cpu"):
+    for device_map in ("auto", "cpu"):  # the model was loaded with None
         loaded = AutoModelForCausalLM.from_pretrained(out, device_map=device_map)
         assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.parametrize("architecture", ["llama-untied", "mistral", "qwen2", "qwen3", "phi3"])
-@pytest.mark.parametrize("recipe", PRESETS)
+@pytest.mark.parametrize(
+    ("architecture", "recipe"),
+    [
+        *itertools.product(["llama-untied"], PRESETS),
+        *zip(["mistral", "qwen2", "qwen3", "phi3"], PRESETS, strict=True),
+        *zip(["phi3", "mistral", "qwen2", "qwen3"], PRESETS, strict=True),
+    ],
+)
 def test_every_family_loads_and_stays_near_its_float_model(quantized, recipe, architecture) -> None:
-    model, out = quantized(recipe, architecture)
-    loaded = AutoModelForCausalLM.from_pretrained(out)
-    assert torch.equal(logits(loaded), logits(model))
+    loaded, _ = quantized(recipe, architecture)
     exact = logits(tiny_model(architecture, torch.float32))
     error = (logits(loaded) - exact).norm() / exact.norm()
     assert error < {"w8a8": 0.06, "w4a8": 0.5, "w4a16": 0.5, "w4a4": 0.8}[recipe]
@@ -138,6 +148,7 @@ def with_one_block(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
+@pytest.mark.slow
 def test_compiles_whole(quantized) -> None:
     model = with_one_block(quantized("w4a4")[0])
     expected = logits(model)
@@ -217,6 +228,7 @@ def run_python(code: str, *argv: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_same_model(quantized, tmp_path) -> None:
     model, out = quantized("w4a4")
     save_file({"tokens": TOKENS, "logits": logits(model)}, tmp_path / "expected.safetensors")
@@ -233,6 +245,7 @@ def test_a_fresh_process_loads_the_same_model(quantized, tmp_path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_process_without_smoothq_gets_an_error(quantized) -> None:
     outs = [quantized(recipe)[1] for recipe in ("w8a8", "w4a4")]
     result = run_python(
