@@ -20,12 +20,7 @@ if not torch.cuda.is_available():
 
 from smoothq import Recipe, preset
 from smoothq.cli import main
-from smoothq.kernels import cpu
 from tests.architectures import VOCABULARY, tiny_model
-
-# The faster of two products is timed for each new shape of a weight, with other layers' weights
-# between the trials. Tiny models have hundreds of shapes, and either product gives the same.
-cpu.CACHE_BYTES = 8
 
 # Few tests that take long: with several workers the others are shared out beside them.
 LONGEST = ("test_compiled.py", "test_smollm2.py", "test_benchmarks.py", "test_lm_eval.py")
