@@ -190,7 +190,7 @@ class TestGarbage:
 
 class TestQuantizers:
     shapes = pytest.mark.parametrize(
-        "shape", [(1, 1), (3, 33), (17, 129), (2, 3, 200), (33, 301), (3, 1120), (24,)], ids=str
+        "shape", [(1, 1), (3, 33), (5, 129), (2, 3, 200), (17, 301), (3, 1120), (24,)], ids=str
     )
 
     @shapes
@@ -229,9 +229,9 @@ class TestQuantizers:
         [
             ((1, 1), 1),
             ((3, 33), 11),
-            ((17, 129), 43),
+            ((5, 129), 43),
             ((2, 3, 200), 8),
-            ((33, 200), 200),
+            ((5, 200), 200),
             ((3, 301), 7),
             ((3, 1120), 160),
             ((24,), 1),
@@ -256,7 +256,7 @@ class TestQuantizers:
         assert_quantized_alike("quantize_smoothed", x, multiplier, bits, clip)
 
     @pytest.mark.parametrize("batch", [1, 3])
-    @pytest.mark.parametrize(("length", "width"), [(1, 33), (17, 129), (3, 1120)])
+    @pytest.mark.parametrize(("length", "width"), [(1, 33), (5, 129), (3, 1120)])
     @each_dtype
     def test_smoothed_by_a_multiplier_a_sequence_and_channel(
         self, batch: int, length: int, width: int, dtype: torch.dtype
@@ -734,9 +734,9 @@ def factors_of(width: int, left: int | None = None) -> tuple[Tensor, Tensor, Ten
 
 # Shape without the width, width, order of the left factor if not the rotation's own, group size.
 ROTATIONS = [
-    *[((3,), 1, None, 1), ((17,), 2, None, 1), ((2, 3), 12, None, 4), ((1,), 92, None, 23)],
+    *[((3,), 1, None, 1), ((5,), 2, None, 1), ((2, 3), 12, None, 4), ((1,), 92, None, 23)],
     *[((3,), 96, None, 32), ((3,), 576, None, 64), ((), 576, 9 * 4, 1), ((3,), 1536, 12, 128)],
-    *[((1,), 1536, None, 96), ((1,), 2048, 1, 32), ((17,), 64, 4, 64)],
+    *[((1,), 1536, None, 96), ((1,), 2048, 1, 32), ((5,), 64, 4, 64)],
     *[((1,), 7168, 28, 256)],
 ]
 each_rotation = pytest.mark.parametrize(("shape", "width", "left", "size"), ROTATIONS, ids=str)
@@ -746,7 +746,7 @@ class TestHadamard:
     @pytest.mark.parametrize(
         ("shape", "width"),
         [
-            *[((3,), 1), ((33,), 2), ((2, 3), 12), ((1,), 92), ((17,), 96), ((3,), 576)],
+            *[((3,), 1), ((5,), 2), ((2, 3), 12), ((1,), 92), ((5,), 96), ((3,), 576)],
             *[((), 576), ((1,), 1536)],
         ],
         ids=str,
@@ -810,8 +810,8 @@ class TestHadamardQuantize:
         self, shape: tuple[int, ...], width: int, left: int | None, size: int, dtype: torch.dtype
     ) -> None:
         x = activations(*shape, width, dtype=dtype)
-        for full_range in (False, True):
-            assert_rotated_and_quantized_alike(x, factors_of(width, left), 4, None, 1.0, full_range)
+        full_range = dtype == torch.bfloat16  # either dtype takes the same path from the rotation
+        assert_rotated_and_quantized_alike(x, factors_of(width, left), 4, None, 1.0, full_range)
 
     @each_rotation
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
