@@ -220,7 +220,7 @@ def integer_gemm(
         weight,
         weight_scale,
         multiplier,
-        bias,
+        None if parts > 1 else bias,  # added with the parts; its dtype would be a kernel of its own
         sums,
         M,
         N,
