@@ -30,6 +30,7 @@ def accuracy() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_runs_are_measured_once_stored_and_tabled(
     float_checkpoint, tmp_path, monkeypatch, run
 ) -> None:

@@ -20,7 +20,7 @@ from tests.conftest import RECIPES
 pytestmark = pytest.mark.usefixtures("short_text")
 
 SMALL = ("--group-size", 16, "--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
-QUICK = ("--calibration", "builtin", "--samples", 4, "--sequence-length", 32)
+QUICK = ("--calibration", "builtin", "--samples", 4, "--sequence-length", 32, "--no-check")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def model(float_checkpoint) -> Path:
 
 def test_quantize_eval_generate(run, model, tmp_path) -> None:
     out = tmp_path / "out"
-    code, text, log = run("quantize", model, "-o", out, "--w8a8", *QUICK)
+    code, text, log = run("quantize", model, "-o", out, "--w8a8", *QUICK, "--check")
     assert code == 0, log
     for label in ("method", "bits per weight", "bits per activation", "size", "peak memory"):
         assert label in text
@@ -252,7 +252,9 @@ def test_the_card_and_the_tokenizer_travel_with_the_checkpoint(run, model, tmp_p
 def test_layers_kept_embeddings_in_8_bits_and_alpha_searched(run, model, tmp_path) -> None:
     flags = ("--w8a8", "--keep", "*.layers.0.*", "--keep", "*.o_proj", "--embeddings", 8)
     more = ("--alpha", "auto", "--smooth-quantile", 0.99, "--json")
-    code, text, log = run("quantize", model, "-o", tmp_path / "out", *flags, *more, *QUICK)
+    code, text, log = run(
+        "quantize", model, "-o", tmp_path / "out", *flags, *more, *QUICK, "--check"
+    )
     assert code == 0, log
     recipe = json.loads(text)["recipe"]
     assert recipe["keep"] == ["*.layers.0.*", "*.o_proj"]
@@ -344,7 +346,9 @@ def test_verify_names_what_is_damaged(run, model, tmp_path) -> None:
 )
 def test_max_memory_is_kept_or_refused(run, model, tmp_path, amount, code, message) -> None:
     out = tmp_path / "out"
-    found, _, log = run("quantize", model, "-o", out, "--w8a8", *QUICK, "--max-memory", amount)
+    found, _, log = run(
+        "quantize", model, "-o", out, "--w8a8", *QUICK, "--check", "--max-memory", amount
+    )
     assert found == code, log
     assert message in log
     assert out.exists() == (code == 0)
@@ -383,7 +387,13 @@ def test_every_command_has_an_example() -> None:
     assert examples[0].startswith("quantize MODEL")
 
 
-@pytest.mark.parametrize("example", _examples(), ids=lambda example: example.split()[0])
+def _with_marks(example: str) -> object:
+    """An example as a parameter; drawing figures takes long."""
+    name = example.split()[0]
+    return pytest.param(example, id=name, marks=[pytest.mark.slow] * (name == "inspect"))
+
+
+@pytest.mark.parametrize("example", [_with_marks(example) for example in _examples() if example])
 def test_an_example_of_the_help_runs_as_written(
     run, workplace, monkeypatch, hub, tmp_path, example
 ) -> None:
@@ -489,6 +499,7 @@ def test_a_missing_optional_package_is_named_before_any_work(run, model, monkeyp
         assert f"pip install 'smoothq[{extra}]'" in log
 
 
+@pytest.mark.slow
 def test_compare_shows_sizes_losses_speeds_and_differences(run, model, tmp_path) -> None:
     eight, four = tmp_path / "eight", tmp_path / "four"
     assert run("quantize", model, "-o", eight, "--w8a8", "--method", "rtn")[0] == 0

@@ -111,6 +111,7 @@ def test_plain_data_holds_all_but_the_surfaces(inspection) -> None:
         inspection.site(1, "nowhere")
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_beside_itself(inspection, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from smoothq.inspection.page import write_page

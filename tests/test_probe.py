@@ -28,7 +28,8 @@ def tokens(data) -> torch.Tensor:
 def test_it_starts_at_the_float_model_and_ends_at_the_quantized_one(name, recipe, data) -> None:
     model = tiny_model(name, torch.float32)
     seen: list[BlockDone] = []
-    made = quantize(model, RECIPES[recipe], data=data, on_block=seen.append, probe=Probe(data))
+    run = {"data": data, "probe": Probe(data), "check": False}
+    made = quantize(model, RECIPES[recipe], on_block=seen.append, **run)
     assert [done.block for done in seen] == [0, 1, 2]
     text = data.flatten().unsqueeze(0)
     wanted = perplexity(model, text, data.shape[1]).perplexity
@@ -41,7 +42,8 @@ def test_between_it_is_the_model_with_the_blocks_so_far(data) -> None:
     model = tiny_model("llama", torch.float32)
     seen: list[BlockDone] = []
     recipe = RECIPES["w8a8-rtn"]
-    made = quantize(model, recipe, data=data, on_block=seen.append, probe=Probe(data))
+    run = {"data": data, "probe": Probe(data), "check": False}
+    made = quantize(model, recipe, on_block=seen.append, **run)
     mixed = tiny_model("llama", torch.float32)
     mixed.model.layers[0] = made.model.layers[0]
     wanted = perplexity(mixed, data.flatten().unsqueeze(0), data.shape[1]).perplexity
@@ -52,13 +54,15 @@ def test_it_measures_every_few_blocks_and_at_the_end(data) -> None:
     seen: list[BlockDone] = []
     probe = Probe(data, every=2)
     model = tiny_model("llama", torch.float32)
-    quantize(model, RECIPES["w8a8-rtn"], data=data, on_block=seen.append, probe=probe)
+    run = {"data": data, "probe": probe, "check": False}
+    quantize(model, RECIPES["w8a8-rtn"], on_block=seen.append, **run)
     assert [done.perplexity is not None for done in seen] == [False, True, True]
 
 
 def test_without_a_probe_blocks_are_told_alone(data) -> None:
     seen: list[BlockDone] = []
-    quantize(tiny_model("llama", torch.float32), RECIPES["w8a8"], data=data, on_block=seen.append)
+    run = {"data": data, "check": False}
+    quantize(tiny_model("llama", torch.float32), RECIPES["w8a8"], on_block=seen.append, **run)
     assert seen == [BlockDone(block, 3) for block in range(3)]
 
 
@@ -80,7 +84,7 @@ def test_what_the_callback_raises_stops_the_run_which_can_be_gone_on_with(data, 
     quantize(model, recipe, on_block=later.append, resume=True, **run)
     assert [done.block for done in later] == [2]
     whole: list[BlockDone] = []
-    quantize(model, recipe, data=data, on_block=whole.append, probe=probe)
+    quantize(model, recipe, data=data, on_block=whole.append, probe=probe, check=False)
     assert later[0].perplexity == whole[2].perplexity
     assert figures[1] == whole[1].perplexity
 
@@ -107,7 +111,9 @@ def test_a_probe_of_nothing_is_refused(shape, every) -> None:
 def test_the_result_is_the_same_with_and_without(data, tmp_path) -> None:
     model = tiny_model("llama", torch.float32)
     for name, probe in (("with", Probe(data)), ("without", None)):
-        quantize(model, RECIPES["w4a16"], data=data, output=tmp_path / name, probe=probe)
+        quantize(
+            model, RECIPES["w4a16"], data=data, output=tmp_path / name, probe=probe, check=False
+        )
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("with", "without"))
     assert first == second
     config = json.loads((tmp_path / "with" / "config.json").read_text())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoothq import Recipe, preset, quantize
 from smoothq.checkpoint import tensor_file, writer
@@ -57,6 +59,12 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def below(directory: Path) -> dict[Path, bytes | None]:
+    """What lies in a directory and below: the files' bytes, and the directories."""
+    paths = directory.rglob("*")
+    return {p.relative_to(directory): p.read_bytes() if p.is_file() else None for p in paths}
+
+
 Run = Callable[..., Path]
 
 
@@ -75,7 +83,8 @@ def run_in(float_checkpoint, data) -> Run:
         taken = {key: kwargs.pop(key) for key in ("resume", "every", "overwrite") if key in kwargs}
         output = CheckpointWriter(out, shard_bytes=SHARD_BYTES, **taken)
         source = open_source(kwargs.pop("source", float_checkpoint("llama")))
-        quantize_checkpoint(source, recipe, output, data=tokens, **kwargs)
+        # The tests compare what is written with what `whole` has, which was checked.
+        quantize_checkpoint(source, recipe, output, data=tokens, **{"check": False} | kwargs)
         return out
 
     return quantized
@@ -90,7 +99,7 @@ def run(run_in, tmp_path) -> Run:
 @pytest.fixture(scope="module")
 def whole(run_in, tmp_path_factory) -> dict[str, bytes]:
     """The files of a run that nothing stopped."""
-    return contents(run_in(tmp_path_factory.mktemp("whole")))
+    return contents(run_in(tmp_path_factory.mktemp("whole"), check=True))
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -116,38 +125,33 @@ def test_one_run_after_another_may_be_stopped(run, whole) -> None:
     assert contents(run()) == whole
 
 
-def test_a_stop_at_any_step_on_the_disk_loses_nothing(run, tmp_path, monkeypatch) -> None:
-    """Every renaming and every removal of a file is the last thing that some run does."""
-    steps, run = 0, partial(run, recipe=RECIPE.edit(weights__rounding="rtn", tuning__steps=1))
-    whole = contents(run("whole"))
-    for step in range(200):
-        left = iter(range(step))
+@pytest.mark.slow
+def test_a_stop_at_any_step_on_the_disk_loses_nothing(run_in, tmp_path, monkeypatch, data) -> None:
+    """What lies there before each renaming, sync or removal is what a killed run would leave."""
+    recipe = RECIPES["w8a8"].edit(tuning={"steps": 1})  # the least work with two streams
+    run_in, whole = partial(run_in, recipe=recipe, tokens=data[:1, :8]), tmp_path / "whole"
+    whole.mkdir()
+    stopped: list[Path] = []
 
-        def before(function: Callable[..., object], left: Iterator[int] = left) -> object:
-            def guarded(*args: object, **kwargs: object) -> object:
-                if next(left, None) is None:
-                    raise Killed
-                return function(*args, **kwargs)
+    def before(function: Callable[..., object]) -> Callable[..., object]:
+        def guarded(*args: object, **kwargs: object) -> object:
+            if not stopped or below(stopped[-1]) != below(whole):
+                stopped.append(tmp_path / f"stopped-{len(stopped)}")
+                shutil.copytree(whole, stopped[-1])
+            return function(*args, **kwargs)
 
-            return guarded
+        return guarded
 
-        out = tmp_path / "out"
-        with monkeypatch.context() as patched:
-            for module, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree")):
-                patched.setattr(module, name, before(getattr(module, name)))
-            try:
-                run()
-                break
-            except Killed:
-                steps += 1
-        if out.exists():
-            assert contents(out) == whole
-        else:
-            run()
-        assert contents(out) == whole
-        shutil.rmtree(out)
-        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
-    assert steps > 20
+    with monkeypatch.context() as patched:
+        for module, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree")):
+            patched.setattr(module, name, before(getattr(module, name)))
+        expected = contents(run_in(whole))
+    assert len(stopped) > 20
+    assert (stopped[-1] / "out").exists()
+    for folder in stopped:
+        if not (folder / "out").exists():
+            run_in(folder)
+        assert contents(folder / "out") == expected
 
 
 def test_a_stop_before_the_last_act_and_another_soon_after_lose_nothing(
@@ -378,22 +382,23 @@ print(result.peak_memory)
 # ---- several processes ---------------------------------------------------------------------------
 
 
-# Runs several commands one after the other; each rank writes how they ended.
-COMMANDS = """
-import json, os, sys
-from pathlib import Path
-from smoothq.cli import main
+def run_as_rank(rank: int, port: int, commands: list[list[str]], results: Path) -> None:
+    """Run commands one after the other as a launcher's process; write how each ended."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # the parent's others are not here
+    sys.stdout = sys.stderr = (results / f"log of rank {rank}").open("w", buffering=1)
+    for index, each in enumerate(commands):
+        sys.argv = ["smoothq", *each]
+        try:
+            main()
+            code: object = 0
+        except SystemExit as stop:
+            code = stop.code
+        (results / f"{index} of rank {rank}").write_text(str(code))
 
-results, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
-for index, command in enumerate(commands):
-    sys.argv = ["smoothq", *command]
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    (results / f"{index} of rank {os.environ['RANK']}").write_text(str(code))
-"""
+
 STATIC = ("--w8a8", "--activation-scales", "static")
 GPTQ = ("--w4a16", "--group-size", "16", "--effort", "fast")
 
@@ -401,14 +406,15 @@ GPTQ = ("--w4a16", "--group-size", "16", "--effort", "fast")
 def command(model: Path, out: Path, *flags: str) -> list[str]:
     # Of 64 tokens, the text of 40 samples makes two micro-batches.
     text = ["--calibration", "builtin", "--samples", "40", "--sequence-length", "64"]
-    return ["quantize", str(model), "-o", str(out), *text, *flags]
+    return ["quantize", str(model), "-o", str(out), *text, "--device", "cpu", *flags]
 
 
 @pytest.fixture(scope="module")
 def two_processes(float_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     """The folder of what two processes of one thread made and of how they ended; what they said.
 
-    They quantize a model by nearest and by GPTQ, and one that is damaged, in one launch.
+    They quantize a model by nearest and by GPTQ, and one that is damaged. They are forked, as a
+    launcher's would import everything anew.
     """
     folder = tmp_path_factory.mktemp("two")
     model, damaged = float_checkpoint("llama"), folder / "damaged"
@@ -416,20 +422,26 @@ def two_processes(float_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    (folder / "commands.py").write_text(COMMANDS)
     commands = [
         command(model, folder / "static", *STATIC),
         command(model, folder / "gptq", *GPTQ),
         command(damaged, folder / "refused", "--w8a8"),
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += [str(folder / "commands.py"), str(folder), json.dumps(commands)]
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=run_as_rank, args=(rank, port, commands, folder)) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        process.kill()  # does nothing to one that has ended
+    said = "".join((folder / f"log of rank {rank}").read_text() for rank in (0, 1))
+    assert [process.exitcode for process in ranks] == [0, 0], said
+    return folder, said
 
 
 def ends(folder: Path, index: int) -> list[str]:
@@ -457,6 +469,17 @@ def test_two_processes_make_what_one_makes(
     assert moved <= 0.001 * sum(tensor.numel() for tensor in one.values())
 
 
+@pytest.mark.slow
+def test_a_launcher_starts_two_processes(two_processes, float_checkpoint, tmp_path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["-m", "smoothq", *command(float_checkpoint("llama"), tmp_path / "out", *STATIC)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(launch, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(two_processes[0] / "static")
+
+
 def test_an_error_in_one_of_two_processes_ends_both(two_processes) -> None:
     folder, log = two_processes
     assert "0" not in ends(folder, 2)
@@ -470,14 +493,18 @@ def test_an_error_in_one_of_two_processes_ends_both(two_processes) -> None:
 
 @pytest.fixture(scope="module")
 def pristine(float_checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """A float checkpoint and a quantized one, both as they should be."""
-    out = tmp_path_factory.mktemp("pristine") / "quantized"
+    """A float checkpoint of one block and a quantized one of three, both as they should be."""
+    folder = tmp_path_factory.mktemp("pristine")
+    out, shallow = folder / "quantized", folder / "float"
+    model = AutoModelForCausalLM.from_pretrained(float_checkpoint("llama"), num_hidden_layers=1)
+    model.save_pretrained(shallow)
+    AutoTokenizer.from_pretrained(float_checkpoint("llama")).save_pretrained(shallow)
     quantize(
         float_checkpoint("llama"),
         preset("w4a4", "rrs").edit(weights__rounding="rtn", runtime_smoothing__group_size=16),
         output=out,
     )
-    return {"float": float_checkpoint("llama"), "quantized": out}
+    return {"float": shallow, "quantized": out}
 
 
 def test_verify_finds_nothing_in_a_whole_checkpoint(pristine) -> None:
@@ -558,6 +585,7 @@ FEW = settings(
 )
 
 
+@pytest.mark.slow
 @FEW
 @given(apply=damage())
 def test_a_damaged_model_is_one_clear_error_or_quantized(pristine, tmp_path, apply) -> None:
@@ -568,8 +596,8 @@ def test_a_damaged_model_is_one_clear_error_or_quantized(pristine, tmp_path, app
     error = error_of(
         lambda: quantize_checkpoint(open_source(source), recipe, CheckpointWriter(out))
     )
-    if error is None:
-        assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == VOCABULARY
+    if error is None:  # so the check has loaded it whole
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == VOCABULARY
     else:
         assert "\n" not in str(error).strip()
         assert not out.exists()

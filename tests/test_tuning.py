@@ -36,7 +36,7 @@ def tuned(recipe: Recipe, **settings: float) -> Recipe:
 def divergence(float_model: Path, recipe: Recipe, data: Tensor) -> float:
     """KL of the quantized model's predictions on the calibration text itself, from the float's."""
     reference = AutoModelForCausalLM.from_pretrained(float_model)
-    model = quantize(float_model, recipe, data=data)
+    model = quantize(float_model, recipe, data=data, check=False)
     wanted, found = (m(input_ids=data).logits.log_softmax(-1) for m in (reference, model))
     return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
 
@@ -45,7 +45,7 @@ def divergence(float_model: Path, recipe: Recipe, data: Tensor) -> float:
 def test_it_brings_the_model_closer_to_the_float_one(float_checkpoint, data, form) -> None:
     model, recipe = float_checkpoint("llama"), FORMS[form]
     before = divergence(model, recipe, data)
-    assert divergence(model, tuned(recipe, steps=60), data) < 0.9 * before
+    assert divergence(model, tuned(recipe, steps=20), data) < 0.5 * before
 
 
 @each_form
@@ -55,15 +55,18 @@ def test_without_a_step_that_moves_a_code_it_changes_nothing(
     recipe = FORMS[form]
     still = tuned(recipe, steps=1, code_rate=1e-9, scale_rate=0)
     for out, made in (("plain", recipe), ("still", still)):
-        quantize(float_checkpoint("llama"), made, data=data, output=tmp_path / out)
+        quantize(float_checkpoint("llama"), made, data=data, output=tmp_path / out, check=False)
     plain, after = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "still"))
     assert plain.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in plain.items())
 
 
 def test_it_moves_codes_and_scales_and_nothing_else(float_checkpoint, data, tmp_path) -> None:
-    for out, made in (("plain", FORMS["multipliers"]), ("tuned", tuned(FORMS["multipliers"]))):
-        quantize(float_checkpoint("llama"), made, data=data, output=tmp_path / out)
+    for out, made in (
+        ("plain", FORMS["multipliers"]),
+        ("tuned", tuned(FORMS["multipliers"], steps=8)),
+    ):
+        quantize(float_checkpoint("llama"), made, data=data, output=tmp_path / out, check=False)
     plain, after = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "tuned"))
     assert {name: (t.shape, t.dtype) for name, t in plain.items()} == {
         name: (t.shape, t.dtype) for name, t in after.items()
@@ -79,7 +82,7 @@ def test_it_moves_codes_and_scales_and_nothing_else(float_checkpoint, data, tmp_
 def test_the_same_recipe_gives_the_same_bytes(float_checkpoint, data, tmp_path) -> None:
     recipe = tuned(FORMS["multipliers"], steps=3)
     for out in ("first", "second"):
-        quantize(float_checkpoint("llama"), recipe, data=data, output=tmp_path / out)
+        quantize(float_checkpoint("llama"), recipe, data=data, output=tmp_path / out, check=False)
     first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
 
