@@ -180,8 +180,7 @@ def _needs_gradient(operands: tuple[object, ...]) -> bool:
 
 _OPERATORS = torch.library.Library("smoothq", "FRAGMENT")
 
-# transformers looks for a package called `kernels`, and imports this one where it lies in the
-# current directory, as in a checkout: an operator is registered once all the same.
+# Under the name that transformers looks for (see `cpu/native.py`) nothing is registered.
 _REGISTERS = __name__ != "kernels"
 
 

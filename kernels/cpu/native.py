@@ -25,7 +25,9 @@ MODES = {"token": 0, "full_range": 1, "smoothed": 2, "static": 3, "groups": 4}  
 
 def _load() -> ModuleType | ImportError | None:
     """The library; None where PyTorch's operators were chosen; why it cannot be loaded."""
-    if os.environ.get(CHOICE) == PYTORCH:
+    # transformers looks for a package called `kernels`, and imports this one where it lies in the
+    # current directory, as in a checkout: a second library could not register the same operators.
+    if os.environ.get(CHOICE) == PYTORCH or __package__.partition(".")[0] == "kernels":
         return None
     try:
         from . import _operators

@@ -1,9 +1,11 @@
 """The compiled CPU operators: every way to a result is the same result, to the last integer."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +22,9 @@ reference = kernels.reference
 WIDTHS = (1, 63, 64, 65, 320, 1000)
 
 
-@pytest.fixture(params=native.isas(), autouse=True)
+@pytest.fixture(params=native.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test runs on every instruction set that this processor has."""
+    """A test runs on every instruction set that this processor has."""
     best = native.isa()
     native.use_isa(request.param)
     yield request.param
@@ -55,6 +57,7 @@ def check_int4(tokens: int, rows: int, width: int, groups: int | None) -> None:
     assert torch.equal(native.unpacked(packed, width, multiplier), unpacked)
 
 
+@pytest.mark.usefixtures("isa")
 class TestProducts:
     def test_they_are_compiled_here(self, isa: str) -> None:
         assert kernels.cpu.is_compiled()
@@ -121,6 +124,7 @@ def every_quantizer(x: Tensor) -> list[kernels.QuantizedInput]:
     ]
 
 
+@pytest.mark.usefixtures("isa")
 class TestQuantizers:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_they_equal_pytorchs_own(
@@ -223,11 +227,22 @@ class TestWithoutTheLibrary:
         )
         assert says in result.stdout + result.stderr
 
+    @pytest.mark.slow
+    def test_a_checkout_in_the_current_directory_is_not_loaded_beside_it(self, tmp_path) -> None:
+        """transformers imports a package called `kernels` where it finds one."""
+        shutil.copytree(Path(kernels.__file__).parent, tmp_path / "kernels")
+        program = "import kernels, smoothq.kernels as ours; print(ours.cpu.is_compiled())"
+        result = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.stdout == "True\n", result.stderr
+
     def test_an_instruction_set_that_is_not_here_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no_such_isa is not of this processor, which has: "):
             native.use_isa("no_such_isa")
 
 
+@pytest.mark.usefixtures("isa")
 class TestOperands:
     """C++ believes the sizes that it is told: what does not fit them is refused by name."""
 
