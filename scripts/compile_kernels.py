@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -64,6 +65,7 @@ class Compiled:
     spills: int
     int8_tensor_cores: int
     float_tensor_cores: int
+    wgmma_registers_written: int  # of wgmmas in flight: the product would read what came later
 
 
 class CompilingDriver:
@@ -271,7 +273,9 @@ def examine(chip: Chip, case: str, name: str, files: dict[str, str]) -> Compiled
         metadata["shared"],
         registers,
         spills,
-        *(len(re.findall(pattern, assembly)) for pattern in TENSOR_CORES.values()),
+        len(re.findall(TENSOR_CORES["int8"], assembly)),
+        len(re.findall(TENSOR_CORES["float"], assembly)),
+        written_in_flight(machine_code(by_kind[".cubin"])) if "wgmma" in assembly else 0,
     )
 
 
@@ -279,6 +283,100 @@ def resource_usage(cubin: Path) -> str:
     """What the kernel that ptxas made takes, as Triton's own cuobjdump reads it."""
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def machine_code(cubin: Path) -> str:
+    """A kernel's instructions, as Triton's own nvdisasm writes them."""
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of sm_90. target: the index that it branches to, or None."""
+
+    conditional: bool
+    operation: str
+    operands: str
+    target: int | None = None
+
+    def writes(self) -> set[int]:
+        """The registers that it writes; none for a wgmma, whose sums wait by themselves."""
+        result = re.match(r"R(\d+)", self.operands)
+        if result is None or self.is_wgmma:
+            return set()
+        wide = re.search(r"\.(128|64|WIDE|4|2)\b", self.operation)
+        count = {"128": 4, "4": 4, "64": 2, "WIDE": 2, "2": 2}[wide[1]] if wide else 1
+        return set(range(int(result[1]), int(result[1]) + count))
+
+    @property
+    def is_wgmma(self) -> bool:
+        """Whether it is a product of the tensor cores that runs on by itself."""
+        return re.match("[HIQ]GMMA", self.operation) is not None
+
+    def left_operand(self) -> set[int]:
+        """The registers that a wgmma reads; none where shared memory holds its left operand."""
+        left = re.match(r"R\d+, R(\d+)", self.operands)
+        return set(range(int(left[1]), int(left[1]) + 4)) if left else set()
+
+
+def instructions(code: str) -> list[Instruction]:
+    """The instructions of a kernel, from what nvdisasm writes."""
+    pattern = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+\s+)?(\S+)\s*(.*?)\s*;")
+    labels: dict[str, int] = {}
+    rows: list[tuple[bool, str, str]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(rows)
+        elif row := pattern.search(line):
+            rows.append((row[1] is not None, row[2], row[3]))
+    targets = [re.search(r"\.L_x_\d+", row[2]) if row[1] == "BRA" else None for row in rows]
+    return [
+        Instruction(*row, labels[target[0]] if target else None)
+        for row, target in zip(rows, targets, strict=True)
+    ]
+
+
+TRIPS = 3  # of every loop: what one leaves in flight meets the next two
+
+
+def walk(kernel: list[Instruction]) -> Iterator[Instruction]:
+    """The instructions in an order in which they may run: each loop TRIPS times, no detours."""
+    trips: Counter[int] = Counter()
+    at = 0
+    while at < len(kernel):
+        instruction = kernel[at]
+        yield instruction
+        at += 1
+        if instruction.target is not None:
+            back = instruction.target < at
+            trips[at] += 1
+            if (back and trips[at] < TRIPS) or not (back or instruction.conditional):
+                at = instruction.target
+
+
+def written_in_flight(code: str) -> int:
+    """How often registers that a wgmma in flight may still read are written.
+
+    Nothing makes a later instruction wait until a wgmma has read its left operand, four registers a
+    thread, but `WARPGROUP.DEPBAR`, which lets the last groups stay in flight.
+
+    Args:
+        code: of one kernel for sm_90, as nvdisasm writes it.
+    """
+    written = 0
+    in_flight: list[set[int]] = [set()]  # registers by group, the one that is still open last
+    for instruction in walk(instructions(code)):
+        if instruction.operation == "WARPGROUP.DEPBAR.LE":
+            staying = int(instruction.operands.rpartition(",")[2], 16)
+            in_flight = in_flight[-staying - 1 :]
+        elif instruction.is_wgmma:
+            in_flight[-1] |= instruction.left_operand()
+            if "gsb0" in instruction.operands:
+                in_flight.append(set())
+        else:
+            written += any(instruction.writes() & group for group in in_flight)
+    return written
 
 
 def _number(pattern: str, text: str) -> int:

@@ -71,6 +71,16 @@ def runs_ptx() -> bool:
     return _target()[0] == "cuda"
 
 
+def carries_float_sums() -> bool:
+    """Whether a product of floats, its left operand in registers, may carry its sum between steps.
+
+    Not on Hopper: its tensor cores then run on while the next step's operand is unpacked, and the
+    compiler puts that into registers that they still read (Triton 3.6 and 3.7, issue 9433; the
+    tests look for it in the machine code). A sum of each step by itself is waited for.
+    """
+    return _target() != ("cuda", 90)
+
+
 def most_tokens(out: torch.dtype) -> int:
     """The widest tile of tokens, beside 128 rows, whose sums and operands fit the registers.
 

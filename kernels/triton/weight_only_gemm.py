@@ -17,6 +17,7 @@ from torch import Tensor
 from .launch import (
     DECODE_TOKENS,
     Kernel,
+    carries_float_sums,
     check_float,
     contiguous,
     on_its_device,
@@ -69,7 +70,7 @@ def _weight_only_kernel(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); without GROUPED one s_n a row."""
+    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); without GROUPED s_n comes last."""
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, BAND)
     token_rows, weight_rows = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
     token_pointers = x + token_rows[None, :] * K
@@ -195,7 +196,7 @@ def weight_only_gemm(
         token_bucket(M),
         operand(x.dtype),
         PACKED=bits == 4,
-        GROUPED=groups > 1,
+        GROUPED=groups > 1 or not carries_float_sums(),
         GROUP=K // groups,
         PTX=runs_ptx(),
     )

@@ -102,6 +102,11 @@ class TestCompiled:
     def test_no_register_spills(self, target: str, compiled: Callable[[str], Rows]) -> None:
         assert not [row for row in compiled(target) if row["spills"]]
 
+    def test_no_wgmma_reads_what_came_later(
+        self, target: str, compiled: Callable[[str], Rows]
+    ) -> None:
+        assert not [row for row in compiled(target) if row["wgmma_registers_written"]]
+
     def test_shared_memory_is_within_the_chips(
         self, target: str, compiled: Callable[[str], Rows]
     ) -> None:

@@ -29,6 +29,8 @@ import triton.language as tl  # noqa: E402
 from smoothq.kernels import triton as operators  # noqa: E402
 from smoothq.kernels.triton import launch, quantize, runtime_smooth  # noqa: E402
 
+weight_only_gemm = importlib.import_module("smoothq.kernels.triton.weight_only_gemm")
+
 # The package binds the operators to the names of these modules.
 integer, grouped, weight_only, rotations, attention = (
     importlib.import_module(f"smoothq.kernels.triton.{name}")
@@ -645,6 +647,16 @@ class TestWeightOnlyGemm:
         x, *weight = weight_only_operands(draw, tokens, rows, width, bits, 1, multiplied=False)
         bias = draw.floats(rows).to(dtype) if biased else None
         assert_weight_only_alike(x.to(dtype), *weight, bias, bits)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize(("tokens", "width"), [(3, 64), (17, 301), (3, 1), (33, 200)])
+    def test_one_scale_a_row_where_no_sum_is_carried(
+        self, tokens: int, width: int, bits: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Hopper."""
+        monkeypatch.setattr(weight_only_gemm, "carries_float_sums", lambda: False)
+        x, *weight = weight_only_operands(Draw(), tokens, 33, width, bits, 1, multiplied=False)
+        assert_weight_only_alike(x, *weight, None, bits)
 
     @pytest.mark.parametrize(
         ("size", "groups"),
