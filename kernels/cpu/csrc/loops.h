@@ -682,25 +682,28 @@ void band(const Product& p, const Wide& tokens, int64_t first, int64_t count, co
     if (token < count) tile<1, R>(p, tokens, first, token, w, from, row);
 }
 
-constexpr int64_t ROWS_BESIDE = 2;  // that many tokens meet at once
+constexpr int64_t FEW_TOKENS = 4;  // for which weights are widened as they are read
+// Rows that tokens meet at once: what the registers hold, beside sums of several steps for few.
+constexpr int64_t ROWS_OF_FEW = 2, ROWS_OF_MANY = 3;
 
 template <class Weight>
 void product_by(const Product& p, const Weight& w, int64_t begin, int64_t end) {
     const int64_t padded = (p.width + BLOCK - 1) / BLOCK * BLOCK;
     const int64_t most = lower_of(p.tokens, TOKENS_AT_ONCE);
-    const Buffer<int16_t> tokens(most * padded), rows(ROWS_BESIDE * padded);
+    const Buffer<int16_t> tokens(most * padded), rows(ROWS_OF_MANY * padded);
     for (int64_t first = 0; first < p.tokens; first += TOKENS_AT_ONCE) {
         const int64_t count = lower_of(TOKENS_AT_ONCE, p.tokens - first);
         widen(Bytewise{p.codes, p.width, p.width}, first, count, tokens.data());
         const Wide codes{tokens.data(), p.width};
         int64_t row = begin;
-        for (; row + ROWS_BESIDE <= end; row += ROWS_BESIDE) {
-            if (count <= 4) {
-                band<ROWS_BESIDE>(p, codes, first, count, w, row, row);
-                continue;
+        if (count <= FEW_TOKENS) {
+            for (; row + ROWS_OF_FEW <= end; row += ROWS_OF_FEW)
+                band<ROWS_OF_FEW>(p, codes, first, count, w, row, row);
+        } else {
+            for (; row + ROWS_OF_MANY <= end; row += ROWS_OF_MANY) {
+                widen(w, row, ROWS_OF_MANY, rows.data());
+                band<ROWS_OF_MANY>(p, codes, first, count, Wide{rows.data(), p.width}, 0, row);
             }
-            widen(w, row, ROWS_BESIDE, rows.data());
-            band<ROWS_BESIDE>(p, codes, first, count, Wide{rows.data(), p.width}, 0, row);
         }
         for (; row < end; ++row) band<1>(p, codes, first, count, w, row, row);
     }
