@@ -237,7 +237,7 @@ def register_fake(name: str, fake: Callable[..., object]) -> None:
     torch.library.register_autograd(f"smoothq::{name}", refuse_gradient, lib=_OPERATORS)
 
 
-if _REGISTERS and cpu.native.has("quantize"):
+if cpu.native.has("quantize"):
     register_fake("cpu_quantize", cpu.native.fake_quantized)
     register_fake("cpu_hadamard", lambda x, *factors: torch.empty_like(x))
 

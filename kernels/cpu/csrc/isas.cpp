@@ -15,6 +15,15 @@ namespace smoothq {
 
 const Table* plain();
 
+namespace {
+
+struct Isa {
+    const Table* (*table)();
+    bool (*has)();
+};
+
+}  // namespace
+
 #if defined(__x86_64__)
 
 const Table* avx2();
@@ -31,11 +40,6 @@ bool has_avx512() {
 }
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-
-struct Isa {
-    const Table* (*table)();
-    bool (*has)();
-};
 
 constexpr Isa BEST_FIRST[] = {{avx512vnni, has_avx512vnni}, {avx512, has_avx512}, {avx2, has_avx2}};
 
@@ -57,21 +61,11 @@ bool has_dotprod() {
 #endif
 }
 
-struct Isa {
-    const Table* (*table)();
-    bool (*has)();
-};
-
 constexpr Isa BEST_FIRST[] = {{dotprod, has_dotprod}};
 
 #else
 
 namespace {
-
-struct Isa {
-    const Table* (*table)();
-    bool (*has)();
-};
 
 constexpr Isa BEST_FIRST[] = {{plain, [] { return true; }}};
 

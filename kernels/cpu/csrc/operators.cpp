@@ -163,10 +163,6 @@ int64_t groups_of(const char* name, const View& scales, int64_t width) {
     return groups;
 }
 
-int64_t groups_of(const View& multiplier, int64_t width) {
-    return groups_of("multiplier", multiplier, width);
-}
-
 // Whether products on packed codes read a row's groups: whole packed blocks, or halves of one.
 bool in_blocks(int64_t width, int64_t groups) {
     const int64_t size = width / groups;
@@ -321,7 +317,8 @@ void int8_gemm(const View& codes, const View& scale, const View& weight, const V
 void int4_gemm(const View& codes, const View& scale, const View& packed, const View& weight_scale,
                const View& multiplier, const View& bias, const View& out) {
     const auto [tokens, width] = matrix_of("codes", codes);
-    const int64_t rows = matrix_of("packed", packed).rows, groups = groups_of(multiplier, width);
+    const int64_t rows = matrix_of("packed", packed).rows;
+    const int64_t groups = groups_of("multiplier", multiplier, width);
     const Codes<int8_t> a("codes", codes, Number::INT8, tokens * width);
     const Codes<uint8_t> w("packed", packed, Number::UINT8, rows * ((width + 1) / 2));
     const Codes<int8_t> factors("multiplier", multiplier, Number::INT8, rows * groups);
@@ -438,7 +435,7 @@ void scaled(const View& totals, const View& scale, const View& weight_scale, con
 
 void unpack(const View& packed, const View& multiplier, const View& out) {
     const auto [rows, width] = matrix_of("out", out);
-    const int64_t groups = groups_of(multiplier, width);
+    const int64_t groups = groups_of("multiplier", multiplier, width);
     const Codes<uint8_t> w("packed", packed, Number::UINT8, rows * ((width + 1) / 2));
     const Codes<int8_t> factors("multiplier", multiplier, Number::INT8, rows * groups);
     check_out(out, rows * width);
