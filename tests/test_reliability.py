@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from smoothq.errors import CheckpointError, OutputError, RecipeError, SmoothqErr
 from smoothq.pipeline.estimate import estimate_resources
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
+from smoothq.runtime.distributed import World
 from smoothq.verify import verify_checkpoint
 from tests.architectures import VOCABULARY
 from tests.conftest import RECIPES
@@ -387,6 +389,7 @@ def run_as_rank(rank: int, port: int, commands: list[list[str]], results: Path) 
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(number) for name, number in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()  # an earlier test may have made it, for one process
     torch.set_num_threads(1)  # the parent's others are not here
     sys.stdout = sys.stderr = (results / f"log of rank {rank}").open("w", buffering=1)
     for index, each in enumerate(commands):
@@ -447,6 +450,16 @@ def two_processes(float_checkpoint, tmp_path_factory) -> tuple[Path, str]:
 def ends(folder: Path, index: int) -> list[str]:
     """The exit codes of a command on both ranks."""
     return [(folder / f"{index} of rank {rank}").read_text() for rank in range(2)]
+
+
+def test_a_process_that_knows_of_no_others_does_not_join_them(monkeypatch) -> None:
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    PartialState(cpu=True)  # as a library made it before the launcher's variables were set
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        RuntimeError, match="WORLD_SIZE is 2, but accelerate's state was made for 1"
+    ):
+        World.join("cpu")
 
 
 @pytest.mark.parametrize(("index", "name"), [(0, "static"), (1, "gptq")])

@@ -42,11 +42,22 @@ class World:
 
         Args:
             device: `cpu` or `cuda`; of several processes on GPUs, each gets a GPU to itself.
+
+        Raises:
+            RuntimeError: accelerate's state was made before the launcher's variables were set and
+                knows of fewer processes, which would then all write the output.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
             return cls(0, 1, torch.device(device))
         creates_group = not dist.is_initialized()
         state = PartialState(cpu=device == "cpu")
+        if state.num_processes != size:
+            raise RuntimeError(
+                f"WORLD_SIZE is {size}, but accelerate's state was made for "
+                f"{state.num_processes} process(es) before it was set; start the processes with "
+                "`accelerate launch` or `torchrun`"
+            )
         if creates_group:  # its threads would outlive the interpreter and end it with an error
             atexit.register(dist.destroy_process_group)
         return cls(state.process_index, state.num_processes, state.device)
