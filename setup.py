@@ -29,10 +29,15 @@ ISAS = {
     "x86_64": {
         "plain": ["-march=x86-64-v2"],
         "avx2": ["-march=x86-64-v3"],
+        "avxvnni": ["-march=x86-64-v3", "-mavxvnni"],
         "avx512": ["-march=x86-64-v4"],
         "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     },
-    "aarch64": {"plain": ["-march=armv8-a"], "dotprod": ["-march=armv8.2-a+dotprod"]},
+    "aarch64": {
+        "plain": ["-march=armv8-a"],
+        "dotprod": ["-march=armv8.2-a+dotprod"],
+        "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+    },
 }
 ISAS |= {"AMD64": ISAS["x86_64"], "arm64": ISAS["aarch64"]}
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: what the stable interface is asked to stay within
@@ -105,4 +110,6 @@ def operators() -> list[Extension]:
     ]
 
 
-setup(ext_modules=operators(), cmdclass={"build_ext": BuildOperators, "bdist_wheel": PlatformWheel})
+if __name__ == "__main__":
+    commands = {"build_ext": BuildOperators, "bdist_wheel": PlatformWheel}
+    setup(ext_modules=operators(), cmdclass=commands)

@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -27,12 +29,18 @@ struct Isa {
 #if defined(__x86_64__)
 
 const Table* avx2();
+const Table* avxvnni();
 const Table* avx512();
 const Table* avx512vnni();
 
 namespace {
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avxvnni() {
+    unsigned a, b, c, d;  // __builtin_cpu_supports knows it in newer compilers alone
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
 
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -41,27 +49,42 @@ bool has_avx512() {
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-constexpr Isa BEST_FIRST[] = {{avx512vnni, has_avx512vnni}, {avx512, has_avx512}, {avx2, has_avx2}};
+constexpr Isa BEST_FIRST[] = {{avx512vnni, has_avx512vnni},
+                              {avxvnni, has_avxvnni},
+                              {avx512, has_avx512},
+                              {avx2, has_avx2}};
 
 #elif defined(__aarch64__)
 
 const Table* dotprod();
+const Table* i8mm();
 
 namespace {
 
-bool has_dotprod() {
-#if defined(__linux__)
-    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#elif defined(__APPLE__)
-    int has = 0;
-    size_t size = sizeof has;
-    return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has;
-#else
-    return false;
-#endif
+#if defined(__APPLE__)
+
+bool has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(feature, &value, &size, nullptr, 0) && value;
 }
 
-constexpr Isa BEST_FIRST[] = {{dotprod, has_dotprod}};
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
+
+#elif defined(__linux__)
+
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }
+
+#else
+
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+
+#endif
+
+constexpr Isa BEST_FIRST[] = {{i8mm, has_i8mm}, {dotprod, has_dotprod}};
 
 #else
 

@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "table.h"
@@ -355,21 +357,41 @@ struct Packed {
 inline int weight_at(const Bytewise& w, int64_t row, int64_t k) { return w.codes[row * w.width + k]; }
 inline int weight_at(const Packed& w, int64_t row, int64_t k) { return w.at(row, k); }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// x86's dot product of bytes takes unsigned weights: with OFFSET added to each, it is too large by
+// OFFSET times the sum of the token's codes.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define OFFSET_WEIGHTS 1
+constexpr int32_t OFFSET = 128;
+#else
+#define OFFSET_WEIGHTS 0
+constexpr int32_t OFFSET = 0;
+#endif
 
-// Every multiplier's table, of −16 … 15: byte c of table m & 31 is code c times m, plus 128.
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+
+// Every multiplier's table, of −16 … 15: byte c of table m & 31 is code c times m, plus OFFSET.
 struct Tables {
-    alignas(64) uint8_t rows[32][16];
+    alignas(64) int8_t rows[32][16];
     Tables() {
         for (int m = -16; m < 16; ++m)
-            for (int c = 0; c < 16; ++c) rows[m & 31][c] = uint8_t(((c ^ 8) - 8) * m + 128);
+            for (int c = 0; c < 16; ++c) rows[m & 31][c] = int8_t(((c ^ 8) - 8) * m + OFFSET);
     }
 };
 const Tables TABLES;
 
+inline const int8_t* multiples_of(int multiplier) { return TABLES.rows[multiplier & 31]; }
+
+#endif
+
+#if defined(__AVX2__)
+
 inline __m128i table_of(int multiplier) {
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES.rows[multiplier & 31]));
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(multiples_of(multiplier)));
 }
+
+#endif
+
+#if defined(__AVX512VNNI__)
 
 constexpr int64_t AHEAD = 4096;  // bytes, whatever lies there
 
@@ -450,12 +472,10 @@ inline __attribute__((always_inline)) void multiply(const int8_t* const* a, cons
     }
 }
 
-// Products of T tokens with R rows, out[t · R + r]. A dot product of signed bytes does not exist
-// here; with 128 added to each weight there is one, too large by 128 · Σ a. STEPS blocks of columns
+// Products of T tokens with R rows, OFFSET in the weights, out[t · R + r]. STEPS blocks of columns
 // have sums of their own, so that no sum waits for the one before it.
 template <int T, class Weight>
-inline void products(const int8_t* const* a, const int64_t* rows, const Weight w,
-                     const int32_t* a_sums, int32_t* out) {
+inline void products(const int8_t* const* a, const int64_t* rows, const Weight w, int32_t* out) {
     constexpr int R = rows_beside(T), STEPS = 16 / (T * R) < 4 ? 16 / (T * R) : 4;
     __m512i total[STEPS][T * R];
 #pragma GCC unroll 16
@@ -490,7 +510,176 @@ inline void products(const int8_t* const* a, const int64_t* rows, const Weight w
         for (int i = 0; i < T * R; ++i) total[0][i] = _mm512_add_epi32(total[0][i], total[step][i]);
     if constexpr (T * R == 16) _mm512_storeu_si512(out, sums(total[0]));
     else for (int i = 0; i < T * R; ++i) out[i] = _mm512_reduce_add_epi32(total[0][i]);
-    for (int i = 0; i < T * R; ++i) out[i] -= a_sums[i / R] << 7;
+}
+
+#elif defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+
+// A dot product of bytes in registers of 32 or 16 of them.
+
+#if defined(__AVXVNNI__)
+
+typedef __m256i Register;
+
+inline Register zeros() { return _mm256_setzero_si256(); }
+
+inline Register bytes_at(const int8_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+inline Register weights_at(const int8_t* from) {
+    return _mm256_xor_si256(bytes_at(from), _mm256_set1_epi8(-128));
+}
+
+inline Register dot(Register total, Register weights, Register tokens) {
+    return _mm256_dpbusd_avx_epi32(total, weights, tokens);
+}
+
+// 64 packed codes, those of each half by its table.
+inline void nibbles_at(const uint8_t* from, const int8_t* low, const int8_t* high, Register* out) {
+    const Register pairs = bytes_at(reinterpret_cast<const int8_t*>(from));
+    const Register mask = _mm256_set1_epi8(15);
+    const auto looked_up = [](const int8_t* table, Register codes) {
+        const __m128i row = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), codes);
+    };
+    out[0] = looked_up(low, _mm256_and_si256(pairs, mask));
+    out[1] = looked_up(high, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask));
+}
+
+inline int32_t sum(Register v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+#else
+
+typedef int8x16_t Register;
+
+inline int32x4_t zeros() { return vdupq_n_s32(0); }
+
+inline Register bytes_at(const int8_t* from) { return vld1q_s8(from); }
+
+inline Register weights_at(const int8_t* from) { return vld1q_s8(from); }
+
+inline int32x4_t dot(int32x4_t total, Register weights, Register tokens) {
+    return vdotq_s32(total, weights, tokens);
+}
+
+inline void nibbles_at(const uint8_t* from, const int8_t* low, const int8_t* high, Register* out) {
+    const int8x16_t tables[2] = {vld1q_s8(low), vld1q_s8(high)};
+    for (int i = 0; i < 2; ++i) {
+        const uint8x16_t pairs = vld1q_u8(from + 16 * i);
+        out[i] = vqtbl1q_s8(tables[0], vandq_u8(pairs, vdupq_n_u8(15)));
+        out[i + 2] = vqtbl1q_s8(tables[1], vshrq_n_u8(pairs, 4));
+    }
+}
+
+inline int32_t sum(int32x4_t v) { return vaddvq_s32(v); }
+
+#endif
+
+typedef decltype(zeros()) Totals;
+constexpr int64_t BYTES = sizeof(Register);
+constexpr int PARTS = BLOCK / BYTES;
+
+// A block of codes; what lies beyond the width is zero.
+inline void tokens_at(const int8_t* from, int64_t inside, Register* out) {
+    alignas(64) int8_t padded[BLOCK];
+    if (inside < BLOCK) {
+        for (int64_t j = 0; j < BLOCK; ++j) padded[j] = j < inside ? from[j] : int8_t(0);
+        from = padded;
+    }
+    for (int i = 0; i < PARTS; ++i) out[i] = bytes_at(from + i * BYTES);
+}
+
+// A block of columns of a row, OFFSET in each; beyond the width, whatever a token's zero meets.
+inline void block_at(const Bytewise& w, int64_t row, int64_t k, Register* out) {
+    const int8_t* from = w.codes + row * w.width + k;
+    alignas(64) int8_t padded[BLOCK];
+    if (k + BLOCK > w.width) {
+        for (int64_t j = 0; j < BLOCK; ++j) padded[j] = k + j < w.width ? from[j] : int8_t(0);
+        from = padded;
+    }
+    for (int i = 0; i < PARTS; ++i) out[i] = weights_at(from + i * BYTES);
+}
+
+inline void block_at(const Packed& w, int64_t row, int64_t k, Register* out) {
+    if (k + BLOCK > w.width) {
+        alignas(64) int8_t padded[BLOCK];
+        for (int64_t j = 0; j < BLOCK; ++j)
+            padded[j] = k + j < w.width ? int8_t(w.at(row, k + j)) : int8_t(0);
+        for (int i = 0; i < PARTS; ++i) out[i] = weights_at(padded + i * BYTES);
+        return;
+    }
+    int low = 1, high = 1;
+    if (w.multiplier) {
+        const int8_t* m = w.multiplier + row * w.groups;
+        low = m[k / w.group], high = m[(k + BLOCK / 2) / w.group];
+    }
+    nibbles_at(w.codes + row * w.stride + k / 2, multiples_of(low), multiples_of(high), out);
+}
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Two tokens (rows of a) by two rows of a weight: sums [0][0], [0][1], [1][0], [1][1].
+inline int32x4_t two_by_two(int32x4_t total, const Register* a, const Register* b) {
+    const auto half = [](Register x, Register y, auto zip) {
+        return vreinterpretq_s8_s64(zip(vreinterpretq_s64_s8(x), vreinterpretq_s64_s8(y)));
+    };
+    const auto low = [](int64x2_t x, int64x2_t y) { return vzip1q_s64(x, y); };
+    const auto high = [](int64x2_t x, int64x2_t y) { return vzip2q_s64(x, y); };
+    total = vmmlaq_s32(total, half(a[0], a[PARTS], low), half(b[0], b[PARTS], low));
+    return vmmlaq_s32(total, half(a[0], a[PARTS], high), half(b[0], b[PARTS], high));
+}
+
+#endif
+
+// Products of T tokens with R rows, OFFSET in the weights, out[t · R + r].
+template <int T, class Weight>
+inline void products(const int8_t* const* a, const int64_t* rows, const Weight& w, int32_t* out) {
+    constexpr int R = rows_beside(T), SUMS = T * R <= 2 ? PARTS : 1;
+    Register tokens[T][PARTS], weights[R][PARTS];
+    const auto read = [&](int64_t k) {
+        for (int t = 0; t < T; ++t) tokens_at(a[t] + k, w.width - k, tokens[t]);
+        for (int r = 0; r < R; ++r) block_at(w, rows[r], k, weights[r]);
+    };
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (T % 2 == 0 && R % 2 == 0) {
+        int32x4_t total[T / 2][R / 2];
+        for (int i = 0; i < T * R / 4; ++i) total[i / (R / 2)][i % (R / 2)] = zeros();
+        for (int64_t k = 0; k < w.width; k += BLOCK) {
+            read(k);
+            for (int i = 0; i < PARTS; ++i)
+                for (int t = 0; t < T; t += 2)
+                    for (int r = 0; r < R; r += 2)
+                        total[t / 2][r / 2] =
+                            two_by_two(total[t / 2][r / 2], &tokens[t][i], &weights[r][i]);
+        }
+        for (int t = 0; t < T; t += 2)
+            for (int r = 0; r < R; r += 2) {
+                int32_t four[4];
+                vst1q_s32(four, total[t / 2][r / 2]);
+                for (int i = 0; i < 4; ++i) out[(t + i / 2) * R + r + i % 2] = four[i];
+            }
+        return;
+    }
+#endif
+    Totals total[T * R][SUMS];
+    for (int i = 0; i < T * R * SUMS; ++i) total[i / SUMS][i % SUMS] = zeros();
+    for (int64_t k = 0; k < w.width; k += BLOCK) {
+        read(k);
+        for (int i = 0; i < PARTS; ++i)
+            for (int t = 0; t < T; ++t)
+                for (int r = 0; r < R; ++r) {
+                    Totals& one = total[t * R + r][i % SUMS];
+                    one = dot(one, weights[r][i], tokens[t][i]);
+                }
+    }
+    for (int i = 0; i < T * R; ++i) {
+        out[i] = 0;
+        for (int j = 0; j < SUMS; ++j) out[i] += sum(total[i][j]);
+    }
 }
 
 #elif defined(__AVX2__)
@@ -509,20 +698,6 @@ struct Wide {
 constexpr int PARTS = BLOCK / 16;  // registers of a block in 16 bits
 
 inline __m256i widened(__m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
-
-// Every multiplier's table, of −16 … 15: byte c of table m & 31 is code c times m.
-struct Tables {
-    alignas(64) int8_t rows[32][16];
-    Tables() {
-        for (int m = -16; m < 16; ++m)
-            for (int c = 0; c < 16; ++c) rows[m & 31][c] = int8_t(((c ^ 8) - 8) * m);
-    }
-};
-const Tables TABLES;
-
-inline __m128i table_of(int multiplier) {
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(TABLES.rows[multiplier & 31]));
-}
 
 // A block of columns of a row in 16 bits; what lies beyond the width is zero.
 inline void block_at(const Bytewise& w, int64_t row, int64_t k, __m256i* out) {
@@ -621,8 +796,7 @@ inline __attribute__((always_inline)) void products(const Wide& tokens, int64_t 
 #else
 
 template <int T, class Weight>
-inline void products(const int8_t* const* a, const int64_t* rows, const Weight& w, const int32_t*,
-                     int32_t* out) {
+inline void products(const int8_t* const* a, const int64_t* rows, const Weight& w, int32_t* out) {
     constexpr int R = rows_beside(T);
     int8_t weights[BLOCK];
     for (int i = 0; i < T * R; ++i) out[i] = 0;
@@ -661,7 +835,7 @@ inline void put_scaled(const Scaling& s, int64_t m, int64_t n, const int32_t* to
 // Tokens that stay in the second cache while the weights pass by.
 constexpr int64_t TOKENS_AT_ONCE = 128;
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !OFFSET_WEIGHTS
 
 // Rows of a weight from `begin` on, by tokens from `first` on, both widened where that pays.
 template <int T, int R, class Weight>
@@ -711,9 +885,19 @@ void product_by(const Product& p, const Weight& w, int64_t begin, int64_t end) {
 
 #else
 
+// The sum of n codes, times OFFSET, which products with offset weights have too much.
+inline uint32_t excess(const int8_t* codes, int64_t n) {
+    int32_t total = 0;
+    for (int64_t k = 0; k < n; ++k) total += codes[k];
+    return uint32_t(total) * OFFSET;
+}
+
 template <int T, class Weight>
 void products_of(const Product& p, const Weight& w, int64_t begin, int64_t end) {
     constexpr int R = rows_beside(T);
+    const Buffer<uint32_t> excesses(OFFSET ? p.tokens : 0);
+    if (OFFSET)
+        for (int64_t m = 0; m < p.tokens; ++m) excesses[m] = excess(p.codes + m * p.width, p.width);
     const int64_t rows = p.scaling.rows;
     for (int64_t chunk = 0; chunk < p.tokens; chunk += TOKENS_AT_ONCE) {
         const int64_t last = lower_of(chunk + TOKENS_AT_ONCE, p.tokens);
@@ -723,15 +907,17 @@ void products_of(const Product& p, const Weight& w, int64_t begin, int64_t end) 
             for (int r = 0; r < R; ++r) which[r] = lower_of(row + r, rows - 1);
             for (int64_t first = chunk; first < last; first += T) {
                 const int8_t* inputs[T];
-                int32_t input_sums[T], out[T * R];
-                for (int t = 0; t < T; ++t) {
-                    const int64_t m = lower_of(first + t, p.tokens - 1);
-                    inputs[t] = p.codes + m * p.width;
-                    input_sums[t] = p.sums[m];
+                int32_t out[T * R];
+                for (int t = 0; t < T; ++t)
+                    inputs[t] = p.codes + lower_of(first + t, p.tokens - 1) * p.width;
+                products<T>(inputs, which, w, out);
+                for (int64_t t = 0; t < lower_of<int64_t>(T, last - first); ++t) {
+                    int32_t* totals = out + t * R;
+                    if (OFFSET)  // sums wrap, as unsigned numbers may
+                        for (int r = 0; r < R; ++r)
+                            totals[r] = int32_t(uint32_t(totals[r]) - excesses[first + t]);
+                    put_scaled(p.scaling, first + t, row, totals, inside == R ? R : inside);
                 }
-                products<T>(inputs, which, w, input_sums, out);
-                for (int64_t t = 0; t < lower_of<int64_t>(T, last - first); ++t)
-                    put_scaled(p.scaling, first + t, row, out + t * R, inside == R ? R : inside);
             }
         }
     }
@@ -788,7 +974,8 @@ inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, Floats* o
 
 inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
     const __m128i* pairs = reinterpret_cast<const __m128i*>(w.codes + row * w.stride + k / 2);
-    const __m128i mask = _mm_set1_epi8(15), codes = table_of(1);
+    const __m128i mask = _mm_set1_epi8(15);
+    const __m128i codes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     for (int i = 0; i < 2; ++i) {
         const __m128i both = _mm_loadu_si128(pairs + i);
         out[i] = floats_of(_mm_shuffle_epi8(codes, _mm_and_si128(both, mask)));

@@ -189,16 +189,6 @@ struct Scales {
     Floats32 token, row, shift;
 };
 
-std::vector<int32_t> sums_of(const int8_t* codes, int64_t tokens, int64_t width) {
-    std::vector<int32_t> sums(tokens);
-    for (int64_t m = 0; m < tokens; ++m) {
-        int32_t total = 0;
-        for (int64_t k = 0; k < width; ++k) total += codes[m * width + k];
-        sums[m] = total;
-    }
-    return sums;
-}
-
 struct RotationOperands {
     RotationOperands(const View& signs, const View& left, int64_t right, int64_t width)
         : order(left.given && left.axes ? left.sizes[0] : 0),
@@ -306,8 +296,7 @@ void int8_gemm(const View& codes, const View& scale, const View& weight, const V
     const Codes<int8_t> a("codes", codes, Number::INT8, tokens * width);
     const Codes<int8_t> w("weight", weight, Number::INT8, rows * width);
     const Scales scales(scale, weight_scale, bias, tokens, rows);
-    const std::vector<int32_t> sums = sums_of(a.data(), tokens, width);
-    const Product task{a.data(), sums.data(), tokens, width, w.data(), nullptr, nullptr, 1,
+    const Product task{a.data(), tokens, width, w.data(), nullptr, nullptr, 1,
                        scales.scaling(out, tokens, rows)};
     const Table& isa = table();
     in_threads(rows, grain(width),
@@ -323,9 +312,8 @@ void int4_gemm(const View& codes, const View& scale, const View& packed, const V
     const Codes<uint8_t> w("packed", packed, Number::UINT8, rows * ((width + 1) / 2));
     const Codes<int8_t> factors("multiplier", multiplier, Number::INT8, rows * groups);
     const Scales scales(scale, weight_scale, bias, tokens, rows);
-    const std::vector<int32_t> sums = sums_of(a.data(), tokens, width);
     const Table& isa = table();
-    Product task{a.data(), sums.data(), tokens, width, nullptr, w.data(), factors.data(), groups,
+    Product task{a.data(), tokens, width, nullptr, w.data(), factors.data(), groups,
                  scales.scaling(out, tokens, rows)};
     std::vector<int8_t> unpacked;
     if (tokens > PACKED_TOKENS || !in_blocks(width, groups)) {

@@ -64,7 +64,6 @@ struct Scaling {
 // Codes by a weight in bytes, or in packed 4-bit codes times a multiplier a group.
 struct Product {
     const int8_t* codes;       // (M, K)
-    const int32_t* sums;       // (M,): of each token's codes
     int64_t tokens, width;
     const int8_t* bytes;       // (N, K), or null
     const uint8_t* packed;     // (N, ⌈K/2⌉)
