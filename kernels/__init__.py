@@ -194,7 +194,7 @@ class Product(Generic[Arguments]):
     def __init__(
         self, definition: Callable[Arguments, Tensor], shape: Callable[..., tuple[int, ...]]
     ) -> None:
-        """Register the operator of a function of `reference.py`, for what C++ has not registered.
+        """Register the operator of a function of `reference.py`, as far as C++ has not.
 
         Args:
             definition: the function; each backend has one of the same name, which runs. Its result
@@ -206,7 +206,7 @@ class Product(Generic[Arguments]):
         self.native = cpu.native.direct(name)
         if not _REGISTERS:
             return
-        if not cpu.native.has(name):
+        if not cpu.native.is_loaded():
             _OPERATORS.define(name + torch.library.infer_schema(definition, mutates_args=()))
             _OPERATORS.impl(name, self.direct, "CPU")
         _OPERATORS.impl(name, self.direct, "CUDA")
@@ -237,7 +237,7 @@ def register_fake(name: str, fake: Callable[..., object]) -> None:
     torch.library.register_autograd(f"smoothq::{name}", refuse_gradient, lib=_OPERATORS)
 
 
-if cpu.native.has("quantize"):
+if cpu.native.is_loaded():
     register_fake("cpu_quantize", cpu.native.fake_quantized)
     register_fake("cpu_hadamard", lambda x, *factors: torch.empty_like(x))
 

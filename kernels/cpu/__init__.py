@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,27 @@ from ..reference import (
 from . import native
 from .native import is_compiled as is_compiled
 
+Arguments = ParamSpec("Arguments")
+
 EXACT_BLOCK = 1024  # 1,024 · 128 · 128 = 2^24, the last integer up to which float32 has no gaps
 QUERY_ROWS = 512  # int8_attention's working set: the scores of this many queries
 UNPACK_ROWS = 256  # weight_only_gemm's working set: this many rows of the matrix in float32
 PACKED_TOKENS = 4  # up to so many, 4-bit weights are faster packed than as int8 (operators.cpp)
 RIGHT_FACTOR = 256  # of a rotation: one row of it stays in the first cache
+
+
+def _compiled(by_pytorch: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """The compiled operator of a function's name, or the function where PyTorch's were chosen."""
+    name = by_pytorch.__name__
+
+    @functools.wraps(by_pytorch)
+    def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        if not is_compiled():
+            return by_pytorch(*args, **kwargs)
+        result: Tensor = getattr(torch.ops.smoothq, name)(*args, **kwargs)
+        return result
+
+    return operator
 
 
 def quantize_per_token(
@@ -124,6 +141,7 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
     return _int_mm(a, w) if _has_fast_int_mm() else _float_lanes(a, w)
 
 
+@_compiled
 def int8_gemm(
     codes: Tensor,
     scale: Tensor,
@@ -133,14 +151,11 @@ def int8_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int8_gemm`, the scaling in float32."""
-    if is_compiled():
-        operands = (codes, scale, weight, weight_scale, bias, dtype)
-        product: Tensor = torch.ops.smoothq.int8_gemm(*operands)
-        return product
     result = int8_matmul(codes, weight).mul_(scale).mul_(weight_scale)
     return (result if bias is None else result.add_(bias)).to(dtype)
 
 
+@_compiled
 def int4_gemm(
     codes: Tensor,
     scale: Tensor,
@@ -151,10 +166,6 @@ def int4_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.int4_gemm`: few tokens meet the packed weights, many an unpacked copy."""
-    if is_compiled():
-        operands = (codes, scale, packed, weight_scale, multiplier, bias, dtype)
-        product: Tensor = torch.ops.smoothq.int4_gemm(*operands)
-        return product
     weight = multiplied_weight(unpack_int4(packed, codes.shape[1]), multiplier)
     return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
 
@@ -180,6 +191,7 @@ def left_factor(base: int, order: int) -> int | None:
     return max(base, order // RIGHT_FACTOR) if is_compiled() else None
 
 
+@_compiled
 def group_gemm(
     codes: Tensor,
     scale: Tensor,
@@ -215,6 +227,7 @@ def group_gemm(
     return (result if bias is None else result.add_(bias)).to(dtype)
 
 
+@_compiled
 def weight_only_gemm(
     x: Tensor,
     packed: Tensor,
@@ -224,10 +237,6 @@ def weight_only_gemm(
     bits: int,
 ) -> Tensor:
     """As `reference.weight_only_gemm`, in float32, without a float copy of the matrix."""
-    if is_compiled():
-        operands = (x, packed, weight_scale, multiplier, bias, bits)
-        product: Tensor = torch.ops.smoothq.weight_only_gemm(*operands)
-        return product
     x32 = x.float()
     result = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
     for row in range(0, packed.shape[0], UNPACK_ROWS):
@@ -272,6 +281,7 @@ def hadamard_quantize(
     return QuantizedInput(*quantized)
 
 
+@_compiled
 def cached_attention(
     query: Tensor,
     keys: Tensor,
@@ -295,6 +305,7 @@ def cached_attention(
     return result.to(query.dtype)
 
 
+@_compiled
 def int8_attention(
     codes: Tensor,
     scale: Tensor,

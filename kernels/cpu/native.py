@@ -59,21 +59,19 @@ def is_compiled() -> bool:
     return _LIBRARY is not None
 
 
-def has(operator: str) -> bool:
-    """Whether the library is loaded and has an operator."""
-    return isinstance(_LIBRARY, ModuleType) and hasattr(_LIBRARY, operator)
+def is_loaded() -> bool:
+    """Whether the library is there, with its operators registered."""
+    return isinstance(_LIBRARY, ModuleType)
 
 
 def direct(operator: str) -> Callable[..., Any]:
     """The call of a compiled operator that PyTorch's dispatcher does not see.
 
     It answers None where the operands are not plain tensors on the CPU, or where the registered
-    operator is faster; so does what is returned for an operator that the library has not.
+    operator is faster; so does what is returned for an operator that has no such call.
     """
-    if has(operator):
-        call: Callable[..., Any] = getattr(_LIBRARY, operator)
-        return call
-    return _elsewhere
+    call: Callable[..., Any] = getattr(_LIBRARY, operator, _elsewhere)
+    return call
 
 
 def _elsewhere(*operands: object) -> None:

@@ -101,6 +101,14 @@ void run(int64_t loop) {
             isa.unpack({packed, multiplier, groups, width, out.data()}, 0, rows);
             return write(out);
         }
+        case 7: {
+            const int64_t rows = integer(), row_bytes = integer(), width = integer(),
+                          group = integer(), bits = integer();
+            const Array<uint8_t> cached;
+            std::vector<float> out(rows * width);
+            isa.expand({cached, row_bytes, width, group, int(bits), out.data()}, 0, rows);
+            return write(out);
+        }
         default: {
             const bool product = loop == 5;
             const int64_t tokens = integer(), rows = integer(), width = integer(),

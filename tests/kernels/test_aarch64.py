@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smoothq import kernels
 from smoothq.kernels.cpu.native import MODES
-from smoothq.kernels.reference import by_group, multiplied_weight, unpack_int4
+from smoothq.kernels.reference import by_group, dequantize_heads, multiplied_weight, unpack_int4
 from smoothq.transforms.hadamard import Hadamard
 from tests.kernels.extremes import EXTREMES
 from tests.kernels.test_gemm import Draw, assert_rounded_once
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 ISAS = ("i8mm", "dotprod", "plain")  # the best first
-QUANTIZE, ROTATE, PRODUCT, SCALE, UNPACK, FLOAT_PRODUCT, DEQUANTIZE = range(7)
+QUANTIZE, ROTATE, PRODUCT, SCALE, UNPACK, FLOAT_PRODUCT, DEQUANTIZE, EXPAND = range(8)
 EMPTY = torch.empty(0)
 
 reference = kernels.reference
@@ -219,3 +219,16 @@ def test_float_activations(program, isa) -> None:
         codes = unpack_int4(packed, x.shape[1]) if bits == 4 else packed
         step = scale if multiplier is None else scale * multiplier
         assert torch.equal(answers.take(*codes.shape), by_group(codes.float(), step))
+
+
+def test_rows_of_a_cache(program, isa) -> None:
+    formats = [(8, None), (4, None), (8, 20), (4, 4)]
+    stored = [reference.quantize_heads(Draw(5).floats(6, 40), *how) for how in formats]
+    tasks = [
+        task(EXPAND, 6, rows.shape[-1], 40, group_size or 40, bits, rows)
+        for (bits, group_size), rows in zip(formats, stored, strict=True)
+    ]
+    answers = Answers(program, isa, tasks)
+    for (bits, group_size), rows in zip(formats, stored, strict=True):
+        expected = dequantize_heads(rows, bits, group_size, torch.float32)
+        assert torch.equal(answers.take(6, 40), expected)

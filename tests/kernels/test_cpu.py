@@ -105,6 +105,66 @@ class TestProducts:
             exact = reference.weight_only_gemm(operands[0].double(), *operands[1:])
             assert_rounded_once(kernels.weight_only_gemm(*operands), exact, torch.float32)
 
+    @pytest.mark.parametrize("length", [1, 40])
+    def test_groups(self, length: int) -> None:
+        draw = Draw(length)
+        codes, weight, scale = (
+            draw.codes(2, length, 192),
+            draw.codes(7, 192),
+            draw.scales(2, length, 1),
+        )
+        bias = draw.floats(7)
+        for operands in (
+            (codes, scale, None, None, weight, draw.scales(7, 6), None, 32),
+            (
+                codes,
+                scale,
+                draw.scales(2, 8),
+                draw.orders(2, 192),
+                weight,
+                draw.scales(7, 1),
+                bias,
+                24,
+            ),
+        ):
+            exact = reference.group_gemm(*operands, torch.float64)
+            assert_rounded_once(kernels.group_gemm(*operands, torch.float32), exact, torch.float32)
+
+    def test_an_order_beyond_the_weight_is_refused(self) -> None:
+        draw = Draw()
+        order = torch.arange(64).unsqueeze(0) + 1
+        with pytest.raises(ValueError, match=r"operand 'order'.*columns below 64"):
+            kernels.group_gemm(
+                draw.codes(1, 2, 64),
+                draw.scales(1, 2, 1),
+                draw.scales(1, 1),
+                order,
+                draw.codes(3, 64),
+                draw.scales(3, 1),
+                None,
+                64,
+                torch.float32,
+            )
+
+    @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (8, 20), (4, 8)])
+    def test_attention(self, bits: int, group_size: int | None) -> None:
+        draw = Draw(bits)
+        query, k, v = draw.floats(2, 6, 3, 40), draw.floats(2, 3, 9, 40), draw.floats(2, 3, 9, 40)
+        keys, values = (kernels.quantize_heads(x, bits, group_size) for x in (k, v))
+        first, start = draw.floats(2, 3, 2, 40), torch.tensor([-1, 4])
+        mask = torch.ones(2, 1, 3, 9, dtype=torch.bool).tril(6)
+        mask[1, :, 0] = False
+        operands = (keys, values, first, first, start, mask, 0.2, bits, group_size)
+        exact = reference.cached_attention(query.double(), *operands)
+        result = kernels.cached_attention(query, *operands)
+        assert torch.allclose(result.double(), exact, atol=1e-5)
+        if group_size is None:
+            codes, scale, *_ = kernels.quantize_per_token(query, 8)
+            operands = (codes, scale, keys, values, mask, 0.2, bits)
+            exact = reference.int8_attention(*operands, torch.float64)
+            result = kernels.int8_attention(*operands, torch.float32)
+            assert torch.allclose(result.double(), exact, atol=1e-5)
+
 
 ROTATION = Hadamard.of(96, seed=0)
 FACTORS = (ROTATION.signs(), *ROTATION.factors())

@@ -22,12 +22,15 @@ using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
 constexpr int64_t DEQUANTIZED_ROWS = 1024;  // of a weight that are in floats at one time
+constexpr int64_t QUERY_ROWS = 512;  // whose scores int8_attention has at one time
 
 Number number_of(ScalarType type) {
     switch (type) {
         case ScalarType::Char: return Number::INT8;
         case ScalarType::Byte: return Number::UINT8;
         case ScalarType::Int: return Number::INT32;
+        case ScalarType::Long: return Number::INT64;
+        case ScalarType::Bool: return Number::BOOL;
         case ScalarType::Float: return Number::FLOAT32;
         case ScalarType::BFloat16: return Number::BFLOAT16;
         case ScalarType::Half: return Number::FLOAT16;
@@ -79,16 +82,18 @@ Tensor in(ScalarType type, const Tensor& tensor) {
     return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-// PyTorch's product of two matrices, `aten::NAME`.
-Tensor product(const char* name, const Tensor& a, const Tensor& b) {
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+// PyTorch's operator `aten::NAME`, called with all its arguments.
+template <class... Arguments>
+Tensor aten(const char* name, const char* overload, const Arguments&... arguments) {
+    std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor by_torch(const Tensor& codes, const Tensor& scale, const Tensor& weight,
                 const Tensor& weight_scale, const Maybe& bias, ScalarType type) {
-    const Tensor totals = product("aten::_int_mm", codes, torch::stable::transpose(weight, 0, 1));
+    const Tensor totals = aten("aten::_int_mm", "", codes, torch::stable::transpose(weight, 0, 1));
     const Tensor out = empty(sizes_of(totals), computed(type));
     scaled(view_of(totals), view_of(scale), view_of(weight_scale), view_of(bias), view_of(out));
     return in(type, out);
@@ -140,10 +145,90 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& wei
                    view_of(weight));
         Tensor part = torch::stable::narrow(const_cast<Tensor&>(out), 1, row, count);
         torch::stable::copy_(
-            part, product("aten::mm", inputs, torch::stable::transpose(weight, 0, 1)));
+            part, aten("aten::mm", "", inputs, torch::stable::transpose(weight, 0, 1)));
     }
-    if (bias) add_bias(view_of(*bias), view_of(out));
+    if (bias) finish({}, view_of(*bias), view_of(out));
     return in(x.scalar_type(), out);
+}
+
+// The blocks' scales, and the columns' order, go into the codes, which then meet the weight as floats.
+Tensor group_gemm(const Tensor& codes, const Tensor& scale, const Maybe& block_scale,
+                  const Maybe& order, const Tensor& weight, const Tensor& weight_scale,
+                  const Maybe& bias, int64_t group_size, ScalarType type) {
+    const Tensor x = empty(sizes_of(codes), ScalarType::Float);
+    place(view_of(codes), view_of(block_scale), view_of(order), group_size, view_of(x));
+    const int64_t tokens = codes.size(0) * codes.size(1);
+    const Tensor products = weight_only_gemm(torch::stable::view(x, {tokens, codes.size(2)}), weight,
+                                             weight_scale, std::nullopt, std::nullopt, 8);
+    finish(view_of(scale), view_of(bias), view_of(products));
+    return in(type, torch::stable::view(products, {codes.size(0), codes.size(1), weight.size(0)}));
+}
+
+Tensor expanded(const Tensor& rows, int64_t bits, int64_t group_size, const Maybe& first,
+                const Maybe& start) {
+    std::vector<int64_t> sizes = sizes_of(rows);
+    if (sizes.size() != 4) throw std::invalid_argument("rows of a cache have four axes");
+    sizes[3] = row_width(view_of(rows), bits, group_size);
+    const Tensor out = empty(sizes, ScalarType::Float);
+    expand(view_of(rows), bits, group_size, view_of(first), view_of(start), view_of(out));
+    return out;
+}
+
+Tensor cached_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                        const Maybe& first_keys, const Maybe& first_values, const Maybe& start,
+                        const Maybe& mask, double scaling, int64_t bits,
+                        std::optional<int64_t> group_size) {
+    const int64_t group = group_size.value_or(0);
+    const Tensor result = aten("aten::scaled_dot_product_attention", "",
+                               in(ScalarType::Float, query),
+                               expanded(keys, bits, group, first_keys, start),
+                               expanded(values, bits, group, first_values, start), mask,
+                               /*dropout_p=*/0.0, /*is_causal=*/false, std::optional<double>(scaling),
+                               /*enable_gqa=*/true);
+    return in(query.scalar_type(), result);
+}
+
+Tensor int8_attention(const Tensor& codes, const Tensor& scale, const Tensor& keys,
+                      const Tensor& values, const Maybe& mask, double scaling, int64_t bits,
+                      ScalarType type) {
+    using torch::stable::narrow;
+    using torch::stable::select;
+    const int64_t batch = codes.size(0), queries = codes.size(1), length = codes.size(2);
+    const int64_t heads = keys.size(1), tokens = keys.size(2);
+    const Tensor floats = values.scalar_type() == ScalarType::Byte
+                              ? expanded(values, bits, 0, std::nullopt, std::nullopt)
+                              : in(ScalarType::Float, values);
+    const Tensor out = empty({batch, queries, length, floats.size(3)}, ScalarType::Float);
+    const Tensor key_codes = empty({tokens, codes.size(3)}, ScalarType::Char);
+    const Tensor scales = empty({tokens}, ScalarType::Float), offsets = empty({tokens}, ScalarType::Float);
+    for (int64_t line = 0; line < batch * heads; ++line) {
+        const int64_t b = line / heads, h = line % heads;
+        const auto of = [&](const Tensor& tensor, int64_t head) {
+            return select(select(tensor, 0, b), 0, head);
+        };
+        split(view_of(of(keys, h)), bits, view_of(key_codes), view_of(scales), view_of(offsets));
+        for (int64_t q = h * queries / heads; q < (h + 1) * queries / heads; ++q)
+            for (int64_t row = 0; row < length; row += QUERY_ROWS) {
+                const int64_t count = length - row < QUERY_ROWS ? length - row : QUERY_ROWS;
+                const auto some = [&](Tensor tensor) { return narrow(tensor, 0, row, count); };
+                Maybe seen;
+                if (mask) seen = some(select(select(*mask, 0, mask->size(0) > 1 ? b : 0), 0, 0));
+                const Tensor score = empty({count, tokens}, ScalarType::Float);
+                const std::vector<int64_t> blind =
+                    scores(view_of(some(of(codes, q))), view_of(some(of(scale, q))),
+                           view_of(key_codes), view_of(scales), view_of(offsets), view_of(seen),
+                           scaling, view_of(score));
+                Tensor result = aten("aten::mm", "", aten("aten::_softmax", "", score, int64_t(-1), false),
+                                     of(floats, h));
+                for (const int64_t m : blind) {
+                    Tensor none = select(result, 0, m);
+                    torch::stable::zero_(none);
+                }
+                Tensor part = some(of(out, q));
+                torch::stable::copy_(part, result);
+            }
+    }
+    return in(type, out);
 }
 
 std::tuple<Tensor, Tensor> cpu_quantize(const Tensor& x, int64_t mode, int64_t bits, double clip,
@@ -181,6 +266,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothq, library) {
         "weight_only_gemm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? multiplier, "
         "Tensor? bias, SymInt bits) -> Tensor");
     library.def(
+        "group_gemm(Tensor codes, Tensor scale, Tensor? block_scale, Tensor? order, Tensor weight, "
+        "Tensor weight_scale, Tensor? bias, SymInt group_size, ScalarType dtype) -> Tensor");
+    library.def(
+        "cached_attention(Tensor query, Tensor keys, Tensor values, Tensor? first_keys, "
+        "Tensor? first_values, Tensor? start, Tensor? mask, float scaling, SymInt bits, "
+        "SymInt? group_size) -> Tensor");
+    library.def(
+        "int8_attention(Tensor codes, Tensor scale, Tensor keys, Tensor values, Tensor? mask, "
+        "float scaling, SymInt bits, ScalarType dtype) -> Tensor");
+    library.def(
         "cpu_quantize(Tensor x, int mode, int bits, float clip, int group_size, "
         "Tensor? multiplier, Tensor? scale, Tensor? signs, Tensor? left, int right) "
         "-> (Tensor, Tensor)");
@@ -191,6 +286,9 @@ STABLE_TORCH_LIBRARY_IMPL(smoothq, CPU, library) {
     library.impl("int8_gemm", TORCH_BOX(&smoothq::registered::int8_gemm));
     library.impl("int4_gemm", TORCH_BOX(&smoothq::registered::int4_gemm));
     library.impl("weight_only_gemm", TORCH_BOX(&smoothq::registered::weight_only_gemm));
+    library.impl("group_gemm", TORCH_BOX(&smoothq::registered::group_gemm));
+    library.impl("cached_attention", TORCH_BOX(&smoothq::registered::cached_attention));
+    library.impl("int8_attention", TORCH_BOX(&smoothq::registered::int8_attention));
     library.impl("cpu_quantize", TORCH_BOX(&smoothq::registered::cpu_quantize));
     library.impl("cpu_hadamard", TORCH_BOX(&smoothq::registered::cpu_hadamard));
 }

@@ -14,6 +14,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "numbers.h"
 #include "table.h"
 
 namespace smoothq {
@@ -45,13 +46,6 @@ struct Buffer {
 };
 
 // ---- numbers ------------------------------------------------------------------------------------
-
-inline float from_bfloat16(uint16_t half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
 
 inline uint16_t to_bfloat16(float value) {
     uint32_t bits;
@@ -1171,10 +1165,35 @@ void dequantize(const Dequantize& d, int64_t begin, int64_t end) {
     });
 }
 
+void expand(const Expand& e, int64_t begin, int64_t end) {
+    const int64_t groups = e.width / e.group, group_bytes = e.group * e.bits / 8;
+    const auto half = [](const uint8_t* from, int64_t at) {
+        uint16_t bits;
+        __builtin_memcpy(&bits, from + 2 * at, 2);
+        return from_float16(bits);
+    };
+    for (int64_t row = begin; row < end; ++row) {
+        const uint8_t* codes = e.rows + row * e.row_bytes;
+        const uint8_t* floats = codes + groups * group_bytes;
+        float* to = e.out + row * e.width;
+        for (int64_t g = 0; g < groups; ++g, codes += group_bytes, to += e.group) {
+            const float scale = half(floats, g), offset = half(floats, groups + g);
+            if (e.bits == 8) {
+                for (int64_t j = 0; j < e.group; ++j) to[j] = int8_t(codes[j]) * scale + offset;
+                continue;
+            }
+            for (int64_t j = 0; j < group_bytes; ++j) {
+                to[j] = (int8_t(codes[j] << 4) >> 4) * scale + offset;
+                to[group_bytes + j] = (int8_t(codes[j]) >> 4) * scale + offset;
+            }
+        }
+    }
+}
+
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
-const Table TABLE{TEXT(ISA), MOST_TOKENS, quantize,      rotate,    product,
-                  scale,     unpack,      float_product, dequantize};
+const Table TABLE{TEXT(ISA), MOST_TOKENS, quantize,      rotate,     product,
+                  scale,     unpack,      float_product, dequantize, expand};
 
 }  // namespace
 }  // namespace smoothq

@@ -1,11 +1,11 @@
 #include "operators.h"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "isas.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace smoothq {
@@ -20,6 +20,8 @@ const char* name_of(Number number) {
         case Number::INT8: return "int8";
         case Number::UINT8: return "uint8";
         case Number::INT32: return "int32";
+        case Number::INT64: return "int64";
+        case Number::BOOL: return "bool";
         case Number::FLOAT32: return "float32";
         case Number::BFLOAT16: return "bfloat16";
         case Number::FLOAT16: return "float16";
@@ -37,32 +39,12 @@ const char* name_of(Number number) {
                                 "; needed: " + needed + " on cpu");
 }
 
-float from_half(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31;
-    uint32_t bits, fraction = half & 1023;
-    if (exponent == 31) bits = sign | 0x7f800000 | fraction << 13;
-    else if (exponent) bits = sign | (exponent + 112) << 23 | fraction << 13;
-    else {  // a subnormal is fraction · 2^-24
-        const float value = float(fraction) * 0x1p-24f;
-        std::memcpy(&bits, &value, 4);
-        bits |= sign;
-    }
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 float number_at(const View& view, int64_t at) {
     switch (view.number) {
         case Number::FLOAT32: return static_cast<const float*>(view.data)[at];
         case Number::FLOAT64: return float(static_cast<const double*>(view.data)[at]);
-        case Number::FLOAT16: return from_half(static_cast<const uint16_t*>(view.data)[at]);
-        default: {
-            const uint32_t bits = uint32_t(static_cast<const uint16_t*>(view.data)[at]) << 16;
-            float value;
-            std::memcpy(&value, &bits, 4);
-            return value;
-        }
+        case Number::FLOAT16: return from_float16(static_cast<const uint16_t*>(view.data)[at]);
+        default: return from_bfloat16(static_cast<const uint16_t*>(view.data)[at]);
     }
 }
 
@@ -402,12 +384,148 @@ void dequantize(const View& packed, const View& weight_scale, const View& multip
     });
 }
 
-void add_bias(const View& bias, const View& out) {
+void finish(const View& scale, const View& bias, const View& out) {
     const auto [tokens, rows] = matrix_of("out", out);
-    const Floats32 shift("bias", bias, rows);
+    const bool one = scale.elements() == 1;
+    const Floats32 steps("scale", scale, one ? 1 : tokens), shift("bias", bias, rows);
     float* to = static_cast<float*>(out.data);
-    for (int64_t m = 0; m < tokens; ++m)
-        for (int64_t n = 0; n < rows; ++n) to[m * rows + n] += shift.data()[n];
+    const int64_t width = rows;
+    in_threads(tokens, grain(width), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) {
+            const float step = steps.data() ? steps.data()[one ? 0 : m] : 1.0f;
+            for (int64_t n = 0; n < width; ++n) {
+                const float product = to[m * width + n] * step;
+                to[m * width + n] = shift.data() ? product + shift.data()[n] : product;
+            }
+        }
+    });
+}
+
+void place(const View& codes, const View& block_scale, const View& order, int64_t group_size,
+           const View& out) {
+    if (codes.axes != 3) refuse("codes", codes, "three axes");
+    const int64_t batch = codes.sizes[0], length = codes.sizes[1], width = codes.sizes[2];
+    if (group_size < 1 || width % group_size)
+        throw std::invalid_argument("group_size " + std::to_string(group_size) +
+                                    " does not divide " + std::to_string(width) + " columns");
+    const Codes<int8_t> from("codes", codes, Number::INT8, batch * length * width);
+    const Floats32 factors("block_scale", block_scale, batch * (width / group_size));
+    const Codes<int64_t> columns("order", order, Number::INT64, batch * width);
+    check_out(out, batch * length * width);
+    for (int64_t i = 0; columns.data() && i < batch * width; ++i)
+        if (columns.data()[i] < 0 || columns.data()[i] >= width)
+            refuse("order", order, "columns below " + std::to_string(width));
+    float* to = static_cast<float*>(out.data);
+    in_threads(batch * length, grain(width), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) {
+            const int64_t b = m / length;
+            const int8_t* row = from.data() + m * width;
+            const int64_t* column = columns.data() ? columns.data() + b * width : nullptr;
+            for (int64_t k = 0; k < width; ++k) {
+                const float factor =
+                    factors.data() ? factors.data()[(b * width + k) / group_size] : 1.0f;
+                to[m * width + (column ? column[k] : k)] = row[k] * factor;
+            }
+        }
+    });
+}
+
+int64_t row_width(const View& rows, int64_t bits, int64_t group_size) {
+    if (bits != 4 && bits != 8)
+        throw std::invalid_argument(std::to_string(bits) + "-bit rows are neither 4 nor 8");
+    const int64_t bytes = rows.last();
+    const int64_t width = group_size ? bytes * 8 * group_size / (bits * group_size + 32)
+                                     : (bytes - 4) * 8 / bits;
+    const int64_t group = group_size ? group_size : width;
+    if (group < 1 || width % group || group * bits % 8 ||
+        width * bits / 8 + 4 * (width / group) != bytes)
+        refuse("rows", rows, "codes of " + std::to_string(bits) + " bits and two floats a group");
+    return width;
+}
+
+void expand(const View& rows, int64_t bits, int64_t group_size, const View& first,
+            const View& start, const View& out) {
+    const int64_t width = row_width(rows, bits, group_size);
+    if (rows.axes != 4) refuse("rows", rows, "four axes");
+    const int64_t heads = rows.sizes[1], tokens = rows.sizes[2], lines = rows.sizes[0] * heads;
+    const Codes<uint8_t> from("rows", rows, Number::UINT8, rows.elements());
+    check_out(out, lines * tokens * width);
+    float* to = static_cast<float*>(out.data);
+    const Expand task{from.data(), rows.last(), width, group_size ? group_size : width, int(bits), to};
+    const Table& isa = table();
+    in_threads(lines * tokens, grain(width),
+               [&](int64_t begin, int64_t end) { isa.expand(task, begin, end); });
+    if (!first.given || !start.given) return;
+    if (first.axes != 4) refuse("first tokens", first, "four axes");
+    const int64_t kept = first.sizes[2];
+    const Floats32 floats("first tokens", first, lines * kept * width);
+    const Codes<int64_t> starts("start", start, Number::INT64, rows.sizes[0]);
+    for (int64_t line = 0; line < lines; ++line)
+        for (int64_t i = 0; i < kept; ++i) {
+            const int64_t token = starts.data()[line / heads] + i;
+            if (token < 0 || token >= tokens) continue;
+            const float* one = floats.data() + (line * kept + i) * width;
+            for (int64_t k = 0; k < width; ++k) to[(line * tokens + token) * width + k] = one[k];
+        }
+}
+
+void split(const View& rows, int64_t bits, const View& codes, const View& scales,
+           const View& offsets) {
+    const auto [tokens, bytes] = matrix_of("rows", rows);
+    const int64_t width = row_width(rows, bits, 0);
+    const Codes<uint8_t> from("rows", rows, Number::UINT8, tokens * bytes);
+    check_out(codes, tokens * width);
+    int8_t* to = static_cast<int8_t*>(codes.data);
+    float* floats[] = {static_cast<float*>(scales.data), static_cast<float*>(offsets.data)};
+    for (int64_t t = 0; t < tokens; ++t) {
+        const uint8_t* row = from.data() + t * bytes;
+        const int64_t half = width / 2;
+        for (int64_t k = 0; k < width; ++k)
+            to[t * width + k] =
+                bits == 8 ? int8_t(row[k])
+                          : int8_t(int8_t(k < half ? row[k] << 4 : row[k - half]) >> 4);
+        for (int i = 0; i < 2; ++i) {
+            const uint8_t* at = row + width * bits / 8 + 2 * i;
+            floats[i][t] = from_float16(uint16_t(at[0] | at[1] << 8));
+        }
+    }
+}
+
+std::vector<int64_t> scores(const View& codes, const View& scale, const View& keys,
+                            const View& key_scales, const View& key_offsets, const View& mask,
+                            double scaling, const View& out) {
+    const auto [queries, width] = matrix_of("codes", codes);
+    const int64_t tokens = matrix_of("keys", keys).rows;
+    const Codes<int8_t> a("codes", codes, Number::INT8, queries * width);
+    const Codes<int8_t> k("keys", keys, Number::INT8, tokens * width);
+    const Floats32 given("scale", scale, queries);
+    const Floats32 steps("key scales", key_scales, tokens), shifts("key offsets", key_offsets, tokens);
+    const Codes<uint8_t> seen("mask", mask, Number::BOOL, queries * tokens);
+    check_out(out, queries * tokens);
+    std::vector<float> step(queries);
+    for (int64_t m = 0; m < queries; ++m) step[m] = given.data()[m] * float(scaling);
+    float* to = static_cast<float*>(out.data);
+    const Product task{a.data(), queries, width, k.data(), nullptr, nullptr, 1,
+                       {step.data(), 1, steps.data(), nullptr, to, Type::FLOAT32, tokens}};
+    const Table& isa = table();
+    in_threads(tokens, grain(width),
+               [&](int64_t begin, int64_t end) { isa.product(task, begin, end); });
+    std::vector<int64_t> blind;
+    for (int64_t m = 0; m < queries; ++m) {
+        int32_t sum = 0;
+        for (int64_t j = 0; j < width; ++j) sum += a.data()[m * width + j];
+        const float shift = float(sum) * step[m];
+        bool any = !seen.data();
+        for (int64_t t = 0; t < tokens; ++t) {
+            float& score = to[m * tokens + t];
+            score += shift * shifts.data()[t];
+            if (!seen.data()) continue;
+            if (seen.data()[m * tokens + t]) any = true;
+            else score = -__builtin_inff();
+        }
+        if (!any) blind.push_back(m);
+    }
+    return blind;
 }
 
 void scaled(const View& totals, const View& scale, const View& weight_scale, const View& bias,

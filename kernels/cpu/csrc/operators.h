@@ -9,12 +9,13 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "table.h"
 
 namespace smoothq {
 
-enum class Number { INT8, UINT8, INT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64, OTHER };
+enum class Number { INT8, UINT8, INT32, INT64, BOOL, FLOAT32, BFLOAT16, FLOAT16, FLOAT64, OTHER };
 
 constexpr int MOST_AXES = 8;
 
@@ -86,8 +87,31 @@ bool reads_packed_floats(int64_t tokens, int64_t width, int64_t groups);
 void dequantize(const View& packed, const View& weight_scale, const View& multiplier, int64_t bits,
                 int64_t first, const View& out);
 
-// out float32 (M, N), the bias (N,) added to every row of it.
-void add_bias(const View& bias, const View& out);
+// out float32 (M, N), times the tokens' scales, plus the bias (N,), where these are given.
+void finish(const View& scale, const View& bias, const View& out);
+
+// codes (B, L, K) as float32 out (B, L, K): each times its block's scale (B, K / group size), at the
+// column that it multiplies, order (B, K), where these are given.
+void place(const View& codes, const View& block_scale, const View& order, int64_t group_size,
+           const View& out);
+
+// The numbers in a row of a cache; group_size 0 for one group.
+int64_t row_width(const View& rows, int64_t bits, int64_t group_size);
+
+// Rows of a cache (B, H, T, bytes), group_size 0 for one group, as float32 out (B, H, T, D); the
+// first tokens (B, H, N, D) stand from start (B,) on, where these are given.
+void expand(const View& rows, int64_t bits, int64_t group_size, const View& first,
+            const View& start, const View& out);
+
+// Rows of one head (T, bytes), one group each, as int8 codes (T, D) and float32 (T,) both.
+void split(const View& rows, int64_t bits, const View& codes, const View& scales,
+           const View& offsets);
+
+// What queries (L, D) and keys (T, D) in codes have in common, float32 out (L, T), −∞ where the mask
+// (L, T) is false. Returns the queries that see nothing.
+std::vector<int64_t> scores(const View& codes, const View& scale, const View& keys,
+                            const View& key_scales, const View& key_offsets, const View& mask,
+                            double scaling, const View& out);
 
 // totals int32 (M, N), times both scales, plus the bias; out may be their memory.
 void scaled(const View& totals, const View& scale, const View& weight_scale, const View& bias,

@@ -110,6 +110,15 @@ struct Dequantize {
     float* out;     // (rows, K)
 };
 
+// Rows of a cache: the codes of all groups, their scales, their offsets (both float16). A byte of 4-bit
+// codes has number j of the group's first half below and of its second half above.
+struct Expand {
+    const uint8_t* rows;  // (R, row_bytes)
+    int64_t row_bytes, width, group;
+    int bits;
+    float* out;  // (R, width): code · scale + offset
+};
+
 // Each function works on the tokens, or the rows, of [begin, end).
 struct Table {
     const char* name;
@@ -121,6 +130,7 @@ struct Table {
     void (*unpack)(const Unpack&, int64_t begin, int64_t end);               // rows
     void (*float_product)(const FloatProduct&, int64_t begin, int64_t end);  // rows
     void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);       // rows
+    void (*expand)(const Expand&, int64_t begin, int64_t end);               // rows
 };
 
 }  // namespace smoothq
