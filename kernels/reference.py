@@ -122,7 +122,12 @@ def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInp
 
 
 def tensor_scale(x: Tensor, bits: int, clip: float) -> Tensor:
-    """The scale of `quantize_per_tensor`, float32 of one element and x's dimensions."""
+    """The scale of `quantize_per_tensor`, float32 of one element and x's dimensions.
+
+    It is 1 where there is no element.
+    """
+    if x.numel() == 0:
+        return torch.ones([1] * x.dim(), device=x.device)
     return _scale_of(x.float().abs().amax().reshape([1] * x.dim()), bits, clip)
 
 
@@ -200,6 +205,8 @@ def live_channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tens
         magnitude = magnitude / magnitude.amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
     if mask is not None:
         magnitude = magnitude.masked_fill(~mask.unsqueeze(-1), 0.0)
+    if magnitude.shape[-2] == 0:
+        return magnitude.new_full((*magnitude.shape[:-2], magnitude.shape[-1]), SMALLEST_SCALE)
     return magnitude.amax(-2).clamp(min=SMALLEST_SCALE)
 
 

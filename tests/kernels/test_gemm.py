@@ -155,12 +155,50 @@ class TestInt8Gemm:
         )
         assert torch.equal(found.long(), 2 * (codes.long() @ weight.long().t()))
 
-    def test_no_tokens(self) -> None:
-        draw = Draw()
-        found = kernels.int8_gemm(
-            draw.codes(0, 8), draw.scales(0, 1), draw.codes(3, 8), draw.scales(3), None, torch.half
-        )
-        assert found.shape == (0, 3)
+
+def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
+    """Operands of every operator that takes tokens, for a number of them."""
+    draw = Draw()
+    packed, cached = draw.codes(3, 32).view(torch.uint8), reference.quantize_heads
+    x, codes, scale = draw.floats(tokens, 64), draw.codes(tokens, 64), draw.scales(tokens, 1)
+    keys, query = cached(draw.floats(1, 2, 5, 64), 8, None), draw.codes(1, 2, tokens, 64)
+    signs, order = 2 * draw.codes(64, lowest=0, highest=1) - 1, draw.orders(2, 64)
+    factors = Hadamard.of(64, seed=0).factors()
+    return {
+        "int8_gemm": (codes, scale, draw.codes(3, 64), draw.scales(3), None, torch.half),
+        "int4_gemm": (codes, scale, packed, draw.scales(3), None, draw.floats(3), torch.float32),
+        "group_gemm": (
+            *(draw.codes(2, tokens, 64), draw.scales(2, tokens, 1), draw.scales(2, 2), order),
+            *(draw.codes(3, 64), draw.scales(3, 1), None, 32, torch.float32),
+        ),
+        "weight_only_gemm": (x, packed, draw.scales(3, 2), None, draw.floats(3), 4),
+        "hadamard": (x, signs, *factors),
+        "hadamard_quantize": (x, signs, *factors, 4, 32),
+        "quantize_per_token": (x, 8),
+        "quantize_per_tensor": (x, 8),
+        "quantize_smoothed": (x, draw.multipliers(64).abs(), 4),
+        "quantize_token_groups": (x, 4, 32),
+        "runtime_smooth_quantize": (x.expand(2, tokens, 64), 4, 32),
+        "static_quantize": (x, torch.tensor(0.1), 8),
+        "quantize_heads": (draw.floats(1, 2, tokens, 64), 8, None),
+        "cached_attention": (*(query.float(), keys, keys, None, None, None, None, 0.1, 8, None),),
+        "int8_attention": (
+            *(query, draw.scales(1, 2, tokens, 1), keys, keys, None, 0.1, 8, torch.float32),
+        ),
+    }
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.parametrize("operator", sorted(operands_of(1)))
+def test_no_token_and_one(operator: str, tokens: int) -> None:
+    operands = operands_of(tokens)[operator]
+    results, expected = (getattr(m, operator)(*operands) for m in (kernels, reference))
+    if isinstance(results, Tensor):
+        results, expected = (results,), (expected,)
+    for found, exact in zip(results, expected, strict=True):
+        if exact is not None:
+            assert (found.shape, found.dtype) == (exact.shape, exact.dtype)
+            assert torch.allclose(found.float(), exact.float(), atol=1e-5, rtol=1e-3)
 
 
 class TestGroupGemm:

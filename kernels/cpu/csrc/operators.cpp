@@ -92,6 +92,26 @@ private:
     const float* data_ = nullptr;
 };
 
+// An operand of floats as the loops read it: bfloat16 that is contiguous is left as it is.
+class Inputs {
+public:
+    Inputs(const char* name, const View& view, int64_t count)
+        : half_(view.number == Number::BFLOAT16 && view.contiguous() && !view.elsewhere),
+          halves_(view.data),
+          floats_(name, half_ ? View{} : view, count) {
+        if (half_ && view.elements() != count)
+            refuse(name, view, std::to_string(count) + " floats");
+    }
+
+    const void* data() const { return half_ ? halves_ : floats_.data(); }
+    Type type() const { return half_ ? Type::BFLOAT16 : Type::FLOAT32; }
+
+private:
+    bool half_;
+    const void* halves_;
+    Floats32 floats_;
+};
+
 // An operand of codes, contiguous: itself, or a copy that lives as long as this.
 template <class T>
 class Codes {
@@ -193,25 +213,6 @@ struct RotationOperands {
     int64_t right;
 };
 
-// x as the loops read it: float32 or bfloat16, contiguous.
-class Inputs {
-public:
-    explicit Inputs(const View& x)
-        : converted_("x",
-                     x.number == Number::BFLOAT16 && x.contiguous() && !x.elsewhere ? View{} : x,
-                     x.elements()),
-          data_(converted_.data() ? static_cast<const void*>(converted_.data()) : x.data),
-          type_(converted_.data() ? Type::FLOAT32 : Type::BFLOAT16) {}
-
-    const void* data() const { return data_; }
-    Type type() const { return type_; }
-
-private:
-    Floats32 converted_;
-    const void* data_;
-    Type type_;
-};
-
 // The largest multiplier of a token's groups: code times multiplier is an int8, the multiplier with
 // its sign 4 bits.
 int largest_multiplier(int64_t bits) {
@@ -243,7 +244,7 @@ void quantize(const View& x, const Quantizing& how, const View& codes, const Vie
     const RotationOperands rotation(how.signs, how.left, how.right, width);
     check_out(codes, tokens * width);
     check_out(scales, tokens);
-    const Inputs inputs(x);
+    const Inputs inputs("x", x, x.elements());
     const Quantize task{inputs.data(),
                         inputs.type(),
                         width,
@@ -261,7 +262,7 @@ void hadamard(const View& x, const View& signs, const View& left, int64_t right,
     const int64_t width = x.last(), tokens = width ? x.elements() / width : 0;
     const RotationOperands rotation(signs, left, right, width);
     check_out(out, x.elements());
-    const Inputs inputs(x);
+    const Inputs inputs("x", x, x.elements());
     if (type_of("out", out) != inputs.type()) refuse("out", out, "the dtype of x");
     const Rotate task{inputs.data(), inputs.type(), width, rotation.rotation(), out.data};
     const Table& isa = table();
@@ -322,29 +323,21 @@ struct WeightOperands {
           bytes("packed", bits == 8 ? packed : View{}, Number::INT8, rows * width),
           nibbles("packed", bits == 4 ? packed : View{}, Number::UINT8, rows * ((width + 1) / 2)),
           factors("multiplier", multiplier, Number::INT8, rows * groups),
-          half(weight_scale.number == Number::BFLOAT16 && weight_scale.contiguous() &&
-               !weight_scale.elsewhere),
-          halves(weight_scale.data),
-          steps("weight_scale", half ? View{} : weight_scale, multiplier.given ? rows : rows * groups) {
+          steps("weight_scale", weight_scale, multiplier.given ? rows : rows * groups) {
         if (bits != 4 && bits != 8)
             throw std::invalid_argument(std::to_string(bits) + "-bit weights are neither 4 nor 8");
-        const int64_t numbers = multiplier.given ? rows : rows * groups;
-        if (half && weight_scale.elements() != numbers)
-            refuse("weight_scale", weight_scale, std::to_string(numbers) + " floats");
     }
 
     ScaledWeight weight() const {
-        return {bytes.data(), nibbles.data(), half ? halves : static_cast<const void*>(steps.data()),
-                half ? Type::BFLOAT16 : Type::FLOAT32, factors.data(), groups, width};
+        return {bytes.data(), nibbles.data(), steps.data(), steps.type(), factors.data(), groups,
+                width};
     }
 
     int64_t rows, width, groups;
     Codes<int8_t> bytes;
     Codes<uint8_t> nibbles;
     Codes<int8_t> factors;
-    bool half;
-    const void* halves;
-    Floats32 steps;
+    Inputs steps;
 };
 
 }  // namespace

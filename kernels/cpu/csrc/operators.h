@@ -36,6 +36,7 @@ struct View {
     }
 
     bool contiguous() const {
+        if (elements() == 0) return true;
         int64_t stride = 1;
         for (int axis = axes - 1; axis >= 0; --axis) {
             if (sizes[axis] != 1 && strides[axis] != stride) return false;
