@@ -173,9 +173,11 @@ static_quantize = _by_device(reference.static_quantize)
 
 
 def _needs_gradient(operands: tuple[object, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
+    if torch.is_grad_enabled():
+        for operand in operands:  # a generator would take longer than a product
+            if isinstance(operand, Tensor) and operand.requires_grad:
+                return True
+    return False
 
 
 _OPERATORS = torch.library.Library("smoothq", "FRAGMENT")
