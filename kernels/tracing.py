@@ -26,6 +26,13 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def needs_gradient(operands: tuple[object, ...]) -> bool:
+    """Whether autograd is on and a tensor among the operands asks for a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
+
+
 def refuse_gradient(context: Any, *gradients: Tensor) -> None:
     """Raises RuntimeError: what stands for the gradient of an operator."""
     raise RuntimeError(
