@@ -16,7 +16,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
-from typing import Generic, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .reference import (
     row_bytes,
     row_width,
 )
-from .tracing import is_traced, refuse_gradient
+from .tracing import is_traced, needs_gradient, refuse_gradient
 
 __all__ = [
     "MULTIPLIED_BITS",
@@ -149,13 +149,14 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
 
     @functools.wraps(definition)
     def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        device = cast(Tensor, args[0]).device
-        run = getattr(_backend(device, name), name)
+        first: Any = args[0]  # `cast` would be a call
+        device = first.device
+        run: Callable[Arguments, Result] = getattr(_backend(device, name), name)
         # An operator's arithmetic is its definition's: autocast would do parts of it in 16 bits.
         if _autocasts(device.type):
             with torch.autocast(device.type, enabled=False):
-                return cast(Result, run(*args, **kwargs))
-        return cast(Result, run(*args, **kwargs))
+                return run(*args, **kwargs)
+        return run(*args, **kwargs)
 
     return operator
 
@@ -170,14 +171,6 @@ quantize_smoothed = _by_device(reference.quantize_smoothed)
 quantize_token_groups = _by_device(reference.quantize_token_groups)
 runtime_smooth_quantize = _by_device(reference.runtime_smooth_quantize)
 static_quantize = _by_device(reference.static_quantize)
-
-
-def _needs_gradient(operands: tuple[object, ...]) -> bool:
-    if torch.is_grad_enabled():
-        for operand in operands:  # a generator would take longer than a product
-            if isinstance(operand, Tensor) and operand.requires_grad:
-                return True
-    return False
 
 
 _OPERATORS = torch.library.Library("smoothq", "FRAGMENT")
@@ -222,10 +215,13 @@ class Product(Generic[Arguments]):
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         """Run the operator on the backend of the first argument's device."""
-        if is_traced(cast(Tensor, args[0])) or _needs_gradient(args):
-            return cast(Tensor, self.registered(*args, **kwargs))
-        result = None if kwargs or _BACKENDS.get("cpu") != "cpu" else self.native(*args)
-        return self.direct(*args, **kwargs) if result is None else cast(Tensor, result)
+        first: Any = args[0]
+        result: Tensor | None = None
+        if is_traced(first) or needs_gradient(args):
+            result = self.registered(*args, **kwargs)
+        elif not kwargs and _BACKENDS.get("cpu") == "cpu":
+            result = self.native(*args)
+        return self.direct(*args, **kwargs) if result is None else result
 
 
 def register_fake(name: str, fake: Callable[..., object]) -> None:

@@ -26,6 +26,15 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def needs_gradient(operands: tuple[object, ...]) -> bool:
+    """Whether autograd is on and a tensor among the operands asks for a gradient."""
+    if torch.is_grad_enabled():
+        for operand in operands:  # a generator would take longer than a product
+            if isinstance(operand, Tensor) and operand.requires_grad:
+                return True
+    return False
+
+
 def refuse_gradient(context: Any, *gradients: Tensor) -> None:
     """Raises RuntimeError: what stands for the gradient of an operator."""
     raise RuntimeError(

@@ -24,15 +24,17 @@ from ..reference import row_bytes, row_width
 from .codes import divide, divide_by, nonzero, to_codes
 from .launch import (
     DECODE_TOKENS,
-    Kernel,
+    Tuned,
+    cdiv,
     check_float,
     contiguous,
+    dtypes,
     multiprocessors,
+    next_power_of_2,
     on_its_device,
     operand,
-    rows_of,
+    registered,
     token_bucket,
-    tuned,
 )
 
 GROUPS_A_PROGRAM = 16  # of quantize_heads
@@ -341,49 +343,48 @@ def _join_kernel(
 
 
 _KEY = ["WIDTH", "GROUP", "VALUE_WIDTH", "BITS", "SPLITS", "bucket"]
-_prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY, _tiles_that_fit)(_attention_kernel)
-_decode_kernel: Kernel = tuned(DECODE_TILES, _KEY, _tiles_that_fit)(_attention_kernel)
+_prefill_kernel = Tuned(_attention_kernel, PREFILL_TILES, _KEY, _tiles_that_fit)
+_decode_kernel = Tuned(_attention_kernel, DECODE_TILES, _KEY, _tiles_that_fit)
 
 
-@torch.library.custom_op("smoothq::triton_quantize_heads", mutates_args=())
-@on_its_device
+def _empty_rows(x: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Rows for heads x, not yet written."""
+    nbytes = row_bytes(x.shape[-1], bits, group_size)
+    return torch.empty(*x.shape[:-1], nbytes, dtype=torch.uint8, device=x.device)
+
+
+@registered("quantize_heads", _empty_rows)
 def quantize_heads(x: Tensor, bits: int, group_size: int | None) -> Tensor:
     """As `reference.quantize_heads`."""
     check_float(x, "quantize_heads")
+    rows = _empty_rows(x, bits, group_size)
     width = x.shape[-1]
-    size, nbytes = group_size or width, row_bytes(width, bits, group_size)
-    rows = torch.empty(*x.shape[:-1], nbytes, dtype=torch.uint8, device=x.device)
+    size = group_size or width
     groups = x.numel() // size
     if groups:
-        _heads_kernel[(triton.cdiv(groups, GROUPS_A_PROGRAM),)](
-            rows_of(x),
+        _heads_kernel[(cdiv(groups, GROUPS_A_PROGRAM),)](
+            x.contiguous(),
             rows.view(torch.int8),
             rows.view(torch.float16),
             groups,
             size,
             width // size,
             bits,
-            nbytes,
+            rows.shape[-1],
             GROUPS_A_PROGRAM,
-            triton.next_power_of_2(size // 2),
+            next_power_of_2(size // 2),
             num_warps=4,
         )
     return rows
-
-
-@quantize_heads.register_fake
-def _(x: Tensor, bits: int, group_size: int | None) -> Tensor:
-    nbytes = row_bytes(x.shape[-1], bits, group_size)
-    return x.new_empty(*x.shape[:-1], nbytes, dtype=torch.uint8)
 
 
 def splits(device: torch.device, programs: int, queries: int, tokens: int) -> int:
     """Over how many programs the tokens of a head are split: enough for two a multiprocessor."""
     if queries > DECODE_TOKENS:
         return 1
-    wanted = triton.next_power_of_2(triton.cdiv(2 * multiprocessors(device), programs))
+    wanted = next_power_of_2(cdiv(2 * multiprocessors(device), programs))
     longest = max(tokens // SHORTEST_SPLIT, 1)
-    return min(int(wanted), 1 << (longest.bit_length() - 1), MOST_SPLITS)
+    return min(wanted, 1 << (longest.bit_length() - 1), MOST_SPLITS)
 
 
 def _strided(x: Tensor) -> tuple[Tensor, list[int], int]:
@@ -429,10 +430,7 @@ def _attention(
     first_keys, first_values, start = map(contiguous, firsts)
     kernel = _decode_kernel if rows <= DECODE_TOKENS else _prefill_kernel
 
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        return batch * heads, triton.cdiv(rows, meta["BLOCK_M"]), parts
-
-    kernel[grid](
+    operands = (
         query.contiguous(),
         contiguous(query_scale),
         keys.view(torch.int8),
@@ -444,6 +442,17 @@ def _attention(
         start,
         None if mask is None else mask.view(torch.uint8),
         *sums,
+    )
+    bucket, device, group = token_bucket(tokens), query.get_device(), group_size or width
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
+        return batch * heads, cdiv(rows, meta["BLOCK_M"]), parts
+
+    kernel.launch(
+        device,
+        (width, group, value_width, bits, parts, bucket, dtype, *dtypes(operands)),
+        grid,
+        *operands,
         rows,
         length,
         tokens,
@@ -452,9 +461,9 @@ def _attention(
         *key_strides,
         *value_strides,
         *mask_strides,
-        token_bucket(tokens),
+        bucket,
         WIDTH=width,
-        GROUP=group_size or width,
+        GROUP=group,
         VALUE_WIDTH=value_width,
         VALUE_GROUP=group_size or value_width,
         BITS=bits,
@@ -463,11 +472,11 @@ def _attention(
         SPLITS=parts,
         KEY_UNIT=key_unit,
         VALUE_UNIT=value_unit,
-        HALF=max(triton.next_power_of_2(width // 2), smallest),
-        VALUE_HALF=max(triton.next_power_of_2(value_width // 2), 16),
+        HALF=max(next_power_of_2(width // 2), smallest),
+        VALUE_HALF=max(next_power_of_2(value_width // 2), 16),
     )
     if parts > 1:
-        block = triton.next_power_of_2(value_width)
+        block = next_power_of_2(value_width)
         _join_kernel[(lines,)](*sums, out, lines, value_width, parts, block, num_warps=4)
     return out
 

@@ -7,12 +7,23 @@ columns in that order, gathered once a sequence before the product.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, contiguous, on_its_device, tile, token_bucket, tuned
+from .launch import (
+    Tuned,
+    cdiv,
+    contiguous,
+    dtypes,
+    next_power_of_2,
+    on_its_device,
+    tile,
+    token_bucket,
+)
 from .tiles import store, tile_of
 
 LONGEST_STEP, SHORTEST_STEP = 128, 32  # columns a step; tensor cores take 32 bytes at least
@@ -77,13 +88,12 @@ def _group_kernel(
     store(result, out, m, n, M, N)
 
 
-_kernel: Kernel = tuned(TILES, ["N", "K", "token_bucket", "GROUPED", "GROUP"])(_group_kernel)
+_kernel = Tuned(_group_kernel, TILES, ["N", "K", "token_bucket", "GROUPED", "GROUP"])
 
 
 def step_of(group_size: int) -> int:
     """Columns a step of the loop: a power of two that covers the group, or part of it."""
-    covering = int(triton.next_power_of_2(group_size))
-    return min(max(covering, SHORTEST_STEP), LONGEST_STEP)
+    return min(max(next_power_of_2(group_size), SHORTEST_STEP), LONGEST_STEP)
 
 
 @on_its_device
@@ -106,13 +116,11 @@ def group_gemm(
     codes, weight_scale, bias = codes.contiguous(), weight_scale.contiguous(), contiguous(bias)
     per_token = scale.numel() > 1
     scale = scale.expand(batch, length, 1).contiguous() if per_token else scale.contiguous()
-    block_k = step_of(group_size)
+    block_k, grouped = step_of(group_size), weight_scale.shape[1] > 1
+    steps, device = cdiv(group_size, block_k), codes.get_device()
 
     def multiply(sequences: slice, tokens: int, columns: Tensor, blocks: Tensor | None) -> None:
-        def grid(meta: dict[str, int]) -> tuple[int]:
-            return (triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
-
-        _kernel[grid](
+        operands = (
             codes[sequences],
             scale[sequences] if per_token else scale,
             blocks,
@@ -120,14 +128,25 @@ def group_gemm(
             weight_scale,
             bias,
             out[sequences],
+        )
+        bucket = token_bucket(tokens)
+
+        def grid(meta: dict[str, Any]) -> tuple[int]:
+            return (cdiv(tokens, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
+
+        _kernel.launch(
+            device,
+            (N, K, bucket, grouped, group_size, *dtypes(operands)),
+            grid,
+            *operands,
             tokens,
             N,
             K,
             int(per_token),
-            token_bucket(tokens),
-            GROUPED=weight_scale.shape[1] > 1,
+            bucket,
+            GROUPED=grouped,
             GROUP=group_size,
-            STEPS=triton.cdiv(group_size, block_k),
+            STEPS=steps,
             BLOCK_K=block_k,
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import QuantizedInput, highest_code, largest_group_multiplier
 from .codes import per_token, token_groups
-from .launch import check_float, on_its_device, operand, rows_of
+from .launch import cdiv, check_float, next_power_of_2, operand, registered, row_count
 from .quantize import empty_quantized, fake_quantized, quantize_per_token, quantize_token_groups
 
 SMALLEST_DOT = 16
@@ -164,16 +164,18 @@ def _hadamard_quantize_kernel(
     tl.store(scales + token, scale)
 
 
-@torch.library.custom_op("smoothq::triton_hadamard", mutates_args=())
-@on_its_device
+@registered(
+    "hadamard",
+    lambda x, signs, left, right, dtype: torch.empty(x.shape, dtype=dtype, device=x.device),
+)
 def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    rows, out = rows_of(x), torch.empty(x.shape, dtype=dtype, device=x.device)
-    tokens, width = rows.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    tokens, width = row_count(x), x.shape[-1]
     L, R = left.shape[0], right.shape[0]
     if tokens:
-        tiles = triton.cdiv(L, TILE) * triton.cdiv(R, TILE)
+        tiles = cdiv(L, TILE) * cdiv(R, TILE)
         _hadamard_kernel[(tokens, width // (L * R), tiles)](
-            rows,
+            x.contiguous(),
             signs.contiguous(),
             left,
             right,
@@ -193,8 +195,7 @@ def _hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torc
     return out
 
 
-@torch.library.custom_op("smoothq::triton_hadamard_quantize", mutates_args=())
-@on_its_device
+@registered("hadamard_quantize", fake_quantized)
 def _fused(
     x: Tensor,
     signs: Tensor,
@@ -205,17 +206,17 @@ def _fused(
     clip: float,
     full_range: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    if rows.shape[0]:
+    codes, scale = empty_quantized(x)
+    if tokens := row_count(x):
         L = left.shape[0]
         padded, (a, b) = _padded(L), _axes(right)
-        _hadamard_quantize_kernel[(rows.shape[0],)](
-            rows,
+        _hadamard_quantize_kernel[(tokens,)](
+            x.contiguous(),
             signs.contiguous(),
             left,
             codes,
             scale,
-            rows.shape[1],
+            x.shape[-1],
             *left.stride(),
             (L * right) ** -0.5,
             clip,
@@ -231,14 +232,6 @@ def _fused(
             num_warps=min(max(padded * right // 1024, 1), 16),
         )
     return codes, scale
-
-
-@_hadamard.register_fake
-def _(x: Tensor, signs: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
-
-
-_fused.register_fake(fake_quantized)
 
 
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -260,7 +253,7 @@ def left_factor(base: int, order: int) -> int:
 
 
 def _padded(left: int) -> int:
-    return max(int(triton.next_power_of_2(left)), SMALLEST_DOT if left > 1 else 1)
+    return max(next_power_of_2(left), SMALLEST_DOT if left > 1 else 1)
 
 
 def _axes(right: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ on the order.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +21,18 @@ from torch import Tensor
 
 from .launch import (
     DECODE_TOKENS,
-    Kernel,
+    Tuned,
+    cdiv,
     contiguous,
+    dtypes,
     most_tokens,
     multiprocessors,
+    next_power_of_2,
     on_its_device,
     packed_tokens,
     runs_ptx,
     tile,
     token_bucket,
-    tuned,
 )
 from .nibbles import load_packed, shifted, times_multipliers
 from .tiles import load_columns, scale_and_store, tile_of
@@ -81,7 +84,10 @@ def _integer_kernel(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """out[m, n] = Σ_k codes[m, k] w[n, k], scaled; or with SPLIT_K the int32 sums of a part."""
+    """out[m, n] = Σ_k codes[m, k] w[n, k], scaled; or with SPLIT_K the int32 sums of a part.
+
+    GROUP: columns that share a multiplier; 0 for all.
+    """
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, BAND)
     # Rows past the end repeat the last one: they are computed and never stored.
     token_rows, weight_rows = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
@@ -96,7 +102,7 @@ def _integer_kernel(
                 w, v = shifted(packed, PTX)
             else:  # each half lies within one group, as `_tiles_that_fit` sees to
                 row = multiplier + weight_rows * groups
-                group_first = tl.load(row + k // GROUP).to(tl.int32)
+                group_first = tl.load(row + (k // GROUP if GROUP > 0 else 0)).to(tl.int32)
                 group_second = group_first
                 if GROUP % 64 != 0:
                     group_second = tl.load(row + tl.minimum(k + 32, K - 1) // GROUP).to(tl.int32)
@@ -148,7 +154,7 @@ def _tiles_that_fit(
     configs: list[triton.Config], named: dict[str, Any], **settings: Any
 ) -> list[triton.Config]:
     """The tiles that fit the registers, and whose step of K does not cross a multiplier's group."""
-    tokens = most_tokens(named["out"].dtype)
+    tokens = most_tokens(named["out"])
     group = settings["GROUP"] if named["multiplier"] is not None else 0
     return [
         config
@@ -159,17 +165,18 @@ def _tiles_that_fit(
 
 
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUP", "SPLIT_K"]
-_prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY, _tiles_that_fit)(_integer_kernel)
-_decode_kernel: Kernel = tuned(DECODE_TILES, _KEY, _tiles_that_fit)(_integer_kernel)
+_prefill_kernel = Tuned(_integer_kernel, PREFILL_TILES, _KEY, _tiles_that_fit)
+_decode_kernel = Tuned(_integer_kernel, DECODE_TILES, _KEY, _tiles_that_fit)
 
 
+@lru_cache(maxsize=4096)
 def splits(device: torch.device, tokens: int, rows: int, width: int) -> int:
     """Into how many parts K is split: enough programs for every multiprocessor to have four."""
     if tokens > DECODE_TOKENS:
         return 1
-    wanted = triton.cdiv(4 * multiprocessors(device), triton.cdiv(rows, DECODE_ROWS))
+    wanted = cdiv(4 * multiprocessors(device), cdiv(rows, DECODE_ROWS))
     longest = max(width // 512, 1)  # a part of less than 512 columns is not worth a program
-    return min(int(triton.next_power_of_2(wanted)), _power_below(longest), MOST_SPLITS)
+    return min(next_power_of_2(wanted), _power_below(longest), MOST_SPLITS)
 
 
 def _power_below(number: int) -> int:
@@ -195,48 +202,53 @@ def integer_gemm(
     if out.numel() == 0:
         return out
     codes, weight, scale = codes.contiguous(), weight.contiguous(), scale.contiguous()
-    weight, weight_scale = weight.view(torch.int8), weight_scale.contiguous()
-    multiplier, bias = contiguous(multiplier), contiguous(bias)
+    weight_scale, multiplier, bias = (
+        weight_scale.contiguous(),
+        contiguous(multiplier),
+        contiguous(bias),
+    )
+    if packed:
+        weight = weight.view(torch.int8)
     groups = 1 if multiplier is None else multiplier.shape[1]
     if groups > 1 and not packed_tokens("int4_gemm", K // groups):
         raise NotImplementedError(
             f"int4_gemm: groups of {K // groups} columns do not fit the packed blocks; unpack the "
             "weight and use int8_gemm"
         )
+    group_size = K // groups if groups > 1 else 0
     scale_stride = 0 if scale.numel() == 1 else 1
     parts = splits(codes.device, M, N, K)
-    sums = out
-    if parts > 1:
+    sums, sums_bias = out, bias
+    if parts > 1:  # the bias is added with the parts; its dtype would be a kernel of its own
         sums = torch.empty(parts, M, N, dtype=torch.int32, device=codes.device)
+        sums_bias = None
     kernel = _decode_kernel if M <= DECODE_TOKENS else _prefill_kernel
+    bucket, device = token_bucket(M), codes.get_device()
+    sizes = (N, K, bucket, packed, group_size, parts)
+    operands = (codes, scale, weight, weight_scale, multiplier, sums_bias, sums)
 
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        tiles = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
-        return tiles, parts
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]), parts
 
-    kernel[grid](
-        codes,
-        scale,
-        weight,
-        weight_scale,
-        multiplier,
-        None if parts > 1 else bias,  # added with the parts; its dtype would be a kernel of its own
-        sums,
+    kernel.launch(
+        device,
+        (*sizes, *dtypes(operands)),
+        grid,
+        *operands,
         M,
         N,
         K,
         weight.shape[1],
         scale_stride,
         groups,
-        token_bucket(M),
+        bucket,
         PACKED=packed,
-        GROUP=K // groups,
+        GROUP=group_size,
         SPLIT_K=parts,
-        PTX=runs_ptx(),
+        PTX=runs_ptx(device),
     )
     if parts > 1:
-        block_m = triton.next_power_of_2(M)
-        _add_splits_kernel[(triton.cdiv(N, 128), 1)](
+        _add_splits_kernel.run(
             sums,
             scale,
             weight_scale,
@@ -247,9 +259,11 @@ def integer_gemm(
             scale_stride,
             packed and multiplier is None,
             parts,
-            block_m,
+            next_power_of_2(M),
             128,
             num_warps=4,
+            grid=(cdiv(N, 128),),
+            warmup=False,
         )
     return out
 

@@ -25,7 +25,15 @@ from .codes import (
     to_multipliers,
     token_groups,
 )
-from .launch import check_float, launch_by_row, on_its_device, row_warps, rows_of
+from .launch import (
+    cdiv,
+    check_float,
+    launch_by_row,
+    next_power_of_2,
+    registered,
+    row_count,
+    row_warps,
+)
 
 STATIC_BLOCK = 4096  # elements a program of the element-wise quantizer
 
@@ -139,80 +147,69 @@ def empty_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
+def _empty_one_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `empty_quantized`, with one scale (1, …, 1) for all tokens."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, torch.empty([1] * x.dim(), dtype=torch.float32, device=x.device)
+
+
 def fake_quantized(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
     """What `torch.compile` sees of a quantizer of whole tokens, whatever its settings."""
     return empty_quantized(x)
 
 
-@torch.library.custom_op("smoothq::triton_quantize_per_token", mutates_args=())
-@on_its_device
+@registered("quantize_per_token", fake_quantized)
 def _per_token(x: Tensor, bits: int, clip: float, full_range: bool) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_per_token")
-    rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    form = (rows.shape[1], clip, highest_code(bits), full_range)
-    launch_by_row(_per_token_kernel, rows, codes, scale, *form)
+    codes, scale = empty_quantized(x)
+    form = (x.shape[-1], clip, highest_code(bits), full_range)
+    launch_by_row(_per_token_kernel, x.contiguous(), codes, scale, *form)
     return codes, scale
 
 
-@torch.library.custom_op("smoothq::triton_quantize_token_groups", mutates_args=())
-@on_its_device
+@registered("quantize_token_groups", fake_quantized)
 def _token_groups(x: Tensor, bits: int, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_token_groups")
-    rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    tokens, width = rows.shape
+    codes, scale = empty_quantized(x)
+    tokens, width = row_count(x), x.shape[-1]
     if tokens:
-        tile = [triton.next_power_of_2(n) for n in (width // group_size, group_size)]
+        tile = [next_power_of_2(n) for n in (width // group_size, group_size)]
         form = (width, clip, group_size, highest_code(bits), largest_group_multiplier(bits), *tile)
-        warps = row_warps(tile[0] * tile[1])
-        _token_groups_kernel[(tokens,)](rows, codes, scale, *form, num_warps=warps)
+        warps = row_warps(tile[0] * tile[1], x.get_device())
+        _token_groups_kernel[(tokens,)](x.contiguous(), codes, scale, *form, num_warps=warps)
     return codes, scale
 
 
-@torch.library.custom_op("smoothq::triton_quantize_smoothed", mutates_args=())
-@on_its_device
+@registered("quantize_smoothed", fake_quantized)
 def _smoothed(x: Tensor, multiplier: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
     check_float(x, "quantize_smoothed")
-    rows, (codes, scale) = rows_of(x), empty_quantized(x)
-    multiplier = rows_of(multiplier)
-    tokens_a_sequence = rows.shape[0] // max(multiplier.shape[0], 1)
-    form = (rows.shape[1], tokens_a_sequence, clip, highest_code(bits))
-    launch_by_row(_smoothed_kernel, rows, multiplier, codes, scale, *form)
+    x, multiplier, (codes, scale) = x.contiguous(), multiplier.contiguous(), empty_quantized(x)
+    tokens_a_sequence = row_count(x) // max(row_count(multiplier), 1)
+    form = (x.shape[-1], tokens_a_sequence, clip, highest_code(bits))
+    launch_by_row(_smoothed_kernel, x, multiplier, codes, scale, *form)
     return codes, scale
 
 
-@torch.library.custom_op("smoothq::triton_quantize_one_scale", mutates_args=())
-@on_its_device
+@registered("quantize_one_scale", lambda x, *settings: _empty_one_scale(x))
 def _one_scale(
     x: Tensor, source: Tensor, from_maximum: bool, bits: int, clip: float
 ) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty([1] * x.dim(), dtype=torch.float32, device=x.device)
-    programs = max(triton.cdiv(x.numel(), STATIC_BLOCK), 1)
+    x, (codes, scale) = x.contiguous(), _empty_one_scale(x)
+    programs = max(cdiv(x.numel(), STATIC_BLOCK), 1)
     form = (x.numel(), clip, from_maximum, highest_code(bits), STATIC_BLOCK)
     _one_scale_kernel[(programs,)](x, source.float(), codes, scale, *form, num_warps=4)
     return codes, scale
 
 
-@torch.library.custom_op("smoothq::triton_channel_multipliers", mutates_args=())
-@on_its_device
+@registered(
+    "channel_multipliers", lambda scale, bits: scale.new_empty(scale.shape, dtype=torch.int8)
+)
 def channel_multipliers(scale: Tensor, bits: int) -> Tensor:
     """As `reference.channel_multipliers`."""
-    rows = rows_of(scale)
     multiplier = torch.empty(scale.shape, dtype=torch.int8, device=scale.device)
-    form = (rows.shape[1], SMALLEST_SCALE, largest_multiplier(bits))
-    launch_by_row(_multipliers_kernel, rows, multiplier, *form)
+    form = (scale.shape[-1], SMALLEST_SCALE, largest_multiplier(bits))
+    launch_by_row(_multipliers_kernel, scale.contiguous(), multiplier, *form)
     return multiplier
-
-
-for _operator in (_per_token, _token_groups, _smoothed):
-    _operator.register_fake(fake_quantized)
-
-
-_one_scale.register_fake(
-    lambda x, *_: (empty_quantized(x)[0], x.new_empty([1] * x.dim(), dtype=torch.float32))
-)
-channel_multipliers.register_fake(lambda scale, _: scale.new_empty(scale.shape, dtype=torch.int8))
 
 
 def quantize_per_token(

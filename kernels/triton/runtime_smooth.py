@@ -14,7 +14,14 @@ from torch import Tensor
 
 from ..reference import SMALLEST_SCALE, QuantizedInput, highest_code
 from .codes import at_least, divide, largest, magnitude_bits, per_token
-from .launch import check_float, launch_by_row, on_its_device, row_warps, rows_of
+from .launch import (
+    cdiv,
+    check_float,
+    launch_by_row,
+    next_power_of_2,
+    registered,
+    row_warps,
+)
 from .quantize import channel_multipliers, empty_quantized, fake_quantized, quantize_smoothed
 
 TOKENS_A_PROGRAM = 16  # of the first pass: so many fewer atomic maxima than tokens
@@ -76,38 +83,33 @@ def _ordered_kernel(
     tl.store(scales + row, scale)
 
 
-@torch.library.custom_op("smoothq::triton_live_channel_maxima", mutates_args=())
-@on_its_device
+@registered(
+    "live_channel_maxima",
+    lambda x, *settings: x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32),
+)
 def _channel_maxima(x: Tensor, mask: Tensor | None, normalise: bool) -> Tensor:
     check_float(x, "runtime_smooth_quantize")
     batch, length, width = x.shape
     maxima = torch.full((batch, width), SMALLEST_SCALE, dtype=torch.float32, device=x.device)
     if batch and length:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         kept = None if mask is None else mask.to(torch.uint8).contiguous()
         form = (length, width, SMALLEST_SCALE, normalise, TOKENS_A_PROGRAM, block)
-        programs = (triton.cdiv(length, TOKENS_A_PROGRAM), batch)
+        programs, warps = (cdiv(length, TOKENS_A_PROGRAM), batch), row_warps(block, x.get_device())
         _channel_maxima_kernel[programs](
-            rows_of(x), kept, maxima.view(torch.int32), *form, num_warps=row_warps(block)
+            x.contiguous(), kept, maxima.view(torch.int32), *form, num_warps=warps
         )
     return maxima
 
 
-@torch.library.custom_op("smoothq::triton_quantize_ordered", mutates_args=())
-@on_its_device
+@registered("quantize_ordered", fake_quantized)
 def _ordered(
     x: Tensor, order: Tensor, block_scale: Tensor, bits: int, group_size: int, clip: float
 ) -> tuple[Tensor, Tensor]:
     codes, scale = empty_quantized(x)
     form = (*x.shape[1:], clip, group_size, highest_code(bits))
-    launch_by_row(_ordered_kernel, rows_of(x), order, block_scale, codes, scale, *form)
+    launch_by_row(_ordered_kernel, x.contiguous(), order, block_scale, codes, scale, *form)
     return codes, scale
-
-
-_channel_maxima.register_fake(
-    lambda x, *_: x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
-)
-_ordered.register_fake(fake_quantized)
 
 
 def runtime_smooth_quantize(

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from .launch import (
     DECODE_TOKENS,
-    Kernel,
+    Tuned,
     carries_float_sums,
+    cdiv,
     check_float,
     contiguous,
+    dtypes,
     on_its_device,
     operand,
     packed_tokens,
     runs_ptx,
     tile,
     token_bucket,
-    tuned,
 )
 from .nibbles import as_floats, load_packed
 from .tiles import load_columns, store, tile_of
@@ -46,6 +47,7 @@ DECODE_TILES = {
 }
 
 
+@triton.heuristics({"EVEN": lambda args: (args["GROUP"] or args["K"]) % args["BLOCK_K"] == 0})
 @triton.jit
 def _weight_only_kernel(
     x,
@@ -64,25 +66,28 @@ def _weight_only_kernel(
     PACKED: tl.constexpr,
     GROUPED: tl.constexpr,
     GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
     PTX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); without GROUPED s_n comes last."""
+    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); without GROUPED s_n comes last.
+
+    GROUP: columns that share a scale; 0 for all. EVEN: no step goes past a group, or past K.
+    """
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, BAND)
     token_rows, weight_rows = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
     token_pointers = x + token_rows[None, :] * K
     weight_pointers = weight + weight_rows[:, None] * row_bytes
-    EVEN: tl.constexpr = GROUP % BLOCK_K == 0  # no step goes past a group, or past K
     STEPS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # a group, where weights are int8
-    steps = groups * STEPS if GROUPED and not PACKED else tl.cdiv(K, BLOCK_K)
+    steps = groups * STEPS if GROUP > 0 and not PACKED else tl.cdiv(K, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(0, steps):
         if PACKED:
             k = step * BLOCK_K
-            group = k // GROUP
+            group = k // GROUP if GROUP > 0 else 0
             a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN)
             a, b = a.to(OPERAND), b.to(OPERAND)
             w, v = as_floats(packed, OPERAND, PTX)
@@ -100,10 +105,10 @@ def _weight_only_kernel(
                 part = tl.dot(v, b, input_precision="ieee")
                 total += part * group_scale(weight_scale, multiplier, weight_rows, group, groups)
         else:
-            group = step // STEPS if GROUPED else 0
-            k = group * GROUP + (step % STEPS) * BLOCK_K
+            group = step // STEPS if GROUP > 0 else 0
+            k = group * GROUP + (step % STEPS if GROUP > 0 else step) * BLOCK_K
             columns = k + tl.arange(0, BLOCK_K)
-            inside = columns < (group + 1) * GROUP
+            inside = columns < ((group + 1) * GROUP if GROUP > 0 else K)
             a = load_columns(token_pointers, columns[:, None], inside[:, None], EVEN).to(OPERAND)
             w = load_columns(weight_pointers, columns[None, :], inside[None, :], EVEN).to(OPERAND)
             if GROUPED:
@@ -144,8 +149,8 @@ def _tiles_that_fit(
 
 
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUPED", "GROUP"]
-_prefill_kernel: Kernel = tuned(PREFILL_TILES, _KEY, _tiles_that_fit)(_weight_only_kernel)
-_decode_kernel: Kernel = tuned(DECODE_TILES, _KEY, _tiles_that_fit)(_weight_only_kernel)
+_prefill_kernel = Tuned(_weight_only_kernel, PREFILL_TILES, _KEY, _tiles_that_fit)
+_decode_kernel = Tuned(_weight_only_kernel, DECODE_TILES, _KEY, _tiles_that_fit)
 
 
 @on_its_device
@@ -177,27 +182,30 @@ def weight_only_gemm(
             "blocks; unpack the weight and pass it as 8 bits"
         )
     kernel = _decode_kernel if M <= DECODE_TOKENS else _prefill_kernel
+    bucket, device = token_bucket(M), x.get_device()
+    grouped = groups > 1 or not carries_float_sums(device)
+    group_size = K // groups if groups > 1 else 0
+    sizes = (N, K, bucket, bits, grouped, group_size)
+    operands = (x, weight, weight_scale.contiguous(), multiplier, bias, out)
 
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
 
-    kernel[grid](
-        x,
-        weight,
-        weight_scale.contiguous(),
-        multiplier,
-        bias,
-        out,
+    kernel.launch(
+        device,
+        (*sizes, *dtypes(operands)),
+        grid,
+        *operands,
         M,
         N,
         K,
         weight.shape[1],
         groups,
-        token_bucket(M),
+        bucket,
         operand(x.dtype),
         PACKED=bits == 4,
-        GROUPED=groups > 1 or not carries_float_sums(),
-        GROUP=K // groups,
-        PTX=runs_ptx(),
+        GROUPED=grouped,
+        GROUP=group_size,
+        PTX=runs_ptx(device),
     )
     return out

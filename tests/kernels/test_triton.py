@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smoothq.kernels import QuantizedInput, reference
 from smoothq.rounding.packing import pack
@@ -108,19 +109,14 @@ def take_only(
 ) -> None:
     """Let an operator run with one tile, whatever it would choose; skip where a GPU cannot."""
 
-    class Forced:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            run = launch.tuned({"": tile}, [])(getattr(module, kernel))[grid]
+    class Forced(launch.Tuned):
+        def launch(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().launch(*args, **kwargs)
+            except triton.OutOfResources as error:
+                pytest.skip(str(error))
 
-            def launched(*args: Any, **kwargs: Any) -> None:
-                try:
-                    run(*args, **kwargs)
-                except triton.OutOfResources as error:
-                    pytest.skip(str(error))
-
-            return launched
-
-    monkeypatch.setattr(module, launcher, Forced())
+    monkeypatch.setattr(module, launcher, Forced(getattr(module, kernel), {"": tile}, []))
 
 
 @pytest.fixture(autouse=True)
@@ -654,7 +650,7 @@ class TestWeightOnlyGemm:
         self, tokens: int, width: int, bits: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on Hopper."""
-        monkeypatch.setattr(weight_only_gemm, "carries_float_sums", lambda: False)
+        monkeypatch.setattr(weight_only_gemm, "carries_float_sums", lambda device: False)
         x, *weight = weight_only_operands(Draw(), tokens, 33, width, bits, 1, multiplied=False)
         assert_weight_only_alike(x, *weight, None, bits)
 
@@ -1298,11 +1294,148 @@ def _registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 REGISTERED = _registered()
 
 
+class TestSizes:
+    @pytest.mark.parametrize("number", [1, 2, 3, 16, 17, 64, 127, 8192, 14336])
+    def test_they_are_tritons(self, number: int) -> None:
+        assert launch.next_power_of_2(number) == triton.next_power_of_2(number)
+        for size in (1, 16, 128):
+            assert launch.cdiv(number, size) == triton.cdiv(number, size)
+
+
+class _Recorded:
+    """A stand-in for a kernel: what it was launched with."""
+
+    arg_names = ("x", "BLOCK_M")
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+
+    def run(self, x: Tensor, grid: tuple[int, ...], BLOCK_M: int, **options: Any) -> None:
+        assert grid == (BLOCK_M + 1,)
+        self.blocks.append(BLOCK_M)
+
+
+class TestTuned:
+    def test_a_tile_is_timed_once_a_device_and_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timed: list[tuple[Any, ...]] = []
+
+        class Tuner:
+            """Finds the second tile faster for two tokens, the first for others."""
+
+            def __init__(self, configs: list[triton.Config]) -> None:
+                self.configs = configs
+
+            def run(self, x: Tensor, **options: Any) -> None:
+                timed.append((x.dtype, len(x)))
+                self.best_config = self.configs[len(x) == 2]
+
+        monkeypatch.setattr(launch, "INTERPRETED", False)
+        monkeypatch.setattr(
+            triton, "autotune", lambda configs, *rest, **options: lambda kernel: Tuner(configs)
+        )
+        tiles = {"first": launch.tile(32, 16, 4, 3), "second": launch.tile(32, 64, 4, 3)}
+        kernel = _Recorded()
+        tuned = launch.Tuned(kernel, tiles, ["tokens"])
+        two, three = torch.ones(2), torch.ones(3)
+        for device, x in ((0, two), (0, three), (0, two), (1, three), (0, two.half()), (0, three)):
+            form = (len(x), x.dtype)
+            tuned.launch(device, form, lambda meta: (meta["BLOCK_M"] + 1,), x)
+        assert kernel.blocks == [64, 16, 64, 16, 64, 16]
+        asked = [(torch.float32, 2), (torch.float32, 3), (torch.float32, 3), (torch.float16, 2)]
+        assert timed == asked
+
+    def test_a_form_tells_all_that_a_tile_depends_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What tiles are timed by, and which of them fit, are functions of the form."""
+        known: dict[Any, Any] = {}
+
+        def check(
+            self: launch.Tuned, device: int, form: Any, grid: Any, *args: Any, **named: Any
+        ) -> None:
+            by_name = {**dict(zip(self._parameters, args, strict=False)), **named}
+            key = [by_name[name] for name in self._key]
+            key += [str(value.dtype) for value in by_name.values() if isinstance(value, Tensor)]
+            tiles = {**module.PREFILL_TILES, **module.DECODE_TILES} if split else module.TILES
+            configs = list(tiles.values())
+            if self._prune is not None:
+                positional = dict(zip(self._parameters, args, strict=False))
+                configs = self._prune["early_config_prune"](configs, positional, **named)
+            found = (
+                key,
+                [str(config) for config in configs],
+                [
+                    [value({**by_name, **config.kwargs}) for config in configs]
+                    for value in self._heuristics.values()
+                ],
+            )
+            assert known.setdefault((id(self), form), found) == found
+
+        monkeypatch.setattr(launch.Tuned, "launch", check)
+        draw = Draw()
+        for tokens in (1, 2, 17, 33):
+            for width in (64, 192, 320):
+                for dtype in DTYPES:
+                    for groups in (1, 2):
+                        split, module = True, integer
+                        x = draw.codes(tokens, width), draw.scales(tokens, 1)
+                        bias = draw.floats(7).to(dtype) if groups == 2 else None
+                        weight = draw.codes(7, width), draw.scales(7)
+                        run("int8_gemm", *x, *weight, bias, torch.float32)
+                        run("int8_gemm", *x, *weight, bias, dtype)
+                        packed = pack(widest_codes(draw, 7, width), 4)
+                        for multiplier in (None, draw.multipliers(7, groups)):
+                            run("int4_gemm", *x, packed, weight[1], multiplier, bias, dtype)
+                        module = weight_only
+                        rows = draw.floats(tokens, width).to(dtype)
+                        for scale in (draw.scales(7, groups), draw.scales(7, groups).bfloat16()):
+                            run("weight_only_gemm", rows, packed, scale, None, bias, 4)
+                            run("weight_only_gemm", rows, weight[0], scale, None, bias, 8)
+                        split, module = False, grouped
+                        operands = group_operands(
+                            draw, 1, tokens, 7, width // groups, groups, "weight groups"
+                        )
+                        run("group_gemm", *operands, bias, width // groups, dtype)
+        assert len({kernel for kernel, _ in known}) == 5
+
+
 class TestAsPyTorchOperators:
+    @pytest.mark.parametrize("name", REGISTERED)
+    def test_it_is_called_past_pytorch_unless_traced_or_differentiated(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launcher, operands = REGISTERED[name]
+        x, *others = (on_device(operand) for operand in operands)
+        dispatched = []
+        real = launcher.registered
+
+        def count(*arguments: Any) -> Any:
+            dispatched.append(launcher)
+            return real(*arguments)
+
+        monkeypatch.setattr(launcher, "registered", count)
+        expected = launcher(x, *others)
+        assert not dispatched
+        found = launcher(x.clone().requires_grad_(), *others)
+        assert len(dispatched) == 1
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        with torch.no_grad():
+            launcher(x.clone().requires_grad_(), *others)
+        assert len(dispatched) == 1
+        with FakeTensorMode() as mode:
+            launcher(*(mode.from_tensor(o) if isinstance(o, Tensor) else o for o in (x, *others)))
+        assert len(dispatched) == 2
+
+    def test_a_gradient_is_refused(self) -> None:
+        x = on_device(torch.ones(2, 24)).requires_grad_()
+        _, scale, *_ = operators.quantize_per_token(x, 4)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            scale.sum().backward()
+
     @pytest.mark.parametrize("name", REGISTERED)
     def test_opcheck(self, name: str) -> None:
         torch.compiler.reset()
-        operator, operands = REGISTERED[name]
+        launcher, operands = REGISTERED[name]
+        operator = launcher.registered
         assert operator._qualname == f"smoothq::triton_{name.partition(',')[0]}"
         torch.library.opcheck(operator, tuple(on_device(operand) for operand in operands))
 
