@@ -89,8 +89,8 @@ class TestSurroundings:
     def test_the_stored_bytes_are_the_same(
         self, checkpoint, float_checkpoint, tmp_path, data, recipe, surroundings
     ) -> None:
+        source = float_checkpoint("llama")
         with SURROUNDINGS[surroundings]():
-            source = float_checkpoint("llama")
             quantize(source, RECIPES[recipe], data=data, output=tmp_path / "out", check=False)
         expected = load_file(checkpoint(recipe) / "model.safetensors")
         found = load_file(tmp_path / "out" / "model.safetensors")

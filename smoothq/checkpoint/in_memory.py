@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..compat import causal_lm_classes, tensor_parallel_size
 from ..errors import UnsupportedModelError
+from ..runtime.offload import align_hooks
 
 _COMPILED = "_orig_mod"  # where torch.compile holds the module that it wraps
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -112,9 +113,8 @@ def _offload(model: nn.Module, full: str) -> tuple[Mapping[str, Tensor], str] | 
         prefix = f"{_plain(name)}." if name else ""
         if not full.startswith(prefix):
             continue
-        hook: Any = getattr(module, "_hf_hook", None)
-        for align_hook in getattr(hook, "hooks", (hook,)):
-            weights = getattr(align_hook, "weights_map", None)
+        for hook in align_hooks(module):
+            weights = getattr(hook, "weights_map", None)
             try:
                 if weights is not None and weights[full.removeprefix(prefix)] is not None:
                     return weights, full.removeprefix(prefix)

@@ -22,6 +22,7 @@ from ..data.text import TextSource
 from ..errors import CalibrationError
 from ..plan.plan import Bits, Plan
 from ..report.table import markdown as markdown_table
+from ..runtime.offload import running_device
 from .evaluate import Evaluation, OnWindow, evaluate
 from .load import check_stored_vocabularies, load_model
 
@@ -183,7 +184,7 @@ def _speed(model: PreTrainedModel) -> tuple[float, float]:
     length = PROMPT if limit is None else min(PROMPT, limit - decoded)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, length), generator=generator, device="cpu").to(
-        model.device
+        running_device(model)
     )
     prefills, steps = [], []
     for turn in range(REPETITIONS + 1):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
+from ..runtime.offload import running_device
 
 _CHUNK_TOKENS = 256  # tokens whose log-probabilities are in memory at a time, of both models
 
@@ -85,8 +86,8 @@ def prefill_and_decode(model: PreTrainedModel, tokens: Tensor) -> Agreement:
     """
     whole = logits_of(model, tokens)
     cache, steps = None, []
-    for token in tokens.split(1, dim=1):
-        output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
+    for token in tokens.to(running_device(model)).split(1, dim=1):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         steps.append(output.logits[0].float())
     return _compared([(torch.cat(steps), whole)], tokens.numel())
@@ -94,7 +95,7 @@ def prefill_and_decode(model: PreTrainedModel, tokens: Tensor) -> Agreement:
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits of one window: tokens int64 (1, length) → float32 (length, vocabulary)."""
-    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits[0]
+    logits: Tensor = model(input_ids=tokens.to(running_device(model)), use_cache=False).logits[0]
     return logits.float()
 
 

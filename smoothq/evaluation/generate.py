@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from ..architectures.positions import positions_of
 from ..data.tokenizer import encode_prompt, in_one_line
 from ..errors import CalibrationError
+from ..runtime.offload import running_device
 
 log = logging.getLogger("smoothq")
 
@@ -51,7 +52,7 @@ def stream_text(
     streamer: Any = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     with in_one_line(f"{name} cannot generate"):  # its generation config may be damaged too
         model.generate(
-            **inputs.to(model.device),
+            **inputs.to(running_device(model)),
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             streamer=streamer,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.positions import within_positions
 from ..errors import CalibrationError, NumericsError
+from ..runtime.offload import running_device
 
 # Logits turned to float32 at a time: 128 MiB, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25
@@ -78,13 +79,14 @@ def perplexity(
     longest = min(sequence_length, tokens.shape[1])
     grid = windows_of(tokens, within_positions(model, longest, "windows"), windows)
     count, length = grid.shape
+    device = running_device(model)
 
     total = 0.0
     was_training = model.training
     model.train(False)
     try:
         for first in range(0, count, batch_size):
-            losses = _window_losses(model, grid[first : first + batch_size].to(model.device))
+            losses = _window_losses(model, grid[first : first + batch_size].to(device))
             for window, loss in enumerate(losses, start=first):
                 if not math.isfinite(loss):
                     raise NumericsError(

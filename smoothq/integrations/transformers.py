@@ -11,6 +11,7 @@ are inside functions.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,7 @@ class SmoothqHfQuantizer(HfQuantizer):
         check_filled(model)
         model.requires_grad_(False)  # the operators have no gradients, for which torch.compile asks
         prepare(model)
+        _warn_of_buffers(model)
         convert_when_loading_alone(model)
 
     def _check_rotations(self, plan: Plan) -> None:
@@ -106,6 +108,19 @@ class SmoothqHfQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize(model, self.plan, wanted or model.dtype)
         return model
+
+
+def _warn_of_buffers(model: PreTrainedModel) -> None:
+    """Warn where accelerate offloads a model's parameters alone."""
+    from ..modules.prepare import weights_that_stay
+
+    name = next(weights_that_stay(model), None)
+    if name is not None:
+        warnings.warn(
+            f"'{name}' is offloaded without its weight: quantized weights are buffers, and stay on "
+            "the device that runs them, unless from_pretrained is given offload_buffers=True",
+            stacklevel=2,
+        )
 
 
 def _check_class(model: PreTrainedModel) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -27,6 +26,7 @@ from ..compat import (
     set_attention_implementation,
 )
 from ..errors import SmoothqError
+from ..runtime.offload import running_device
 from ..transforms.hadamard import Hadamard
 from .kv_cache import (
     CacheFormat,
@@ -180,8 +180,8 @@ class QuantizesAttention(Mixin):
 
     @property
     def device(self) -> torch.device:
-        """The device of its projections."""
-        return next(chain(self.parameters(), self.buffers())).device
+        """The device that its projections run on."""
+        return running_device(self)
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""

@@ -254,7 +254,7 @@ class InputQuantizer(nn.Module):
             spec.bits,
             spec.group_size,
             spec.clip,
-            None if mask is None else mask[:, -x.shape[1] :],
+            None if mask is None else mask[:, -x.shape[1] :].to(x.device),
             spec.normalise,
         )
 

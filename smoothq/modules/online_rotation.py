@@ -52,6 +52,7 @@ class OnlineRotation(nn.Module):
             factors["spectrum"] = rotation.spectrum()
         for name, factor in factors.items():
             self.register_buffer(name, factor.to(device), persistent=False)
+        self._split_for = self.signs.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnlineRotation:
         before = self.signs.device
@@ -62,9 +63,15 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x R (x Rᵀ if transposed), float (..., K), in x's dtype."""
+        self._split()
         if self.rotation.keeps_mean:
             return self._back(self._forth(x), self.spectrum)
         return self._back(x, torch.ones_like(self.signs)) if self.transposed else self._forth(x)
+
+    def _split(self) -> None:
+        """Construct the factors again if they were moved one by one, as accelerate does it."""
+        if self.signs.device != self._split_for:
+            self.prepare(self.signs.device)
 
     def _forth(self, x: Tensor) -> Tensor:
         """x · diag(signs) · (H_left ⊗ H_right) / √(left · right)."""
@@ -90,6 +97,7 @@ class OnlineRotation(nn.Module):
         """
         assert not self.transposed
         assert not self.rotation.keeps_mean
+        self._split()
         factors = (self.signs, self.left, self.right)
         return kernels.hadamard_quantize(x, *factors, bits, group_size, clip, full_range)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from ..compat import is_initialized
@@ -13,6 +15,8 @@ from ..modules import (
     QuantizesAttention,
     rotated_ends,
 )
+from ..runtime.offload import align_hooks, is_offloaded, running_device
+from .weight_answer import HoldsCodes
 
 
 def prepare(model: nn.Module) -> None:
@@ -31,7 +35,7 @@ def prepare(model: nn.Module) -> None:
             if rotation is not None:
                 rotation.prepare(module.device)
     for module, rotation in rotated_ends(model):
-        rotation.prepare(next(iter(module.state_dict().values())).device)
+        rotation.prepare(running_device(module))
 
 
 def keep_packed(model: nn.Module) -> None:
@@ -49,8 +53,18 @@ def keep_packed(model: nn.Module) -> None:
             module.prepare()
 
 
+def weights_that_stay(model: nn.Module) -> Iterator[str]:
+    """Names of quantized modules that accelerate offloads without their buffers: all they have."""
+    for name, module in model.named_modules():
+        hooks = align_hooks(module) if isinstance(module, HoldsCodes) else ()
+        if any(getattr(hook, "offload", False) and not hook.offload_buffers for hook in hooks):
+            yield name
+
+
 def check_filled(model: nn.Module) -> None:
     """Check that loading filled every quantized tensor of a model.
+
+    Offloaded ones are read when they are needed; `check_tensors` has looked at their file.
 
     Raises:
         CheckpointError: the checkpoint has no such tensor; names it.
@@ -60,5 +74,7 @@ def check_filled(model: nn.Module) -> None:
             continue
         persistent = [key for key in module.state_dict() if "." not in key]
         for key in persistent:
-            if not is_initialized(module._buffers[key]):
+            buffer = module._buffers[key]
+            assert buffer is not None
+            if not (is_offloaded(module) if buffer.is_meta else is_initialized(buffer)):
                 raise CheckpointError(f"tensor '{name}.{key}' is missing in the checkpoint")

@@ -9,6 +9,7 @@ from .. import kernels
 from ..kernels import QuantizedInput
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
+from ..runtime.offload import running_device
 from .input_quantizer import InputQuantizer
 from .weight_answer import HoldsCodes
 
@@ -60,10 +61,32 @@ class QuantizedEmbedding(HoldsCodes):
         """The dtype of the output."""
         return self.like.dtype
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """The dequantized rows of token ids."""
-        codes = self.codes[ids].squeeze(-1)
-        return (codes.float() * self.weight_scale[ids].float()).to(self.like.dtype)
+    def forward(
+        self, x: Tensor | QuantizedInput, logits_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The dequantized rows of token ids; logits, where a dtype for them is given.
+
+        Both are in `forward`, which accelerate wraps: an offloaded embedding has its codes in it.
+
+        Args:
+            x: token ids, int64 (...); for logits a head's quantized input, (tokens, K).
+            logits_dtype: of the logits, (tokens, V).
+        """
+        if logits_dtype is not None:
+            return self._logits(x, logits_dtype)
+        codes = self.codes[x].squeeze(-1)
+        return (codes.float() * self.weight_scale[x].float()).to(self.like.dtype)
+
+    def _logits(self, x: Tensor | QuantizedInput, dtype: torch.dtype) -> Tensor:
+        codes, scale = self.codes.squeeze(-1), self.weight_scale.float()
+        logits: Tensor
+        if isinstance(x, QuantizedInput):
+            rows, steps = x.codes.reshape(-1, self.embedding_dim), x.scale.reshape(-1, 1)
+            logits = kernels.int8_gemm(rows, steps, codes, scale.squeeze(1), None, dtype)
+        else:
+            rows = x.reshape(-1, self.embedding_dim)
+            logits = kernels.weight_only_gemm(rows, codes, scale, None, None, EMBEDDING_BITS)
+        return logits
 
 
 class TiedHead(nn.Module):
@@ -95,8 +118,8 @@ class TiedHead(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the codes."""
-        return self.embedding.codes.device
+        """Where it runs: the device of the codes, or the one that accelerate brings them to."""
+        return running_device(self.embedding)
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
@@ -105,14 +128,6 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, (..., V), of x, float (..., K), in x's dtype."""
-        codes, scale = self.embedding.codes.squeeze(-1), self.embedding.weight_scale.float()
-        quantized = self.site_input(x)
-        logits: Tensor
-        if isinstance(quantized, QuantizedInput):
-            rows = quantized.codes.reshape(-1, self.in_features)
-            steps = quantized.scale.reshape(-1, 1)
-            logits = kernels.int8_gemm(rows, steps, codes, scale.squeeze(1), None, x.dtype)
-        else:
-            rows = quantized.reshape(-1, self.in_features)
-            logits = kernels.weight_only_gemm(rows, codes, scale, None, None, EMBEDDING_BITS)
+        # Not a call of the module: its forward hooks are for embeddings.
+        logits: Tensor = self.embedding.forward(self.site_input(x), x.dtype)
         return logits.reshape(*x.shape[:-1], self.out_features)

@@ -1,7 +1,8 @@
 """A linear layer whose weight is packed codes and scales, multiplied in integers.
 
 Checkpoints store the packed codes, under the name `weight` and in a shape that `nn.Linear` rejects,
-and their scales. `prepare()` computes the operands that run fastest from them; these are not saved.
+and their scales. `prepare()` computes the operands that run fastest from them (`RunningForm`); they
+are not saved, and are computed again from tensors that replace the stored ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from ..kernels import QuantizedInput
 from ..kernels.reference import multiplied_weight
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
+from ..runtime.offload import running_device
 from .input_quantizer import InputQuantizer, InputSpec
+from .running_form import RunningForm
 from .weight_answer import HoldsCodes
 
 
@@ -151,10 +155,7 @@ class QuantizedLinear(HoldsCodes):
         bias = torch.empty(spec.out_features, dtype=bias_dtype, device="meta")
         self.register_buffer("bias", None if bias_dtype is None else bias)
         self.keeps_packed = False
-        self._operand: Tensor | None = None
-        self._row_scale: Tensor | None = None
-        self._shift: Tensor | None = None
-        self._packed_tokens = 0
+        self._running: RunningForm | None = None
 
     site_input: InputQuantizer
 
@@ -176,8 +177,8 @@ class QuantizedLinear(HoldsCodes):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weight."""
-        return self.codes.device
+        """Where it runs: the device of the weight, or the one that accelerate brings it to."""
+        return running_device(self)
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
@@ -188,88 +189,113 @@ class QuantizedLinear(HoldsCodes):
 
         These are an int8 copy of the weight, multiplied by its multipliers, unless packed codes are
         fastest for any number of tokens (or `keeps_packed` is set). For float inputs the copy is
-        without multipliers: these are an operand of `weight_only_gemm`.
+        without multipliers: these are an operand of `weight_only_gemm`. Codes of 8 bits are their
+        own operand, in the same memory.
         """
-        self._operand = self._row_scale = self._shift = None
-        if self.codes.is_meta:
-            return
+        self._running = None
+        if not self.codes.is_meta:
+            self._running = running = self._derived()
+            if running.packed_tokens < sys.maxsize:
+                self._unpacked(running)
+
+    def _derived(self) -> RunningForm:
+        row_scale = shift = None
         if self.weight_zero_point is not None:
-            self._shift = self.weight_zero_point.float() * self.weight_scale.float()
+            shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
-            self._row_scale = self.weight_scale.float().squeeze(1)
-        source = self.site_input.spec
-        self._packed_tokens = self.spec.packed_tokens(source, self.device, self.keeps_packed)
-        if self._packed_tokens == sys.maxsize:
-            return
-        operand = unpack(self.codes, self.in_features, self.spec.grid.bits)
-        if source.mode != "float":
-            operand = multiplied_weight(operand, self.weight_multiplier)
-        self._operand = operand
+            row_scale = self.weight_scale.float().squeeze(1)
+        return RunningForm(self.codes, self._packed_tokens(self.codes.device), row_scale, shift)
+
+    def _packed_tokens(self, device: torch.device) -> int:
+        return self.spec.packed_tokens(self.site_input.spec, device, self.keeps_packed)
+
+    def _unpacked(self, running: RunningForm) -> Tensor:
+        """The operand of products that do not multiply by packed codes, computed once a form."""
+        if running.operand is None:
+            # `data`: a view of the codes themselves would keep them alive.
+            operand = unpack(self.codes.data, self.in_features, self.spec.grid.bits)
+            if self.site_input.spec.mode != "float":
+                operand = multiplied_weight(operand, self.weight_multiplier)
+            running.operand = operand
+        return running.operand
+
+    def _current(self) -> RunningForm:
+        """The running form of the tensors that the module has now."""
+        running, codes = self._running, self.codes
+        if running is None or not running.is_of(codes):
+            if codes.is_meta:
+                raise RuntimeError(
+                    "the weight of this QuantizedLinear is on the meta device: no checkpoint was "
+                    "loaded, or it is offloaded and was called past the hooks that bring it"
+                )
+            running = self._running = self._derived()
+        return running
 
     def forward(self, x: Tensor) -> Tensor:
         """y, (..., N), in the dtype of x, float (..., K)."""
-        if self._operand is None and not self._packed_tokens:
-            raise RuntimeError("this QuantizedLinear has no running form yet: call prepare()")
+        running = self._current()
         quantized = self.site_input(x)
         if isinstance(quantized, Tensor):
-            result = self._float_product(quantized)
+            result = self._float_product(quantized, running)
         elif quantized.block_scale is None and self.weight_scale.shape[1] == 1:
-            result = self._integer_product(quantized, x.dtype)
+            result = self._integer_product(quantized, running, x.dtype)
         else:
-            result = self._group_product(quantized, x.dtype)
+            result = self._group_product(quantized, running, x.dtype)
         return result.reshape(*x.shape[:-1], self.out_features)
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the weight, scales and bias that a product with that many tokens reads."""
-        packed = self._operand is None or tokens <= self._packed_tokens
-        codes = self.codes if packed else self._operand
+        packed = tokens <= self._packed_tokens(self.device)
         multiplier = self.weight_multiplier if packed else None
-        tensors = (codes, self.weight_scale, multiplier, self.weight_zero_point, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        tensors = (multiplier, self.weight_scale, self.weight_zero_point, self.bias)
+        codes = self.codes.nbytes if packed else self.spec.elements
+        return codes + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def _float_product(self, x: Tensor) -> Tensor:
+    def _float_product(self, x: Tensor, running: RunningForm) -> Tensor:
+        packed = running.packed_tokens == sys.maxsize
         product: Tensor = kernels.weight_only_gemm(
             x.reshape(-1, self.in_features),
-            self.codes if self._operand is None else self._operand,
+            self.codes if packed else self._unpacked(running),
             self.weight_scale,
             self.weight_multiplier,
             self.bias,
-            4 if self._operand is None else 8,
+            4 if packed else 8,
         )
-        if self._shift is None:
+        if running.shift is None:
             return product
         # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.
         sums = x.float().reshape(-1, self.spec.groups, self.spec.grid.group_size).sum(-1)
         with torch.autocast(x.device.type, enabled=False):
-            shifts = sums @ self._shift.T
+            shifts = sums @ running.shift.T
         return product - shifts.to(product.dtype)
 
-    def _integer_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
+    def _integer_product(
+        self, x: QuantizedInput, running: RunningForm, dtype: torch.dtype
+    ) -> Tensor:
         codes, scale = x.codes.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
-        row_scale, operand = self._row_scale, self._operand
         product: Tensor
-        if operand is None or codes.shape[0] <= self._packed_tokens:
+        if running.multiplies_packed(codes.shape[0]):
             multiplier = self.weight_multiplier
             product = kernels.int4_gemm(
-                codes, scale, self.codes, row_scale, multiplier, self.bias, dtype
+                codes, scale, self.codes, running.row_scale, multiplier, self.bias, dtype
             )
         else:
-            product = kernels.int8_gemm(codes, scale, operand, row_scale, self.bias, dtype)
+            operand = self._unpacked(running)
+            product = kernels.int8_gemm(codes, scale, operand, running.row_scale, self.bias, dtype)
         return product
 
-    def _group_product(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
+    def _group_product(self, x: QuantizedInput, running: RunningForm, dtype: torch.dtype) -> Tensor:
         """The product where groups of channels have float scales.
 
         They are the input's in mode `smooth_live`, or the weight's.
         """
         live = x.block_scale is not None
-        assert self._operand is not None
         product: Tensor = kernels.group_gemm(
             x.codes if live else x.codes.reshape(1, -1, self.in_features),
             x.scale if live else x.scale.reshape(1, -1, 1),
             x.block_scale,
             x.order,
-            self._operand,
+            self._unpacked(running),
             self.weight_scale,
             self.bias,
             self.site_input.spec.group_size if live else self.spec.grid.group_size,
@@ -286,6 +312,15 @@ class QuantizedLinear(HoldsCodes):
             self.weight_scale = scale.to(self.weight_scale.device)
         self.prepare()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for copies and pickles: without what is derived."""
+        return self.__dict__ | {"_running": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or a pickle, and derive the rest."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.prepare()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

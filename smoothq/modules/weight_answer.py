@@ -124,5 +124,5 @@ class HoldsCodes(nn.Module):
         if codes is None:
             raise AttributeError(f"{type(self).__name__} has no weight yet")
         if codes.is_meta:
-            return codes
+            return mark_initialized(codes)  # also while they stay on the disk
         return WeightAnswer.of(codes, self.weight_shape, self.weight_dtype)

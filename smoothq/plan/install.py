@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.graph import text_config
 from ..architectures.linearize import linearize_block, restore_block
+from ..errors import UnsupportedModelError
 from ..modules import (
     InputQuantizer,
     InputSpec,
@@ -23,6 +24,7 @@ from ..modules import (
 )
 from ..modules.quantized_embedding import EMBEDDING_BITS, row_grid
 from ..recipe.recipe import FLOAT_BITS
+from ..runtime.offload import is_offloaded
 from ..transforms.rotation import rotate_residual
 from .plan import BlockPlan, Plan, SitePlan
 
@@ -143,7 +145,16 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
         model: a loaded quantized model.
         plan: its plan.
         dtype: the dtype of the float weights.
+
+    Raises:
+        UnsupportedModelError: accelerate offloads a module; names it.
     """
+    for name, module in model.named_modules():
+        if is_offloaded(module):
+            raise UnsupportedModelError(
+                f"'{name}' is offloaded by accelerate: to dequantize the model, load it whole, on "
+                "the CPU"
+            )
     with torch.device("meta"):
         stock = type(model)(model.config)
     for name, block, block_plan in plan.named_blocks(model):

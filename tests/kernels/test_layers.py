@@ -132,10 +132,10 @@ def test_four_bit_weights_stay_packed_where_their_groups_allow(
 ) -> None:
     packed = made(WIDE["w4a4, groups of 32"]).model.layers[0].mlp.down_proj
     assert packed.operators() == ("hadamard_quantize", "int4_gemm")
-    assert packed._operand is None
+    assert packed._running.operand is None
     unpacked = made(RECIPES["w4a4"]).model.layers[0].mlp.down_proj
     assert unpacked.operators() == ("hadamard_quantize", "int8_gemm")
-    assert unpacked._operand.dtype == torch.int8
+    assert unpacked._running.operand.dtype == torch.int8
 
 
 def test_the_report_names_every_layer_once(data: Tensor) -> None:
