@@ -13,6 +13,7 @@ from ..reference import (
     highest_code,
     largest_group_multiplier,
     largest_multiplier,
+    tensor_scale,
 )
 from .codes import (
     at_least,
@@ -236,6 +237,8 @@ def quantize_smoothed(
 def quantize_per_tensor(x: Tensor, bits: int, clip: float = 1.0) -> QuantizedInput:
     """As `reference.quantize_per_tensor`: PyTorch's maximum, then one pass."""
     check_float(x, "quantize_per_tensor")
+    if x.numel() == 0:
+        return static_quantize(x, tensor_scale(x, bits, clip), bits)
     return QuantizedInput(*_one_scale(x, x.abs().amax(), True, bits, clip))
 
 

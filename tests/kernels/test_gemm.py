@@ -4,6 +4,7 @@ Integer sums must be exact, or rounded once to float32 where they leave its 24 b
 is computed in float32 and rounded once to its dtype.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -188,11 +189,15 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
     }
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("tokens", [0, 1])
 @pytest.mark.parametrize("operator", sorted(operands_of(1)))
-def test_no_token_and_one(operator: str, tokens: int) -> None:
-    operands = operands_of(tokens)[operator]
-    results, expected = (getattr(m, operator)(*operands) for m in (kernels, reference))
+def test_no_token_and_one(operator: str, tokens: int, backend: str) -> None:
+    module, device = importlib.import_module(f"smoothq.kernels.{backend}"), "cpu"
+    if backend == "triton" and torch.cuda.is_available():
+        device = "cuda"
+    operands = [o.to(device) if isinstance(o, Tensor) else o for o in operands_of(tokens)[operator]]
+    results, expected = (getattr(m, operator)(*operands) for m in (module, reference))
     if isinstance(results, Tensor):
         results, expected = (results,), (expected,)
     for found, exact in zip(results, expected, strict=True):
