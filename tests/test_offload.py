@@ -118,6 +118,17 @@ def linears(model: nn.Module) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
+def changed(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with other codes and scales, in place."""
+    for module in model.modules():
+        if isinstance(module, HoldsCodes):
+            module.weight_scale.mul_(1.5)
+            module.codes.bitwise_and_(0x77)
+    for linear in linears(model):
+        linear.prepare()
+    return model
+
+
 def left_behind(model: nn.Module) -> list[str]:
     """The attributes of modules that hold values, other than non-persistent buffers."""
     kept = []
@@ -155,18 +166,20 @@ def test_nothing_is_left_behind_between_forwards(load, tmp_path, recipe, name) -
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a4-rrs", "w4a16-asymmetric", "w8a8-tables"])
 def test_a_forward_reads_what_the_hooks_bring(load, recipe) -> None:
-    other = load(recipe)()
-    for module in other.modules():
-        if isinstance(module, HoldsCodes):
-            module.weight_scale.mul_(1.5)
-            module.codes.bitwise_and_(0x77)
+    other = changed(load(recipe)())
     stored = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    for linear in linears(other):
-        linear.prepare()
     before = load(recipe)()
     assert not torch.equal(logits(other), logits(before))
     offloaded = cpu_offload(before, CPU, offload_buffers=True, state_dict=stored)
     assert torch.equal(logits(offloaded), logits(other))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
+def test_loading_other_values_takes_effect(load, recipe, assign) -> None:
+    model, other = load(recipe)(), changed(load(recipe)())
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(logits(model), logits(other))
 
 
 def test_what_is_offloaded_is_saved_whole(load, checkpoint, tmp_path) -> None:

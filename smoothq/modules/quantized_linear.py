@@ -313,6 +313,10 @@ class QuantizedLinear(HoldsCodes):
         self.prepare()
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._running = None  # of other values, though the tensors may be the same
+
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles: without what is derived."""
         return self.__dict__ | {"_running": None}
