@@ -193,6 +193,7 @@ class QuantizedLinear(HoldsCodes):
         self._operand = self._row_scale = self._shift = None
         if self.codes.is_meta:
             return
+        kernels.load(self.device)
         if self.weight_zero_point is not None:
             self._shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
