@@ -48,6 +48,7 @@ __all__ = [
     "largest_group_multiplier",
     "largest_multiplier",
     "left_factor",
+    "load",
     "packed_tokens",
     "quantize_heads",
     "quantize_per_tensor",
@@ -76,6 +77,19 @@ def runs_on(device_type: str) -> bool:
         device_type: as `torch.device.type` has it: "cpu", "cuda" (ROCm too), …
     """
     return device_type in _BACKENDS
+
+
+def load(device: torch.device) -> None:
+    """Import the backend of a device, if it has one: a compiler could not, when it first traces.
+
+    Args:
+        device: where the operators will run.
+
+    Raises:
+        NotImplementedError: the backend needs a package that is not installed.
+    """
+    if runs_on(device.type):
+        _backend(device, "load")
 
 
 def packed_tokens(operator: str, device: torch.device, group_size: int | None) -> int:

@@ -219,6 +219,7 @@ def test_dequantize_gives_a_stock_float_model(quantized, architecture) -> None:
     assert {type(m).__module__.split(".")[0] for m in dense.modules()} <= {"torch", "transformers"}
     assert not hasattr(dense.config, "quantization_config")
     assert isinstance(dense.model.layers[0].mlp.down_proj, nn.Linear)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in dense.model.layers)
     # What differs is the rounding of activations to 8 bits.
     assert (logits(dense) - expected).norm() / expected.norm() < 0.05
 

@@ -6,7 +6,7 @@ from .attention import (
     quantize_attention,
     stop_quantizing_attention,
 )
-from .input_quantizer import InputQuantizer, InputSpec, SequenceContext
+from .input_quantizer import InputQuantizer, InputSpec, SequenceContext, TracedInputs
 from .kv_cache import CacheFormat
 from .online_rotation import (
     OnlineRotation,
@@ -28,6 +28,7 @@ __all__ = [
     "QuantizesAttention",
     "SequenceContext",
     "TiedHead",
+    "TracedInputs",
     "WeightSpec",
     "quantize_attention",
     "rotate_ends",

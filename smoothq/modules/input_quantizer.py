@@ -1,8 +1,8 @@
 """The quantizer of a site's input, at run time: rotate → smooth → quantize.
 
 One InputQuantizer serves all readers of a site: q, k and v receive the same tensor and must see
-the same codes, so it is quantized once. In eager mode the result is cached until every reader has
-asked for it; under `torch.compile` common-subexpression elimination does the same.
+the same codes, so it is quantized once: in eager mode the result is cached until every reader has
+asked for it, while a compiler traces a block until the block ends (`TracedInputs`).
 """
 
 from __future__ import annotations
@@ -150,6 +150,42 @@ class SequenceContext:
         self.mask = mask.bool() if isinstance(mask, Tensor) else None
 
 
+class TracedInputs:
+    """The quantized inputs of a block's forward that a compiler traces, so that each is one node.
+
+    Compilers do not merge equal calls of custom operators. What is kept while one traces is part of
+    the trace and must end with it: hooks open and close it with the block's forward, and a module
+    that is traced without its block keeps nothing. Nor does a block in training mode, whose forward
+    a checkpoint may repeat.
+
+    results: the input and its codes by the InputQuantizer's name; None outside of such a forward.
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[str, tuple[Tensor, QuantizedInput | Tensor]] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, block: nn.Module) -> None:
+        """Keep the inputs of a block's InputQuantizers."""
+        self._hooks = [
+            block.register_forward_pre_hook(self._open),
+            block.register_forward_hook(self._close),
+        ]
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _open(self, block: nn.Module, _args: object) -> None:
+        if torch.compiler.is_compiling() and not block.training:
+            self.results = {}
+
+    def _close(self, _block: nn.Module, _args: object, _output: object) -> None:
+        if self.results is not None:
+            self.results = None
+
+
 def _version(x: Tensor) -> int | None:
     """A counter that every in-place change of a tensor raises; None for inference tensors."""
     return None if x.is_inference() else x._version
@@ -171,6 +207,7 @@ class InputQuantizer(nn.Module):
         spec: InputSpec,
         readers: int = 1,
         context: SequenceContext | None = None,
+        traced: TracedInputs | None = None,
     ) -> None:
         """Create the quantizer, not calibrated yet.
 
@@ -179,10 +216,11 @@ class InputQuantizer(nn.Module):
             spec: its settings.
             readers: how many modules ask for each result.
             context: the padding mask, for mode `smooth_live`; None for none.
+            traced: of the block; None where a compiler may trace each reader by itself.
         """
         super().__init__()
         self.name, self.spec, self.readers = name, spec, readers
-        self.context = context or SequenceContext()
+        self.context, self.traced = context or SequenceContext(), traced or TracedInputs()
         if spec.mode == "static":
             self.register_buffer("scale", torch.ones((), dtype=torch.float32, device="cpu"))
         if spec.mode == "smooth_calibrated":
@@ -205,8 +243,10 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> QuantizedInput | Tensor:
         """The input, float (..., K), as codes and scales; as a float tensor in mode `float`."""
-        if self.readers == 1 or torch.compiler.is_compiling():
+        if self.readers == 1:
             return self._quantize(x)
+        if torch.compiler.is_compiling():
+            return self._quantize_traced(x)
         last = self._last  # read once: another thread may run the same model
         if last is not None and last[0] is x and last[1] == _version(x):
             _, version, result, remaining = last
@@ -214,6 +254,16 @@ class InputQuantizer(nn.Module):
             version, result, remaining = _version(x), self._quantize(x), self.readers
         self._last = (x, version, result, remaining - 1) if remaining > 1 else None
         return result
+
+    def _quantize_traced(self, x: Tensor) -> QuantizedInput | Tensor:
+        """As `forward`: a tensor's identity is known while it is traced, its version is not."""
+        results = self.traced.results
+        if results is None:
+            return self._quantize(x)
+        last = results.get(self.name)
+        if last is None or last[0] is not x:
+            last = results[self.name] = (x, self._quantize(x))
+        return last[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles: without the cached result."""

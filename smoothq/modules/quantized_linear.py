@@ -194,6 +194,7 @@ class QuantizedLinear(HoldsCodes):
         """
         self._running = None
         if not self.codes.is_meta:
+            kernels.load(self.codes.device)
             self._running = running = self._derived()
             if running.packed_tokens < sys.maxsize:
                 self._unpacked(running)

@@ -16,6 +16,7 @@ from ..modules import (
     QuantizedLinear,
     SequenceContext,
     TiedHead,
+    TracedInputs,
     WeightSpec,
     quantize_attention,
     rotate_ends,
@@ -42,11 +43,12 @@ def install_inputs(
 
     Returns: the InputQuantizers by site name.
     """
-    inputs = {}
+    inputs, traced = {}, TracedInputs()
+    traced.attach(block)
     for site in plan.sites:
         full = f"{name}.{site.input_name}"
         readers = max(len(token_group) for token_group in site.site.token_groups)
-        inputs[site.site.name] = InputQuantizer(full, site.input, readers, context)
+        inputs[site.site.name] = InputQuantizer(full, site.input, readers, context, traced)
         block.set_submodule(site.input_name, inputs[site.site.name])
     return inputs
 
@@ -165,6 +167,7 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
             site_input = block.get_submodule(site.input_name)
             assert isinstance(site_input, InputQuantizer)
             site_input.context.detach()
+            site_input.traced.detach()
             delattr(block.get_submodule(parent), attribute)
         if plan.residual_rotation is not None:
             rotate_residual(block, block_plan.graph, plan.residual_rotation, inverse=True)

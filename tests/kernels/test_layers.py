@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from smoothq import Recipe, kernels, quantize
-from smoothq.modules import QuantizedLinear
+from smoothq.modules import InputQuantizer, QuantizedLinear
 from smoothq.modules.prepare import prepare
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
@@ -160,6 +161,115 @@ def test_a_whole_model_is_one_graph(name: str, made: Made, triton_for_cpu: None)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(logits(compiled), expected, rtol=1e-4, atol=1e-5)
+
+
+def quantizers(graph: torch.fx.GraphModule) -> int:
+    """The quantizers of ours among a graph's calls: of the CPU's operators, or of Triton's."""
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return sum(name.startswith("smoothq.") and "quantize" in name.split(".")[1] for name in names)
+
+
+class TestOneQuantizerASite:
+    """q, k and v share one, gate and up another; o and down have their own: four a block."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_compiled_before(self) -> None:
+        torch.compiler.reset()
+
+    @pytest.fixture(params=["cpu", "triton"])
+    def model(
+        self, request: pytest.FixtureRequest, made: Made, run_by_triton: Callable[[], None]
+    ) -> PreTrainedModel:
+        if request.param == "triton":
+            run_by_triton()
+        elif not kernels.cpu.is_compiled():
+            pytest.skip("PyTorch's own operators are plain tensor code")
+        return made(EVERY["w8a8"])
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_in_a_compiled_graph(
+        self, model: PreTrainedModel, backend: str, gradients: bool
+    ) -> None:
+        counted: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+            counted.append(quantizers(graph))
+            return graph.forward
+
+        compiler = count if backend == "eager" else aot_autograd(fw_compiler=count)
+        expected = logits(model)
+        compiled = torch.compile(model, fullgraph=True, backend=compiler)
+        for _ in range(2):
+            with torch.set_grad_enabled(gradients):
+                found = compiled(input_ids=TOKENS, use_cache=False).logits
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert counted == [4]
+        self.assert_nothing_stays(model)
+
+    def test_a_block_by_itself(self, model: PreTrainedModel) -> None:
+        counted: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+            counted.append(quantizers(graph))
+            return graph.forward
+
+        block = model.model.layers[0]
+        x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+        positions = model.model.rotary_emb(x, torch.arange(5)[None])
+        compiled = torch.compile(block, fullgraph=True, backend=count)
+        with torch.no_grad():
+            found = compiled(x, position_embeddings=positions)
+            expected = block(x, position_embeddings=positions)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert counted == [4]
+        self.assert_nothing_stays(model)
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_exported(self, model: PreTrainedModel, strict: bool) -> None:
+        class Logits(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                return found
+
+        with torch.no_grad():
+            program = torch.export.export(Logits(), (TOKENS,), strict=strict)
+            found = program.module()(TOKENS)
+        assert torch.allclose(found, logits(model), rtol=1e-4, atol=1e-5)
+        assert quantizers(program.graph_module) == 4
+        self.assert_nothing_stays(model)
+
+    def test_a_linear_by_itself_reads_what_its_input_is_by_then(
+        self, model: PreTrainedModel
+    ) -> None:
+        linear = model.model.layers[0].self_attn.q_proj
+        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+        x = torch.ones(1, 3, 64)
+        for factor in (1.0, 2.0, -3.0):
+            x.fill_(factor)
+            x[..., 7] = 1.0
+            with torch.no_grad():
+                found = compiled(x)
+                self.assert_nothing_stays(model)
+                expected = linear(x.clone())
+                linear.site_input._last = None  # the other readers do not ask
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_trace_that_fails_is_over_with_the_next_forward(self, model: PreTrainedModel) -> None:
+        with torch.no_grad(), pytest.raises(TypeError, match="unpack"):
+            torch.export.export(model.model.layers[0], (torch.ones(1, 3, 64),), strict=False)
+        logits(model)
+        self.assert_nothing_stays(model)
+
+    @staticmethod
+    def assert_nothing_stays(model: nn.Module) -> None:
+        sites = [module for module in model.modules() if isinstance(module, InputQuantizer)]
+        assert len(sites) == 4
+        assert all(site._last is None and site.traced.results is None for site in sites)
 
 
 class TestWithoutTriton:
