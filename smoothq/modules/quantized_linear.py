@@ -212,13 +212,14 @@ class QuantizedLinear(HoldsCodes):
 
     def _unpacked(self, running: RunningForm) -> Tensor:
         """The operand of products that do not multiply by packed codes, computed once a form."""
-        if running.operand is None:
+        operand = running.operand
+        if operand is None:
             # `data`: a view of the codes themselves would keep them alive.
             operand = unpack(self.codes.data, self.in_features, self.spec.grid.bits)
             if self.site_input.spec.mode != "float":
                 operand = multiplied_weight(operand, self.weight_multiplier)
             running.operand = operand
-        return running.operand
+        return operand
 
     def _current(self) -> RunningForm:
         """The running form of the tensors that the module has now."""
