@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import QuantizedInput
 from ..kernels.reference import multiplied_weight
+from ..kernels.tracing import is_traced
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
 from ..runtime.offload import running_device
@@ -214,8 +215,10 @@ class QuantizedLinear(HoldsCodes):
         """The operand of products that do not multiply by packed codes, computed once a form."""
         operand = running.operand
         if operand is None:
-            # `data`: a view of the codes themselves would keep them alive.
-            operand = unpack(self.codes.data, self.in_features, self.spec.grid.bits)
+            # `data`: a view of the codes themselves would keep them alive. A trace ends anyway, and
+            # would take it for a constant.
+            codes = self.codes if is_traced(self.codes) else self.codes.data
+            operand = unpack(codes, self.in_features, self.spec.grid.bits)
             if self.site_input.spec.mode != "float":
                 operand = multiplied_weight(operand, self.weight_multiplier)
             running.operand = operand
@@ -230,7 +233,9 @@ class QuantizedLinear(HoldsCodes):
                     "the weight of this QuantizedLinear is on the meta device: no checkpoint was "
                     "loaded, or it is offloaded and was called past the hooks that bring it"
                 )
-            running = self._running = self._derived()
+            running = self._derived()
+            if not is_traced(codes):  # of a trace, nothing may stay
+                self._running = running
         return running
 
     def forward(self, x: Tensor) -> Tensor:
