@@ -6,10 +6,11 @@ DEMO ?= .demo
 READY := $(VENV)/.ready
 
 RIVALS ?= .rivals
+OLDEST ?= .oldest-torch
 MODEL_BENCH := scripts/bench_model.py --head-8 --rivals $(RIVALS) \
 	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8
 
-.PHONY: demo test coverage lint bench rivals clean
+.PHONY: demo test coverage lint bench rivals oldest-torch clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo_model.py $(DEMO)/SmolLM2-135M-Instruct
@@ -45,8 +46,17 @@ rivals: $(READY)
 		optimum-quanto==0.2.7 ninja
 	$(BIN)/python -m pip install --quiet --target $(RIVALS)/llamacpp llama-cpp-python==0.3.36
 
+# The oldest PyTorch that is promised, with its Triton, as GPU machines have them (5 GB): what runs on
+# a CPU, and every kernel compiled. Triton 3.6 has no interpreter for today's NumPy.
+oldest-torch: $(READY)
+	$(BIN)/python -m pip install --quiet --target $(OLDEST) torch==2.11.0
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" -k "not triton" tests/kernels/test_cpu.py \
+		tests/kernels/test_gemm.py tests/kernels/test_quantizers.py tests/test_loading.py \
+		tests/test_in_memory.py
+	PYTHONPATH=$(OLDEST) $(PYTEST) -k sm_90 tests/kernels/test_compiled.py
+
 clean:
-	rm -rf $(VENV) $(DEMO) $(RIVALS) build *.egg-info
+	rm -rf $(VENV) $(DEMO) $(RIVALS) $(OLDEST) build *.egg-info
 
 # PyTorch comes first, and pinned: asked for by another package it would be a CUDA build. The CPU's
 # operators are built against it.
