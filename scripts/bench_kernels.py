@@ -98,7 +98,7 @@ REAL = Sizes(
     copied=2**30,
     repetitions=50,
 )
-TOY = Sizes(projections("toy", 256, 512, 128), (1, 17), square=64, copied=2**16, repetitions=1)
+TOY = Sizes(projections("toy", 128, 256, 128), (1, 17), square=64, copied=2**16, repetitions=1)
 
 
 class Timer(Protocol):

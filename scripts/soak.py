@@ -4,18 +4,20 @@
     python scripts/soak.py --kills 3 --seed 7
 
 A run is a process of its own, killed by SIGKILL somewhere between its first and its last act, and
-started again with the same command. Prints how many were resumed and how many are identical.
+started again with the same arguments. Prints how many were resumed and how many are identical.
 """
 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import random
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +35,7 @@ from smoothq.pipeline.run import quantize_checkpoint
 
 TOKENS = (8, 256)  # samples and their length
 SHARD_BYTES = 1 << 20  # so that there are several
+FORK = multiprocessing.get_context("fork")  # nothing is imported anew
 console = Console(highlight=False)
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
@@ -59,32 +62,28 @@ def make_model(directory: Path, layers: int) -> None:
     )
 
 
-@app.command()
-def child(model: Path, out: Path) -> None:
-    """One run, which says when it begins and, if it gets there, when it ends."""
-    torch.set_num_threads(1)
+def child(model: Path, out: Path, begins: Connection) -> None:
+    """One run, which says when it begins."""
     source = open_source(model)
     data = torch.randint(512, TOKENS, generator=torch.Generator().manual_seed(1))
-    print("begun", flush=True)
+    begins.send(True)
     quantize_checkpoint(source, recipe(), CheckpointWriter(out, shard_bytes=SHARD_BYTES), data=data)
-    print("done", flush=True)
 
 
 def run(model: Path, out: Path, kill_after: float | None = None) -> float:
     """Seconds that a run took from its beginning, to its end or until it is killed."""
-    command = [sys.executable, __file__, "child", str(model), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
+    begun, begins = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=child, args=(model, out, begins))
+    process.start()
+    begins.close()  # the child has its own: where it ends without a word, the wait ends too
+    with suppress(EOFError):
+        begun.recv()
     start = time.perf_counter()
-    if line == "begun\n" and kill_after is not None:
-        try:
-            process.wait(kill_after)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    _, errors = process.communicate()
-    if process.returncode not in (0, -9):
-        raise SystemExit(f"a run failed:\n{errors}")
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise SystemExit("a run failed")
     return time.perf_counter() - start
 
 
@@ -103,6 +102,7 @@ def soak(
     layers: Annotated[int, typer.Option(help="Blocks of the model.", min=1)] = 12,
 ) -> None:
     """Kill and resume, and print what came of it."""
+    torch.set_num_threads(1)  # a forked process has no others
     moments = random.Random(seed)
     resumed = identical = before_state = 0
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
@@ -128,6 +128,4 @@ def soak(
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1 or sys.argv[1] != "child":
-        sys.argv.insert(1, "soak")
     app()

@@ -157,71 +157,79 @@ def test_a_quantized_model_as_lm_evals_model_smoothq(quantized, folder) -> None:
     assert lm_eval_figures(outcome["results"]) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("imports", ["smoothq, lm_eval", "lm_eval, smoothq"])
-def test_importing_smoothq_is_enough(quantized, folder, imports) -> None:
-    result = run_python(
-        "-c",
-        f"import json, sys, {imports}\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "manager = TaskManager(include_path=sys.argv[2], include_defaults=False)\n"
-        "arguments = {'pretrained': sys.argv[1], 'memory': 'low'}\n"
-        "outcome = lm_eval.simple_evaluate(\n"
-        "    model='smoothq', model_args=arguments, tasks=['colours'], task_manager=manager,\n"
-        "    device='cpu', limit=3\n"
-        ")\n"
-        "print(json.dumps(outcome['results']['colours']['acc,none']))\n",
-        quantized,
-        folder,
-    )
-    assert result.returncode == 0, result.stderr
-    expected = run_tasks(*load_model(str(quantized)), ["colours"], folder, limit=3)
-    assert json.loads(result.stdout.splitlines()[-1]) == expected.values[0].value
-
-
-# `python -m smoothq.lm_eval` where lm-eval finds its own tasks in a folder without any: there are
-# thousands, read at every start.
-FEW_TASKS = """
-import sys, smoothq
+# One process for what needs one of its own: importing lm-eval takes longest. Its commands are those
+# of `python -m smoothq.lm_eval`, where lm-eval finds its own tasks in a folder without any: there
+# are thousands, read at every start.
+OUTSIDE = """
+import json, sys, smoothq, lm_eval
+from lm_eval.tasks import TaskManager
+quantized, folder, none, commands = map(json.loads, sys.argv[1:])
+outcome = lm_eval.simple_evaluate(
+    model="smoothq",
+    model_args={"pretrained": quantized, "memory": "low"},
+    tasks=["colours"],
+    task_manager=TaskManager(include_path=folder, include_defaults=False),
+    device="cpu",
+    limit=3,
+)
+exits = {}
+import runpy
 from lm_eval.tasks import manager
-manager.__file__ = sys.argv[1] + "/manager.py"
-from smoothq.lm_eval import main
-sys.argv[:2] = ["lm_eval"]
-main()
+manager.__file__ = none + "/manager.py"
+for name, command in commands.items():
+    sys.argv = ["smoothq.lm_eval", *command]
+    try:
+        runpy.run_module("smoothq.lm_eval", run_name="__main__")
+        exits[name] = None
+    except SystemExit as stop:
+        exits[name] = stop.code
+print(json.dumps({"accuracy": outcome["results"]["colours"]["acc,none"], "exits": exits}))
 """
 
 
-@pytest.fixture
-def few_tasks(tmp_path) -> tuple[str, str, str]:
-    """The beginning of a command, in place of `-m smoothq.lm_eval`."""
-    (tmp_path / "none").mkdir()
-    return "-c", FEW_TASKS, str(tmp_path / "none")
+@pytest.fixture(scope="module")
+def outside(quantized, folder, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """What OUTSIDE prints, and the directory that its commands write to."""
+    directory = tmp_path_factory.mktemp("outside")
+    (directory / "none").mkdir()
+    common = ("run", "--device", "cpu", "--include_path", str(folder))
+    commands = {
+        model: [
+            *(*common, "--model", model, "--model_args", f"pretrained={quantized},dtype=float32"),
+            *("--tasks", ",".join(TASKS), "--output_path", f"{directory}/{model}/results.json"),
+        ]
+        for model in ("smoothq", "hf")
+    }
+    nowhere = ("--model", "smoothq", "--model_args", "pretrained=./nowhere", "--tasks", "colours")
+    commands["nowhere"] = [*common, *nowhere]
+    given = (str(quantized), str(folder), str(directory / "none"), commands)
+    result = run_python("-c", OUTSIDE, *map(json.dumps, given))
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return json.loads(result.stdout.splitlines()[-1]), directory
+
+
+@pytest.mark.slow
+def test_importing_smoothq_is_enough(quantized, folder, outside) -> None:
+    expected = run_tasks(*load_model(str(quantized)), ["colours"], folder, limit=3)
+    assert outside[0]["accuracy"] == expected.values[0].value
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["smoothq", "hf"])
-def test_the_command_line_of_lm_eval(quantized, folder, tmp_path, few_tasks, model) -> None:
-    start = ("-m", "smoothq.lm_eval") if model == "smoothq" else few_tasks
-    result = run_python(
-        *(*start, "run", "--model", model, "--device", "cpu"),
-        *("--model_args", f"pretrained={quantized},dtype=float32", "--tasks", ",".join(TASKS)),
-        *("--include_path", folder, "--output_path", tmp_path / "results.json"),
-    )
-    assert result.returncode == 0, result.stderr
-    written = json.loads(next(tmp_path.rglob("results*.json")).read_text())
+def test_the_command_line_of_lm_eval(quantized, folder, outside, model) -> None:
+    ended, directory = outside
+    assert ended["exits"][model] in (None, 0)
+    written = json.loads(next((directory / model).rglob("results*.json")).read_text())
     expected = figures(run_tasks(*load_model(str(quantized)), TASKS, folder))
     assert lm_eval_figures(written["results"]) == expected
 
 
 @pytest.mark.slow
-def test_an_error_on_the_command_line_is_one_line(folder, few_tasks) -> None:
-    result = run_python(
-        *(*few_tasks, "run", "--model", "smoothq", "--include_path", folder),
-        *("--model_args", "pretrained=./nowhere", "--tasks", "colours"),
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("smoothq: model './nowhere' is not a dir")
-    assert "Traceback" not in result.stderr
+def test_an_error_on_the_command_line_is_one_line(outside) -> None:
+    message = outside[0]["exits"]["nowhere"]  # a text is printed to stderr, for exit code 1
+    assert message.startswith("smoothq: model './nowhere' is not a dir")
+    assert "\n" not in message
 
 
 @pytest.mark.slow
@@ -236,7 +244,14 @@ def test_importing_smoothq_does_not_import_lm_eval() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["smoothq, lm_eval.models", "lm_eval.models, smoothq"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "smoothq, lm_eval.models",
+        "lm_eval.models, smoothq",
+        "lm_eval, smoothq, lm_eval.models",
+    ],
+)
 def test_lm_eval_knows_smoothq_in_either_order_of_imports(order: str) -> None:
     result = run_python(
         "-c",
