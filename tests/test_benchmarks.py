@@ -92,6 +92,17 @@ def test_toy_kernels_are_run_and_labelled(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_host_time_is_measured_on_any_machine(tmp_path) -> None:
+    out = tmp_path / "host.json"
+    options = ("--repetitions", 1, "--only", "quantize", "--output", out)
+    done = run(tmp_path, "host_time.py", *options, interpret=False)
+    assert done.returncode == 0, done.stderr
+    medians = json.loads(out.read_text())
+    assert list(medians) == ["quantize_per_token", "quantize_token_groups", "quantize_heads"]
+    assert all(0 < median < 10_000 for median in medians.values())
+
+
+@pytest.mark.slow
 def test_kernels_are_not_measured_without_a_gpu(tmp_path) -> None:
     done = run(tmp_path, "bench_kernels.py", interpret=False)
     assert done.returncode == 1
