@@ -165,10 +165,12 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
     def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first: Any = args[0]  # `cast` would be a call
         device = first.device
-        run: Callable[Arguments, Result] = getattr(_backend(device, name), name)
+        kind = device.type
+        backend = _LOADED.get(_BACKENDS.get(kind, "")) or _backend(device, name)
+        run: Callable[Arguments, Result] = getattr(backend, name)
         # An operator's arithmetic is its definition's: autocast would do parts of it in 16 bits.
-        if _autocasts(device.type):
-            with torch.autocast(device.type, enabled=False):
+        if _autocasts(kind):
+            with torch.autocast(kind, enabled=False):
                 return run(*args, **kwargs)
         return run(*args, **kwargs)
 

@@ -92,6 +92,17 @@ def test_toy_kernels_are_run_and_labelled(tmp_path) -> None:
         assert row["tokens"] > 16
 
 
+@pytest.mark.slow
+def test_host_time_is_measured_on_any_machine(tmp_path) -> None:
+    out = tmp_path / "host.json"
+    options = ("--repetitions", 1, "--only", "quantize", "--output", out)
+    done = run(tmp_path, "host_time.py", *options, interpret=False)
+    assert done.returncode == 0, done.stderr
+    medians = json.loads(out.read_text())
+    assert list(medians) == ["quantize_per_token", "quantize_token_groups", "quantize_heads"]
+    assert all(0 < median < 10_000 for median in medians.values())
+
+
 @pytest.mark.parametrize(("toy", "interpret"), [(False, False), (True, False), (False, True)])
 def test_what_the_surroundings_cannot_measure_is_refused_in_a_line(
     monkeypatch, tmp_path, toy, interpret

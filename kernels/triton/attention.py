@@ -449,8 +449,7 @@ def _attention(
         return batch * heads, cdiv(rows, meta["BLOCK_M"]), parts
 
     kernel.launch(
-        device,
-        (width, group, value_width, bits, parts, bucket, dtype, *dtypes(operands)),
+        (device, width, group, value_width, bits, parts, bucket, dtype, *dtypes(operands)),
         grid,
         *operands,
         rows,

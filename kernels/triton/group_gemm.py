@@ -135,8 +135,7 @@ def group_gemm(
             return (cdiv(tokens, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
 
         _kernel.launch(
-            device,
-            (N, K, bucket, grouped, group_size, *dtypes(operands)),
+            (device, N, K, bucket, grouped, group_size, *dtypes(operands)),
             grid,
             *operands,
             tokens,

@@ -231,8 +231,7 @@ def integer_gemm(
         return cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]), parts
 
     kernel.launch(
-        device,
-        (*sizes, *dtypes(operands)),
+        (device, *sizes, *dtypes(operands)),
         grid,
         *operands,
         M,

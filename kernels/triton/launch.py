@@ -53,34 +53,33 @@ class Tuned:
         self._kernel, self._key = kernel, list(key)
         self._configs = list(tiles.values())[: 1 if INTERPRETED else None]
         self._prune = None if fit is None else {"early_config_prune": fit}
-        self._tuners: dict[int, Any] = {}
-        self._chosen: dict[tuple[int, Hashable], dict[str, Any]] = {}
+        self._tuners: dict[Hashable, Any] = {}
+        self._chosen: dict[tuple[Hashable, ...], dict[str, Any]] = {}
         self._lock = Lock()
         self._heuristics: dict[str, Callable[[dict[str, Any]], Any]] = {}
         if isinstance(kernel, triton.runtime.Heuristics):
             self._heuristics, kernel = kernel.values, kernel.fn
         self._run, self._parameters = kernel.run, kernel.arg_names
 
-    def launch(self, device: int, form: Hashable, grid: Grid, *args: Any, **named: Any) -> None:
+    def launch(self, form: tuple[Hashable, ...], grid: Grid, *args: Any, **named: Any) -> None:
         """Launch the kernel with its tile.
 
         Args:
-            device: the index of the current GPU.
-            form: of the call, which decides the tile: at least what `key` names, every dtype, and
-                what `fit` and heuristics read.
+            form: of the call, which decides the tile: the index of the current GPU, then at least
+                what `key` names, every dtype, and what `fit` and heuristics read.
             grid: the number of programs.
             args: of the kernel.
             named: of the kernel, by name.
         """
-        settings = self._chosen.get((device, form))
+        settings = self._chosen.get(form)
         if settings is None:
             with self._lock:  # a tuner has one call in hand
-                settings = self._settings(device, grid, args, named)
-            self._chosen[device, form] = settings
+                settings = self._settings(form[0], grid, args, named)
+            self._chosen[form] = settings
         self._run(*args, grid=grid(settings), warmup=False, **named, **settings)
 
     def _settings(
-        self, device: int, grid: Grid, args: tuple[Any, ...], named: dict[str, Any]
+        self, device: Hashable, grid: Grid, args: tuple[Any, ...], named: dict[str, Any]
     ) -> dict[str, Any]:
         """The fastest tile for a call, with what heuristics add to it, as named arguments."""
         config = self._configs[0]

@@ -192,8 +192,7 @@ def weight_only_gemm(
         return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
 
     kernel.launch(
-        device,
-        (*sizes, *dtypes(operands)),
+        (device, *sizes, *dtypes(operands)),
         grid,
         *operands,
         M,

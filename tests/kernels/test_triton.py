@@ -1338,8 +1338,8 @@ class TestTuned:
         tuned = launch.Tuned(kernel, tiles, ["tokens"])
         two, three = torch.ones(2), torch.ones(3)
         for device, x in ((0, two), (0, three), (0, two), (1, three), (0, two.half()), (0, three)):
-            form = (len(x), x.dtype)
-            tuned.launch(device, form, lambda meta: (meta["BLOCK_M"] + 1,), x)
+            form = (device, len(x), x.dtype)
+            tuned.launch(form, lambda meta: (meta["BLOCK_M"] + 1,), x)
         assert kernel.blocks == [64, 16, 64, 16, 64, 16]
         asked = [(torch.float32, 2), (torch.float32, 3), (torch.float32, 3), (torch.float16, 2)]
         assert timed == asked
@@ -1348,9 +1348,7 @@ class TestTuned:
         """What tiles are timed by, and which of them fit, are functions of the form."""
         known: dict[Any, Any] = {}
 
-        def check(
-            self: launch.Tuned, device: int, form: Any, grid: Any, *args: Any, **named: Any
-        ) -> None:
+        def check(self: launch.Tuned, form: Any, grid: Any, *args: Any, **named: Any) -> None:
             by_name = {**dict(zip(self._parameters, args, strict=False)), **named}
             key = [by_name[name] for name in self._key]
             key += [str(value.dtype) for value in by_name.values() if isinstance(value, Tensor)]
