@@ -51,8 +51,8 @@ rivals: $(READY)
 oldest-torch: $(READY)
 	$(BIN)/python -m pip install --quiet --target $(OLDEST) torch==2.11.0
 	PYTHONPATH=$(OLDEST) $(PYTEST) -m "not slow" -k "not triton" tests/kernels/test_cpu.py \
-		tests/kernels/test_gemm.py tests/kernels/test_quantizers.py tests/test_loading.py \
-		tests/test_in_memory.py
+		tests/kernels/test_gemm.py tests/kernels/test_quantizers.py tests/integrations/test_loading.py \
+		tests/checkpoint/test_in_memory.py
 	PYTHONPATH=$(OLDEST) $(PYTEST) -k sm_90 tests/kernels/test_compiled.py
 
 clean:

@@ -20,10 +20,10 @@ if not torch.cuda.is_available():
 
 from smoothq import Recipe, preset
 from smoothq.cli import main
-from tests.architectures import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, tiny_model
 
 # Few tests that take long: with several workers the others are shared out beside them.
-LONGEST = ("test_compiled.py", "test_smollm2.py", "test_benchmarks.py", "test_lm_eval.py")
+LONGEST = ("test_compiled.py", "test_smollm2.py", "test_benchmarks.py", "test_aarch64.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,9 +27,9 @@ from smoothq.evaluation.tasks import TaskResults, TaskValue
 from smoothq.hub import push_to_hub
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.verify import verify_checkpoint
-from tests.architectures import VOCABULARY
 from tests.conftest import RECIPES
 from tests.fake_hub import FakeHub, connect, serving
+from tests.tiny_models import VOCABULARY
 
 REPO = "somebody/tiny-w8a8"
 TOKENS = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(4))

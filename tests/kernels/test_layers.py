@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from smoothq import Recipe, kernels, quantize
 from smoothq.modules import InputQuantizer, QuantizedLinear
 from smoothq.modules.prepare import prepare
-from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import RECIPES
+from tests.tiny_models import VOCABULARY, tiny_model
 
 pytest.importorskip("triton")
 
