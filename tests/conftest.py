@@ -22,8 +22,14 @@ from smoothq import Recipe, preset
 from smoothq.cli import main
 from tests.tiny_models import VOCABULARY, tiny_model
 
-# Few tests that take long: with several workers the others are shared out beside them.
-LONGEST = ("test_compiled.py", "test_smollm2.py", "test_benchmarks.py", "test_aarch64.py")
+# The files that take longest: with several workers the others are shared out beside them.
+LONGEST = (
+    "test_compiled.py",
+    "test_smollm2.py",
+    "test_families.py",
+    "test_reliability.py",
+    "test_benchmarks.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
