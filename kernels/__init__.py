@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
@@ -32,6 +33,7 @@ from .reference import (
     row_width,
 )
 from .tracing import is_traced, needs_gradient, refuse_gradient
+from .tuning import TOKEN_BUCKETS, run_through
 
 __all__ = [
     "MULTIPLIED_BITS",
@@ -60,6 +62,7 @@ __all__ = [
     "runs_on",
     "runtime_smooth_quantize",
     "static_quantize",
+    "tune",
     "weight_only_gemm",
 ]
 
@@ -314,3 +317,29 @@ def report(model: nn.Module) -> str:
         "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def tune(model: nn.Module, tokens: Iterable[int] = TOKEN_BUCKETS) -> str:
+    """Choose the tiles of every Triton kernel that a quantized model launches, ahead of time.
+
+    A kernel is timed when it first meets a shape and a size class of tokens, in the middle of an
+    answer. Here the model runs once for each class. What is found is kept on disk
+    (`TRITON_CACHE_DIR`), for this process and later ones.
+
+    Args:
+        model: a quantized causal LM of transformers, on one GPU or several.
+        tokens: of the prompts, and of the batches of decode steps.
+
+    Returns:
+        A line that says what was done: on a CPU, nothing.
+    """
+    name = type(model).__name__
+    devices = {module.device for module in model.modules() if isinstance(module, RunsOperators)}
+    tuned = [device for device in devices if _BACKENDS.get(device.type) == "triton"]
+    if not tuned:
+        where = ", ".join(sorted(map(str, devices))) or "no device"
+        return f"{name}: nothing to tune, its quantized layers are on {where}"
+    counts, start = list(tokens), time.perf_counter()
+    run_through(model, next(iter(model.parameters())).device, counts)
+    where, seconds = ", ".join(sorted(map(str, tuned))), time.perf_counter() - start
+    return f"{name}: tuned for {', '.join(map(str, counts))} tokens on {where} in {seconds:.0f} s"

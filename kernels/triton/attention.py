@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import row_bytes, row_width
+from ..tuning import token_bucket
 from .codes import divide, divide_by, nonzero, to_codes
 from .launch import (
     DECODE_TOKENS,
@@ -34,7 +35,6 @@ from .launch import (
     on_its_device,
     operand,
     registered,
-    token_bucket,
 )
 
 GROUPS_A_PROGRAM = 16  # of quantize_heads

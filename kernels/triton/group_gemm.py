@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import token_bucket
 from .launch import (
     Tuned,
     cdiv,
@@ -22,7 +23,6 @@ from .launch import (
     next_power_of_2,
     on_its_device,
     tile,
-    token_bucket,
 )
 from .tiles import store, tile_of
 

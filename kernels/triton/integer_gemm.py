@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import token_bucket
 from .launch import (
     DECODE_TOKENS,
     Tuned,
@@ -32,7 +33,6 @@ from .launch import (
     packed_tokens,
     runs_ptx,
     tile,
-    token_bucket,
 )
 from .nibbles import load_packed, shifted, times_multipliers
 from .tiles import load_columns, scale_and_store, tile_of

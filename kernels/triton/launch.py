@@ -120,11 +120,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def token_bucket(tokens: int) -> int:
-    """The size class a product is tuned for: the next power of two, at most 8,192."""
-    return min(next_power_of_2(max(tokens, 1)), 8192)
-
-
 @cache
 def _target(device: int) -> tuple[str, int | str]:
     """The compiler's backend and the chip: ("cuda", 90), ("hip", "gfx942"), ("interpreter", 0).

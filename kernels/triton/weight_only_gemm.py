@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import token_bucket
 from .launch import (
     DECODE_TOKENS,
     Tuned,
@@ -27,7 +28,6 @@ from .launch import (
     packed_tokens,
     runs_ptx,
     tile,
-    token_bucket,
 )
 from .nibbles import as_floats, load_packed
 from .tiles import load_columns, store, tile_of

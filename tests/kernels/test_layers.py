@@ -3,6 +3,7 @@
 Without a GPU the operators of the CPU are exchanged for Triton's, which its interpreter runs.
 """
 
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,6 +271,47 @@ class TestOneQuantizerASite:
         sites = [module for module in model.modules() if isinstance(module, InputQuantizer)]
         assert len(sites) == 4
         assert all(site._last is None and site.traced.results is None for site in sites)
+
+
+class TestTune:
+    def test_a_cpu_has_nothing_to_tune(self, made: Made) -> None:
+        line = kernels.tune(made(EVERY["w8a8"]))
+        assert line == "LlamaForCausalLM: nothing to tune, its quantized layers are on cpu"
+        float_model = nn.Linear(2, 2)
+        expected = "Linear: nothing to tune, its quantized layers are on no device"
+        assert kernels.tune(float_model) == expected
+
+    @pytest.mark.parametrize("name", ["w4a8, groups of 32", "w4a16, groups of 32", "w8a8-kv8-int8"])
+    def test_every_product_meets_every_size_class(
+        self,
+        name: str,
+        made: Made,
+        run_by_triton: Callable[[], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        made(EVERY[name])
+        run_by_triton()
+        model = made(EVERY[name])
+        launch = importlib.import_module("smoothq.kernels.triton.launch")
+        launched: set[tuple[object, ...]] = set()
+
+        def record(self, form, grid, *args, **named):  # type: ignore[no-untyped-def]
+            # The index of the GPU, then the product's N, K and size class, or the attention's.
+            at = 6 if named.keys() & {"VALUE_WIDTH"} else 3
+            launched.add(("attention" if at == 6 else form[1:3], form[at]))
+
+        monkeypatch.setattr(launch.Tuned, "launch", record)
+        line = kernels.tune(model, (1, 4, 20))
+        assert line.startswith("LlamaForCausalLM: tuned for 1, 4, 20 tokens on cpu in ")
+        linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        expected: set[object] = {
+            ((linear.out_features, linear.in_features), bucket)
+            for linear in linears
+            for bucket in (1, 4, 128)
+        }
+        if "kv8" in name:
+            expected |= {("attention", 1), ("attention", 128)}
+        assert launched == expected
 
 
 class TestWithoutTriton:

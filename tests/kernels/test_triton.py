@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smoothq.kernels import QuantizedInput, reference
+from smoothq.kernels import QuantizedInput, reference, tuning
 from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
 from tests.kernels.extremes import EXTREMES
@@ -1300,6 +1300,13 @@ class TestSizes:
         assert launch.next_power_of_2(number) == triton.next_power_of_2(number)
         for size in (1, 16, 128):
             assert launch.cdiv(number, size) == triton.cdiv(number, size)
+
+
+class TestSizeClasses:
+    def test_decode_steps_by_doublings_prompts_by_fours(self) -> None:
+        classes = {n: tuning.token_bucket(n) for n in (0, 1, 3, 9, 16, 17, 128, 129, 8192, 99_999)}
+        expected = {0: 1, 1: 1, 3: 4, 9: 16, 16: 16, 17: 128, 128: 128, 129: 512}
+        assert classes == expected | {8192: 8192, 99_999: 8192}
 
 
 class _Recorded:
