@@ -36,12 +36,8 @@ WINDOW = 256
 
 
 def fresh(*arguments: object) -> str:
-    """What Python prints, run by a process of its own that inherits no peak of memory.
-
-    Linux lets a process begin with the peak of the one that started it, here pytest's; the shell
-    between them has a small one.
-    """
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, *map(str, arguments)]
+    """What Python prints, run by a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -85,9 +81,9 @@ def test_w8a8_keeps_the_perplexity_within_its_memory_and_exported(
     float_model, measured, tmp_path, run
 ) -> None:
     out = tmp_path / "out"
-    libraries = "import resource, smoothq.api, transformers.models.llama.modeling_llama\n"
-    libraries += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    idle = int(fresh("-c", libraries)) * 1024
+    libraries = "import smoothq.api, transformers.models.llama.modeling_llama\n"
+    libraries += "print(smoothq.runtime.memory.peak_memory())"
+    idle = int(fresh("-c", libraries))
     calibration = ("--calibration", "builtin", "--samples", 8, "--sequence-length", 256)
     arguments = ("-m", "smoothq", "quantize", float_model, "-o", out, "--w8a8", "--json")
     figures = json.loads(fresh(*arguments, *calibration))

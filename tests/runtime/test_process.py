@@ -336,3 +336,13 @@ def test_a_terminal_without_arrows_gets_others(encoding) -> None:
     shown = subprocess.run(command, check=True, capture_output=True, env=surroundings).stdout
     arrow = "\u2192 B \u043a" if encoding.startswith("utf") else "-> B ?"
     assert shown.decode(encoding).strip() == f"A {arrow} ?"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak is not handed down")
+def test_a_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
+    ballast = b"\1" * 2**30
+    script = "from smoothq.runtime.memory import peak_memory; print(peak_memory())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert memory.peak_memory() > len(ballast) > int(done.stdout)
