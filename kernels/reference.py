@@ -127,7 +127,7 @@ def tensor_scale(x: Tensor, bits: int, clip: float) -> Tensor:
     It is 1 where there is no element.
     """
     if x.numel() == 0:
-        return torch.ones([1] * x.dim(), device=x.device)
+        return torch.ones([1] * x.dim(), dtype=torch.float32, device=x.device)
     return _scale_of(x.float().abs().amax().reshape([1] * x.dim()), bits, clip)
 
 

@@ -177,6 +177,11 @@ class TracedInputs:
         for hook in self._hooks:
             hook.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for copies and pickles: without handles of a block that is gone."""
+        alive = [hook for hook in self._hooks if hook.hooks_dict_ref() is not None]
+        return self.__dict__ | {"_hooks": alive, "results": None}
+
     def _open(self, block: nn.Module, _args: object) -> None:
         if torch.compiler.is_compiling() and not block.training:
             self.results = {}

@@ -278,7 +278,7 @@ class TestInKernels:
             interpreter.InterpreterBuilder, "create_inline_asm", lambda _, *a: assembler.run(*a)
         )
         integer = importlib.import_module("smoothq.kernels.triton.integer_gemm")
-        monkeypatch.setattr(integer, "runs_ptx", lambda: True)
+        monkeypatch.setattr(integer, "runs_ptx", lambda device: True)
         return assembler
 
     @pytest.mark.parametrize(("tokens", "rows", "width"), [(3, 33, 64), (17, 5, 201)])

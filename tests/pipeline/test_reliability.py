@@ -352,8 +352,7 @@ def test_needs_count_the_states_where_they_are(float_checkpoint) -> None:
     assert tight.disk - roomy.disk == 2 * states
 
 
-# Each depth is quantized by a forked process, whose peak begins at what it has then; that of a
-# process started anew begins at its parent's peak, which is pytest's.
+# Each depth is quantized by a forked process, whose peak begins at what it has then.
 PEAKS = """
 import os, sys
 from pathlib import Path
@@ -367,7 +366,7 @@ from smoothq.runtime.memory import peak_memory
 models = {layers: Path(sys.argv[1]) / f"float-{layers}" for layers in (2, 10)}
 for layers, model in models.items():
     config = config_of(Shapes.TINYLLAMA, layers)
-    config.update({"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2816})
+    config.update({"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 5632})
     config.update({"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64})
     write_random_model(model, config)
 recipe = preset("w4a4", "rrs").edit(weights={"rounding": "rtn", "clip": False})
@@ -397,7 +396,7 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path) -> None:
     shallow, deep = map(int, done.stdout.split())
     block = sum(file.stat().st_size for file in tmp_path.glob("float-10/*.safetensors")) / 10
     assert shallow > block
-    assert deep - shallow < 8 * block / 6  # of each of eight blocks more, not a sixth is kept
+    assert deep - shallow < 8 * block / 5  # of each of eight blocks more, not a fifth is kept
 
 
 # ---- several processes ---------------------------------------------------------------------------

@@ -106,8 +106,8 @@ Tensor int8_gemm(const Tensor& codes, const Tensor& scale, const Tensor& weight,
     if (torch_is_faster(tokens) && codes.size(1) > 1)
         return by_torch(codes, scale, weight, weight_scale, bias, type);
     const Tensor out = empty({tokens, rows}, computed(type));
-    smoothq::int8_gemm(view_of(codes), view_of(scale), view_of(weight), view_of(weight_scale), view_of(bias),
-              view_of(out));
+    smoothq::int8_gemm(view_of(codes), view_of(scale), view_of(weight), view_of(weight_scale),
+                       view_of(bias), view_of(out));
     return in(type, out);
 }
 
@@ -122,7 +122,7 @@ Tensor int4_gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
     }
     const Tensor out = empty({tokens, rows}, computed(type));
     smoothq::int4_gemm(view_of(codes), view_of(scale), view_of(packed), view_of(weight_scale),
-              view_of(multiplier), view_of(bias), view_of(out));
+                       view_of(multiplier), view_of(bias), view_of(out));
     return in(type, out);
 }
 
@@ -133,8 +133,8 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& wei
     const int64_t groups = scales.dim() ? scales.size(scales.dim() - 1) : 1;
     const Tensor out = empty({tokens, rows}, ScalarType::Float);
     if (groups > 0 && reads_packed_floats(tokens, width, groups)) {
-        smoothq::weight_only_gemm(view_of(x), view_of(packed), view_of(weight_scale), view_of(multiplier),
-                         view_of(bias), bits, view_of(out));
+        smoothq::weight_only_gemm(view_of(x), view_of(packed), view_of(weight_scale),
+                                  view_of(multiplier), view_of(bias), bits, view_of(out));
         return in(x.scalar_type(), out);
     }
     const Tensor inputs = in(ScalarType::Float, x);
@@ -151,15 +151,16 @@ Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& wei
     return in(x.scalar_type(), out);
 }
 
-// The blocks' scales, and the columns' order, go into the codes, which then meet the weight as floats.
+// The blocks' scales, and the columns' order, go into the codes, which meet the weight as floats.
 Tensor group_gemm(const Tensor& codes, const Tensor& scale, const Maybe& block_scale,
                   const Maybe& order, const Tensor& weight, const Tensor& weight_scale,
                   const Maybe& bias, int64_t group_size, ScalarType type) {
     const Tensor x = empty(sizes_of(codes), ScalarType::Float);
     place(view_of(codes), view_of(block_scale), view_of(order), group_size, view_of(x));
     const int64_t tokens = codes.size(0) * codes.size(1);
-    const Tensor products = weight_only_gemm(torch::stable::view(x, {tokens, codes.size(2)}), weight,
-                                             weight_scale, std::nullopt, std::nullopt, 8);
+    const Tensor rows = torch::stable::view(x, {tokens, codes.size(2)});
+    const Tensor products =
+        weight_only_gemm(rows, weight, weight_scale, std::nullopt, std::nullopt, 8);
     finish(view_of(scale), view_of(bias), view_of(products));
     return in(type, torch::stable::view(products, {codes.size(0), codes.size(1), weight.size(0)}));
 }
@@ -183,8 +184,8 @@ Tensor cached_attention(const Tensor& query, const Tensor& keys, const Tensor& v
                                in(ScalarType::Float, query),
                                expanded(keys, bits, group, first_keys, start),
                                expanded(values, bits, group, first_values, start), mask,
-                               /*dropout_p=*/0.0, /*is_causal=*/false, std::optional<double>(scaling),
-                               /*enable_gqa=*/true);
+                               /*dropout_p=*/0.0, /*is_causal=*/false,
+                               std::optional<double>(scaling), /*enable_gqa=*/true);
     return in(query.scalar_type(), result);
 }
 
@@ -200,7 +201,8 @@ Tensor int8_attention(const Tensor& codes, const Tensor& scale, const Tensor& ke
                               : in(ScalarType::Float, values);
     const Tensor out = empty({batch, queries, length, floats.size(3)}, ScalarType::Float);
     const Tensor key_codes = empty({tokens, codes.size(3)}, ScalarType::Char);
-    const Tensor scales = empty({tokens}, ScalarType::Float), offsets = empty({tokens}, ScalarType::Float);
+    const Tensor scales = empty({tokens}, ScalarType::Float);
+    const Tensor offsets = empty({tokens}, ScalarType::Float);
     for (int64_t line = 0; line < batch * heads; ++line) {
         const int64_t b = line / heads, h = line % heads;
         const auto of = [&](const Tensor& tensor, int64_t head) {
@@ -218,8 +220,8 @@ Tensor int8_attention(const Tensor& codes, const Tensor& scale, const Tensor& ke
                     scores(view_of(some(of(codes, q))), view_of(some(of(scale, q))),
                            view_of(key_codes), view_of(scales), view_of(offsets), view_of(seen),
                            scaling, view_of(score));
-                Tensor result = aten("aten::mm", "", aten("aten::_softmax", "", score, int64_t(-1), false),
-                                     of(floats, h));
+                const Tensor weights = aten("aten::_softmax", "", score, int64_t(-1), false);
+                Tensor result = aten("aten::mm", "", weights, of(floats, h));
                 for (const int64_t m : blind) {
                     Tensor none = select(result, 0, m);
                     torch::stable::zero_(none);

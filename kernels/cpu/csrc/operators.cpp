@@ -444,7 +444,8 @@ void expand(const View& rows, int64_t bits, int64_t group_size, const View& firs
     const Codes<uint8_t> from("rows", rows, Number::UINT8, rows.elements());
     check_out(out, lines * tokens * width);
     float* to = static_cast<float*>(out.data);
-    const Expand task{from.data(), rows.last(), width, group_size ? group_size : width, int(bits), to};
+    const int64_t group = group_size ? group_size : width;
+    const Expand task{from.data(), rows.last(), width, group, int(bits), to};
     const Table& isa = table();
     in_threads(lines * tokens, grain(width),
                [&](int64_t begin, int64_t end) { isa.expand(task, begin, end); });
@@ -492,7 +493,8 @@ std::vector<int64_t> scores(const View& codes, const View& scale, const View& ke
     const Codes<int8_t> a("codes", codes, Number::INT8, queries * width);
     const Codes<int8_t> k("keys", keys, Number::INT8, tokens * width);
     const Floats32 given("scale", scale, queries);
-    const Floats32 steps("key scales", key_scales, tokens), shifts("key offsets", key_offsets, tokens);
+    const Floats32 steps("key scales", key_scales, tokens);
+    const Floats32 shifts("key offsets", key_offsets, tokens);
     const Codes<uint8_t> seen("mask", mask, Number::BOOL, queries * tokens);
     check_out(out, queries * tokens);
     std::vector<float> step(queries);

@@ -108,8 +108,8 @@ void expand(const View& rows, int64_t bits, int64_t group_size, const View& firs
 void split(const View& rows, int64_t bits, const View& codes, const View& scales,
            const View& offsets);
 
-// What queries (L, D) and keys (T, D) in codes have in common, float32 out (L, T), −∞ where the mask
-// (L, T) is false. Returns the queries that see nothing.
+// The scores of queries (L, D) and keys (T, D) in codes, float32 out (L, T), −∞ where the mask (L, T)
+// is false. Returns the queries that see nothing.
 std::vector<int64_t> scores(const View& codes, const View& scale, const View& keys,
                             const View& key_scales, const View& key_offsets, const View& mask,
                             double scaling, const View& out);
