@@ -375,12 +375,31 @@ const Tables TABLES;
 
 inline const int8_t* multiples_of(int multiplier) { return TABLES.rows[multiplier & 31]; }
 
+// A block of codes where it lies, or, with zeros behind the last `inside`, in `padded`.
+inline const int8_t* whole_block(const int8_t* from, int64_t inside, int8_t* padded) {
+    if (inside >= BLOCK) return from;
+    for (int64_t j = 0; j < BLOCK; ++j) padded[j] = j < inside ? from[j] : int8_t(0);
+    return padded;
+}
+
+// The last block of a row of packed codes, with zeros behind it, into `padded`.
+inline void last_block(const Packed& w, int64_t row, int64_t k, int8_t* padded) {
+    for (int64_t j = 0; j < BLOCK; ++j)
+        padded[j] = k + j < w.width ? int8_t(w.at(row, k + j)) : int8_t(0);
+}
+
 #endif
 
 #if defined(__AVX2__)
 
 inline __m128i table_of(int multiplier) {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(multiples_of(multiplier)));
+}
+
+inline int32_t sum(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
 
 #endif
@@ -540,12 +559,6 @@ inline void nibbles_at(const uint8_t* from, const int8_t* low, const int8_t* hig
     out[1] = looked_up(high, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask));
 }
 
-inline int32_t sum(Register v) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-}
-
 #else
 
 typedef int8x16_t Register;
@@ -580,29 +593,21 @@ constexpr int PARTS = BLOCK / BYTES;
 // A block of codes; what lies beyond the width is zero.
 inline void tokens_at(const int8_t* from, int64_t inside, Register* out) {
     alignas(64) int8_t padded[BLOCK];
-    if (inside < BLOCK) {
-        for (int64_t j = 0; j < BLOCK; ++j) padded[j] = j < inside ? from[j] : int8_t(0);
-        from = padded;
-    }
+    from = whole_block(from, inside, padded);
     for (int i = 0; i < PARTS; ++i) out[i] = bytes_at(from + i * BYTES);
 }
 
 // A block of columns of a row, OFFSET in each; beyond the width, whatever a token's zero meets.
 inline void block_at(const Bytewise& w, int64_t row, int64_t k, Register* out) {
-    const int8_t* from = w.codes + row * w.width + k;
     alignas(64) int8_t padded[BLOCK];
-    if (k + BLOCK > w.width) {
-        for (int64_t j = 0; j < BLOCK; ++j) padded[j] = k + j < w.width ? from[j] : int8_t(0);
-        from = padded;
-    }
+    const int8_t* from = whole_block(w.codes + row * w.width + k, w.width - k, padded);
     for (int i = 0; i < PARTS; ++i) out[i] = weights_at(from + i * BYTES);
 }
 
 inline void block_at(const Packed& w, int64_t row, int64_t k, Register* out) {
     if (k + BLOCK > w.width) {
         alignas(64) int8_t padded[BLOCK];
-        for (int64_t j = 0; j < BLOCK; ++j)
-            padded[j] = k + j < w.width ? int8_t(w.at(row, k + j)) : int8_t(0);
+        last_block(w, row, k, padded);
         for (int i = 0; i < PARTS; ++i) out[i] = weights_at(padded + i * BYTES);
         return;
     }
@@ -695,12 +700,8 @@ inline __m256i widened(__m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
 
 // A block of columns of a row in 16 bits; what lies beyond the width is zero.
 inline void block_at(const Bytewise& w, int64_t row, int64_t k, __m256i* out) {
-    const int8_t* from = w.codes + row * w.width + k;
     alignas(64) int8_t padded[BLOCK];
-    if (k + BLOCK > w.width) {
-        for (int64_t j = 0; j < BLOCK; ++j) padded[j] = k + j < w.width ? from[j] : int8_t(0);
-        from = padded;
-    }
+    const int8_t* from = whole_block(w.codes + row * w.width + k, w.width - k, padded);
     for (int i = 0; i < PARTS; ++i)
         out[i] = widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i));
 }
@@ -708,8 +709,7 @@ inline void block_at(const Bytewise& w, int64_t row, int64_t k, __m256i* out) {
 inline void block_at(const Packed& w, int64_t row, int64_t k, __m256i* out) {
     if (k + BLOCK > w.width) {
         alignas(64) int8_t padded[BLOCK];
-        for (int64_t j = 0; j < BLOCK; ++j)
-            padded[j] = k + j < w.width ? int8_t(w.at(row, k + j)) : int8_t(0);
+        last_block(w, row, k, padded);
         for (int i = 0; i < PARTS; ++i)
             out[i] = widened(_mm_load_si128(reinterpret_cast<const __m128i*>(padded) + i));
         return;
@@ -744,12 +744,6 @@ void widen(const Weight& w, int64_t row, int64_t count, int16_t* out) {
             for (int i = 0; i < PARTS; ++i)
                 _mm256_store_si256(reinterpret_cast<__m256i*>(out) + i, block[i]);
         }
-}
-
-inline int32_t sum(__m256i v) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
 
 // Products of T tokens with R rows from `row` on, out[t · R + r].
