@@ -64,6 +64,9 @@ def make_model(directory: Path, layers: int) -> None:
 
 def child(model: Path, out: Path, begins: Connection) -> None:
     """One run, which says when it begins."""
+    # Once more after the fork, before a model is loaded in several threads: the first to need
+    # PyTorch's pool in a forked process makes it anew, and meanwhile another would find none.
+    torch.set_num_threads(1)
     source = open_source(model)
     data = torch.randint(512, TOKENS, generator=torch.Generator().manual_seed(1))
     begins.send(True)
