@@ -22,7 +22,7 @@ from ..architectures.positions import positions_of
 from ..checkpoint.check import check_tensors
 from ..checkpoint.model_config import read_config
 from ..checkpoint.skeleton import skeleton_of
-from ..checkpoint.source import Source
+from ..checkpoint.source import Source, unload_module
 from ..checkpoint.tensor_file import as_bytes
 from ..checkpoint.weight_files import read_tensor, tensor_files
 from ..errors import OutputError
@@ -219,7 +219,7 @@ class RoundTrip:
             prepare(block)
             stream.advance(block, index)
             sketches[index] = _sketch(stream.batch(0))
-            block.to("meta")
+            unload_module(block)
         return sketches
 
 
