@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures.attention_support import unquantizable_attention
-from ..discovery.experiments import EXPERT_COUNTS
+from ..discovery.shrink import EXPERT_COUNTS
 from ..errors import RecipeError, UnsupportedModelError
 from ..modules import InputQuantizer, QuantizedLinear, WeightSpec
 from ..plan.plan import Plan, SitePlan

@@ -2,7 +2,6 @@
 
 from transformers import PretrainedConfig
 
-from ..errors import UnsupportedModelError
 from .families import (
     bloom,
     cohere,
@@ -19,7 +18,6 @@ from .families import (
     phi3,
     qwen_moe,
 )
-from .families.refused import REFUSED
 from .graph import (
     BlockGraph,
     Edge,
@@ -89,16 +87,10 @@ def supported_model_types() -> list[str]:
 
 
 def family_of(config: PretrainedConfig) -> Family | None:
-    """The registered family of a model, or None where its model type has none.
+    """The registered family of a model, or None where none has its wiring.
 
     Args:
         config: of the decoder (`get_text_config(decoder=True)`).
-
-    Raises:
-        UnsupportedModelError: the architecture is known, and cannot be quantized; says why.
     """
     family = _BY_MODEL_TYPE.get(config.model_type)
-    reason = REFUSED.get(config.model_type) if family is None else family.refuses(config)
-    if reason is not None:
-        raise UnsupportedModelError(f"{config.model_type} cannot be quantized: {reason}")
-    return family
+    return None if family is None or family.refuses(config) is not None else family

@@ -101,10 +101,13 @@ class Rows:
     Attributes:
         refs: the weights; their rows, one after the other, belong to the input's channels.
         heads: for value→output, how value rows repeat over the query heads; None for up→down.
+        turns: whether a rotation of each head's values arrives at the input as it is. False where
+            attention's output is multiplied channel by channel, as by a gate.
     """
 
     refs: tuple[WeightRef, ...]
     heads: Heads | None = None
+    turns: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,12 @@ class Site:
     def heads(self) -> Heads | None:
         """The heads that the input's channels are values of; None where no value rows make them."""
         return self.producer.heads if isinstance(self.producer, Rows) else None
+
+    @property
+    def turns_values(self) -> bool:
+        """Whether the input's channels are values that can be rotated per head, in advance."""
+        producer = self.producer
+        return isinstance(producer, Rows) and producer.heads is not None and producer.turns
 
     @property
     def edge(self) -> Edge | None:
@@ -211,6 +220,12 @@ class BlockGraph:
         """The input of attention's output projection, if value rows can absorb its divisor."""
         return next((site for site in self.sites if site.edge == "value_output"), None)
 
+    @property
+    def turned_values(self) -> Site | None:
+        """`value_output`, if its values can be rotated per head."""
+        site = self.value_output
+        return site if site is not None and site.turns_values else None
+
 
 def takes_rotation(graphs: Iterable[BlockGraph]) -> bool:
     """Whether a rotation of the residual stream can be folded into all blocks of a model."""
@@ -231,7 +246,7 @@ class Parts:
         decoder: the model without its head, whose forward takes embeddings through the blocks.
         layers: the `nn.ModuleList` of blocks.
         embedding: the token embedding.
-        final_norm: the norm behind the last block.
+        final_norm: the norm behind the last block, or None.
         head: the linear that computes logits.
         positions: the learned position embedding, or None.
         entry_norm: a norm between embedding and blocks, or None.
@@ -240,7 +255,7 @@ class Parts:
     decoder: str
     layers: str
     embedding: str
-    final_norm: str
+    final_norm: str | None
     head: str
     positions: str | None
     entry_norm: str | None
@@ -257,9 +272,12 @@ class Parts:
     def folds_head(self, model: PreTrainedModel) -> bool:
         """Whether the inverse of a residual rotation can be folded into an untied head.
 
-        False where the final norm has a bias.
+        False where the final norm has a bias, or no weight to take its place.
         """
-        return Norm(f"{self.final_norm}.weight").bias_view(model) is None
+        if self.final_norm is None:
+            return False
+        norm = model.get_submodule(self.final_norm)
+        return getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is None
 
 
 def _refuses_none(config: PretrainedConfig) -> None:
@@ -279,19 +297,21 @@ class Family:
         flattens: whether a block joins batch and tokens in one dimension before some linears.
         sums_at_entry: whether the first block's input is a sum of multiples of the rows of
             `Parts.entering`, so that rotating those embeddings rotates it.
-        refuses: config → why such a model cannot be quantized, or None.
+        notes: remarks for the user, such as which transforms its wiring does not allow.
+        refuses: config → why this wiring is not that of such a model, or None.
     """
 
     model_types: tuple[str, ...]
     block: Callable[[PretrainedConfig, int], BlockGraph]
     layers: str = "layers"
-    final_norm: str = "norm"
+    final_norm: str | None = "norm"
     positions: str | None = None
     entry_norm: str | None = None
     centred: bool = False
     returns_tuple: bool = False
     flattens: bool = False
     sums_at_entry: bool = True
+    notes: tuple[str, ...] = ()
     refuses: Callable[[PretrainedConfig], str | None] = _refuses_none
 
     def graph(self, config: PretrainedConfig, index: int, block: nn.Module) -> BlockGraph:
@@ -325,7 +345,7 @@ class Family:
             decoder=decoder,
             layers=f"{decoder}.{self.layers}",
             embedding=names[id(model.get_input_embeddings())],
-            final_norm=f"{decoder}.{self.final_norm}",
+            final_norm=within(self.final_norm),
             head=names[id(model.get_output_embeddings())],
             positions=within(self.positions),
             entry_norm=within(self.entry_norm),
@@ -357,7 +377,10 @@ def attention_heads(config: PretrainedConfig) -> Heads:
     query = config.num_attention_heads
 
     def named(field: str, otherwise: int) -> int:
-        value = getattr(config, field, None)
+        try:
+            value = getattr(config, field, None)
+        except Exception:  # a config with values by layer may refuse to name one
+            return otherwise
         return value if isinstance(value, int) and value > 0 else otherwise
 
     dim = named("head_dim", config.hidden_size // query)
@@ -391,7 +414,7 @@ def _with_heads(config: PretrainedConfig, heads: Heads) -> PretrainedConfig:
     if attention_heads(config) == heads:
         return config
     corrected: Any = copy.copy(config)
-    if attention_heads(config).dim != heads.dim and hasattr(config, "head_dim"):
+    if attention_heads(config).dim != heads.dim:
         corrected.head_dim = heads.dim
     corrected.num_key_value_heads = heads.key_value
     return cast(PretrainedConfig, corrected)

@@ -20,6 +20,7 @@ from ..architectures import (
     Edge,
     Family,
     Norm,
+    Site,
     WeightRef,
 )
 from ..architectures.graph import (
@@ -44,6 +45,12 @@ from ..transforms.smoothing import smooth
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of a logit, as a share of the largest
 
 Rewrite = Callable[[PreTrainedModel, Family], None]
+Chosen = Callable[[int, Site], bool]  # (number of a block, site of it) → whether it is rewritten
+
+
+def every_site(_index: int, _site: Site) -> bool:
+    """Choose all sites of all blocks."""
+    return True
 
 
 class InFloat64(TorchFunctionMode):
@@ -132,22 +139,22 @@ def _rotate_blocks(model: PreTrainedModel, family: Family) -> Hadamard:
     return rotation
 
 
-def rotate_values(model: PreTrainedModel, family: Family) -> None:
+def rotate_values(model: PreTrainedModel, family: Family, chosen: Chosen = every_site) -> None:
     """Rotate attention values (R2) in every block."""
     for index, (block, graph) in enumerate(graphs(model, family)):
-        site = graph.value_output
-        if site is not None and site.heads is not None:
+        site = graph.turned_values
+        if site is not None and site.heads is not None and chosen(index, site):
             rotate_value_output(block, site, Hadamard.of(site.heads.dim, index))
 
 
-def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
+def rotate_inputs(model: PreTrainedModel, family: Family, chosen: Chosen = every_site) -> None:
     """Rotate inputs online, by hooks: inside MLPs, and inputs that R1 cannot rotate offline."""
     wiring = list(graphs(model, family))
     rotatable = takes_rotation([graph for _, graph in wiring])
-    for block, graph in wiring:
+    for index, (block, graph) in enumerate(wiring):
         for site in graph.sites:
             online = site.reads == "mlp" or (site.reads == "residual" and not rotatable)
-            if online and site.readers:
+            if online and site.readers and chosen(index, site):
                 rotation = Hadamard.of(site.readers[0].view(block).shape[1], 7)
                 for reader in site.readers:
                     rotate_input(reader.view(block), rotation)
@@ -155,14 +162,14 @@ def rotate_inputs(model: PreTrainedModel, family: Family) -> None:
                     block.get_submodule(module).register_forward_pre_hook(_rotating(rotation))
 
 
-def smoothing(*edges: Edge) -> Rewrite:
+def smoothing(*edges: Edge, chosen: Chosen = every_site) -> Rewrite:
     """A rewrite that smooths some kinds of edges with random maxima, mostly in 0.1 … 10."""
 
     def rewrite(model: PreTrainedModel, family: Family) -> None:
         generator = torch.Generator().manual_seed(3)
-        for block, graph in graphs(model, family):
+        for index, (block, graph) in enumerate(graphs(model, family)):
             for site in graph.sites:
-                if site.edge in edges and site.readers:
+                if site.edge in edges and site.readers and chosen(index, site):
                     width = site.readers[0].view(block).shape[1]
                     spread = torch.randn(width, generator=generator, dtype=torch.float64)
                     smooth(block, site, torch.exp(spread), alpha=0.5)
@@ -192,7 +199,7 @@ def claims(model: PreTrainedModel, family: Family) -> dict[str, Rewrite]:
             rotate_stream_offline,
             takes_rotation(wiring) and family.folds_offline(model),
         ),
-        "value rotation": (rotate_values, "value_output" in edges),
+        "value rotation": (rotate_values, any(graph.turned_values for graph in wiring)),
         "input rotation": (rotate_inputs, True),
         "smoothing of norms": (smoothing("norms"), "norms" in edges),
         "smoothing of up_down": (smoothing("up_down"), "up_down" in edges),

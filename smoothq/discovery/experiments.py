@@ -22,19 +22,18 @@ from ..architectures import Heads
 from ..architectures.graph import attention_heads
 from ..architectures.linearize import EXPERT_MATRICES, SeparateExperts
 from ..transforms.smoothing import repeat_over_queries
+from .findings import (
+    Findings,
+    FoundSite,
+    NormFacts,
+    experts_count,
+    plain_linears,
+    quoted,
+    weights_source,
+)
+from .shrink import EXPERT_COUNTS, EXPERTS, WIDTHS
 
 EXACT = 1e-9  # the largest relative difference that counts as float64 rounding
-TINY_EXPERTS = 4
-# All different: a config may hold a width that its model does not use.
-TINY_WIDTHS = {
-    "intermediate_size": 80,
-    "ffn_dim": 112,
-    "ffn_hidden_size": 160,
-    "n_inner": 144,
-    "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 96,
-}
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Rows of up in a gate_up matrix: their slice as Python source → the slice for N rows.
 _UP_ROWS: dict[str, Callable[[int], slice]] = {
     "": lambda rows: slice(None),
@@ -45,45 +44,16 @@ _UP_ROWS: dict[str, Callable[[int], slice]] = {
 }
 
 
-class Unexplained(Exception):
-    """The experiments cannot explain a part of a block; the message names it."""
-
-
-@dataclass
-class FoundSite:
-    """A site that the experiments found.
-
-    Attributes:
-        modules: the linears that read it, to be quantized.
-        floats: other modules that read it and stay in float.
-        reads: as `Site.reads`.
-        producer: Python source of `Site.producer`.
-        experts: the name of the experts module that reads it, or None.
-    """
-
-    modules: list[str]
-    floats: list[str] = field(default_factory=list)
-    reads: str = "mlp"
-    producer: str = "None"
-    experts: str | None = None
-
-    @property
-    def name(self) -> str:
-        """A name for the site, from the names of its modules: `q_k_v` of q_proj, k_proj, v_proj."""
-        if self.experts is not None:
-            return "experts"
-        leaves = [module.rpartition(".")[2].removesuffix("_proj") for module in self.modules]
-        return "_".join(dict.fromkeys(leaves))
-
-
 @dataclass(frozen=True)
 class Call:
-    """One recorded call of a module that has a weight, with its input and output."""
+    """One recorded call of a module: input, output, further arguments by position and by name."""
 
     name: str
     module: nn.Module
     input: Tensor
     output: Tensor
+    more: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -97,8 +67,17 @@ def own_weight(module: nn.Module) -> Any:
     return weight.data if isinstance(weight, nn.Parameter) else None
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, with a weight or without: no other module has one of rank 1."""
+    weight = own_weight(module)
+    if weight is not None:
+        return bool(weight.dim() == 1)
+    named = "norm" in type(module).__name__.lower()
+    return named and next(module.parameters(), None) is None and not list(module.children())
+
+
 def keep(calls: list[Call], name: str) -> Callable[..., None]:
-    """A forward hook that appends a `Call` to `calls` at each call of a module.
+    """A forward hook, to be registered `with_kwargs`, that appends a `Call` to `calls` at each call of a module.
 
     The calls keep their tensors alive, so that `data_ptr()` identifies a tensor during the forward.
 
@@ -107,35 +86,32 @@ def keep(calls: list[Call], name: str) -> Callable[..., None]:
         name: of the module.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = args[0] if args and isinstance(args[0], Tensor) else output
-        calls.append(Call(name, module, given, output[0] if isinstance(output, tuple) else output))
+        result = output[0] if isinstance(output, tuple) else output
+        if isinstance(given, Tensor) and isinstance(result, Tensor):
+            calls.append(Call(name, module, given, result, args[1:], kwargs))
 
     return hook
 
 
-@dataclass(frozen=True)
-class NormFacts:
-    """How a norm computes.
+def norm_facts(call: Call) -> NormFacts:
+    """How a norm computes, by running it on the input of a recorded call."""
+    norm: Any = call.module
 
-    Attributes:
-        offset: as `Norm.offset`, 0 or 1.
-        centred: whether it subtracts the mean (LayerNorm).
-    """
+    def run(given: Tensor) -> Tensor:
+        output = norm(given, *call.more, **call.named)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
-    offset: int
-    centred: bool
-
-    @classmethod
-    def of(cls, call: Call) -> NormFacts:
-        """Find out by running a norm on the input of a recorded call."""
-        norm: Any = call.module
-        bias = getattr(norm, "bias", None)
-        with restored([norm.weight]):
-            norm.weight.zero_()
-            silent = norm(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
-        moved = norm(call.input + 3)
-        return cls(int(bool(silent.abs().max() > EXACT)), _same(moved, norm(call.input)))
+    centred = _same(run(call.input + 3), run(call.input))
+    if own_weight(norm) is None:
+        return NormFacts(0, centred)
+    bias = getattr(norm, "bias", None)
+    with restored([norm.weight]):
+        norm.weight.zero_()
+        silent = run(call.input) - (bias if isinstance(bias, Tensor) else 0.0)
+    return NormFacts(int(bool(silent.abs().max() > EXACT)), centred)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -147,22 +123,14 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 class BlockExperiments:
-    """Experiments on one linearized block of a tiny model.
-
-    Attributes, after `find`:
-        sites: in the order of execution.
-        stream_norms: the norms that read the residual stream.
-        writes_stream: whether a rotation of the stream can be folded into all its writers.
-        returns_tuple, flattens: as of `Family`.
-    """
+    """Experiments on one linearized block of a tiny model."""
 
     def __init__(
         self,
         config: PretrainedConfig,
         module: nn.Module,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        real: nn.Module,
+        entering: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
         read: set[str],
         cautious: bool,
     ) -> None:
@@ -171,72 +139,96 @@ class BlockExperiments:
         Args:
             config: of the tiny model's decoder.
             module: the block, linearized.
-            hidden: float64 (batch, tokens, hidden size), the residual stream that enters it.
-            args: further positional arguments of its forward.
-            kwargs: keyword arguments of its forward.
+            real: the real model's block in its place, linearized, on the meta device.
+            entering: the arguments of its forward: the residual stream, float64 (batch, tokens,
+                hidden size); further ones by position; and those by name.
             read: names of linears whose `weight` the block's own code reads.
             cautious: whether to exclude these from every transform; else the experiments decide.
         """
-        self._config, self.module, self.hidden = config, module, hidden
-        self._args, self._kwargs = args, kwargs
+        self._config, self.module, self._real = config, module, real
+        self.hidden, self._args, self._kwargs = entering
         self._read, self._cautious = read, cautious
-        self.sites: list[FoundSite] = []
-        self.stream_norms: list[NormFacts] = []
-        self.writes_stream = True
-        self.returns_tuple = self.flattens = False
+        self._found = Findings()
 
     def run(self) -> tuple[Tensor, list[Call]]:
-        """Run the block once: its output, and the calls of all modules that have a weight."""
+        """Run the block once: its output, and the calls of norms, experts, and matrices."""
         calls: list[Call] = []
         handles = [
-            module.register_forward_hook(keep(calls, name))
+            module.register_forward_hook(keep(calls, name), with_kwargs=True)
             for name, module in self.module.named_modules()
-            if own_weight(module) is not None or isinstance(module, SeparateExperts)
+            if own_weight(module) is not None
+            or is_norm(module)
+            or isinstance(module, SeparateExperts)
         ]
         output = self.module(self.hidden.clone(), *self._args, **self._kwargs)
         for handle in handles:
             handle.remove()
-        self.returns_tuple = isinstance(output, tuple)
-        return (output[0] if self.returns_tuple else output), calls
+        self._found.returns_tuple = isinstance(output, tuple)
+        return (output[0] if isinstance(output, tuple) else output), calls
 
-    def find(self) -> None:
-        """Run the experiments and set the attributes. Raises Unexplained."""
+    def find(self) -> Findings:
+        """Run the experiments and return what they find."""
         _, calls = self.run()
         by_key: dict[tuple[int, int], FoundSite] = {}
         readers = [call for call in calls if self._is_reader(call)]
-        self.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
+        self._found.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
+        placed: set[str] = set()
         for call in readers:
+            if call.name in placed:
+                continue  # called twice: a site is what it reads first
+            placed.add(call.name)
             site = by_key.setdefault(call.key, FoundSite([]))
             if isinstance(call.module, SeparateExperts):
                 site.experts = call.name
             else:
                 site.modules.append(call.name)
-        others = [call for call in calls if not self._is_reader(call) and call.key in by_key]
-        for call in others:
-            if own_weight(call.module).dim() == 2:
+        for call in calls:
+            matrix = own_weight(call.module) is not None and own_weight(call.module).dim() == 2
+            if matrix and not self._is_reader(call) and call.key in by_key:
                 by_key[call.key].floats.append(call.name)
-        self.sites = list(by_key.values())
-        self._check_explained(calls)
         called = {call.name for call in calls}
         self._uncalled = [
             name for name in self._read if name not in called and self._is_linear(name)
         ]
-        for site in self.sites:
+        for site in by_key.values():
             if site.experts is not None:
-                small = [name for name in site.modules if self._rows(name) in (1, TINY_EXPERTS)]
+                small = [name for name in site.modules if self._rows(name) in (1, EXPERTS)]
                 site.floats += small
                 site.modules = [name for name in site.modules if name not in small]
+        self._found.sites = list(by_key.values())
+        for site in self._found.sites:
+            if site.experts is not None:
+                site.count = self._count_of(site.experts)
+                self._find_up(site)
         self._explain_inputs(by_key, calls)
-        self.writes_stream = all(
-            self._writes(name)
-            for site in self.sites
-            if site.reads != "residual"
-            for name in site.modules
-        ) and all(self._writes(name) for name in self._routed_downs())
+        self._find_writers()
+        self._found.sites += [FoundSite([name]) for name in self._uncalled]
+        self._find_uncalled(called)
+        return self._found
+
+    def _find_writers(self) -> None:
+        """Set `stream_writers` and `writes_stream`."""
+        for site in self._found.sites:
+            for name in site.modules:
+                writes = self._writes(name)
+                if writes:
+                    self._found.stream_writers.append(name)
+                elif writes is None:
+                    self._found.writes_stream = False
+        if not all(self._writes(name) for name in self._routed_downs()):
+            self._found.writes_stream = False
         if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
             # A matrix whose weight is read directly may read or write the stream unobserved.
-            self.writes_stream = False
-        self.sites += [FoundSite([name]) for name in self._uncalled]
+            self._found.writes_stream = False
+
+    def _find_uncalled(self, called: set[str]) -> None:
+        """Add a site of its own for each linear that these tokens did not reach."""
+        known = {name for site in self._found.sites for name in [*site.modules, *site.floats]}
+        experts = tuple(f"{site.experts}." for site in self._found.sites if site.experts)
+        for name in plain_linears(self.module):
+            if name not in known | called and not name.startswith(experts):
+                self._found.sites.append(FoundSite([name]))
+                self._found.writes_stream = False
 
     def _explain_inputs(self, by_key: dict[tuple[int, int], FoundSite], calls: list[Call]) -> None:
         """Set what each site reads, and its producer."""
@@ -245,9 +237,9 @@ class BlockExperiments:
         silent = self._silent_inputs()
         for key, site in by_key.items():
             norm = norms.get(key)
-            if norm is not None and own_weight(norm.module).dim() == 1:
+            if norm is not None and is_norm(norm.module):
                 self._behind_norm(site, norm, silent)
-            elif _same(silent[self._first(site)], self.hidden):
+            elif site.first in silent and _same(silent[site.first], self.hidden):
                 site.reads = "residual"
             elif site.experts is None:
                 self._producer(site, readers)
@@ -261,27 +253,11 @@ class BlockExperiments:
     def _rows(self, module: str) -> int:
         return len(self.module.get_parameter(f"{module}.weight"))
 
-    def _first(self, site: FoundSite) -> str:
-        return site.modules[0] if site.modules else str(site.experts)
-
     def _routed_downs(self) -> list[str]:
         """The names of experts' down linears that some token reaches."""
         _, calls = self.run()
-        names = {f"{site.experts}.down_proj." for site in self.sites if site.experts is not None}
-        return [call.name for call in calls if call.name.startswith(tuple(names))] if names else []
-
-    def _check_explained(self, calls: list[Call]) -> None:
-        """Raise Unexplained for a block with a matrix that belongs to no site."""
-        known = {name for site in self.sites for name in site.modules + site.floats}
-        known |= self._read
-        known |= {call.name for call in calls if own_weight(call.module) is not None}
-        experts = tuple(f"{site.experts}." for site in self.sites if site.experts is not None)
-        for name, parameter in self.module.named_parameters():
-            owner = name.rpartition(".")[0]
-            if experts and name.startswith(experts):
-                continue
-            if parameter.dim() > 2 or (parameter.dim() == 2 and owner not in known):
-                raise Unexplained(f"what '{name}' of a block is for")
+        names = tuple(f"{site.experts}.down_proj." for site in self._found.sites if site.experts)
+        return [call.name for call in calls if call.name.startswith(names)]
 
     def _silent_inputs(self) -> dict[str, Tensor]:
         """The input of each module when all matrices of the block are zero.
@@ -291,17 +267,29 @@ class BlockExperiments:
         with _zeroed(self.module):
             output, calls = self.run()
         if not _same(output, self.hidden):
-            self.writes_stream = False
+            self._found.writes_stream = False
         return {call.name: call.input for call in calls}
 
     def _behind_norm(self, site: FoundSite, norm: Call, silent: dict[str, Tensor]) -> None:
-        facts = NormFacts.of(norm)
+        facts = norm_facts(norm)
         offset = ", offset=1" if facts.offset else ""
-        if not self._is_read(site) and (not self._uncalled or self._absorbs(site, norm, facts)):
-            site.producer = f"Norm({text(norm.name + '.weight')}{offset})"
-        if _same(silent[norm.name], self.hidden):
+        weight = own_weight(norm.module)
+        takes = weight is not None and weight.numel() == self._width(site)
+        if (
+            takes
+            and not self._is_read(site)
+            and (not self._uncalled or self._absorbs(site, norm, facts))
+        ):
+            site.producer = f"Norm({quoted(norm.name + '.weight')}{offset})"
+        if norm.name in silent and _same(silent[norm.name], self.hidden):
             site.reads = "residual"
-            self.stream_norms.append(facts)
+            self._found.stream_norms.append(facts)
+
+    def _width(self, site: FoundSite) -> int:
+        """Channels of a site's input."""
+        if not site.modules:
+            return int(self.hidden.shape[-1])
+        return int(self.module.get_parameter(f"{site.modules[0]}.weight").shape[1])
 
     def _absorbs(self, site: FoundSite, norm: Call, facts: NormFacts) -> bool:
         """Whether a divisor folded into a norm cancels in a site's readers.
@@ -339,11 +327,12 @@ class BlockExperiments:
         earlier = [name for name in readers[: readers.index(module)] if self._is_linear(name)]
         usable = [] if self._is_read(site) else [name for name in earlier if name not in self._read]
         for name in usable:
-            for producer, rows, heads in self._candidates(name, width):
+            for producer, source, rows, heads in self._candidates(name, width):
                 if self._follows(module, name, rows, heads):
                     mixes = self._mixes(name, module)
                     if mixes == (heads is not None):
-                        site.producer, site.reads = producer, "attention" if mixes else "mlp"
+                        site.producer, site.heads = producer, source
+                        site.reads = "attention" if mixes else "mlp"
                         return
         # Without a producer: a reader that an earlier matrix reaches token by token is in an MLP.
         alone = any(self._mixes(name, module) is False for name in earlier)
@@ -354,7 +343,7 @@ class BlockExperiments:
 
     def _candidates(
         self, module: str, width: int
-    ) -> Iterator[tuple[str, list[slice], Heads | None]]:
+    ) -> Iterator[tuple[str, str | None, list[slice], Heads | None]]:
         """Rows of a matrix that may be the producer of a site, for every possible layout.
 
         Args:
@@ -362,7 +351,8 @@ class BlockExperiments:
             width: channels of the site's input.
 
         Yields:
-            Python source of the producer, the slices of rows, and the heads of values or None.
+            Python source of the producer and of the heads of values, or None; the slices of rows;
+            these heads, or None.
         """
         rows, tensor = self._rows(module), f"{module}.weight"
         for counted, heads in self._head_counts(rows, width):
@@ -370,30 +360,30 @@ class BlockExperiments:
             if heads.query * heads.dim != width or heads.query % heads.key_value:
                 continue
             if rows == values:
-                yield f"Rows({_weights([module])}, {counted})", [slice(None)], heads
+                yield f"Rows({weights_source([module])})", counted, [slice(None)], heads
             if rows == fused * heads.dim:
                 last = slice(rows - values, None)
-                yield (
-                    f"Rows((concatenated_values({text(tensor)}, {counted}),), {counted})",
-                    [last],
-                    heads,
-                )
+                call = f"(concatenated_values({quoted(tensor)}, {counted}),)"
+                yield f"Rows({call})", counted, [last], heads
                 size = fused // heads.key_value
                 starts = range((size - 1) * heads.dim, rows, size * heads.dim)
-                call = f"interleaved_values({text(tensor)}, {counted})"
+                call = f"interleaved_values({quoted(tensor)}, {counted})"
                 value_rows = [slice(start, start + heads.dim) for start in starts]
-                yield f"Rows({call}, {counted})", value_rows, heads
-        for chosen, part in self._up_layouts(rows, width):
-            ref = f"WeightRef({text(tensor)}{', ' + chosen if chosen else ''})"
-            yield f"Rows(({ref},))", [part], None
+                yield f"Rows({call})", counted, value_rows, heads
+        for chosen, part in self._up_layouts(module, width):
+            ref = f"WeightRef({quoted(tensor)}{', ' + chosen if chosen else ''})"
+            yield f"Rows(({ref},))", None, [part], None
 
-    def _up_layouts(self, rows: int, width: int) -> Iterator[tuple[str, slice]]:
-        sizes = [name for name in TINY_WIDTHS if getattr(self._config, name, None) == rows // 2]
+    def _up_layouts(self, module: str, width: int) -> Iterator[tuple[str, slice]]:
+        """Rows of a matrix that may be `up`: Python source of their slice, and the slice."""
+        rows = self._rows(module)
+        named = (name for name in WIDTHS if getattr(self._config, name, None) == rows // 2)
+        real = self._real.get_parameter(f"{module}.weight").shape[0] // 2
+        size = next((f"config.{name}" for name in named), str(real))
         for layout, part in _UP_ROWS.items():
             chosen = part(rows)
-            named = "{width}" not in layout or bool(sizes)
-            if named and len(range(rows)[chosen]) == width:
-                yield layout.format(width=f"config.{sizes[0]}" if sizes else ""), chosen
+            if len(range(rows)[chosen]) == width:
+                yield layout.format(width=size), chosen
 
     def _head_counts(self, rows: int, width: int) -> Iterator[tuple[str, Heads]]:
         """Head counts that a block may have, each with its Python source.
@@ -402,6 +392,8 @@ class BlockExperiments:
             rows: of the matrix that computes its values.
             width: channels of the output projection's input.
         """
+        if not getattr(self._config, "num_attention_heads", None):
+            return
         heads = attention_heads(self._config)
         yield "attention_heads(config)", heads
         # What a config says and its model does not use, `Family.graph` puts right.
@@ -451,12 +443,14 @@ class BlockExperiments:
             moved = (self._input(reader) - before).flatten(0, -2).abs().amax(-1) > EXACT
         return None if not moved.any() else bool(moved[1:].any())
 
-    def _writes(self, module: str) -> bool:
-        """Whether a constant added to a matrix's output is added, times a factor, to the stream."""
+    def _writes(self, module: str) -> bool | None:
+        """Whether a constant added to a matrix's output is added, times a factor, to the stream.
+
+        None where it reaches the stream in another way. All matrices are zero, so that what it
+        writes to the stream is all that it can change there.
+        """
         linear = self.module.get_submodule(module)
         added = torch.randn(self._rows(module), dtype=torch.float64, generator=torch.Generator())
-        if len(added) != self.hidden.shape[-1]:
-            return False
         with _zeroed(self.module):
             before, calls = self.run()
             if module not in {call.name for call in calls}:
@@ -464,64 +458,30 @@ class BlockExperiments:
             with linear.register_forward_hook(lambda linear, args, output: output + added):
                 after, _ = self.run()
         change = after - before
+        if change.abs().max() <= EXACT:
+            return False
+        if len(added) != change.shape[-1]:
+            return None
         factor = change @ added / added.square().sum()
         straight = (change - factor[..., None] * added).abs().max() <= EXACT
-        return bool(straight and factor.abs().max() > EXACT)
+        return True if straight else None
 
-    def body(self, rotatable: bool) -> str:
-        """Python source of the body of the function that returns this block's graph.
+    def _count_of(self, experts: str) -> str:
+        """Python source of the number of experts of a layer."""
+        named = (name for name in EXPERT_COUNTS if getattr(self._config, name, 0) == EXPERTS)
+        return next((f"config.{name}" for name in named), experts_count(self._real, experts))
 
-        Args:
-            rotatable: whether the writers of the residual stream are listed.
-        """
-        lines, names, written = [], [], []
-        for site, name in zip(self.sites, self._names(), strict=True):
-            readers = [_weights(site.modules)] if site.modules else []
-            if site.experts is not None:
-                lines.append(f"routed, downs = {self._experts(site.experts)}")
-                readers.append("routed")
-            fields = [text(name), text(site.reads), " + ".join(readers), site.producer]
-            fields += [_weights(site.floats)] if site.floats else []
-            variable = f"{name}_site" if name.isidentifier() else f"site_{name}"
-            arguments = "".join(f"        {argument},\n" for argument in fields)
-            lines.append(f"{variable} = Site(\n{arguments}    )")
-            variables = [variable] + (["*downs"] if site.experts is not None else [])
-            names += variables
-            written += variables[1:] if site.reads == "residual" else variables
-        residual = f"writers({', '.join(written)})" if rotatable else "()"
-        lines.append(f"return BlockGraph(({', '.join(names)}), residual_writers={residual})")
-        return "".join(f"    {line}\n" for line in lines)
-
-    def _names(self) -> list[str]:
-        """Names of the sites, all different."""
-        names = [site.name for site in self.sites]
-        return [
-            name if names.count(name) == 1 else self._first(site).replace(".", "_")
-            for name, site in zip(names, self.sites, strict=True)
-        ]
-
-    def _experts(self, module: str) -> str:
-        """Python source of the call that returns the sites of experts."""
-        config = self._config
-        count = next(name for name in EXPERT_COUNTS if getattr(config, name, 0) == TINY_EXPERTS)
-        down = self._routed_downs()[0]
-        fused = down.replace("down_proj", "gate_up_proj")
-        width = self.module.get_parameter(f"{down}.weight").shape[1]
-        up = "None"
-        for layout, chosen in self._up_layouts(self._rows(fused), width):
-            if self._follows(down, fused, [chosen], None):
-                up = layout or "slice(None)"
-                break
-        return f"experts({text(module)}, config.{count}, {up})"
-
-
-def text(value: str) -> str:
-    """A string as a literal of Python source."""
-    return f'"{value}"'
-
-
-def _weights(modules: list[str]) -> str:
-    return f"weights({', '.join(map(text, modules))})"
+    def _find_up(self, site: FoundSite) -> None:
+        """Set the rows of up in the experts of a site, which can absorb a divisor of down."""
+        for down in self._routed_downs():
+            if not down.startswith(f"{site.experts}."):
+                continue
+            fused = down.replace("down_proj", "gate_up_proj")
+            width = self.module.get_parameter(f"{down}.weight").shape[1]
+            for layout, chosen in self._up_layouts(fused, width):
+                if self._follows(down, fused, [chosen], None):
+                    site.up = layout or "slice(None)"
+                    return
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import Parts
-from .infer import TOKENS, example, kinds_of
+from .infer import TOKENS, example
+from .stack import kinds_of
 from .weight_watch import read_weights
 
 log = logging.getLogger("smoothq")

@@ -166,6 +166,7 @@ class ExportReader:
         folds: dict[str, Callable[[Tensor], None]] = {}
         if rotation is not None:
             folds = dict.fromkeys(parts.entering, partial(rotate_input, rotation=rotation))
+            assert parts.final_norm is not None, "a folded rotation ends at the final norm"
             norm = self.model.get_submodule(parts.final_norm)
             load_module(norm, parts.final_norm, self.source, WORKING_DTYPE)
             folds[parts.head] = head_fold(self.model, parts, rotation, self.plan.norm_offset)

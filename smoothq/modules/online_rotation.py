@@ -131,6 +131,7 @@ def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
     """
     _rotate_input(model.get_submodule(parts.block_name(0)), OnlineRotation(rotation))
     end = OnlineRotation(rotation, transposed=True)
+    assert parts.final_norm is not None, "a rotated stream is rotated back before its final norm"
     _rotate_input(model.get_submodule(parts.final_norm), end)
 
 

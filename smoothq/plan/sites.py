@@ -57,7 +57,7 @@ def plan_blocks(wiring: Wiring, recipe: Recipe) -> tuple[BlockPlan, ...]:
 
 
 def _value_rotation(graph: BlockGraph, recipe: Recipe, index: int) -> Hadamard | None:
-    heads = None if graph.value_output is None else graph.value_output.heads
+    heads = None if graph.turned_values is None else graph.turned_values.heads
     if heads is None or not recipe.rotates.value_output:
         return None
     # Other random signs in every layer: an unlucky draw is then not repeated in all layers.
@@ -181,7 +181,7 @@ def _rotates_online(wiring: Wiring, recipe: Recipe, site: Site) -> bool:
         case "residual":
             return recipe.rotates.residual and not wiring.rotatable
         case "attention":
-            return recipe.rotates.value_output and site.edge != "value_output"
+            return recipe.rotates.value_output and not site.turns_values
         case "mlp":
             return recipe.rotates.down
 

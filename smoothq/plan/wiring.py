@@ -105,11 +105,9 @@ class Wiring:
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head, by the shapes of the first block's value projection."""
-        site = self.graphs[0].value_output
-        assert site is not None
-        assert site.heads is not None
-        return site.heads.dim
+        """Channels of a head, by the shapes of the first value projection."""
+        sites = (graph.value_output for graph in self.graphs)
+        return next(site.heads.dim for site in sites if site is not None and site.heads)
 
     @property
     def nbytes(self) -> int:

@@ -109,6 +109,7 @@ def head_fold(
         rotation: R, of order hidden size.
         offset: of the final norm, as of a `Norm`.
     """
+    assert parts.final_norm is not None, "a folded rotation ends at the final norm"
     gain = take_norm(model, parts.final_norm, offset)
     return partial(rotate_reader, gain=gain, rotation=rotation)
 

@@ -1,0 +1,189 @@
+"""Configs of tiny models: the same wiring as a real config's, with small widths and few layers.
+
+What a field means is known by its name. A config whose fields bind each other in a way that the
+names do not tell fits no model at small widths; so several attempts are offered, each of which
+changes less than the one before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig
+
+HIDDEN, HEADS, HEAD_DIM, VOCABULARY, EXPERTS = 64, 4, 16, 64, 4
+
+# All different: a config may hold a width that its model does not use.
+WIDTHS = {
+    "intermediate_size": 80,
+    "ffn_dim": 112,
+    "ffn_hidden_size": 160,
+    "n_inner": 144,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 96,
+}
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_OF_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_experts_per_topk",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k",
+    "top_k_experts",
+)
+_COUNTED_HEADS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads")
+_VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
+
+# Fields of attention, state-space layers, and experts that some models have beside Llama's.
+_OTHER_WIDTHS = {
+    "word_embed_proj_dim": HIDDEN,
+    "embedding_size": HIDDEN,
+    "rotary_dim": HEAD_DIM,
+    "head_dim": HEAD_DIM,
+    "swa_head_dim": HEAD_DIM,
+    "global_head_dim": 2 * HEAD_DIM,
+    "swa_num_attention_heads": HEADS,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "o_lora_rank": 32,
+    "qk_rope_head_dim": HEAD_DIM,
+    "qk_nope_head_dim": HEAD_DIM,
+    "v_head_dim": HEAD_DIM,
+    "index_head_dim": HEAD_DIM,
+    "index_n_heads": 2,
+    "o_groups": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_groups": 1,
+    "intermediate_size_mlp": 104,
+    "dense_intermediate_size": 120,
+    "expert_ffn_hidden_size": 72,
+    "shared_intermediate_size": 88,
+    "shared_experts_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 136,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "mamba_d_state": 16,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_d_ssm": 128,
+    "mamba_n_groups": 1,
+    "mamba_dt_rank": 8,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+    "time_step_rank": 8,
+    "lru_width": HIDDEN,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+}
+
+
+def tiny_configs(config: PretrainedConfig, layers: int) -> Iterator[PretrainedConfig]:
+    """Copies of a config with `layers` layers, the smallest widths first.
+
+    Args:
+        config: of the real model.
+        layers: blocks of the tiny model's decoder.
+    """
+    for shrink in (_to_small_widths, _to_small_counts, _to_few_layers):
+        tiny = copy.deepcopy(config)
+        if hasattr(tiny, "quantization_config"):
+            del tiny.quantization_config
+        shrink(tiny.get_text_config(decoder=True), layers)
+        yield tiny
+
+
+def _to_small_widths(decoder: PretrainedConfig, layers: int) -> None:
+    """Small widths everywhere."""
+    real_heads, real_dim = _number(decoder, "num_attention_heads"), _rotary_dim(decoder)
+    _to_small_counts(decoder, layers)
+    _set(decoder, {"hidden_size": HIDDEN, "num_attention_heads": HEADS, **_OTHER_WIDTHS, **WIDTHS})
+    shared = {real_heads: HEADS, 1: 1}
+    for counted in _COUNTED_HEADS:
+        count = _number(decoder, counted)
+        if count is not None:
+            _set(decoder, {counted: shared.get(count, HEADS // 2)})
+    _fit_sections(decoder, real_dim)
+
+
+def _to_small_counts(decoder: PretrainedConfig, layers: int) -> None:
+    """Few layers, experts and tokens of the vocabulary."""
+    _to_few_layers(decoder, layers)
+    _set(decoder, dict.fromkeys(EXPERT_COUNTS, EXPERTS))
+    for chosen in _EXPERTS_OF_TOKEN:
+        count = _number(decoder, chosen)
+        if count is not None:
+            _set(decoder, {chosen: min(count, 2)})
+
+
+def _to_few_layers(decoder: PretrainedConfig, layers: int) -> None:
+    """Few layers, and a small vocabulary; lists with an entry for each layer are cut."""
+    count = _number(decoder, "num_hidden_layers")
+    if count is not None and layers < count:
+        _set(decoder, {"num_hidden_layers": layers})
+        for name, value in list(vars(decoder).items()):
+            if isinstance(value, list | tuple) and len(value) == count and count > 1:
+                _set(decoder, {name: value[:layers]})
+            elif isinstance(value, list) and name.endswith(("layers", "layer_ids", "indices")):
+                _set(decoder, {name: [index for index in value if _is_below(index, layers)]})
+    _set(decoder, dict.fromkeys(_VOCABULARIES, VOCABULARY))
+    if (_number(decoder, "pad_token_id") or 0) >= VOCABULARY:
+        decoder.pad_token_id = 0
+
+
+def _is_below(index: Any, layers: int) -> bool:
+    return not isinstance(index, int) or index < layers
+
+
+def _number(config: PretrainedConfig, name: str) -> int | None:
+    """A field that is a positive number; None for anything else."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # a property of a config with values by layer may refuse to name one
+        value = vars(config).get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
+    """Set the fields that a config has as numbers or lists; a property is what it computes."""
+    for name, value in changes.items():
+        mapped = config.attribute_map.get(name, name)
+        if isinstance(getattr(type(config), mapped, None), property):
+            continue
+        present = vars(config).get(mapped)
+        if isinstance(present, list | tuple) and isinstance(value, int):
+            value = [value] * len(present)
+        if present is not None and not isinstance(present, bool):
+            setattr(config, mapped, value)
+
+
+def _rotary_dim(decoder: PretrainedConfig) -> int:
+    """Channels of a head that the position embedding turns, if all are."""
+    heads = _number(decoder, "num_attention_heads") or 1
+    named = _number(decoder, "qk_rope_head_dim") or _number(decoder, "head_dim")
+    return named or (_number(decoder, "hidden_size") or heads) // heads
+
+
+def _fit_sections(decoder: PretrainedConfig, real_dim: int) -> None:
+    """Divide the channels of a small head among time, height and width as those of a real one."""
+    rope = getattr(decoder, "rope_parameters", None)
+    if not isinstance(rope, dict) or not isinstance(rope.get("mrope_section"), list | tuple):
+        return
+    sections = rope["mrope_section"]
+    total = sum(sections) * _rotary_dim(decoder) // max(real_dim, 1)
+    fitted = [max(1, size * total // sum(sections)) for size in sections]
+    fitted[-1] += total - sum(fitted)
+    decoder.rope_parameters = {**rope, "mrope_section": fitted}

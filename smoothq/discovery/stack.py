@@ -1,0 +1,56 @@
+"""The stack of blocks in a decoder, found by structure, and the kinds of its blocks."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures.graph import text_config
+from ..errors import UnsupportedModelError
+
+
+def find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name of the list of blocks within a model's decoder, and the list.
+
+    Of several lists it is that with as many blocks as the config has layers, then that with the
+    most parameters; lists within blocks and those of vision or audio towers do not count.
+
+    Raises:
+        UnsupportedModelError: the decoder has no list of blocks.
+    """
+    decoder, config = model.get_decoder(), text_config(model)
+    towers = tuple(
+        f"{name}."
+        for name, module in decoder.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.config is not config
+        if type(module.config) is not type(config)
+    )
+    lists = {
+        name: module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and not name.startswith(towers)
+        and next(module.parameters(), None) is not None
+    }
+    outer = {
+        name: module
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if not outer:
+        raise UnsupportedModelError(
+            f"'{config.model_type}' has no list of blocks in its decoder, {type(decoder).__name__}"
+        )
+    count = getattr(config, "num_hidden_layers", None)
+
+    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, int]:
+        return len(item[1]) == count, sum(p.numel() for p in item[1].parameters())
+
+    return max(outer.items(), key=rank)
+
+
+def kinds_of(blocks: nn.ModuleList) -> list[int]:
+    """The kind of each block: a number from 0, equal for blocks with the same parameter names."""
+    seen: dict[tuple[str, ...], int] = {}
+    signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
+    return [seen.setdefault(signature, len(seen)) for signature in signatures]
