@@ -31,7 +31,7 @@ from .findings import (
     quoted,
     weights_source,
 )
-from .shrink import EXPERT_COUNTS, EXPERTS, WIDTHS
+from .shrink import EXPERT_COUNTS, EXPERTS, WIDTHS, number_of
 
 EXACT = 1e-9  # the largest relative difference that counts as float64 rounding
 # Rows of up in a gate_up matrix: their slice as Python source → the slice for N rows.
@@ -77,7 +77,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def keep(calls: list[Call], name: str) -> Callable[..., None]:
-    """A forward hook, to be registered `with_kwargs`, that appends a `Call` to `calls` at each call of a module.
+    """A forward hook, registered `with_kwargs`, that appends a `Call` at each call of a module.
 
     The calls keep their tensors alive, so that `data_ptr()` identifies a tensor during the forward.
 
@@ -127,7 +127,7 @@ class BlockExperiments:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        configs: tuple[PretrainedConfig, PretrainedConfig],
         module: nn.Module,
         real: nn.Module,
         entering: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
@@ -137,7 +137,7 @@ class BlockExperiments:
         """Prepare experiments; runs nothing.
 
         Args:
-            config: of the tiny model's decoder.
+            configs: of the tiny model's decoder, and of the real one's.
             module: the block, linearized.
             real: the real model's block in its place, linearized, on the meta device.
             entering: the arguments of its forward: the residual stream, float64 (batch, tokens,
@@ -145,7 +145,8 @@ class BlockExperiments:
             read: names of linears whose `weight` the block's own code reads.
             cautious: whether to exclude these from every transform; else the experiments decide.
         """
-        self._config, self.module, self._real = config, module, real
+        self._config, self._real_config = configs
+        self.module, self._real = module, real
         self.hidden, self._args, self._kwargs = entering
         self._read, self._cautious = read, cautious
         self._found = Findings()
@@ -198,7 +199,7 @@ class BlockExperiments:
         self._found.sites = list(by_key.values())
         for site in self._found.sites:
             if site.experts is not None:
-                site.count = self._count_of(site.experts)
+                site.count = self.count_of(site.experts)
                 self._find_up(site)
         self._explain_inputs(by_key, calls)
         self._find_writers()
@@ -377,13 +378,28 @@ class BlockExperiments:
     def _up_layouts(self, module: str, width: int) -> Iterator[tuple[str, slice]]:
         """Rows of a matrix that may be `up`: Python source of their slice, and the slice."""
         rows = self._rows(module)
-        named = (name for name in WIDTHS if getattr(self._config, name, None) == rows // 2)
-        real = self._real.get_parameter(f"{module}.weight").shape[0] // 2
-        size = next((f"config.{name}" for name in named), str(real))
+        real = self._real.get_parameter(f"{module}.weight").shape[0]
+        size = self._named(rows // 2, real // 2)
         for layout, part in _UP_ROWS.items():
             chosen = part(rows)
-            if len(range(rows)[chosen]) == width:
+            known = "{width}" not in layout or size is not None
+            if known and len(range(rows)[chosen]) == width:
                 yield layout.format(width=size), chosen
+
+    def _named(self, tiny: int, real: int) -> str | None:
+        """Python source of a number that is `tiny` in the tiny model and `real` in the real one."""
+        if tiny == real:
+            return str(real)
+        fields = dict.fromkeys((*WIDTHS, *EXPERT_COUNTS, *vars(self._config)))
+        return next(
+            (
+                f"config.{name}"
+                for name in fields
+                if number_of(self._config, name) == tiny
+                and number_of(self._real_config, name) == real
+            ),
+            None,
+        )
 
     def _head_counts(self, rows: int, width: int) -> Iterator[tuple[str, Heads]]:
         """Head counts that a block may have, each with its Python source.
@@ -466,10 +482,13 @@ class BlockExperiments:
         straight = (change - factor[..., None] * added).abs().max() <= EXACT
         return True if straight else None
 
-    def _count_of(self, experts: str) -> str:
+    def count_of(self, experts: str) -> str:
         """Python source of the number of experts of a layer."""
-        named = (name for name in EXPERT_COUNTS if getattr(self._config, name, 0) == EXPERTS)
-        return next((f"config.{name}" for name in named), experts_count(self._real, experts))
+        tiny, real = (experts_count(block, experts) for block in (self.module, self._real))
+        named = self._named(tiny, real)
+        if named is None:
+            raise LookupError(f"no field of the config is the number of experts in '{experts}'")
+        return named
 
     def _find_up(self, site: FoundSite) -> None:
         """Set the rows of up in the experts of a site, which can absorb a divisor of down."""

@@ -96,7 +96,7 @@ class FamilySource:
             cautious: whether to exclude these from every transform; else the experiments decide.
             tokens: int64 (batch, length), which it runs on.
         """
-        self._config = text_config(model)
+        configs = text_config(model), self._config
         run = _Run(model, self.attribute, tokens)
         for kind, real in self._real.items():
             index = self.kinds.index(kind)
@@ -107,12 +107,11 @@ class FamilySource:
             module, hidden, args, kwargs = entering
             within = f".{self.attribute}.{index}."
             names = {name.partition(within)[2] for name in read} - {""}
-            block = BlockExperiments(
-                text_config(model), module, real, (hidden, args, kwargs), names, cautious
-            )
+            block = BlockExperiments(configs, module, real, (hidden, args, kwargs), names, cautious)
             try:
                 self.findings[kind] = block.find()
             except Exception as error:  # the model's own code may raise anything
+                self.findings[kind] = Findings.plain(module, block.count_of)
                 self.notes.append(
                     f"nothing is claimed of block {index}, on which the experiments failed: "
                     f"{first_line(error)}"

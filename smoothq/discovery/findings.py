@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,17 +93,21 @@ class Findings:
     flattens: bool = False
 
     @classmethod
-    def plain(cls, block: nn.Module) -> Findings:
+    def plain(cls, block: nn.Module, count_of: Callable[[str], str] | None = None) -> Findings:
         """A site for every linear and every layer of experts, of which nothing is claimed.
 
         Args:
             block: linearized, on any device.
+            count_of: name of an experts module → Python source of the number of its experts; None
+                for the number itself.
         """
         experts = [name for name, m in block.named_modules() if isinstance(m, SeparateExperts)]
         inside = tuple(f"{name}." for name in experts)
         linears = [name for name in plain_linears(block) if not name.startswith(inside)]
         sites = [FoundSite([name]) for name in linears]
-        sites += [FoundSite([], experts=name, count=experts_count(block, name)) for name in experts]
+        for name in experts:
+            count = str(experts_count(block, name)) if count_of is None else count_of(name)
+            sites.append(FoundSite([], experts=name, count=count))
         return cls(sites, writes_stream=False)
 
     def body(self, rotatable: bool) -> str:
@@ -153,10 +158,10 @@ def plain_linears(block: nn.Module) -> list[str]:
     ]
 
 
-def experts_count(block: nn.Module, experts: str) -> str:
-    """Python source of the number of experts that a linearized block has."""
+def experts_count(block: nn.Module, experts: str) -> int:
+    """The number of experts that a module of a linearized block has."""
     stack: Any = block.get_submodule(experts).down_proj
-    return str(len(stack))
+    return len(stack)
 
 
 def quoted(value: str) -> str:

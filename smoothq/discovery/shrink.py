@@ -108,12 +108,12 @@ def tiny_configs(config: PretrainedConfig, layers: int) -> Iterator[PretrainedCo
 
 def _to_small_widths(decoder: PretrainedConfig, layers: int) -> None:
     """Small widths everywhere."""
-    real_heads, real_dim = _number(decoder, "num_attention_heads"), _rotary_dim(decoder)
+    real_heads, real_dim = number_of(decoder, "num_attention_heads"), _rotary_dim(decoder)
     _to_small_counts(decoder, layers)
     _set(decoder, {"hidden_size": HIDDEN, "num_attention_heads": HEADS, **_OTHER_WIDTHS, **WIDTHS})
     shared = {real_heads: HEADS, 1: 1}
     for counted in _COUNTED_HEADS:
-        count = _number(decoder, counted)
+        count = number_of(decoder, counted)
         if count is not None:
             _set(decoder, {counted: shared.get(count, HEADS // 2)})
     _fit_sections(decoder, real_dim)
@@ -124,14 +124,14 @@ def _to_small_counts(decoder: PretrainedConfig, layers: int) -> None:
     _to_few_layers(decoder, layers)
     _set(decoder, dict.fromkeys(EXPERT_COUNTS, EXPERTS))
     for chosen in _EXPERTS_OF_TOKEN:
-        count = _number(decoder, chosen)
+        count = number_of(decoder, chosen)
         if count is not None:
             _set(decoder, {chosen: min(count, 2)})
 
 
 def _to_few_layers(decoder: PretrainedConfig, layers: int) -> None:
     """Few layers, and a small vocabulary; lists with an entry for each layer are cut."""
-    count = _number(decoder, "num_hidden_layers")
+    count = number_of(decoder, "num_hidden_layers")
     if count is not None and layers < count:
         _set(decoder, {"num_hidden_layers": layers})
         for name, value in list(vars(decoder).items()):
@@ -140,7 +140,7 @@ def _to_few_layers(decoder: PretrainedConfig, layers: int) -> None:
             elif isinstance(value, list) and name.endswith(("layers", "layer_ids", "indices")):
                 _set(decoder, {name: [index for index in value if _is_below(index, layers)]})
     _set(decoder, dict.fromkeys(_VOCABULARIES, VOCABULARY))
-    if (_number(decoder, "pad_token_id") or 0) >= VOCABULARY:
+    if (number_of(decoder, "pad_token_id") or 0) >= VOCABULARY:
         decoder.pad_token_id = 0
 
 
@@ -148,7 +148,7 @@ def _is_below(index: Any, layers: int) -> bool:
     return not isinstance(index, int) or index < layers
 
 
-def _number(config: PretrainedConfig, name: str) -> int | None:
+def number_of(config: PretrainedConfig, name: str) -> int | None:
     """A field that is a positive number; None for anything else."""
     try:
         value = getattr(config, name, None)
@@ -172,9 +172,9 @@ def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
 
 def _rotary_dim(decoder: PretrainedConfig) -> int:
     """Channels of a head that the position embedding turns, if all are."""
-    heads = _number(decoder, "num_attention_heads") or 1
-    named = _number(decoder, "qk_rope_head_dim") or _number(decoder, "head_dim")
-    return named or (_number(decoder, "hidden_size") or heads) // heads
+    heads = number_of(decoder, "num_attention_heads") or 1
+    named = number_of(decoder, "qk_rope_head_dim") or number_of(decoder, "head_dim")
+    return named or (number_of(decoder, "hidden_size") or heads) // heads
 
 
 def _fit_sections(decoder: PretrainedConfig, real_dim: int) -> None:

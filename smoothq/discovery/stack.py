@@ -25,13 +25,13 @@ def find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if name and isinstance(module, PreTrainedModel) and module.config is not config
         if type(module.config) is not type(config)
     )
-    lists = {
+    everywhere = {
         name: module
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and not name.startswith(towers)
-        and next(module.parameters(), None) is not None
+        if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
     }
+    outside = {name: m for name, m in everywhere.items() if not name.startswith(towers)}
+    lists = outside or everywhere
     outer = {
         name: module
         for name, module in lists.items()

@@ -14,7 +14,7 @@ def notes_on(plan: Plan, read: Sequence[str]) -> tuple[str, ...]:
         plan: the plan.
         read: the linears that stay in float as the model's code reads their weights.
     """
-    notes = [*_fallbacks(plan), *_chosen_groups(plan), *_limits(plan)]
+    notes = [*plan.wiring.family.notes, *_fallbacks(plan), *_chosen_groups(plan), *_limits(plan)]
     if read:
         notes.append(
             f"{len(read)} linears stay in float, as the model's code reads their weights: "
