@@ -336,7 +336,7 @@ class Family:
     def parts(self, model: PreTrainedModel) -> Parts:
         """The full names of a model's parts."""
         names = {id(module): name for name, module in model.named_modules()}
-        decoder = names[id(model.get_decoder())]
+        decoder = names[id(decoder_of(model))]
 
         def within(name: str | None) -> str | None:
             return None if name is None else f"{decoder}.{name}"
@@ -354,6 +354,18 @@ class Family:
     def folds_offline(self, model: PreTrainedModel) -> bool:
         """Whether a residual rotation can be folded into a model's embeddings and untied head."""
         return self.sums_at_entry and self.parts(model).folds_head(model)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module of a model whose forward takes embeddings through the blocks.
+
+    It is what `get_decoder` returns, unless that has no list of blocks (a model may call its head
+    `decoder`); then it is the model without its head.
+    """
+    decoder: nn.Module = model.get_decoder()
+    if any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        return decoder
+    return model.base_model
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures import Family
-from ..architectures.graph import text_config
+from ..architectures.graph import decoder_of, text_config
 from ..architectures.linearize import linearize_block
 from ..errors import first_line
 from ..transforms.hadamard import Hadamard
@@ -201,7 +201,7 @@ class _Run:
         self.entering: dict[int, tuple[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]]] = {}
         self.before: list[Call] = []
         self.behind: list[Call] = []
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         stack = decoder.get_submodule(attribute)
         parent = attribute.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
@@ -237,7 +237,7 @@ class _Run:
 
     def sums_at_entry(self, model: PreTrainedModel, tables: list[Any], tokens: Tensor) -> bool:
         """Whether rotating the rows of embeddings rotates what enters the first block."""
-        stack = model.get_decoder().get_submodule(self._attribute)
+        stack = decoder_of(model).get_submodule(self._attribute)
         first = min(self.entering)
         hidden = self.entering[first][1]
         entering: list[Tensor] = []

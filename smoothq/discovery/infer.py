@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architectures import Family
-from ..architectures.graph import text_config
+from ..architectures.graph import decoder_of, text_config
 from ..checkpoint.skeleton import empty_model
 from ..compat import use_eager_experts
 from ..errors import UnsupportedModelError, first_line
@@ -163,7 +163,7 @@ def _random_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def _towers(model: PreTrainedModel) -> list[str]:
     """The names of models within a model that are no part of its decoder, such as for vision."""
-    decoder, config = model.get_decoder(), text_config(model)
+    decoder, config = decoder_of(model), text_config(model)
     inside = {id(module) for module in decoder.modules()}
     blocks = {id(module) for module in find_stack(model)[1].modules()}
     return [

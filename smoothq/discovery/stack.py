@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import text_config
+from ..architectures.graph import decoder_of, text_config
 from ..errors import UnsupportedModelError
 
 
@@ -18,7 +18,7 @@ def find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: the decoder has no list of blocks.
     """
-    decoder, config = model.get_decoder(), text_config(model)
+    decoder, config = decoder_of(model), text_config(model)
     towers = tuple(
         f"{name}."
         for name, module in decoder.named_modules()

@@ -44,6 +44,20 @@ def _chosen_groups(plan: Plan) -> Iterator[str]:
         chosen += [("activation", spec.group_size, spec.width) for spec in inputs]
     for kind, size, width in chosen:
         yield f"{kind} groups chosen by 'auto': {size} of {width} channels"
+    yield from _narrow(plan)
+
+
+def _narrow(plan: Plan) -> Iterator[str]:
+    """Yield how many linears have fewer input channels than the recipe's groups."""
+    weights = plan.recipe.weights
+    if weights.granularity == "group" and weights.group_size != "auto":
+        asked = weights.group_size
+        narrow = [name for name, spec, _ in plan.linears() if spec.in_features < asked]
+        if narrow:
+            yield (
+                f"{len(narrow)} linears have fewer input channels than a group of {asked}, and "
+                f"one scale a row: {narrow[0]}{', …' if len(narrow) > 1 else ''}"
+            )
 
 
 def _limits(plan: Plan) -> Iterator[str]:

@@ -159,7 +159,10 @@ def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
 
 
 def _group_size(size: GroupSize, columns: int, where: str) -> int:
+    """The channels of a group; an input with fewer than a group of them is one group."""
     if size == "auto":
+        if columns < min(AUTO_GROUP_SIZES):
+            return columns
         fitting = next((auto for auto in AUTO_GROUP_SIZES if columns % auto == 0), None)
         if fitting is None:
             raise RecipeError(
@@ -167,6 +170,8 @@ def _group_size(size: GroupSize, columns: int, where: str) -> int:
                 "input channels; set weights.group_size, or use per-channel scales"
             )
         return fitting
+    if columns < size:
+        return columns
     if size < 1 or columns % size:
         raise RecipeError(
             f"{where}: group size {size} does not divide {columns} input channels; "
