@@ -78,7 +78,8 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         tokens: int64 (batch, length).
     """
     with torch.no_grad():
-        if model.dtype != torch.float64:
+        # Not the model's dtype, which may be that of a tower beside the decoder.
+        if model.get_input_embeddings().get_parameter("weight").dtype != torch.float64:
             return model(tokens).logits  # type: ignore[no-any-return]
         with InFloat64():
             return model(tokens).logits  # type: ignore[no-any-return]
