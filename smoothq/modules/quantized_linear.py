@@ -23,6 +23,7 @@ from ..kernels.tracing import is_traced
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
 from ..runtime.offload import running_device
+from .expert_products import multiply_together
 from .input_quantizer import InputQuantizer, InputSpec
 from .running_form import RunningForm
 from .weight_answer import HoldsCodes
@@ -249,6 +250,25 @@ class QuantizedLinear(HoldsCodes):
         else:
             result = self._group_product(quantized, running, x.dtype)
         return result.reshape(*x.shape[:-1], self.out_features)
+
+    multiply_together = staticmethod(multiply_together)
+
+    def integer_operands(self, tokens: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What an integer product with that many tokens multiplies by, and the bias.
+
+        Returns:
+            The weight, packed or int8 (N, K); its scales, float32 (N,); multipliers beside packed
+            codes, or None; the bias, or None.
+
+        Raises:
+            RuntimeError: the weight is on the meta device.
+        """
+        running = self._current()
+        assert running.row_scale is not None
+        if running.multiplies_packed(tokens):
+            return self.codes, running.row_scale, self.weight_multiplier, self.bias
+        # The multipliers are in the copy; an operator for both kinds of weights passes them over.
+        return self._unpacked(running), running.row_scale, self.weight_multiplier, self.bias
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the weight, scales and bias that a product with that many tokens reads."""
