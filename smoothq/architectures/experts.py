@@ -56,25 +56,29 @@ class Form:
 
 @mark_initialized  # transformers would initialise the parameters that it had
 class SeparateExperts(Mixin):
-    """Base of what is mixed into an opened experts module: lists of linears in place of stacks."""
+    """Base of what is mixed into an opened experts module: lists of linears in place of stacks.
+
+    Attributes:
+        form: of the module.
+    """
+
+    form: Form
 
     @property
     def first(self) -> tuple[nn.ModuleList, ...]:
         """The linears that read the module's input: one list, or a list for each kind."""
-        return tuple(_list_of(self, name) for name in _form(self).first)
+        return tuple(_list_of(self, name) for name in self.form.first)
 
     @property
     def second(self) -> nn.ModuleList | None:
         """The linears that read the activation, or None."""
-        name = _form(self).second
-        return None if name is None else _list_of(self, name)
+        return None if self.form.second is None else _list_of(self, self.form.second)
 
     @property
     def multiplies_together(self) -> bool:
-        """Whether all experts can be multiplied at once: every matrix is quantized."""
-        lists = [*self.first, *([] if self.second is None else [self.second])]
-        ends = (linears[end] for linears in lists for end in (0, -1))  # the last is quantized last
-        return all(hasattr(linear, "multiply_together") for linear in ends)
+        """Whether all experts can be multiplied at once: the last matrix is quantized."""
+        linears = self.first[-1] if self.second is None else self.second
+        return hasattr(type(_members(linears)[-1]), "multiply_together")
 
     def _inner(self, products: Sequence[Tensor]) -> Tensor:
         """The activation, from the products of the first matrices."""
@@ -128,30 +132,30 @@ class RoutedExperts(SeparateExperts):
         """
         if not self.multiplies_together or not experts.numel():
             return None
-        assert self.second is not None
+        second = self.second
+        assert second is not None
         tokens, chosen = experts.shape
         ordered, order = experts.flatten().sort(stable=True)
         rows = order // chosen
-        ends = _ends(ordered, len(self.second))
+        ends = _ends(ordered, len(second))
         products = _all_together(self.first, hidden_states, rows, ends)
         if products is None:
             return None
-        output = _together(self.second, self._inner(products), None, ends)
+        output = _together(second, self._inner(products), None, ends)
         if output is None:
             return None
         output = self._normed(output)
         if passes_identities(self):
-            beyond = (ordered >= len(self.second)).unsqueeze(-1)
+            beyond = (ordered >= len(second)).unsqueeze(-1)
             output = torch.where(beyond, hidden_states[rows], output)
-        output = output * weights.flatten()[order, None]
+        output = output * weights.flatten()[order].unsqueeze(-1)
         output = output.to(experts_sum_dtype(self, hidden_states, weights))
         if tokens > 1:
             places = order.argsort().view(tokens, chosen).sort(-1).values
             output = output[places.flatten()]
-        output = output.view(tokens, chosen, -1)
-        result = output[:, 0]
-        for place in range(1, chosen):
-            result = result + output[:, place]
+        result, *others = output.view(tokens, chosen, -1).unbind(1)
+        for other in others:
+            result = result + other
         return result.to(hidden_states.dtype)
 
 
@@ -263,9 +267,16 @@ def _together(
     linears: nn.ModuleList, x: Tensor, rows: Tensor | None, ends: Tensor
 ) -> Tensor | None:
     """The products of all experts, sorted by expert; None where each must run by itself."""
-    first: Any = linears[0]
-    product: Tensor | None = first.multiply_together(list(linears), x, rows, ends)
+    members = _members(linears)
+    if not hasattr(type(members[0]), "multiply_together"):
+        return None
+    product: Tensor | None = members[0].multiply_together(members, x, rows, ends)
     return product
+
+
+def _members(linears: nn.ModuleList) -> list[Any]:
+    """The linears of a list; faster than its own iterator."""
+    return list(linears._modules.values())
 
 
 def _all_together(
@@ -293,8 +304,9 @@ _FORMS = {
 
 def form_of(module: nn.Module) -> Form | None:
     """The form of an experts module of transformers, opened or not; None for any other module."""
-    stock = type(module).__bases__[1] if isinstance(module, SeparateExperts) else type(module)
-    named = _FORMS.get(stock.__name__)
+    if isinstance(module, SeparateExperts):
+        return module.form
+    named = _FORMS.get(type(module).__name__)
     if named is not None:
         return named
     gate = experts_are_gated(module)
@@ -349,12 +361,14 @@ def open_experts(experts: nn.Module) -> None:
             delattr(owner, f"{attribute}_bias")
         setattr(owner, _list_name(attribute), nn.ModuleList(linears))
     mix_in(experts, form.mixin)
+    experts.__dict__["form"] = form
 
 
 def close_experts(experts: SeparateExperts) -> None:
     """Undo `open_experts`, in place."""
-    form = _form(experts)
+    form = experts.form
     take_out(experts)
+    del experts.__dict__["form"]
     for name in form.stacks:
         owner, attribute = _owner(experts, name)
         linears: list[Any] = list(_list_of(experts, name))
@@ -393,7 +407,7 @@ def _form(module: nn.Module) -> Form:
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
-    return module.get_submodule(path), attribute
+    return module.get_submodule(path) if path else module, attribute
 
 
 def _stack(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -412,6 +426,6 @@ def _list_name(attribute: str) -> str:
 
 def _list_of(module: nn.Module, name: str) -> nn.ModuleList:
     owner, attribute = _owner(module, name)
-    linears = getattr(owner, _list_name(attribute))
+    linears = owner._modules[_list_name(attribute)]
     assert isinstance(linears, nn.ModuleList)
     return linears

@@ -35,29 +35,25 @@ def multiply_together(
         scales by group.
     """
     bounds = [0, *ends.tolist()]
-    counts = [end - start for start, end in pairwise(bounds)]
-    used = [expert for expert, count in enumerate(counts) if count]
-    if not used:
+    used = [
+        (linear, start, end)
+        for linear, (start, end) in zip(linears, pairwise(bounds), strict=True)
+        if end > start
+    ]
+    if not used or any(_is_watched(linear) for linear, _, _ in used):
         return None
-    chosen = [linears[expert] for expert in used]
-    if not all(_is_free(linear) for linear in chosen):
+    operands = [linear.integer_operands(end - start) for linear, start, end in used]
+    weights, steps, *others = zip(*operands, strict=True)
+    multipliers, biases = (_all_or_none(kind) for kind in others)
+    if multipliers is None or biases is None or any(step is None for step in steps):
         return None
-    total = len(x) if rows is None else len(rows)
-    slices = [(bounds[expert], bounds[expert + 1]) for expert in used]
-    quantized = _quantized(chosen, slices, x, rows, total)
+    quantized = _quantized(used, x, rows)
     if quantized is None:
         return None
-    operands = [
-        linear.integer_operands(counts[expert]) for expert, linear in zip(used, chosen, strict=True)
-    ]
-    weights, steps, *others = zip(*operands, strict=True)
-    if any(None in kind and any(one is not None for one in kind) for kind in others):
-        return None
-    multipliers, biases = ([] if kind[0] is None else list(kind) for kind in others)
     product: Tensor = kernels.expert_gemm(
         quantized.codes,
         quantized.scale,
-        ends if len(used) == len(linears) else ends[used],
+        torch.tensor([end for _, _, end in used], device=x.device),
         list(weights),
         list(steps),
         multipliers,
@@ -67,46 +63,49 @@ def multiply_together(
     return product
 
 
-def _is_free(linear: Any) -> bool:
-    """Whether a linear is quantized, with one scale a row, and nothing watches it."""
-    if not hasattr(linear, "integer_operands") or linear.weight_scale.shape[1] > 1:
-        return False
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        for module in (linear, linear.site_input)
+def _is_watched(linear: Any) -> bool:
+    """Whether a linear is not quantized, or hooks look at its forward or replace it."""
+    if not hasattr(type(linear), "integer_operands"):
+        return True
+    return any(
+        module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module
+        for module in (linear.__dict__, linear.site_input.__dict__)
     )
+
+
+def _all_or_none(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """All tensors; none of them, if there are none; None where some are missing."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return given if len(given) in (0, len(tensors)) else None
 
 
 def _quantized(
-    linears: Sequence[Any],
-    slices: Sequence[tuple[int, int]],
-    x: Tensor,
-    rows: Tensor | None,
-    total: int,
+    used: Sequence[tuple[Any, int, int]], x: Tensor, rows: Tensor | None
 ) -> QuantizedInput | None:
-    """Codes (R, K) and scales (R, 1) or (1, 1) of all rows, each quantized for its expert."""
-    first = linears[0].site_input
+    """Codes (R, K) and scales (R, 1) or (1, 1) of all rows, each quantized for its expert.
+
+    Args:
+        used: each expert's linear, and where its rows begin and end.
+        x: float (tokens, K).
+        rows: the token of each row, or None where x has the rows themselves.
+    """
+    first = used[0][0].site_input
     mode = first.spec.mode
-    alike = all(
-        linear.site_input is first or (mode in _BY_ROW and linear.site_input.spec == first.spec)
-        for linear in linears
-    )
+    inputs = [linear.site_input for linear, _, _ in used]
     if mode not in (*_BY_ROW, *_CALIBRATED):
         return None
-    if alike:
+    if all(one is first or (mode in _BY_ROW and one.spec == first.spec) for one in inputs):
         together = first(x)
-        assert isinstance(together, QuantizedInput)
-        codes, scale = together.codes, together.scale
-        if rows is not None:
-            codes = codes[rows]
-            scale = scale if scale.shape[0] == 1 else scale[rows]
-        return QuantizedInput(codes, scale)
-    if any(linear.site_input.spec.mode != mode for linear in linears):
+        if rows is None:
+            return QuantizedInput(together.codes, together.scale)
+        scale = together.scale if together.scale.shape[0] == 1 < len(x) else together.scale[rows]
+        return QuantizedInput(together.codes[rows], scale)
+    if any(one.spec.mode != mode for one in inputs):
         return None
     ordered = x if rows is None else x[rows]
-    codes = torch.zeros(total, x.shape[1], dtype=torch.int8, device=x.device)
-    scale = torch.zeros(total, 1, dtype=torch.float32, device=x.device)
-    for linear, (start, end) in zip(linears, slices, strict=True):
-        part = linear.site_input(ordered[start:end])
+    codes = torch.zeros(ordered.shape, dtype=torch.int8, device=x.device)
+    scale = torch.zeros(len(ordered), 1, dtype=torch.float32, device=x.device)
+    for one, (_, start, end) in zip(inputs, used, strict=True):
+        part = one(ordered[start:end])
         codes[start:end], scale[start:end] = part.codes, part.scale
     return QuantizedInput(codes, scale)

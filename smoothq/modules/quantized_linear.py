@@ -253,22 +253,23 @@ class QuantizedLinear(HoldsCodes):
 
     multiply_together = staticmethod(multiply_together)
 
-    def integer_operands(self, tokens: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def integer_operands(
+        self, tokens: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What an integer product with that many tokens multiplies by, and the bias.
 
         Returns:
-            The weight, packed or int8 (N, K); its scales, float32 (N,); multipliers beside packed
-            codes, or None; the bias, or None.
+            The weight, packed or int8 (N, K); its scales, float32 (N,), or None where groups have
+            scales of their own; multipliers beside packed codes, or None; the bias, or None.
 
         Raises:
             RuntimeError: the weight is on the meta device.
         """
-        running = self._current()
-        assert running.row_scale is not None
-        if running.multiplies_packed(tokens):
-            return self.codes, running.row_scale, self.weight_multiplier, self.bias
-        # The multipliers are in the copy; an operator for both kinds of weights passes them over.
-        return self._unpacked(running), running.row_scale, self.weight_multiplier, self.bias
+        running, buffers = self._current(), self._buffers
+        packed = running.multiplies_packed(tokens)
+        # Multipliers are in the copy; an operator for both kinds of weights passes them over.
+        weight = self.codes if packed else self._unpacked(running)
+        return weight, running.row_scale, buffers["weight_multiplier"], buffers["bias"]
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the weight, scales and bias that a product with that many tokens reads."""
