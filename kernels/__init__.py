@@ -40,6 +40,7 @@ __all__ = [
     "QuantizedInput",
     "cached_attention",
     "channel_multipliers",
+    "expert_gemm",
     "group_gemm",
     "hadamard",
     "hadamard_quantize",
@@ -261,6 +262,9 @@ if cpu.native.is_loaded():
 
 int8_gemm = Product(reference.int8_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
 int4_gemm = Product(reference.int4_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
+expert_gemm = Product(
+    reference.expert_gemm, lambda a, _, ends, weights, *rest: (a.shape[0], weights[0].shape[0])
+)
 group_gemm = Product(
     reference.group_gemm,
     lambda a, _, block_scale, order, w, *rest: (*a.shape[:2], w.shape[0]),

@@ -275,6 +275,39 @@ def int4_gemm(
     return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
 
 
+def expert_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    ends: Tensor,
+    weights: list[Tensor],
+    weight_scales: list[Tensor],
+    multipliers: list[Tensor],
+    biases: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows that are sorted by expert, each by its expert's weight: `int8_gemm` or `int4_gemm`.
+
+    codes: int8 (R, K); scale: float32 (R, 1) or (1, 1); ends: int64 (E,), an expert's rows lie
+    between the end before it and its own. Of each expert: weights: int8 (N, K), or packed, uint8
+    (N, ⌈K/2⌉); weight_scales: float32 (N,); multipliers, of packed weights: int8 (N, K / G);
+    biases: float (N,); of the last two there may be none. Returns (R, N) in `dtype`, zeros behind
+    the last end.
+    """
+    result = codes.new_zeros(codes.shape[0], weights[0].shape[0], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        rows, weight = slice(start, end), weights[expert]
+        operands = codes[rows], scale if scale.shape[0] == 1 else scale[rows]
+        row_scale, bias = weight_scales[expert], biases[expert] if biases else None
+        if weight.dtype == torch.uint8:
+            multiplier = multipliers[expert] if multipliers else None
+            product = int4_gemm(*operands, weight, row_scale, multiplier, bias, dtype)
+        else:
+            product = int8_gemm(*operands, weight, row_scale, bias, dtype)
+        result[rows], start = product, end
+    return result
+
+
 def group_gemm(
     codes: Tensor,
     scale: Tensor,

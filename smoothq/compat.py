@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
@@ -248,17 +249,38 @@ def use_eager_experts(model: PreTrainedModel) -> None:
     model.set_experts_implementation("eager")
 
 
-def gated(experts: nn.Module, gate_up: Tensor) -> Tensor:
-    """Activation of the gate times up, as a stock experts module computes it.
+def experts_are_gated(experts: nn.Module) -> bool | None:
+    """Whether a stock experts module fuses gate and up in one stack of matrices.
+
+    None for a module without the marks of transformers' experts interface.
+    """
+    if not hasattr(experts, "is_transposed") or not hasattr(experts, "has_gate"):
+        return None
+    return bool(experts.has_gate)
+
+
+def activated(experts: nn.Module, first: Tensor) -> Tensor:
+    """The activation of experts, as a stock experts module computes it.
 
     Args:
         experts: the stock module.
-        gate_up: float (tokens, 2 · width), the output of its fused gate and up projection.
+        first: float (tokens, 2 · width), the product of its fused gate and up matrices, or
+            (tokens, width) for experts without a gate.
 
     Returns:
         float (tokens, width).
     """
-    inner: Tensor = experts._apply_gate(gate_up)  # type: ignore[operator]
+    inner: Tensor
+    module: Any = experts
+    if not getattr(module, "has_gate", True):
+        inner = module.act_fn(first)
+    elif hasattr(module, "_apply_gate"):
+        inner = module._apply_gate(first)
+    else:
+        gate, up = first.chunk(2, -1)
+        child = getattr(module, "mlp", module)  # DBRX has it in a module of its own
+        activation = getattr(child, "activation_fn", None) or child.act_fn
+        inner = activation(gate) * up
     return inner
 
 
@@ -267,6 +289,29 @@ def experts_are_transposed(experts: nn.Module) -> bool:
     return bool(experts.is_transposed)
 
 
-def experts_have_bias(experts: nn.Module) -> bool:
-    """Whether the linears of a stock experts module have biases."""
-    return bool(experts.has_bias)
+def expert_count(experts: nn.Module) -> int:
+    """The experts of a stock module that stores their matrices one below the other."""
+    return int(experts.num_experts)  # type: ignore[arg-type]
+
+
+def passes_identities(experts: nn.Module) -> bool:
+    """Whether numbers beyond the experts' stand for the identity, not for no expert."""
+    return hasattr(experts, "identity_expert")
+
+
+def experts_sum_dtype(experts: nn.Module, hidden_states: Tensor, weights: Tensor) -> torch.dtype:
+    """The dtype in which a stock experts module adds up its experts.
+
+    Args:
+        experts: the stock module.
+        hidden_states: its input.
+        weights: of the tokens' experts.
+    """
+    import torch
+
+    names = {base.__name__ for base in type(experts).__mro__}
+    if "NemotronHExperts" in names:
+        return weights.dtype
+    if names & {"Inkling2Experts", "Inkling2LoopExperts"}:
+        return torch.float32
+    return hidden_states.dtype

@@ -170,6 +170,33 @@ def int4_gemm(
     return int8_gemm(codes, scale, weight, weight_scale, bias, dtype)
 
 
+@_compiled
+def expert_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    ends: Tensor,
+    weights: list[Tensor],
+    weight_scales: list[Tensor],
+    multipliers: list[Tensor],
+    biases: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.expert_gemm`, the scaling in float32; weights are unpacked."""
+    result = codes.new_zeros(codes.shape[0], weights[0].shape[0], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            rows, weight = slice(start, end), weights[expert]
+            if weight.dtype == torch.uint8:
+                weight = unpack_int4(weight, codes.shape[1])
+                weight = multiplied_weight(weight, multipliers[expert] if multipliers else None)
+            step = scale if scale.shape[0] == 1 else scale[rows]
+            bias = biases[expert] if biases else None
+            product = int8_gemm(codes[rows], step, weight, weight_scales[expert], bias, dtype)
+            result[rows], start = product, end
+    return result
+
+
 def _fits(group_size: int) -> bool:
     """Whether groups are whole packed blocks, or halves of one, as the native products need."""
     return group_size % PACKED_BLOCK == 0 or group_size == PACKED_BLOCK // 2

@@ -23,6 +23,7 @@ from ..kernels.tracing import is_traced
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
 from ..runtime.offload import running_device
+from .expert_products import multiply_together
 from .input_quantizer import InputQuantizer, InputSpec
 from .running_form import RunningForm
 from .weight_answer import HoldsCodes
@@ -249,6 +250,26 @@ class QuantizedLinear(HoldsCodes):
         else:
             result = self._group_product(quantized, running, x.dtype)
         return result.reshape(*x.shape[:-1], self.out_features)
+
+    multiply_together = staticmethod(multiply_together)
+
+    def integer_operands(
+        self, tokens: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What an integer product with that many tokens multiplies by, and the bias.
+
+        Returns:
+            The weight, packed or int8 (N, K); its scales, float32 (N,), or None where groups have
+            scales of their own; multipliers beside packed codes, or None; the bias, or None.
+
+        Raises:
+            RuntimeError: the weight is on the meta device.
+        """
+        running, buffers = self._current(), self._buffers
+        packed = running.multiplies_packed(tokens)
+        # Multipliers are in the copy; an operator for both kinds of weights passes them over.
+        weight = self.codes if packed else self._unpacked(running)
+        return weight, running.row_scale, buffers["weight_multiplier"], buffers["bias"]
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the weight, scales and bias that a product with that many tokens reads."""

@@ -126,6 +126,40 @@ Tensor int4_gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
     return in(type, out);
 }
 
+// Experts with many tokens are left to PyTorch's own product.
+Tensor expert_gemm(const Tensor& codes, const Tensor& scale, const Tensor& ends,
+                   std::vector<Tensor> weights, std::vector<Tensor> weight_scales,
+                   std::vector<Tensor> multipliers, std::vector<Tensor> biases, ScalarType type) {
+    const auto of = [&](const std::vector<Tensor>& tensors, size_t expert) -> Maybe {
+        return expert < tensors.size() ? Maybe(tensors[expert]) : std::nullopt;
+    };
+    if (weights.empty()) throw std::invalid_argument("operand 'weights' is empty");
+    std::vector<Expert> experts;
+    for (size_t i = 0; i < weights.size(); ++i)
+        experts.push_back({view_of(weights[i]), view_of(of(weight_scales, i)),
+                           view_of(of(multipliers, i)), view_of(of(biases, i))});
+    const int64_t tokens = rows_of("codes", codes), rows = rows_of("weights", weights[0]);
+    const std::vector<int64_t> counts = rows_of_experts(view_of(ends), tokens);
+    const Tensor out = empty({tokens, rows}, computed(type));
+    const int64_t most = codes.size(1) > 1 ? most_tokens() : INT64_MAX;
+    smoothq::expert_gemm(view_of(codes), view_of(scale), counts, experts, most, view_of(out));
+    for (int64_t i = 0, first = 0; i < int64_t(counts.size()); first += counts[i++]) {
+        if (counts[i] <= most) continue;
+        const auto part = [&](Tensor tensor) {
+            return torch::stable::narrow(tensor, 0, first, counts[i]);
+        };
+        const Tensor steps = scale.size(0) == 1 ? scale : part(scale);
+        const Tensor product =
+            weights[i].scalar_type() == ScalarType::Byte
+                ? int4_gemm(part(codes), steps, weights[i], weight_scales[i], of(multipliers, i),
+                            of(biases, i), type)
+                : int8_gemm(part(codes), steps, weights[i], weight_scales[i], of(biases, i), type);
+        Tensor to = part(out);
+        torch::stable::copy_(to, product);
+    }
+    return in(type, out);
+}
+
 Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                         const Maybe& multiplier, const Maybe& bias, int64_t bits) {
     const int64_t tokens = rows_of("x", x), rows = rows_of("packed", packed), width = x.size(1);
@@ -265,6 +299,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothq, library) {
         "int4_gemm(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, "
         "Tensor? multiplier, Tensor? bias, ScalarType dtype) -> Tensor");
     library.def(
+        "expert_gemm(Tensor codes, Tensor scale, Tensor ends, Tensor[] weights, "
+        "Tensor[] weight_scales, Tensor[] multipliers, Tensor[] biases, ScalarType dtype) "
+        "-> Tensor");
+    library.def(
         "weight_only_gemm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? multiplier, "
         "Tensor? bias, SymInt bits) -> Tensor");
     library.def(
@@ -287,6 +325,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothq, library) {
 STABLE_TORCH_LIBRARY_IMPL(smoothq, CPU, library) {
     library.impl("int8_gemm", TORCH_BOX(&smoothq::registered::int8_gemm));
     library.impl("int4_gemm", TORCH_BOX(&smoothq::registered::int4_gemm));
+    library.impl("expert_gemm", TORCH_BOX(&smoothq::registered::expert_gemm));
     library.impl("weight_only_gemm", TORCH_BOX(&smoothq::registered::weight_only_gemm));
     library.impl("group_gemm", TORCH_BOX(&smoothq::registered::group_gemm));
     library.impl("cached_attention", TORCH_BOX(&smoothq::registered::cached_attention));

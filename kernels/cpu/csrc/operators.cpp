@@ -1,5 +1,6 @@
 #include "operators.h"
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t PACKED_TOKENS = 4;  // up to so many, 4-bit weights are faster packed than as int8
 constexpr int64_t FLOAT_TOKENS = 32;  // up to so many, floats by packed codes beat a float copy
+constexpr int64_t ROW_WORK = 4;  // reading an expert's row costs as much as multiplying these tokens
 constexpr int64_t SERIAL_WORK = 1 << 14;  // numbers below which a second thread does not pay
 
 const char* name_of(Number number) {
@@ -270,7 +272,9 @@ void hadamard(const View& x, const View& signs, const View& left, int64_t right,
                [&](int64_t begin, int64_t end) { isa.rotate(task, begin, end); });
 }
 
-bool torch_is_faster(int64_t tokens) { return tokens > table().most_tokens; }
+bool torch_is_faster(int64_t tokens) { return tokens > most_tokens(); }
+
+int64_t most_tokens() { return table().most_tokens; }
 
 void int8_gemm(const View& codes, const View& scale, const View& weight, const View& weight_scale,
                const View& bias, const View& out) {
@@ -308,6 +312,105 @@ void int4_gemm(const View& codes, const View& scale, const View& packed, const V
     }
     in_threads(rows, grain(width),
                [&](int64_t begin, int64_t end) { isa.product(task, begin, end); });
+}
+
+std::vector<int64_t> rows_of_experts(const View& ends, int64_t rows) {
+    const int64_t experts = ends.elements();
+    const Codes<int64_t> at("ends", ends, Number::INT64, experts);
+    std::vector<int64_t> counts;
+    int64_t before = 0;
+    for (int64_t expert = 0; expert < experts; ++expert) {
+        const int64_t end = at.data()[expert];
+        if (end < before || end > rows)
+            refuse("ends", ends, "numbers that rise to " + std::to_string(rows) + " at most");
+        counts.push_back(end - before);
+        before = end;
+    }
+    return counts;
+}
+
+namespace {
+
+// The product of one expert's rows, with the operands that it needs.
+struct ExpertProduct {
+    ExpertProduct(const View& a, const View& scale, int64_t first, int64_t tokens, const Expert& e,
+                  const View& out)
+        : width(a.sizes[1]),
+          rows(matrix_of("weight", e.weight).rows),
+          groups(groups_of("multiplier", packed(e) ? e.multiplier : View{}, width)),
+          bytes("weight", packed(e) ? View{} : e.weight, Number::INT8, rows * width),
+          nibbles("weight", packed(e) ? e.weight : View{}, Number::UINT8,
+                  rows * ((width + 1) / 2)),
+          factors("multiplier", packed(e) ? e.multiplier : View{}, Number::INT8, rows * groups),
+          scales(scale, e.scale, e.bias, a.sizes[0], rows) {
+        if (out.last() != rows) refuse("weight", e.weight, std::to_string(out.last()) + " rows");
+        const int64_t size = out.number == Number::BFLOAT16 ? 2 : 4;
+        Scaling scaling = scales.scaling(out, a.sizes[0], rows);
+        scaling.token += first * scaling.stride;
+        scaling.out = static_cast<char*>(out.data) + first * rows * size;
+        task = {static_cast<const int8_t*>(a.data) + first * width,
+                tokens, width, bytes.data(), nibbles.data(), factors.data(), groups, scaling};
+        if (!packed(e) || (tokens <= PACKED_TOKENS && in_blocks(width, groups))) return;
+        unpacked.resize(rows * width);
+        const Unpack copy{nibbles.data(), factors.data(), groups, width, unpacked.data()};
+        const Table& isa = table();
+        in_threads(rows, grain(width),
+                   [&](int64_t begin, int64_t end) { isa.unpack(copy, begin, end); });
+        task.bytes = unpacked.data();
+    }
+    ExpertProduct(const ExpertProduct&) = delete;
+
+    static bool packed(const Expert& e) { return e.weight.number == Number::UINT8; }
+
+    int64_t width, rows, groups;
+    Codes<int8_t> bytes;
+    Codes<uint8_t> nibbles;
+    Codes<int8_t> factors;
+    Scales scales;
+    std::vector<int8_t> unpacked;
+    Product task;
+};
+
+}  // namespace
+
+void expert_gemm(const View& codes, const View& scale, const std::vector<int64_t>& counts,
+                 const std::vector<Expert>& experts, int64_t most, const View& out) {
+    const auto [tokens, width] = matrix_of("codes", codes);
+    if (experts.size() != counts.size())
+        throw std::invalid_argument(std::to_string(experts.size()) + " weights for " +
+                                    std::to_string(counts.size()) + " ends");
+    if (codes.number != Number::INT8 || codes.elsewhere || !codes.contiguous())
+        refuse("codes", codes, "int8 in a row");
+    std::vector<std::unique_ptr<ExpertProduct>> products;
+    std::vector<int64_t> begins;  // of each product in the work of all; a row's is its tokens
+    int64_t first = 0, work = 0;
+    for (size_t expert = 0; expert < experts.size(); ++expert) {
+        const int64_t count = counts[expert];
+        if (count && count <= most) {
+            products.push_back(std::make_unique<ExpertProduct>(codes, scale, first, count,
+                                                               experts[expert], out));
+            begins.push_back(work);
+            work += products.back()->rows * (count + ROW_WORK);
+        }
+        first += count;
+    }
+    const int64_t behind = (tokens - first) * out.last();
+    const int64_t size = out.number == Number::BFLOAT16 ? 2 : 4;
+    __builtin_memset(static_cast<char*>(out.data) + first * out.last() * size, 0, behind * size);
+    const Table& isa = table();
+    in_threads(work, grain(width) * (1 + ROW_WORK), [&](int64_t begin, int64_t end) {
+        for (size_t i = 0; i < products.size(); ++i) {
+            const Product& task = products[i]->task;
+            const int64_t cost = task.tokens + ROW_WORK;
+            // The rows whose work begins in this part.
+            const auto row_at = [&](int64_t at) {
+                const int64_t row = (at - begins[i] + cost - 1) / cost;
+                return at <= begins[i] ? 0 : row < products[i]->rows ? row : products[i]->rows;
+            };
+            const int64_t from = row_at(begin), to = row_at(end);
+            if (from < to) isa.product(task, from, to);
+        }
+    });
 }
 
 namespace {

@@ -72,11 +72,29 @@ void hadamard(const View& x, const View& signs, const View& left, int64_t right,
 // tokens; `scaled` completes it.
 bool torch_is_faster(int64_t tokens);
 
+// The most tokens for which it is not.
+int64_t most_tokens();
+
 // As in `reference.py`. out (M, N), float32 or bfloat16.
 void int8_gemm(const View& codes, const View& scale, const View& weight, const View& weight_scale,
                const View& bias, const View& out);
 void int4_gemm(const View& codes, const View& scale, const View& packed, const View& weight_scale,
                const View& multiplier, const View& bias, const View& out);
+
+// The weight of one expert, and what scales it: packed codes where it is uint8.
+struct Expert {
+    View weight, scale, multiplier, bias;
+};
+
+// How many rows each expert has: what lies between two of the ends (E,). Throws for ends that fall, or
+// that lie beyond `rows`.
+std::vector<int64_t> rows_of_experts(const View& ends, int64_t rows);
+
+// Rows of codes, sorted by expert, by the weights of their experts; zeros behind the last. Experts
+// with more than `most` rows are left out: their part of `out` is not written.
+void expert_gemm(const View& codes, const View& scale, const std::vector<int64_t>& counts,
+                 const std::vector<Expert>& experts, int64_t most, const View& out);
+
 void weight_only_gemm(const View& x, const View& packed, const View& weight_scale,
                       const View& multiplier, const View& bias, int64_t bits, const View& out);
 

@@ -14,6 +14,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "isas.h"
 #include "operators.h"
@@ -35,6 +36,7 @@ Number number_of(DLDataType type) {
     switch (type.code) {
         case kDLInt: return type.bits == 8    ? Number::INT8
                             : type.bits == 32 ? Number::INT32
+                            : type.bits == 64 ? Number::INT64
                                               : Number::OTHER;
         case kDLUInt: return type.bits == 8 ? Number::UINT8 : Number::OTHER;
         case kDLBfloat: return Number::BFLOAT16;
@@ -186,6 +188,26 @@ PyObject* int4_gemm(Arguments a) {
     return in(a[6], out);
 }
 
+// The tensor at a place of a list, or none where the list is shorter.
+View member(PyObject* list, Py_ssize_t at) {
+    if (!PyList_Check(list)) throw NotHere();
+    return at < PyList_Size(list) ? view_of(PyList_GetItem(list, at)) : View{};
+}
+
+PyObject* expert_gemm(Arguments a) {
+    const View codes = first(a[0]), scale = view_of(a[1]), ends = view_of(a[2]);
+    std::vector<Expert> experts;
+    for (Py_ssize_t i = 0; !i || i < PyList_Size(a[3]); ++i)
+        experts.push_back({member(a[3], i), member(a[4], i), member(a[5], i), member(a[6], i)});
+    const int64_t sizes[] = {rows_of("codes", codes), rows_of("weights", experts[0].weight)};
+    const std::vector<int64_t> counts = rows_of_experts(ends, sizes[0]);
+    for (const int64_t count : counts)
+        if (torch_is_faster(count)) throw NotHere();
+    Output out(2, sizes, computed(a[7]));
+    unlocked([&] { expert_gemm(codes, scale, counts, experts, INT64_MAX, out.view); });
+    return in(a[7], out);
+}
+
 PyObject* weight_only_gemm(Arguments a) {
     const View x = first(a[0]), packed = view_of(a[1]), weight_scale = view_of(a[2]),
                multiplier = view_of(a[3]), bias = view_of(a[4]);
@@ -303,6 +325,9 @@ PyMethodDef METHODS[] = {
     method<int8_gemm, 6>("int8_gemm", "int8_gemm(codes, scale, weight, weight_scale, bias, dtype)"),
     method<int4_gemm, 7>(
         "int4_gemm", "int4_gemm(codes, scale, packed, weight_scale, multiplier, bias, dtype)"),
+    method<expert_gemm, 8>(
+        "expert_gemm",
+        "expert_gemm(codes, scale, ends, weights, weight_scales, multipliers, biases, dtype)"),
     method<weight_only_gemm, 6>(
         "weight_only_gemm", "weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)"),
     method<quantize, 10>(

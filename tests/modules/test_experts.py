@@ -1,0 +1,124 @@
+"""Quantized experts run together: one product for all of a layer, and equal results."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smoothq import kernels, quantize
+from smoothq.architectures.experts import SeparateExperts
+from smoothq.modules import QuantizedLinear
+from tests.conftest import RECIPES
+from tests.tiny_models import VOCABULARY, tiny_model
+
+TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+TOGETHER = ["w8a8", "w8a8-rtn", "w8a8-static", "w4a8", "w4a4", "w4a4-rs", "w4a4-rrs-calibrated"]
+ONE_BY_ONE = ["w8a8-tensor", "w4a16"]
+
+
+@cache
+def quantized(name: str, recipe: str) -> PreTrainedModel:
+    changed = RECIPES[recipe].edit(tuning=None, gptq__least_tokens=1)
+    model: PreTrainedModel = quantize(
+        tiny_model(name, torch.float32), changed, data=TOKENS, check=False
+    )
+    return model.eval()
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """The number of experts in each product of several."""
+    calls: list[int] = []
+    operator = kernels.expert_gemm
+
+    def counting(*operands: Any) -> Tensor:
+        calls.append(len(operands[3]))
+        return operator(*operands)
+
+    monkeypatch.setattr(kernels, "expert_gemm", counting)
+    return calls
+
+
+def one_by_one(model: nn.Module, tokens: Tensor, monkeypatch) -> Tensor:
+    with monkeypatch.context() as patched:
+        patched.setattr(SeparateExperts, "multiplies_together", False)
+        return model(tokens).logits
+
+
+def layers_with_experts(model: nn.Module) -> list[SeparateExperts]:
+    return [module for module in model.modules() if isinstance(module, SeparateExperts)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1, :1]], ids=["prompt", "one token"])
+@pytest.mark.parametrize("recipe", [*TOGETHER, *ONE_BY_ONE])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_the_result_is_that_of_one_expert_after_the_other_to_the_bit(
+    name, recipe, tokens, monkeypatch, counted
+) -> None:
+    model = quantized(name, recipe)
+    counted.clear()
+    together = model(tokens).logits
+    products = len(counted)
+    assert torch.equal(one_by_one(model, tokens, monkeypatch), together)
+    assert len(counted) == products
+    layers = layers_with_experts(model)
+    assert products == (2 * len(layers) if recipe in TOGETHER else 0)
+
+
+@torch.no_grad()
+def test_only_the_experts_of_a_token_are_multiplied(counted) -> None:
+    model = quantized("mixtral", "w4a8")
+    counted.clear()
+    model(TOKENS[:1, :1])
+    assert set(counted) == {2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
+def test_an_expert_that_is_watched_runs_by_itself(recipe, monkeypatch, counted) -> None:
+    model = copy.deepcopy(quantized("mixtral", recipe))
+    expected = model(TOKENS).logits
+    watched = layers_with_experts(model)[0].first[0][1]
+    seen: list[int] = []
+    watched.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    counted.clear()
+    assert torch.equal(model(TOKENS).logits, expected)
+    assert len(seen) == 1
+    assert len(counted) == 2 * (len(layers_with_experts(model)) - 1)
+
+
+@torch.no_grad()
+def test_codes_that_are_replaced_count_from_the_next_forward_on() -> None:
+    """As where accelerate brings the tensors of an offloaded module."""
+    model = copy.deepcopy(quantized("mixtral", "w8a8"))
+    before = model(TOKENS).logits
+    for module in layers_with_experts(model)[0].modules():
+        if isinstance(module, QuantizedLinear):
+            module.hold(-module.codes)
+    negated = model(TOKENS).logits
+    assert not torch.equal(negated, before)
+    for module in layers_with_experts(model)[0].modules():
+        if isinstance(module, QuantizedLinear):
+            module.hold(-module.codes)
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
+def test_in_16_bits(recipe, monkeypatch) -> None:
+    model = copy.deepcopy(quantized("qwen2_moe", recipe)).bfloat16()
+    assert torch.equal(model(TOKENS).logits, one_by_one(model, TOKENS, monkeypatch))
+
+
+def test_no_token_at_all() -> None:
+    (layer, *_) = layers_with_experts(quantized("mixtral", "w8a8"))
+    hidden = torch.zeros(0, layer.first[0][0].in_features)
+    none = torch.zeros(0, 2)
+    assert layer(hidden, none.long(), none).shape == hidden.shape
