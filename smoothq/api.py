@@ -67,15 +67,17 @@ def quantize(
     probe_text: str | None = None,
     stop_above: float | None = None,
     check: bool = True,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """Quantize a causal LM. Returns the model, or with `output` a QuantizeResult.
+    """Quantize a decoder. Returns the model, or with `output` a QuantizeResult.
 
     With `output` nothing is loaded: `result.load()` does it. Of several processes that a launcher
     started, all must call this: they share the work, and the first writes.
 
     Args:
         model: a directory, a hub id, or a model in memory (which is left as it is; compiled or in
-            data parallel is taken for what it wraps).
+            data parallel is taken for what it wraps). Of one with vision or audio towers the text
+            model is quantized, and the rest stored as it is.
         recipe: a preset's name (`"w4a8"`, in upper or lower case), the path of a YAML file, a
             mapping of a Recipe's fields, or a Recipe.
         tokenizer: in place of the model's.
@@ -105,6 +107,8 @@ def quantize(
         probe_text: a text as for calibration; without it the calibration's own.
         stop_above: stop where the probe's perplexity is over so many times the float model's.
         check: load the output before it is placed and compare it with what was computed.
+        trust_remote_code: run model code that lies beside the weights, as transformers does with
+            this flag. Without it such a model is refused, and nothing asks.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError, DeviceError or StoppedError) with one line on what was wrong and what to do.
@@ -122,7 +126,7 @@ def quantize(
         writer, exporter = _writers(directory, format, overwrite, resume, checkpoint_every)
         for target in filter(None, (exporter, writer)):
             world.broadcast_from(partial(target.check, 0))
-        source = open_source(model, tokenizer, gguf_file)
+        source = open_source(model, tokenizer, gguf_file, trust_remote_code)
         for target in filter(None, (writer, exporter)):
             world.broadcast_from(partial(target.check, 0, source.paths))
         plan = None
@@ -152,7 +156,13 @@ def quantize(
             # It is gone where the export was finished before.
             result = replace(result, export=export_compressed_tensors(writer.out, exporter))
             shutil.rmtree(writer.out)
-        result = replace(result, path=directory, _dtype=dtype, _memory=memory)
+        result = replace(
+            result,
+            path=directory,
+            _dtype=dtype,
+            _memory=memory,
+            _trusts_code=source.trusts_code,
+        )
         return result if output is not None else _loaded(result)
 
 

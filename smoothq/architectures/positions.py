@@ -7,6 +7,8 @@ import logging
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .graph import decoder_of
+
 log = logging.getLogger("smoothq")
 
 _FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
@@ -52,7 +54,7 @@ def within_positions(model: PreTrainedModel, length: int, what: str) -> int:
 
 def _position_table(model: PreTrainedModel) -> nn.Embedding | None:
     """The decoder's learned position embedding, or None."""
-    decoder, tokens = model.get_decoder(), model.get_input_embeddings()
+    decoder, tokens = decoder_of(model), model.get_input_embeddings()
     stacks = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
     for name, module in decoder.named_modules():
         leaf = name.rpartition(".")[2]

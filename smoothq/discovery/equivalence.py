@@ -23,6 +23,7 @@ from ..architectures import (
     WeightRef,
 )
 from ..architectures.graph import (
+    final_output,
     is_tied,
     norm_offset,
     takes_rotation,
@@ -64,17 +65,17 @@ class InFloat64(TorchFunctionMode):
 
 
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """A model's logits, (batch, length, vocabulary); all in float64 for a float64 model.
+    """What `final_output` says of a model; all in float64 for a float64 model.
 
     Args:
-        model: a causal LM.
+        model: any class of model around a decoder.
         tokens: int64 (batch, length).
     """
     with torch.no_grad():
         if model.dtype != torch.float64:
-            return model(tokens).logits  # type: ignore[no-any-return]
+            return final_output(model, tokens)
         with InFloat64():
-            return model(tokens).logits  # type: ignore[no-any-return]
+            return final_output(model, tokens)
 
 
 def deviation(logits_now: Tensor, logits_before: Tensor) -> float:
@@ -113,6 +114,7 @@ def rotate_stream_offline(model: PreTrainedModel, family: Family) -> None:
     As in checkpoints that are exported for other engines.
     """
     parts = family.parts(model)
+    assert parts.head is not None
     if is_tied(model):
         weight = model.get_submodule(parts.head).get_parameter("weight")
         untied = nn.Parameter(weight.clone(), requires_grad=False)

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architectures import BlockGraph, Family
-from ..architectures.graph import text_config
+from ..architectures.graph import decoder_of, final_output, text_config
 from ..architectures.linearize import linearize_block
+from ..checkpoint.model_class import class_of
 from ..checkpoint.skeleton import empty_model
-from ..compat import use_eager_experts
+from ..compat import build_model, use_eager_experts
 from ..errors import UnsupportedModelError
 from ..transforms.hadamard import Hadamard
 from ..transforms.rotation import rotate_input
@@ -192,7 +193,7 @@ def _without_read(family: Family, read: frozenset[str]) -> Family:
 
     def block(config: PretrainedConfig, index: int) -> BlockGraph:
         within = f".{family.layers}.{index}."
-        names = {name.partition(within)[2] for name in read}
+        names = {f".{name}".partition(within)[2] for name in read}
         return family.block(config, index).keeping(lambda module: module in names)
 
     return replace(family, block=block) if read else family
@@ -222,7 +223,7 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     count = text_config(model).num_hidden_layers
     stacks = [
         (name, module)
-        for name, module in model.get_decoder().named_children()
+        for name, module in decoder_of(model).named_children()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if len(stacks) != 1:
@@ -251,7 +252,7 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
             f"architecture '{decoder.model_type}' has no file, and no small model of its wiring "
             f"can be made: with the widths that are known it still has {numbers:,} parameters"
         )
-    model: Any = AutoModelForCausalLM.from_config(tiny)
+    model: Any = build_model(class_of(tiny), tiny)
     model.to(torch.float64).eval()
     use_eager_experts(model)
     generator = torch.Generator().manual_seed(0)
@@ -322,16 +323,16 @@ class _Writer:
         """Run the model once and record the arguments of blocks, and calls around the blocks."""
         opened = copy.deepcopy(self.layers)
         with ExitStack() as hooks:
-            for name, child in self.model.get_decoder().named_children():
+            for name, child in decoder_of(self.model).named_children():
                 if child is not self.layers and isinstance(own_weight(child), Tensor):
                     hooks.enter_context(child.register_forward_hook(keep(self.ends, name)))
             for index, (layer, copied) in enumerate(zip(self.layers, opened, strict=True)):
                 linearize_block(copied)
                 within = f".{self.attribute}.{index}."
-                read = {name.partition(within)[2] for name in self._read}
+                read = {f".{name}".partition(within)[2] for name in self._read}
                 entering = self._entering(copied, read)
                 hooks.enter_context(layer.register_forward_pre_hook(entering, with_kwargs=True))
-            self.model(TOKENS, use_cache=False)
+            final_output(self.model, TOKENS, use_cache=False)
 
     def _entering(self, opened: nn.Module, read: set[str]) -> Callable[..., None]:
         def embed_tokens(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -415,7 +416,7 @@ class _Writer:
         with hook, restored(tables):
             for table in tables:
                 rotate_input(table, rotation)
-            self.model(TOKENS, use_cache=False)
+            final_output(self.model, TOKENS, use_cache=False)
         return equivalence.deviation(entering[0], rotation.apply(self.blocks[0].hidden)) <= EXACT
 
 

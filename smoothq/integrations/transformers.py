@@ -124,12 +124,12 @@ def _warn_of_buffers(model: PreTrainedModel) -> None:
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError for a class without a language-modelling head."""
-    if model.get_decoder() is model or not isinstance(
-        model.get_output_embeddings(), torch.nn.Module
-    ):
+    """Raise UnsupportedModelError for a class that lacks the head that the checkpoint has."""
+    stored = (model.config.architectures or [""])[0]
+    headless = not isinstance(model.get_output_embeddings(), torch.nn.Module)
+    if headless and type(model).__name__ != stored:
         raise UnsupportedModelError(
-            f"the checkpoint holds a causal LM, and {type(model).__name__} has no head for its "
-            "tokens; load it with AutoModelForCausalLM.from_pretrained, whose get_decoder() is the "
-            "model without a head"
+            f"the checkpoint holds a {stored or 'causal LM'}, and {type(model).__name__} has not "
+            "its head; load it with AutoModelForCausalLM.from_pretrained, or the auto class of "
+            f"{stored or 'its class'}, whose get_decoder() is the model without a head"
         )

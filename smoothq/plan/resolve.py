@@ -68,7 +68,7 @@ def _check_scope(wiring: Wiring, recipe: Recipe) -> None:
 
 def _read_and_not_kept(wiring: Wiring, recipe: Recipe) -> list[str]:
     """The linears whose weights the model's code reads, and which the recipe would quantize."""
-    ends = (wiring.parts.head, wiring.parts.embedding) if recipe.embeddings == FLOAT_BITS else ()
+    ends = wiring.parts.ends if recipe.embeddings == FLOAT_BITS else ()
     return [name for name in wiring.read if name not in ends and not recipe.keeps(name)]
 
 

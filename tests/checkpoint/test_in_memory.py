@@ -77,11 +77,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "learned prompt",
     ),
-    "no head": (lambda folder: AutoModel.from_config(model().config), "as LlamaForCausalLM"),
-    "another head": (
-        lambda folder: AutoModelForSequenceClassification.from_config(model().config),
-        "LlamaForSequenceClassification has no head that predicts tokens",
-    ),
     "on meta": (lambda folder: model().to("meta"), "give the folder's path"),
     "quantized by torch": (
         lambda folder: torch.ao.quantization.quantize_dynamic(model(), {nn.Linear}),
