@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .checkpoint.open import open_source
 from .checkpoint.source import Source, text_tokenizer
 from .checkpoint.writer import CheckpointWriter
 from .data.text import TextSource, evaluation_tokens
+from .data.tokenizer import Processor
 from .errors import RecipeError, StoppedError
 from .evaluation.perplexity import windows_of
 from .export.compressed_tensors import export_compressed_tensors
@@ -47,7 +48,7 @@ PROBE_WINDOWS = (4, 512)  # windows, and tokens of each, that a probe of a text 
 def quantize(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     data: Any = None,
     output: str | Path | None = None,
     *,
@@ -80,7 +81,7 @@ def quantize(
             model is quantized, and the rest stored as it is.
         recipe: a preset's name (`"w4a8"`, in upper or lower case), the path of a YAML file, a
             mapping of a Recipe's fields, or a Recipe.
-        tokenizer: in place of the model's.
+        tokenizer: in place of the model's; or a processor, whose files all go along.
         data: in place of the recipe's text. Token ids: an int tensor or array, (samples, length) or
             (length,), or lists of them, of any lengths. Texts: a list of strings or of chats. A
             `datasets.Dataset` or any iterable of rows or batches that name their columns:

@@ -52,18 +52,19 @@ def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
             raise UnsupportedModelError(
                 f"'{config.model_type}' is an encoder-decoder: only decoders are quantized"
             )
+    named = config.architectures or ()
+    for name in named:
+        if (config.name_or_path, name) in _trusted:
+            return _trusted[config.name_or_path, name]
     composite = bool(config.sub_configs)
     preferred = (*_WITH_TOWERS, *_OF_TEXT) if composite else (*_OF_TEXT, *_WITH_TOWERS)
     candidates = _classes(config, preferred)
     if not candidates and not _classes(text, preferred):
         raise UnsupportedModelError(_no_decoder(config))
     known = {kind.__name__: kind for kind in (*_classes(config, _OTHERS), *candidates)}
-    for name in config.architectures or ():
-        kind = _trusted.get((config.name_or_path, name)) or known.get(name)
-        if kind is not None:
-            return kind
-        kind = class_of_architecture(name)
-        if kind is not None and kind.config_class is type(config):
+    for name in named:
+        kind = known.get(name) or class_of_architecture(name)
+        if kind is not None and (name in known or kind.config_class is type(config)):
             return kind
     if not candidates:
         raise UnsupportedModelError(_no_decoder(config))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import is_custom_class, tied_weights
+from ..data.tokenizer import Processor, text_part
 from ..errors import CheckpointError, UnsupportedModelError, first_line
 from .in_memory import module_types, storage_bytes, tensors_of
 from .model_class import class_of_model
@@ -27,7 +28,7 @@ class ModuleSource(Source):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Processor | None,
         name: str,
         paths: Iterable[Path] = (),
         files: Mapping[str, Path] | None = None,
@@ -116,8 +117,9 @@ class ModuleSource(Source):
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that was given with the model, or None."""
-        return self._side_files.tokenizer
+        """The tokenizer that was given with the model, or None; a processor's own."""
+        given = self._side_files.tokenizer
+        return None if given is None else text_part(given)
 
     def side_files(self) -> SideFiles:
         """The tokenizer, the generation config and the given files."""

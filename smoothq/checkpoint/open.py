@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..compat import is_custom_class
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import Processor, load_tokenizer
 from ..errors import CheckpointError, needs_package
 from .checkpoint_source import CheckpointSource
 from .hub_files import resolve_directory
@@ -21,7 +21,7 @@ from .source import Source
 
 def open_source(
     model: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> Source:
@@ -29,7 +29,7 @@ def open_source(
 
     Args:
         model: hub id, `hf://owner/name[@revision]`, directory, GGUF file, or model.
-        tokenizer: of a model in memory; others bring their own.
+        tokenizer: of a model in memory, or its processor; others bring their own.
         gguf_file: name of a GGUF file in `model`, which is dequantized to bfloat16.
         trust_remote_code: whether to run code beside the model.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import CheckpointError, SmoothqError, first_line
+
+Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def load_tokenizer(
@@ -40,6 +43,14 @@ def load_tokenizer(
                 "trusted: read it, and give trust_remote_code=True"
             ) from error
     return tokenizer
+
+
+def text_part(tokenizer: Processor) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor of images or audio and text; a tokenizer itself."""
+    if not isinstance(tokenizer, ProcessorMixin):
+        return tokenizer
+    part: PreTrainedTokenizerBase = tokenizer.tokenizer
+    return part
 
 
 def encode_prompt(

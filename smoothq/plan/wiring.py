@@ -113,6 +113,16 @@ class Wiring:
         return site.heads.dim
 
     @property
+    def float_matrices(self) -> list[str]:
+        """The full names of modules with a matrix outside of the text model, as in its towers."""
+        decoder = f"{self.parts.decoder}." if self.parts.decoder else ""
+        return [
+            name.removesuffix(".weight")
+            for name, spec in self.tensors.items()
+            if name.endswith(".weight") and len(spec.shape) == 2 and not name.startswith(decoder)
+        ]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model's checkpoint."""
         return sum(spec.nbytes for spec in self.tensors.values())

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from smoothq import preset, quantize
 from smoothq.errors import CheckpointError, SmoothqError, UnsupportedModelError
