@@ -74,10 +74,10 @@ class WeightConversions:
     def __init__(self, model: PreTrainedModel) -> None:
         """model: may be on the meta device; its names and its class count."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.core_model_loading import WeightConverter
 
         transforms = get_model_conversion_mapping(model)
-        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._renamings = renamings_among(transforms)
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
         self._by_pattern = {
             pattern: converter
@@ -95,6 +95,10 @@ class WeightConversions:
         """
         return self._rename(stored, self._renamings, self._converters)
 
+    def rename_alone(self, stored: str) -> str:
+        """The name that a stored tensor has in the model if it goes through no conversion."""
+        return self._rename(stored, self._renamings, [])[0]
+
     def add_prefix(self, stored: str) -> tuple[str, str | None]:
         """As `rename`, by the prefix of the base model alone."""
         return self._rename(stored, [], [])
@@ -109,6 +113,13 @@ class WeightConversions:
     def converter(self, pattern: str) -> Any:
         """The conversion of a pattern that `rename` returned, for `run_converter`."""
         return self._by_pattern[pattern]
+
+
+def renamings_among(conversions: Iterable[Any]) -> list[Any]:
+    """Those of a model's weight conversions that only rename tensors."""
+    from transformers.core_model_loading import WeightRenaming
+
+    return [one for one in conversions if isinstance(one, WeightRenaming)]
 
 
 def run_converter(

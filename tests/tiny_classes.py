@@ -20,9 +20,10 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2AudioConfig,
     Qwen2Config,
+    Qwen3_5Config,
 )
 
-from tests.tiny_models import TINY, with_random_values
+from tests.tiny_models import TINY, VOCABULARY, with_random_values
 
 IMAGE, BEGIN, END = 96, 94, 93  # tokens that stand for a patch, and around an image
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
@@ -71,6 +72,50 @@ def _qwen2_5_vl() -> PreTrainedModel:
     return AutoModelForImageTextToText.from_config(config)
 
 
+def _qwen3_5() -> PreTrainedModel:
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 0, 0],
+            "partial_rotary_factor": 0.25,
+        },
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 16,
+    }
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=95,
+        vision_start_token_id=BEGIN,
+        vision_end_token_id=END,
+    )
+    return AutoModelForImageTextToText.from_config(config)
+
+
 def _qwen2_audio() -> PreTrainedModel:
     audio = {
         "d_model": 16,
@@ -106,8 +151,9 @@ CLASSES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def tiny_class(name: str) -> PreTrainedModel:
-    """A float32 model of `CLASSES` with random values, as `tiny_model`'s."""
-    return with_random_values(CLASSES[name]().float())
+    """A float32 model of `CLASSES`, or Qwen3.5, with random values, as `tiny_model`'s."""
+    make = _qwen3_5 if name == "qwen3_5" else CLASSES[name]
+    return with_random_values(make().float())
 
 
 def batch_of(name: str) -> dict[str, Any]:

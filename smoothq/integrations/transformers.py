@@ -18,7 +18,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..compat import convert_when_loading_alone, remove_ties
+from ..compat import convert_when_loading_alone, remove_ties, renamings_among
 from ..errors import CheckpointError, UnsupportedModelError
 from ..moved import names_of
 from ..plan.config import METHOD, SmoothqConfig
@@ -42,6 +42,7 @@ class SmoothqHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SmoothqConfig
     plan: Plan
+    _renames = False  # whether the model has other names than the checkpoint
 
     @property
     def is_trainable(self) -> bool:
@@ -60,24 +61,29 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from ..checkpoint.check import check_tensors
+        from ..checkpoint.check import check_tensors, renaming_of_text_model
         from ..plan.install import install
 
         _check_class(model)
+        renamed = renaming_of_text_model(model, checkpoint_files or [])
+        self._renames = renamed is not None
         # transformers calls this under a meta-device context; rotations need real tensors.
         with torch.device("cpu"):
-            self.plan = self.quantization_config.plan_for(model)
+            self.plan = self.quantization_config.plan_for(model, renamed)
             self._check_rotations(self.plan)
             install(model, self.plan)
         if self.plan.tables:
             # A tied head uses the embedding's codes, so no parameter is tied.
             remove_ties(model)
         if checkpoint_files:
-            check_tensors(model, checkpoint_files)
+            check_tensors(model, checkpoint_files, self._renames)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """Return no conversions: smoothq's checkpoints use the names of the modules."""
-        return []
+        """Return no conversions: smoothq's checkpoints use the names of the modules.
+
+        For a text model alone, of a checkpoint with towers, the renamings.
+        """
+        return renamings_among(weight_conversions) if self._renames else []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from ..modules.prepare import check_filled, prepare

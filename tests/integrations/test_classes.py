@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from smoothq import QuantizeResult, Recipe, preset, quantize
+from smoothq.architectures import _BY_MODEL_TYPE, BlockGraph, Family, Site
+from smoothq.architectures.parts import weights
 from smoothq.errors import CalibrationError, RecipeError, UnsupportedModelError
 from smoothq.evaluation.evaluate import evaluate
 from smoothq.evaluation.generate import stream_text
@@ -214,3 +216,35 @@ def test_a_config_in_both_mappings_keeps_its_towers_either_way(tmp_path, float_c
 
 def test_special_tokens_of_images_are_none_of_the_check(made) -> None:
     assert made("llava").load(AutoModelForImageTextToText).config.image_token_id == IMAGE
+
+
+def mlp_alone(config: Any, index: int) -> BlockGraph:
+    """The MLPs of Qwen3.5's blocks, without transforms."""
+    gate, up, down = weights("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    sites = (Site("gate_up", "mlp", (gate, up), None), Site("down", "mlp", (down,), None))
+    return BlockGraph(sites, ())
+
+
+def test_the_causal_class_of_a_config_with_towers_loads_the_text_model(
+    monkeypatch, tmp_path
+) -> None:
+    """The output has the towers; a class that has none reads the text model out of it."""
+    family = Family(("qwen3_5_text",), mlp_alone)
+    monkeypatch.setitem(_BY_MODEL_TYPE, "qwen3_5_text", family)
+    model = tiny_class("qwen3_5")
+    model.save_pretrained(tmp_path / "float")
+    keep = ["model.language_model.layers.0.*", "model.visual.*"]
+    quantize(tmp_path / "float", RTN.edit(keep=keep), output=tmp_path / "out")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(text).__name__ == "Qwen3_5ForCausalLM"
+    assert all(key in whole.state_dict() for key in model.state_dict() if "visual" in key)
+    quantized = {n for n, m in text.named_modules() if isinstance(m, QuantizedLinear)}
+    assert quantized == {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
+    text.save_pretrained(tmp_path / "text")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32)
+    ids = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        expected = whole(input_ids=ids).logits
+        assert torch.equal(text(input_ids=ids).logits, expected)
+        assert torch.equal(again(input_ids=ids).logits, expected)
