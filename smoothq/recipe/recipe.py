@@ -6,7 +6,6 @@ into the output's `config.json`. Nothing downstream reads flags.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
