@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .checkpoint.open import open_source
 from .checkpoint.source import Source, text_tokenizer
 from .checkpoint.writer import CheckpointWriter
 from .data.text import TextSource, evaluation_tokens
+from .data.tokenizer import Processor
 from .errors import RecipeError, StoppedError
 from .evaluation.perplexity import windows_of
 from .export.compressed_tensors import export_compressed_tensors
@@ -47,7 +48,7 @@ PROBE_WINDOWS = (4, 512)  # windows, and tokens of each, that a probe of a text 
 def quantize(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     data: Any = None,
     output: str | Path | None = None,
     *,
@@ -67,18 +68,20 @@ def quantize(
     probe_text: str | None = None,
     stop_above: float | None = None,
     check: bool = True,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """Quantize a causal LM. Returns the model, or with `output` a QuantizeResult.
+    """Quantize a decoder. Returns the model, or with `output` a QuantizeResult.
 
     With `output` nothing is loaded: `result.load()` does it. Of several processes that a launcher
     started, all must call this: they share the work, and the first writes.
 
     Args:
         model: a directory, a hub id, or a model in memory (which is left as it is; compiled or in
-            data parallel is taken for what it wraps).
+            data parallel is taken for what it wraps). Of one with vision or audio towers the text
+            model is quantized, and the rest stored as it is.
         recipe: a preset's name (`"w4a8"`, in upper or lower case), the path of a YAML file, a
             mapping of a Recipe's fields, or a Recipe.
-        tokenizer: in place of the model's.
+        tokenizer: in place of the model's; or a processor, whose files all go along.
         data: in place of the recipe's text. Token ids: an int tensor or array, (samples, length) or
             (length,), or lists of them, of any lengths. Texts: a list of strings or of chats. A
             `datasets.Dataset` or any iterable of rows or batches that name their columns:
@@ -105,6 +108,8 @@ def quantize(
         probe_text: a text as for calibration; without it the calibration's own.
         stop_above: stop where the probe's perplexity is over so many times the float model's.
         check: load the output before it is placed and compare it with what was computed.
+        trust_remote_code: run model code that lies beside the weights, as transformers does with
+            this flag. Without it such a model is refused, and nothing asks.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError, DeviceError or StoppedError) with one line on what was wrong and what to do.
@@ -122,7 +127,7 @@ def quantize(
         writer, exporter = _writers(directory, format, overwrite, resume, checkpoint_every)
         for target in filter(None, (exporter, writer)):
             world.broadcast_from(partial(target.check, 0))
-        source = open_source(model, tokenizer, gguf_file)
+        source = open_source(model, tokenizer, gguf_file, trust_remote_code)
         for target in filter(None, (writer, exporter)):
             world.broadcast_from(partial(target.check, 0, source.paths))
         plan = None
@@ -152,7 +157,13 @@ def quantize(
             # It is gone where the export was finished before.
             result = replace(result, export=export_compressed_tensors(writer.out, exporter))
             shutil.rmtree(writer.out)
-        result = replace(result, path=directory, _dtype=dtype, _memory=memory)
+        result = replace(
+            result,
+            path=directory,
+            _dtype=dtype,
+            _memory=memory,
+            _trusts_code=source.trusts_code,
+        )
         return result if output is not None else _loaded(result)
 
 

@@ -75,10 +75,10 @@ class WeightConversions:
     def __init__(self, model: PreTrainedModel) -> None:
         """model: may be on the meta device; its names and its class count."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.core_model_loading import WeightConverter
 
         transforms = get_model_conversion_mapping(model)
-        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._renamings = renamings_among(transforms)
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
         self._by_pattern = {
             pattern: converter
@@ -96,6 +96,10 @@ class WeightConversions:
         """
         return self._rename(stored, self._renamings, self._converters)
 
+    def rename_alone(self, stored: str) -> str:
+        """The name that a stored tensor has in the model if it goes through no conversion."""
+        return self._rename(stored, self._renamings, [])[0]
+
     def add_prefix(self, stored: str) -> tuple[str, str | None]:
         """As `rename`, by the prefix of the base model alone."""
         return self._rename(stored, [], [])
@@ -110,6 +114,13 @@ class WeightConversions:
     def converter(self, pattern: str) -> Any:
         """The conversion of a pattern that `rename` returned, for `run_converter`."""
         return self._by_pattern[pattern]
+
+
+def renamings_among(conversions: Iterable[Any]) -> list[Any]:
+    """Those of a model's weight conversions that only rename tensors."""
+    from transformers.core_model_loading import WeightRenaming
+
+    return [one for one in conversions if isinstance(one, WeightRenaming)]
 
 
 def run_converter(
@@ -185,16 +196,73 @@ def forget_weights_file(config: PretrainedConfig) -> None:
 # Classes of models
 
 
-def causal_lm_classes(config: PretrainedConfig) -> tuple[type[Any], ...]:
-    """The classes that AutoModelForCausalLM takes for a config; none where it knows none."""
-    from transformers import AutoModelForCausalLM
+def auto_classes(config: PretrainedConfig, auto: str) -> tuple[type[PreTrainedModel], ...]:
+    """The classes that an auto class takes for a config; none where it knows none.
 
-    mapping: Any = AutoModelForCausalLM._model_mapping
+    Args:
+        config: of the model.
+        auto: name of the auto class, which an older transformers need not have.
+    """
+    import transformers
+
+    mapping: Any = getattr(getattr(transformers, auto, None), "_model_mapping", None)
     try:
         classes = mapping[type(config)]
-    except KeyError:
+    except (KeyError, TypeError):
         return ()
-    return classes if isinstance(classes, tuple) else (classes,)
+    return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
+
+
+def class_of_architecture(name: str) -> type[PreTrainedModel] | None:
+    """The model class that transformers has under a name, or None."""
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if is_model else None
+
+
+def build_model(
+    kind: type[PreTrainedModel], config: PretrainedConfig, dtype: Any = None
+) -> PreTrainedModel:
+    """A new model of a class, as `AutoModel.from_config` builds it.
+
+    Args:
+        kind: of the model.
+        config: of the model, which is changed.
+        dtype: of its floats; None for the config's.
+    """
+    options = {} if dtype is None else {"dtype": dtype}
+    built: PreTrainedModel = kind._from_config(config, **options)
+    return built
+
+
+def is_custom_class(kind: type[PreTrainedModel]) -> bool:
+    """Whether a class is of code beside a model, which the user had transformers run."""
+    return kind.__module__.startswith("transformers_modules.")
+
+
+def import_custom_class(reference: str, directory: Path) -> type[PreTrainedModel]:
+    """Import a class of code beside a model. This runs that code.
+
+    Args:
+        reference: as in a config's `auto_map`: `file.Class`, or `repo--file.Class`.
+        directory: of the model.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    kind: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(directory))
+    return kind
+
+
+def with_generation(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class of code beside a model with `generate`, which transformers adds when it loads one."""
+    if not is_custom_class(kind):
+        return kind
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    generating: type[PreTrainedModel] = add_generation_mixin_to_remote_model(kind)
+    return generating
 
 
 def tensor_parallel_size(model: PreTrainedModel) -> int:

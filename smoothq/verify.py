@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .checkpoint.check import check_tensors
 from .checkpoint.manifest import MANIFEST, Manifest, sha256_of
+from .checkpoint.model_class import class_of
 from .checkpoint.model_config import check_sizes, read_config
 from .checkpoint.tensor_file import as_bytes, is_intact
 from .checkpoint.weight_files import read_tensor, tensor_files
+from .compat import build_model
 from .errors import CheckpointError, SmoothqError, first_line
 from .kernels import largest_multiplier
 from .plan.account import codes_of
@@ -38,13 +40,16 @@ class VerifyResult:
 
 
 def verify_checkpoint(
-    directory: Path, progress: Callable[[int, int, str], None] | None = None
+    directory: Path,
+    progress: Callable[[int, int, str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> VerifyResult:
     """Read a whole checkpoint and compare it with its manifest, its config and its number formats.
 
     Args:
         directory: the checkpoint.
         progress: called with (tensors so far, number of tensors, "verify") for each tensor.
+        trust_remote_code: whether to run code beside the model, of whose class the tensors are.
 
     Returns: what was verified.
 
@@ -62,7 +67,7 @@ def verify_checkpoint(
             raise CheckpointError(f"{directory / file} is missing")
         if sha256_of(directory / file) != digest:
             raise CheckpointError(f"{directory / file} is not the file that was written")
-    config, files = read_config(name), tensor_files(directory, name)
+    config, files = read_config(name, trust_remote_code), tensor_files(directory, name)
     check_sizes(config, files, name)
     model = _empty_model(config, name)
     check_tensors(model, [str(path) for path in sorted(set(files.values()))])
@@ -96,7 +101,7 @@ def _empty_model(config: PretrainedConfig, name: str) -> PreTrainedModel:
     quantization = quantization_of(config, name)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model = build_model(class_of(config), config)
         install(model, quantization.plan_for(model))
     except SmoothqError:
         raise

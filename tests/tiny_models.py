@@ -166,9 +166,13 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
     """
     # The default experts are grouped products, which float64 does not have.
     model = AutoModelForCausalLM.from_config(TINY[name](), experts_implementation="eager")
-    model = model.to(dtype).eval()
+    return with_random_values(model.to(dtype), seed)
+
+
+def with_random_values(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """A model of any class, in eval mode and without gradients, with values as `tiny_model`'s."""
     generator = torch.Generator().manual_seed(seed)
-    for full_name, parameter in model.named_parameters():
+    for full_name, parameter in model.eval().named_parameters():
         parameter.requires_grad_(False)
         parameter.copy_(_random_parameter(full_name, parameter.shape, generator))
     return model

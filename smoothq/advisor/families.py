@@ -7,7 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..architectures import BlockGraph, family_of, supported_model_types
 from ..architectures.attention_support import unquantizable_attention
 from ..architectures.graph import takes_rotation
-from ..compat import causal_lm_classes
+from ..checkpoint.model_class import class_of
 from ..report.table import markdown as markdown_table
 
 HEADER = (
@@ -65,8 +65,7 @@ def _row(model_type: str) -> tuple[str, ...]:
 
 
 def _attention(config: PretrainedConfig) -> str:
-    model_class = causal_lm_classes(config)[0]
-    reason = unquantizable_attention(config, model_class)
+    reason = unquantizable_attention(config, class_of(config))
     return "yes" if reason is None else "no"
 
 

@@ -75,6 +75,16 @@ class SeparateExperts(Mixin):
         return None if self.form.second is None else _list_of(self, self.form.second)
 
     @property
+    def first_names(self) -> tuple[str, ...]:
+        """The names of the lists in `first`, within the module."""
+        return tuple(map(_list_name, self.form.first))
+
+    @property
+    def second_name(self) -> str | None:
+        """The name of the list `second`, within the module, or None."""
+        return None if self.form.second is None else _list_name(self.form.second)
+
+    @property
     def multiplies_together(self) -> bool:
         """Whether all experts can be multiplied at once: the last matrix is quantized."""
         linears = self.first[-1] if self.second is None else self.second
@@ -419,9 +429,9 @@ def _stack(module: nn.Module, name: str) -> nn.Parameter | None:
     return stack if stack.dim() == (2 if flat else 3) else None
 
 
-def _list_name(attribute: str) -> str:
+def _list_name(stack: str) -> str:
     """Where the linears of a stack are: a module named `weight` would be taken for a tensor."""
-    return "experts" if attribute == "weight" else attribute
+    return "experts" if stack == "weight" else stack
 
 
 def _list_of(module: nn.Module, name: str) -> nn.ModuleList:

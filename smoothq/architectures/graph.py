@@ -240,14 +240,15 @@ def norm_offset(graphs: Iterable[BlockGraph]) -> float:
 
 @dataclass(frozen=True)
 class Parts:
-    """The full names of the modules of one causal LM that surround its blocks.
+    """The full names of the modules of one model that surround its blocks.
 
     Attributes:
-        decoder: the model without its head, whose forward takes embeddings through the blocks.
+        decoder: the model without its head, whose forward takes embeddings through the blocks;
+            empty where that is the whole model.
         layers: the `nn.ModuleList` of blocks.
         embedding: the token embedding.
         final_norm: the norm behind the last block, or None.
-        head: the linear that computes logits.
+        head: the linear that computes logits; None for a model that predicts no tokens.
         positions: the learned position embedding, or None.
         entry_norm: a norm between embedding and blocks, or None.
     """
@@ -256,13 +257,18 @@ class Parts:
     layers: str
     embedding: str
     final_norm: str | None
-    head: str
+    head: str | None
     positions: str | None
     entry_norm: str | None
 
     def block_name(self, index: int) -> str:
         """The full name of a block, such as `model.layers.0`."""
         return f"{self.layers}.{index}"
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The full names of the embedding and, where the model has one, of the head."""
+        return (self.embedding, *([] if self.head is None else [self.head]))
 
     @property
     def entering(self) -> tuple[str, ...]:
@@ -337,35 +343,38 @@ class Family:
         """The full names of a model's parts."""
         names = {id(module): name for name, module in model.named_modules()}
         decoder = names[id(decoder_of(model))]
+        head = model.get_output_embeddings()
 
-        def within(name: str | None) -> str | None:
-            return None if name is None else f"{decoder}.{name}"
+        def within(name: str) -> str:
+            return f"{decoder}.{name}" if decoder else name
 
         return Parts(
             decoder=decoder,
-            layers=f"{decoder}.{self.layers}",
+            layers=within(self.layers),
             embedding=names[id(model.get_input_embeddings())],
-            final_norm=within(self.final_norm),
-            head=names[id(model.get_output_embeddings())],
-            positions=within(self.positions),
-            entry_norm=within(self.entry_norm),
+            final_norm=None if self.final_norm is None else within(self.final_norm),
+            head=None if head is None else names[id(head)],
+            positions=None if self.positions is None else within(self.positions),
+            entry_norm=None if self.entry_norm is None else within(self.entry_norm),
         )
 
     def folds_offline(self, model: PreTrainedModel) -> bool:
         """Whether a residual rotation can be folded into a model's embeddings and untied head."""
-        return self.sums_at_entry and self.parts(model).folds_head(model)
+        parts = self.parts(model)
+        return self.sums_at_entry and parts.head is not None and parts.folds_head(model)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module of a model whose forward takes embeddings through the blocks.
+    """The decoder of a model, without a head: it takes embeddings through the blocks.
 
-    It is what `get_decoder` returns, unless that has no list of blocks (a model may call its head
-    `decoder`); then it is the model without its head.
+    A wrapper's may itself be a model with a head; and a model may call its head `decoder`, so that
+    what has no list of blocks is none.
     """
     decoder: nn.Module = model.get_decoder()
-    if any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        return decoder
-    return model.base_model
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        return model.base_model
+    inner = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
+    return decoder if inner is decoder else decoder_of(cast(PreTrainedModel, decoder))
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -373,9 +382,28 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def final_output(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
+    """A model's logits; its decoder's last hidden states where it predicts no tokens.
+
+    Args:
+        model: any class of model around a decoder.
+        tokens: int64 (sequences, length).
+        options: more arguments of its forward.
+
+    Returns:
+        float (sequences, length, vocabulary or hidden size).
+    """
+    whole = model.get_output_embeddings() is not None
+    output: Any = (model if whole else decoder_of(model))(input_ids=tokens, **options)
+    final: Tensor = output.logits if whole else output[0]
+    return final
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether a model ties its head to the embedding, by its own ties rather than its config."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return False
     names = {id(module): name for name, module in model.named_modules()}
     tied = tied_weights(model)
     return tied.get(f"{names[id(head)]}.weight") == f"{names[id(embedding)]}.weight"

@@ -13,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from .experts import SeparateExperts as SeparateExperts
 from .experts import close_experts, is_experts, linear_of, open_experts, parameter_of
 
-EXPERT_MATRICES = ("gate_up_proj", "down_proj")  # names in the commonest form of experts
-
 
 def linearize_block(block: nn.Module) -> None:
     """Replace every `Conv1D` and every expert of a block by an `nn.Linear`, in place.

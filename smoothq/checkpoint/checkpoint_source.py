@@ -35,19 +35,21 @@ class CheckpointSource(Source):
         files: stored tensor name → the file that holds it.
     """
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, trust_remote_code: bool = False) -> None:
         """Read the config and the tensors' names; no weights.
 
         Args:
             directory: of the checkpoint.
             name: of the model, for messages.
+            trust_remote_code: whether to run code beside the model.
 
         Raises:
             CheckpointError: for files that are missing or cannot be read.
             UnsupportedModelError: for a config that fits no model.
         """
         self.name, self.directory = name, directory
-        self.config = config_in(directory, name)
+        self.trusts_code = trust_remote_code
+        self.config = config_in(directory, name, trust_remote_code)
         self.files = tensor_files(directory, name)
         check_sizes(self.config, self.files, name)
         self.nbytes = sum(path.stat().st_size for path in set(self.files.values()))
@@ -77,7 +79,9 @@ class CheckpointSource(Source):
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer beside the weights, if there is one."""
-        return load_tokenizer(self.directory, self.name) if has_tokenizer(self.directory) else None
+        if not has_tokenizer(self.directory):
+            return None
+        return load_tokenizer(self.directory, self.name, trust_remote_code=self.trusts_code)
 
     def side_files(self) -> SideFiles:
         """The directory's side files, with generation parameters of an older config.json."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compat import causal_lm_classes, tensor_parallel_size
+from ..compat import tensor_parallel_size
 from ..errors import UnsupportedModelError
 from ..runtime.offload import align_hooks
 
@@ -17,15 +17,14 @@ _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """Return a causal LM without torch.compile, DataParallel or DistributedDataParallel around it.
+    """Return a model without torch.compile, DataParallel or DistributedDataParallel around it.
 
     Args:
-        model: a float causal LM of transformers, possibly wrapped.
+        model: a float decoder of transformers, with any head, possibly wrapped.
 
     Raises:
-        UnsupportedModelError: for adapters, sharded weights, a model without a language-modelling
-            head, weights quantized by another tool, or an object that is no model. The message
-            says what to pass instead.
+        UnsupportedModelError: for adapters, sharded weights, weights quantized by another tool, or
+            an object that is no model. The message says what to pass instead.
     """
     while not isinstance(model, PreTrainedModel):
         inner = _wrapped(model)
@@ -34,7 +33,6 @@ def unwrapped(model: Any) -> PreTrainedModel:
         model = inner
     name = type(model).__name__
     _refuse_adapters(model, name)
-    _refuse_other_heads(model, name)
     _refuse_other_tensors(model, name)
     return model
 
@@ -160,18 +158,6 @@ def _refuse_adapters(model: PreTrainedModel, name: str) -> None:
                 f"{name}: '{layer}' holds an adapter beside its weight: save the adapter, load it "
                 "by peft.PeftModel.from_pretrained(base, folder), and give its merge_and_unload()"
             )
-
-
-def _refuse_other_heads(model: PreTrainedModel, name: str) -> None:
-    """Refuse a class that has no language-modelling head."""
-    classes = causal_lm_classes(model.config)
-    if not classes:
-        return  # code of its own, or no causal LM at all: building it will say so
-    if not isinstance(model, classes):
-        raise UnsupportedModelError(
-            f"{name} has no head that predicts tokens: load it as {classes[0].__name__}, as "
-            "AutoModelForCausalLM.from_pretrained does"
-        )
 
 
 def _refuse_other_tensors(model: PreTrainedModel, name: str) -> None:

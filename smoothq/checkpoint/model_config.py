@@ -10,27 +10,33 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import CheckpointError, UnsupportedModelError, first_line
 from .hub_files import resolve_directory
+from .model_class import OWN_CODE, trust_code
 from .side_files import CONFIG
 
 ADAPTER = "adapter_config.json"
 LARGEST_SIZE = 1 << 28  # integers in a config above this are taken for damage
 
 
-def read_config(model: str) -> PretrainedConfig:
+def read_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a hub id or a local directory; no weights are downloaded.
+
+    Args:
+        model: hub id or directory.
+        trust_remote_code: as for `config_in`.
 
     Raises:
         SmoothqError: if there is no config, or it cannot be read.
     """
-    return config_in(resolve_directory(model, weights=False), model)
+    return config_in(resolve_directory(model, weights=False), model, trust_remote_code)
 
 
-def config_in(directory: Path, name: str) -> PretrainedConfig:
+def config_in(directory: Path, name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a local directory.
 
     Args:
         directory: of the model.
         name: of the model, for messages.
+        trust_remote_code: whether to run code beside the model. Without it nothing asks the user.
 
     Raises:
         CheckpointError: for a directory without a config, or with an adapter alone.
@@ -45,8 +51,14 @@ def config_in(directory: Path, name: str) -> PretrainedConfig:
     if not (directory / CONFIG).is_file():
         raise CheckpointError(f"{name}: no config.json in {directory}; is it a model directory?")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+        if trust_remote_code:
+            trust_code(config, directory)
     except Exception as error:  # transformers has no common base for damaged files
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UnsupportedModelError(f"{name} {OWN_CODE}") from error
         raise UnsupportedModelError(
             f"{name}: its config cannot be read: {first_line(error)}"
         ) from error

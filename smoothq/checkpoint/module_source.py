@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compat import tied_weights
+from ..compat import is_custom_class, tied_weights
+from ..data.tokenizer import Processor, text_part
 from ..errors import CheckpointError, UnsupportedModelError, first_line
 from .in_memory import module_types, storage_bytes, tensors_of
+from .model_class import class_of_model
 from .side_files import SideFiles
 from .skeleton import untie
 from .source import Reader, Source
@@ -26,7 +28,7 @@ class ModuleSource(Source):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Processor | None,
         name: str,
         paths: Iterable[Path] = (),
         files: Mapping[str, Path] | None = None,
@@ -47,6 +49,8 @@ class ModuleSource(Source):
             UnsupportedModelError: for a tensor on the meta device that is not offloaded.
         """
         self.name, self.config = name, model.config
+        self._class = class_of_model(model)
+        self.trusts_code = is_custom_class(self._class)
         try:
             model.config.to_json_string()
         except (TypeError, ValueError) as error:
@@ -64,6 +68,11 @@ class ModuleSource(Source):
     def paths(self) -> list[Path]:
         """The directories and files that the model was read from."""
         return self._paths
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The model's class, or the one that its config stands for where transformers lacks it."""
+        return self._class
 
     def match(self, model: PreTrainedModel) -> Reader:
         """Match the tensors with those of a model of the same class, by equal names.
@@ -108,8 +117,9 @@ class ModuleSource(Source):
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that was given with the model, or None."""
-        return self._side_files.tokenizer
+        """The tokenizer that was given with the model, or None; a processor's own."""
+        given = self._side_files.tokenizer
+        return None if given is None else text_part(given)
 
     def side_files(self) -> SideFiles:
         """The tokenizer, the generation config and the given files."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..data.tokenizer import load_tokenizer
+from ..compat import is_custom_class
+from ..data.tokenizer import Processor, load_tokenizer
 from ..errors import CheckpointError, needs_package
 from .checkpoint_source import CheckpointSource
 from .hub_files import resolve_directory
@@ -20,15 +21,17 @@ from .source import Source
 
 def open_source(
     model: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Open a float model by hub id or directory, from a GGUF file in either, or in memory.
 
     Args:
         model: hub id, `hf://owner/name[@revision]`, directory, GGUF file, or model.
-        tokenizer: of a model in memory; others bring their own.
+        tokenizer: of a model in memory, or its processor; others bring their own.
         gguf_file: name of a GGUF file in `model`, which is dequantized to bfloat16.
+        trust_remote_code: whether to run code beside the model.
 
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
@@ -39,11 +42,15 @@ def open_source(
         refuse_quantized(model.config, type(model).__name__)
         read = model.config.name_or_path
         paths = [Path(read)] if read and Path(read).is_dir() else []
-        return ModuleSource(model, tokenizer, read or type(model).__name__, paths)
+        code = {}
+        if is_custom_class(type(model)) and paths:  # it is loaded again by the files beside it
+            beside = SideFiles.of(paths[0]).files.items()
+            code = {name: path for name, path in beside if path.suffix == ".py"}
+        return ModuleSource(model, tokenizer, read or type(model).__name__, paths, code)
     if gguf_file is not None:
         return _open_gguf(str(model), gguf_file)
     directory = resolve_directory(str(model))
-    source = CheckpointSource(directory, str(model))
+    source = CheckpointSource(directory, str(model), trust_remote_code)
     refuse_quantized(source.config, source.name)
     return source
 
@@ -56,7 +63,7 @@ def _open_gguf(model: str, gguf_file: str) -> Source:
     try:
         tokenizer = load_tokenizer(directory, gguf_file, gguf_file)
         float_model = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=gguf_file, dtype=torch.float32
+            directory, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False
         )
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{gguf_file}: transformers cannot read it: {error}") from error

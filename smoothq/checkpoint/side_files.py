@@ -16,8 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from shutil import copyfile
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
+from ..data.tokenizer import Processor
 from ..errors import CheckpointError, first_line
 from .manifest import MANIFEST
 
@@ -61,13 +62,13 @@ class SideFiles:
     Attributes:
         files: name in the output (relative, with `/`) → path of the original, which is copied.
         left_out: names in the model's folder that are not copied; directories end with `/`.
-        tokenizer: an object to write with `save_pretrained`, instead of files.
+        tokenizer: an object, or a processor, to write with `save_pretrained`, instead of files.
         generation_config: an object to write as `generation_config.json`.
     """
 
     files: dict[str, Path]
     left_out: tuple[str, ...] = ()
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: Processor | None = None
     generation_config: GenerationConfig | None = None
 
     @classmethod
@@ -91,7 +92,7 @@ class SideFiles:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.files.values())
 
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> SideFiles:
+    def with_tokenizer(self, tokenizer: Processor | None) -> SideFiles:
         """Return a copy with this tokenizer instead of the folder's tokenizer files.
 
         Args:

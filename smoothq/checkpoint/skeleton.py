@@ -6,15 +6,18 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..compat import initialize_unmarked, mark_initialized, remove_tie, tied_weights
+from ..compat import build_model, initialize_unmarked, mark_initialized, remove_tie, tied_weights
 from ..errors import UnsupportedModelError, first_line
 from ..runtime.process import build_lock, default_modes
+from .model_class import class_of
 from .model_config import dtype_named_by
 
 
-def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
+def skeleton_of(
+    config: PretrainedConfig, name: str, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """Build the float model of a config, in eval mode, with parameters on the meta device.
 
     Floats have the dtype that the config names. The config may be a quantized checkpoint's.
@@ -22,12 +25,13 @@ def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
     Args:
         config: of the model.
         name: of the model, for messages.
+        kind: class of the model; None for the one that the config stands for.
 
     Raises:
         UnsupportedModelError: for a config that fits no model.
     """
     try:
-        model = empty_model(config)
+        model = empty_model(config, kind)
     except Exception as error:  # transformers has no common base for unfit configs
         raise UnsupportedModelError(
             f"{name}: no model can be built from its config: {first_line(error)}"
@@ -40,17 +44,22 @@ def skeleton_of(config: PretrainedConfig, name: str) -> PreTrainedModel:
     return model
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(
+    config: PretrainedConfig, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """Build the model of a config with parameters on the meta device and real buffers.
 
     No weight is allocated. Whatever transformers raises for a config that fits no model, this
     raises too.
+
+    Args:
+        config: of the model.
+        kind: class of the model; None for the one that the config stands for.
     """
+    kind = kind or class_of(config)
     with build_lock, default_modes():
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=torch.float32
-            )
+            model = build_model(kind, copy.deepcopy(config), torch.float32)
         _make_buffers(model)
     return model
 

@@ -66,16 +66,23 @@ class Source(ABC):
         name: of the model, for messages.
         config: of the model.
         nbytes: bytes of all tensors.
+        trusts_code: whether code beside the model is run, as `trust_remote_code=True` asks.
     """
 
     name: str
     config: PretrainedConfig
     nbytes: int
+    trusts_code: bool = False
 
     @property
     @abstractmethod
     def paths(self) -> list[Path]:
         """The directories and files that the model is read from."""
+
+    @property
+    def model_class(self) -> type[PreTrainedModel] | None:
+        """The class of the model; None for the one that the config stands for."""
+        return None
 
     @abstractmethod
     def match(self, model: PreTrainedModel) -> Reader:
@@ -99,7 +106,7 @@ class Source(ABC):
 
     @cached_property
     def _matched(self) -> _Matched:
-        model = skeleton_of(self.config, self.name)
+        model = skeleton_of(self.config, self.name, self.model_class)
         reader = self.match(model)
         take_dtypes(model, {name: spec.dtype for name, spec in reader.specs.items()})
         modules = {name for name, _ in model.named_modules()}

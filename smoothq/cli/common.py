@@ -20,6 +20,12 @@ RunDtype = Annotated[
 ]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file inside MODEL, read by transformers.")]
 Device = Annotated[str, typer.Option(help="Device to run on; auto is a GPU where there is one.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run code that lies beside MODEL's weights; read it first."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
 Servable = Annotated[
     bool, typer.Option("--servable", help="Leave out of the recipe what only smoothq can run.")

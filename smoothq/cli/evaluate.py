@@ -11,7 +11,15 @@ import typer
 
 from ..errors import needs_package
 from ..report.table import columns, pairs
-from .common import Device, Json, Memory, Model, RunDtype, silence_transformers
+from .common import (
+    Device,
+    Json,
+    Memory,
+    Model,
+    RunDtype,
+    TrustRemoteCode,
+    silence_transformers,
+)
 from .terminal import out, perplexity_so_far, progress
 
 
@@ -43,6 +51,7 @@ def evaluate(
     dtype: RunDtype = "auto",
     device: Device = "auto",
     memory: Memory = "fast",
+    trust_remote_code: TrustRemoteCode = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table as Markdown.")
     ] = False,
@@ -58,16 +67,15 @@ def evaluate(
 
     silence_transformers()
     if against is not None:
-        check_stored_vocabularies(against, model)
+        check_stored_vocabularies(against, model, trust_remote_code=trust_remote_code)
     named = [] if tasks is None else tasks.split(",")
     if named:
         needs_package("lm_eval", "eval")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = text or ([] if named else ["wikitext2"])
-    loaded, tokenizer = load_model(model, dtype, device, memory)
-    reference, its_tokenizer = (
-        (None, None) if against is None else load_model(against, dtype, device, memory)
-    )
+    how = (dtype, device, memory, trust_remote_code)
+    loaded, tokenizer = load_model(model, *how)
+    reference, its_tokenizer = (None, None) if against is None else load_model(against, *how)
     with progress() as update:
         evaluation = measure(
             loaded,
@@ -167,6 +175,7 @@ def generate(
     dtype: RunDtype = "auto",
     device: Device = "auto",
     memory: Memory = "fast",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Stream MODEL's continuation of PROMPT.
 
@@ -176,5 +185,5 @@ def generate(
     from ..evaluation.load import load_model
 
     silence_transformers()
-    loaded, tokenizer = load_model(model, dtype, device, memory)
+    loaded, tokenizer = load_model(model, dtype, device, memory, trust_remote_code)
     stream_text(loaded, tokenizer, prompt, model, max_new_tokens, chat=chat, sample=sample)

@@ -12,7 +12,16 @@ import typer
 from ..errors import needs_package
 from ..recipe.recipe import Preset
 from ..report.table import columns
-from .common import WORST_SITES, Device, EverySite, Gguf, Json, Model, silence_transformers
+from .common import (
+    WORST_SITES,
+    Device,
+    EverySite,
+    Gguf,
+    Json,
+    Model,
+    TrustRemoteCode,
+    silence_transformers,
+)
 from .recipe_flags import RecipeFlags, takes_recipe
 from .terminal import out, progress
 
@@ -46,6 +55,7 @@ def inspect(
     every_site: EverySite = False,
     device: Device = "auto",
     gguf_file: Gguf = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show the outliers in what MODEL's linears are fed, and what each method makes of them.
@@ -61,7 +71,7 @@ def inspect(
     silence_transformers()
     if output is not None or plots is not None:
         needs_package("matplotlib", "plots")
-    source = open_source(model, gguf_file=gguf_file)
+    source = open_source(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     tokenizer = text_tokenizer(source)
     read = TextSource(text or calibration)
     tokens = calibration_tokens(tokenizer, read, sequences, sequence_length, seed)
@@ -103,6 +113,7 @@ def sensitivity(
     every_site: EverySite = False,
     device: Device = "auto",
     gguf_file: Gguf = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure what quantizing each site alone costs, and make a mixed-precision recipe of it.
@@ -118,7 +129,7 @@ def sensitivity(
     if (budget is None) != (output is None):
         raise typer.BadParameter("--budget and -o go together")
     recipe = flags.chosen()
-    source = open_source(model, gguf_file=gguf_file)
+    source = open_source(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     text = TextSource(
         recipe.calibration.source, recipe.calibration.split, recipe.calibration.text_column
     )

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..report.table import columns, pairs
-from .common import Device, Json, Model, Servable, parse_memory, silence_transformers
+from .common import (
+    Device,
+    Json,
+    Model,
+    Servable,
+    TrustRemoteCode,
+    parse_memory,
+    silence_transformers,
+)
 from .recipe_flags import RecipeFlags, takes_recipe
 from .terminal import out
 
@@ -29,6 +37,7 @@ def plan(
     ] = None,
     device: Device = "auto",
     servable: Servable = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe comes to for MODEL, who can run it, and what it costs; reads no weight.
@@ -47,7 +56,7 @@ def plan(
     from ..runtime.device import resolve_device
 
     silence_transformers()
-    config = read_config(model)
+    config = read_config(model, trust_remote_code)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") == compressed_tensors.METHOD:
         _plan_export(skeleton_of(config, model), quantization, as_json)

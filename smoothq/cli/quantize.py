@@ -21,6 +21,7 @@ from .common import (
     Model,
     Overwrite,
     Servable,
+    TrustRemoteCode,
     parse_memory,
     silence_transformers,
 )
@@ -44,6 +45,7 @@ def quantize(
     ] = "smoothq",
     servable: Servable = False,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[
         bool | None,
         _long_runs(
@@ -99,7 +101,7 @@ def quantize(
     device = resolve_device(device)
     world = World.join(device)
     if dry_run:
-        source = open_source(model, gguf_file=gguf_file)
+        source = open_source(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         _, plan = api.planned(source.skeleton(), model, recipe, form, servable, world.is_main)
         needs = estimate_resources(plan, limit, checkpoint_every)
         if world.is_main:
@@ -123,6 +125,7 @@ def quantize(
             probe_text=probe_text,
             stop_above=stop_above,
             check=check,
+            trust_remote_code=trust_remote_code,
         )
     if not world.is_main:
         return
@@ -217,6 +220,7 @@ def push(
 
 def verify(
     directory: Annotated[Path, typer.Argument(help="A directory that smoothq quantize wrote.")],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Check every tensor of a quantized checkpoint: its hash, its shape, and its values.
@@ -227,7 +231,7 @@ def verify(
 
     silence_transformers()
     with progress() as update:
-        checked = verify_checkpoint(directory, update)
+        checked = verify_checkpoint(directory, update, trust_remote_code)
     if as_json:
         print(json.dumps({"directory": str(directory), **vars(checked)}))
         return

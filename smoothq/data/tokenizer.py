@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import CheckpointError, SmoothqError, first_line
 
+Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
+
 
 def load_tokenizer(
-    directory: Path, name: str, gguf_file: str | None = None
+    directory: Path, name: str, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model's directory.
 
@@ -21,14 +24,33 @@ def load_tokenizer(
         directory: of the model.
         name: of the model, for messages.
         gguf_file: name of a GGUF file in the directory to take the tokenizer from.
+        trust_remote_code: whether to run code beside the model. Without it nothing asks the user.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     with in_one_line(f"{name}: its tokenizer cannot be read"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **options)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=trust_remote_code, **options
+            )
+        except ValueError as error:
+            if trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{name}: its tokenizer has code of its own, which is run only where it is "
+                "trusted: read it, and give trust_remote_code=True"
+            ) from error
     return tokenizer
+
+
+def text_part(tokenizer: Processor) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor of images or audio and text; a tokenizer itself."""
+    if not isinstance(tokenizer, ProcessorMixin):
+        return tokenizer
+    part: PreTrainedTokenizerBase = tokenizer.tokenizer
+    return part
 
 
 def encode_prompt(

@@ -176,7 +176,7 @@ def _without_read(family: Family, read: frozenset[str]) -> Family:
 
     def block(config: PretrainedConfig, index: int) -> BlockGraph:
         within = f".{family.layers}.{index}."
-        names = {name.partition(within)[2] for name in read}
+        names = {f".{name}".partition(within)[2] for name in read}
         return family.block(config, index).keeping(lambda module: module in names)
 
     return replace(family, block=block) if read else family

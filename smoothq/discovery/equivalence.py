@@ -24,6 +24,7 @@ from ..architectures import (
     WeightRef,
 )
 from ..architectures.graph import (
+    final_output,
     is_tied,
     norm_offset,
     takes_rotation,
@@ -71,18 +72,18 @@ class InFloat64(TorchFunctionMode):
 
 
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """A model's logits, (batch, length, vocabulary); all in float64 for a float64 model.
+    """What `final_output` says of a model; all in float64 for a float64 model.
 
     Args:
-        model: a causal LM.
+        model: any class of model around a decoder.
         tokens: int64 (batch, length).
     """
     with torch.no_grad():
         # Not the model's dtype, which may be that of a tower beside the decoder.
         if model.get_input_embeddings().get_parameter("weight").dtype != torch.float64:
-            return model(tokens).logits  # type: ignore[no-any-return]
+            return final_output(model, tokens)
         with InFloat64():
-            return model(tokens).logits  # type: ignore[no-any-return]
+            return final_output(model, tokens)
 
 
 def deviation(logits_now: Tensor, logits_before: Tensor) -> float:
@@ -121,6 +122,7 @@ def rotate_stream_offline(model: PreTrainedModel, family: Family) -> None:
     As in checkpoints that are exported for other engines.
     """
     parts = family.parts(model)
+    assert parts.head is not None
     if is_tied(model):
         weight = model.get_submodule(parts.head).get_parameter("weight")
         untied = nn.Parameter(weight.clone(), requires_grad=False)

@@ -20,13 +20,14 @@ from transformers import PretrainedConfig
 
 from ..architectures import Heads
 from ..architectures.graph import attention_heads
-from ..architectures.linearize import EXPERT_MATRICES, SeparateExperts
+from ..architectures.linearize import SeparateExperts
 from ..transforms.smoothing import repeat_over_queries
 from .findings import (
     Findings,
     FoundSite,
     NormFacts,
     experts_count,
+    lists_source,
     plain_linears,
     quoted,
     weights_source,
@@ -59,6 +60,11 @@ class Call:
     def key(self) -> tuple[int, int]:
         """Address and size of the input: equal for all calls with one tensor, in any shape."""
         return self.input.data_ptr(), self.input.numel()
+
+
+def _output_key(call: Call) -> tuple[int, int]:
+    """As `Call.key`, of the output."""
+    return call.output.data_ptr(), call.output.numel()
 
 
 def own_weight(module: nn.Module) -> Any:
@@ -149,6 +155,16 @@ class BlockExperiments:
         self.module, self._real = module, real
         self.hidden, self._args, self._kwargs = entering
         self._read, self._cautious = read, cautious
+        self._owners = {
+            name: m for name, m in module.named_modules() if isinstance(m, SeparateExperts)
+        }
+        # Linears of experts by name → whether their outputs are what the experts put out.
+        self._routed = {
+            f"{owner}.{name}.{expert}": name == (m.second_name or name)
+            for owner, m in self._owners.items()
+            for name in (*m.first_names, *filter(None, [m.second_name]))
+            for expert in range(len(m.first[0]))
+        }
         self._found = Findings()
 
     def run(self) -> tuple[Tensor, list[Call]]:
@@ -170,19 +186,9 @@ class BlockExperiments:
     def find(self) -> Findings:
         """Run the experiments and return what they find."""
         _, calls = self.run()
-        by_key: dict[tuple[int, int], FoundSite] = {}
         readers = [call for call in calls if self._is_reader(call)]
         self._found.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
-        placed: set[str] = set()
-        for call in readers:
-            if call.name in placed:
-                continue  # called twice: a site is what it reads first
-            placed.add(call.name)
-            site = by_key.setdefault(call.key, FoundSite([]))
-            if isinstance(call.module, SeparateExperts):
-                site.experts = call.name
-            else:
-                site.modules.append(call.name)
+        by_key = self._sites_of(calls)
         for call in calls:
             matrix = own_weight(call.module) is not None and own_weight(call.module).dim() == 2
             if matrix and not self._is_reader(call) and call.key in by_key:
@@ -200,6 +206,7 @@ class BlockExperiments:
         for site in self._found.sites:
             if site.experts is not None:
                 site.count = self.count_of(site.experts)
+                site.lists = lists_source(self.module.get_submodule(site.experts))
                 self._find_up(site)
         self._explain_inputs(by_key, calls)
         self._find_writers()
@@ -234,7 +241,7 @@ class BlockExperiments:
     def _explain_inputs(self, by_key: dict[tuple[int, int], FoundSite], calls: list[Call]) -> None:
         """Set what each site reads, and its producer."""
         readers = [call.name for call in calls if self._is_reader(call)]
-        norms = {(call.output.data_ptr(), call.output.numel()): call for call in calls}
+        norms = {_output_key(call): call for call in calls}
         silent = self._silent_inputs()
         for key, site in by_key.items():
             norm = norms.get(key)
@@ -245,20 +252,44 @@ class BlockExperiments:
             elif site.experts is None:
                 self._producer(site, readers)
 
+    def _sites_of(self, calls: list[Call]) -> dict[tuple[int, int], FoundSite]:
+        """The sites of the linears and experts that are called, by the keys of their inputs."""
+        by_key: dict[tuple[int, int], FoundSite] = {}
+        placed: set[str] = set()
+        norm: Call | None = None  # the last before a call
+        for call in calls:
+            if is_norm(call.module):
+                norm = call
+            if not self._is_reader(call) or call.name in placed:
+                continue  # of a module that is called twice, the site is what it reads first
+            placed.add(call.name)
+            key, experts = call.key, isinstance(call.module, SeparateExperts)
+            if experts and key not in by_key and norm is not None:
+                width = call.input.shape[-1]
+                if norm.output.shape[-1] == width == self.hidden.shape[-1]:
+                    # It may read copies, or a selection, of what the norm before it puts out.
+                    key = _output_key(norm)
+            site = by_key.setdefault(key, FoundSite([]))
+            if experts and site.experts is None:
+                site.experts = call.name
+            elif experts:
+                by_key[call.key[0], -len(by_key)] = FoundSite([], experts=call.name)
+            else:
+                site.modules.append(call.name)
+        return by_key
+
     def _is_reader(self, call: Call) -> bool:
-        routed = any(f".{matrix}." in call.name for matrix in EXPERT_MATRICES)
         return isinstance(call.module, SeparateExperts) or (
-            isinstance(call.module, nn.Linear) and not routed
+            isinstance(call.module, nn.Linear) and call.name not in self._routed
         )
 
     def _rows(self, module: str) -> int:
         return len(self.module.get_parameter(f"{module}.weight"))
 
     def _routed_downs(self) -> list[str]:
-        """The names of experts' down linears that some token reaches."""
+        """The names of experts' last linears that some token reaches."""
         _, calls = self.run()
-        names = tuple(f"{site.experts}.down_proj." for site in self._found.sites if site.experts)
-        return [call.name for call in calls if call.name.startswith(names)]
+        return [call.name for call in calls if self._routed.get(call.name)]
 
     def _silent_inputs(self) -> dict[str, Tensor]:
         """The input of each module when all matrices of the block are zero.
@@ -299,7 +330,8 @@ class BlockExperiments:
         """
         readers = [*site.modules, *site.floats]
         if site.experts is not None:
-            readers += [n for n in self._linears() if n.startswith(f"{site.experts}.gate_up_proj.")]
+            within = f"{site.experts}."
+            readers += [n for n, last in self._routed.items() if n.startswith(within) and not last]
         before, _ = self.run()
         tried = copy.deepcopy(self.module)
         scale = 0.5 + torch.rand(norm.output.shape[-1], dtype=torch.float64)
@@ -490,12 +522,18 @@ class BlockExperiments:
             raise LookupError(f"no field of the config is the number of experts in '{experts}'")
         return named
 
+    def _up_beside(self, down: str) -> str:
+        """The name of the last of an expert's first linears, by that of its second."""
+        owner = next(n for n in self._owners if down.startswith(f"{n}."))
+        module: Any = self._owners[owner]
+        return f"{owner}.{module.first_names[-1]}.{down.rpartition('.')[2]}"
+
     def _find_up(self, site: FoundSite) -> None:
         """Set the rows of up in the experts of a site, which can absorb a divisor of down."""
         for down in self._routed_downs():
             if not down.startswith(f"{site.experts}."):
                 continue
-            fused = down.replace("down_proj", "gate_up_proj")
+            fused = self._up_beside(down)
             width = self.module.get_parameter(f"{down}.weight").shape[1]
             for layout, chosen in self._up_layouts(fused, width):
                 if self._follows(down, fused, [chosen], None):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures import Family
-from ..architectures.graph import decoder_of, text_config
+from ..architectures.graph import decoder_of, final_output, text_config
 from ..architectures.linearize import linearize_block
 from ..errors import first_line
 from ..transforms.hadamard import Hadamard
@@ -106,7 +106,7 @@ class FamilySource:
                 continue
             module, hidden, args, kwargs = entering
             within = f".{self.attribute}.{index}."
-            names = {name.partition(within)[2] for name in read} - {""}
+            names = {f".{name}".partition(within)[2] for name in read} - {""}
             block = BlockExperiments(configs, module, real, (hidden, args, kwargs), names, cautious)
             try:
                 self.findings[kind] = block.find()
@@ -216,7 +216,7 @@ class _Run:
             for index, layer in enumerate(stack.children()):
                 entering = self._enter(index, layer, calls)
                 hooks.enter_context(layer.register_forward_pre_hook(entering, with_kwargs=True))
-            model(tokens, use_cache=False)
+            final_output(model, tokens, use_cache=False)
         self.behind = calls[self._last_block_begins :]
 
     def _enter(self, index: int, layer: nn.Module, calls: list[Call]) -> Callable[..., None]:
@@ -253,7 +253,7 @@ class _Run:
         with hook, restored([table.weight for table in tables]):
             for table in tables:
                 rotate_input(table.weight, rotation)
-            model(tokens, use_cache=False)
+            final_output(model, tokens, use_cache=False)
         return equivalence.deviation(entering[0], rotation.apply(hidden)) <= EXACT
 
 

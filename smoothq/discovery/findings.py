@@ -37,6 +37,7 @@ class FoundSite:
         turns: as `Rows.turns`.
         experts: the name of the experts module that reads it, or None.
         count: Python source of the number of its experts.
+        lists: Python source of the names of their lists of linears, as `experts` takes them.
         up: Python source of the rows of up in each of its experts, or `None`.
     """
 
@@ -48,6 +49,7 @@ class FoundSite:
     turns: bool = True
     experts: str | None = None
     count: str = ""
+    lists: str = ""
     up: str = "None"
 
     @property
@@ -107,7 +109,8 @@ class Findings:
         sites = [FoundSite([name]) for name in linears]
         for name in experts:
             count = str(experts_count(block, name)) if count_of is None else count_of(name)
-            sites.append(FoundSite([], experts=name, count=count))
+            lists = lists_source(block.get_submodule(name))
+            sites.append(FoundSite([], experts=name, count=count, lists=lists))
         return cls(sites, writes_stream=False)
 
     def body(self, rotatable: bool) -> str:
@@ -122,7 +125,7 @@ class Findings:
             readers = [weights_source(site.modules)] if site.modules else []
             if site.experts is not None:
                 routed = f"*downs_{number}"
-                call = f"experts({quoted(site.experts)}, {site.count}, {site.up})"
+                call = f"experts({quoted(site.experts)}, {site.count}, {site.up}{site.lists})"
                 lines.append(f"routed, downs_{number} = {call}")
                 readers.append("routed")
             fields = [quoted(name), quoted(site.reads), " + ".join(readers) or "()"]
@@ -160,8 +163,14 @@ def plain_linears(block: nn.Module) -> list[str]:
 
 def experts_count(block: nn.Module, experts: str) -> int:
     """The number of experts that a module of a linearized block has."""
-    stack: Any = block.get_submodule(experts).down_proj
-    return len(stack)
+    module: Any = block.get_submodule(experts)
+    return len(module.first[0])
+
+
+def lists_source(experts: Any) -> str:
+    """Python source of the names of an experts module's lists; empty for the commonest names."""
+    names = experts.first_names, experts.second_name
+    return "" if names == (("gate_up_proj",), "down_proj") else f", {names[0]!r}, {names[1]!r}"
 
 
 def quoted(value: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import Parts
+from ..checkpoint.model_class import config_naming_class
 from .infer import TOKENS, example
 from .stack import kinds_of
 from .weight_watch import read_weights
@@ -38,7 +39,7 @@ def weights_read(model: PreTrainedModel, parts: Parts) -> Callable[[str], bool]:
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
     kinds = kinds_of(layers)
-    key = model.config.to_json_string(use_diff=False)
+    key = config_naming_class(model).to_json_string(use_diff=False)
     if key not in _reads:
         _reads[key] = _watched(model, parts, kinds)
     read, pattern = _reads[key], re.compile(rf"{re.escape(parts.layers)}\.(\d+)\.(.*)")
@@ -59,7 +60,7 @@ def _counted(name: str) -> str:
 def _watched(model: PreTrainedModel, parts: Parts, kinds: list[int]) -> frozenset[tuple[int, str]]:
     """The linears that are read: kind of their block (-1 outside of blocks), and name within it."""
     try:
-        names = read_weights(example(model.config, kinds), TOKENS)
+        names = read_weights(example(config_naming_class(model), kinds), TOKENS)
     except Exception as error:  # the model's own code may raise anything
         log.warning(
             "%s: no tiny model of it runs (%s), so reads of its linears' weights cannot be watched",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from ..architectures.graph import final_output
 from ..modules.weight_answer import values_read
 from . import equivalence as equivalence
 
@@ -22,12 +23,12 @@ def read_weights(model: Any, tokens: Tensor) -> frozenset[str]:
     """The names of linears and embeddings whose values a model's own code reads.
 
     Args:
-        model: a causal LM in float64.
+        model: any class of model around a decoder, in float64.
         tokens: int64 (batch, length), the prompt of the forward and of a short generation.
     """
     watch = WeightWatch(model)
     with torch.no_grad(), equivalence.InFloat64(), watch:
-        model(tokens, use_cache=False)
+        final_output(model, tokens, use_cache=False)
         with suppress(Exception):  # not every model generates from these tokens
             model.generate(tokens, max_new_tokens=_TOKENS_MADE, do_sample=False, eos_token_id=None)
     return frozenset(watch.read)

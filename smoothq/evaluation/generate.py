@@ -37,8 +37,11 @@ def stream_text(
         sample: instead of greedy.
 
     Raises:
-        CalibrationError: for a prompt that the model has no positions for.
+        CalibrationError: for a prompt that the model has no positions for, or a model that predicts
+            no tokens.
     """
+    if not model.can_generate():
+        raise CalibrationError(f"{type(model).__name__} predicts no tokens: {name} writes no text")
     rows = model.get_input_embeddings().weight.shape[0]
     inputs = encode_prompt(tokenizer, prompt, chat and bool(tokenizer.chat_template), rows)
     limit, length = positions_of(model), inputs["input_ids"].shape[1]

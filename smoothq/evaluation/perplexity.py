@@ -61,7 +61,8 @@ def perplexity(
         on_window: called after each window with windows done, windows in all, perplexity so far.
 
     Raises:
-        CalibrationError: fewer than 2 tokens, or a number out of range.
+        CalibrationError: fewer than 2 tokens, a number out of range, or a model that predicts no
+            tokens.
         NumericsError: the loss is NaN or infinite.
     """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
@@ -132,7 +133,9 @@ def windows_of(
 @torch.no_grad()
 def _window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
     """Each window's summed −log softmax(logits)[next token]; windows (batch, length)."""
-    logits = model(input_ids=windows, use_cache=False).logits
+    logits = getattr(model(input_ids=windows, use_cache=False), "logits", None)
+    if logits is None or logits.shape[:-1] != windows.shape or logits.shape[-1] <= windows.max():
+        raise CalibrationError(f"{type(model).__name__} predicts no tokens: it has no perplexity")
     return [window_loss(*pair) for pair in zip(logits, windows, strict=True)]
 
 

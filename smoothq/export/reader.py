@@ -169,6 +169,7 @@ class ExportReader:
             assert parts.final_norm is not None, "a folded rotation ends at the final norm"
             norm = self.model.get_submodule(parts.final_norm)
             load_module(norm, parts.final_norm, self.source, WORKING_DTYPE)
+            assert parts.head is not None  # else `refuse_blockers` refuses
             folds[parts.head] = head_fold(self.model, parts, rotation, self.plan.norm_offset)
             yield self._whole(f"{parts.final_norm}.weight", norm.get_parameter("weight"))
             unload_module(norm)

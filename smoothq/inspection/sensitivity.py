@@ -267,6 +267,8 @@ class _FloatModel:
     """
 
     def __init__(self, source: Source, plan: Plan, tokens: Tensor, device: torch.device) -> None:
+        if plan.parts.head is None:
+            raise CalibrationError(f"{source.name} predicts no tokens: it has no perplexity")
         self._plan, self._device = plan, device
         batches = micro_batches(tokens)
         self._targets = [

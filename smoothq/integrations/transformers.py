@@ -18,7 +18,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..compat import convert_when_loading_alone, remove_ties
+from ..compat import convert_when_loading_alone, remove_ties, renamings_among
 from ..errors import CheckpointError, UnsupportedModelError
 from ..moved import names_of
 from ..plan.config import METHOD, SmoothqConfig
@@ -42,6 +42,7 @@ class SmoothqHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SmoothqConfig
     plan: Plan
+    _renames = False  # whether the model has other names than the checkpoint
 
     @property
     def is_trainable(self) -> bool:
@@ -60,24 +61,29 @@ class SmoothqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from ..checkpoint.check import check_tensors
+        from ..checkpoint.check import check_tensors, renaming_of_text_model
         from ..plan.install import install
 
         _check_class(model)
+        renamed = renaming_of_text_model(model, checkpoint_files or [])
+        self._renames = renamed is not None
         # transformers calls this under a meta-device context; rotations need real tensors.
         with torch.device("cpu"):
-            self.plan = self.quantization_config.plan_for(model)
+            self.plan = self.quantization_config.plan_for(model, renamed)
             self._check_rotations(self.plan)
             install(model, self.plan)
         if self.plan.tables:
             # A tied head uses the embedding's codes, so no parameter is tied.
             remove_ties(model)
         if checkpoint_files:
-            check_tensors(model, checkpoint_files)
+            check_tensors(model, checkpoint_files, self._renames)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """Return no conversions: smoothq's checkpoints use the names of the modules."""
-        return []
+        """Return no conversions: smoothq's checkpoints use the names of the modules.
+
+        For a text model alone, of a checkpoint with towers, the renamings.
+        """
+        return renamings_among(weight_conversions) if self._renames else []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from ..modules.prepare import check_filled, prepare
@@ -124,12 +130,12 @@ def _warn_of_buffers(model: PreTrainedModel) -> None:
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError for a class without a language-modelling head."""
-    if model.get_decoder() is model or not isinstance(
-        model.get_output_embeddings(), torch.nn.Module
-    ):
+    """Raise UnsupportedModelError for a class that lacks the head that the checkpoint has."""
+    stored = (model.config.architectures or [""])[0]
+    headless = not isinstance(model.get_output_embeddings(), torch.nn.Module)
+    if headless and type(model).__name__ != stored:
         raise UnsupportedModelError(
-            f"the checkpoint holds a causal LM, and {type(model).__name__} has no head for its "
-            "tokens; load it with AutoModelForCausalLM.from_pretrained, whose get_decoder() is the "
-            "model without a head"
+            f"the checkpoint holds a {stored or 'causal LM'}, and {type(model).__name__} has not "
+            "its head; load it with AutoModelForCausalLM.from_pretrained, or the auto class of "
+            f"{stored or 'its class'}, whose get_decoder() is the model without a head"
         )

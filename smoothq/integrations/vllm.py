@@ -142,7 +142,7 @@ class SmoothqVllmConfig(base_config.QuantizationConfig):  # type: ignore[misc]
             return None
         model, plan = self._skeleton
         head = isinstance(layer, vocabulary.ParallelLMHead)
-        module: Any = model.get_submodule(plan.parts.head if head else plan.parts.embedding)
+        module: Any = model.get_submodule(plan.parts.ends[-1 if head else 0])
         quantized = isinstance(module, QuantizedEmbedding | QuantizedLinear | TiedHead)
         method = SmoothqMethod(module) if quantized else vocabulary.UnquantizedEmbeddingMethod()
         if plan.residual_rotation is None:

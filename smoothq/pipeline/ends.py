@@ -210,29 +210,30 @@ class ModelTail:
         """
         self._model, self._plan, self._as_stored = source.skeleton(check=False), plan, as_stored
         model, parts = self._model, plan.parts
+        # Without a head nothing follows the final norm.
         last = parts.embedding if plan.wiring.tied else parts.head
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last):
             if name is not None:
                 load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
-        if plan.wiring.tied:
+        if plan.wiring.tied and last is not None and parts.head is not None:
             head = model.get_submodule(parts.head)
             biases = [f"{parts.head}.{name}" for name in head.state_dict() if name != "weight"]
             for name, tensor in source.tensors(biases):  # only the weight is tied
                 bias = nn.Parameter(tensor.to(WORKING_DTYPE, copy=True), requires_grad=False)
                 head.register_parameter(name.rpartition(".")[2], bias)
             head.register_parameter("weight", model.get_submodule(last).get_parameter("weight"))
-        if as_stored and plan.tables:
-            self._quantize_head(last)
+        if as_stored and plan.tables and last is not None and parts.head is not None:
+            self._quantize_head(last, parts.head)
         model.set_submodule(parts.layers, nn.ModuleList())
         for name in (parts.positions, parts.entry_norm, parts.final_norm, last, parts.head):
             if name is not None:
                 model.get_submodule(name).to(device)
 
-    def _quantize_head(self, name: str) -> None:
+    def _quantize_head(self, name: str, head: str) -> None:
         """Replace the head's matrix by its 8-bit form. name: the module that holds the matrix."""
-        model, parts = self._model, self._plan.parts
+        model = self._model
         weight = model.get_submodule(name).get_parameter("weight")
-        bias = getattr(model.get_submodule(parts.head), "bias", None)
+        bias = getattr(model.get_submodule(head), "bias", None)
         install_ends(model, self._plan)
         quantized = model.get_submodule(name)
         if isinstance(quantized, QuantizedEmbedding):
@@ -242,6 +243,8 @@ class ModelTail:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits, float32 (sequences, tokens, vocabulary), for the last block's output.
+
+        Of a model that predicts no tokens the last hidden states, as `final_output` of it.
 
         Args:
             hidden: float32 (sequences, tokens, hidden_size), in the basis of the plan's residual
@@ -255,8 +258,12 @@ class ModelTail:
             end = rotation.apply_transposed(hidden)
         final_norm = self._model.get_submodule(self._plan.parts.final_norm)
         with final_norm.register_forward_pre_hook(lambda _, args: (end, *args[1:])):
-            logits: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
-        return logits.float()
+            if self._plan.parts.head is not None:
+                final: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+            else:
+                decoder = self._model.get_submodule(self._plan.parts.decoder)
+                final = decoder(inputs_embeds=hidden, use_cache=False)[0]
+        return final.float()
 
 
 def _load_rows(

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architectures.positions import positions_of, within_positions
 from ..checkpoint.manifest import RunKey
 from ..checkpoint.source import Source
 from ..data.calibration import tokens_of
 from ..data.text import TextSource, calibration_tokens
+from ..data.tokenizer import Processor, text_part
 from ..data.tokens import Tokens
 from ..errors import CalibrationError, CheckpointError
 from ..plan.account import Account
@@ -63,7 +64,7 @@ def tokens_for(
     plan: Plan,
     source: Source,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     data: Any,
 ) -> Tokens | None:
     """The calibration tokens: the caller's data or the recipe's text; None if none are needed.
@@ -71,8 +72,9 @@ def tokens_for(
     Sequences are cut to the number of positions of the model.
     """
     recipe, text = plan.recipe, plan.recipe.calibration
+    reader = None
     try:
-        tokenizer = tokenizer or source.tokenizer()
+        reader = source.tokenizer() if tokenizer is None else text_part(tokenizer)
     except CheckpointError as error:
         if recipe.calibrates and data is None:
             raise
@@ -81,13 +83,13 @@ def tokens_for(
         return None
     if data is not None:
         rows = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape[0]
-        return tokens_of(data, text, tokenizer, rows, positions_of(model))
-    if tokenizer is None:
+        return tokens_of(data, text, reader, rows, positions_of(model))
+    if reader is None:
         raise CalibrationError(
             f"{source.name} has no tokenizer for calibration text; pass a tokenizer, or data"
         )
     windows = calibration_tokens(
-        tokenizer,
+        reader,
         TextSource(text.source, text.split, text.text_column),
         text.samples,
         within_positions(model, text.sequence_length, "calibration sequences"),

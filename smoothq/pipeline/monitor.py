@@ -85,6 +85,8 @@ class PerplexityMonitor:
             plan: its plan.
             world: the ranks of the run.
         """
+        if plan.parts.head is None:
+            raise CalibrationError(f"{source.name} predicts no tokens: no probe can measure it")
         length = within_positions(model, probe.tokens.shape[1], "the probe's windows")
         self._tokens, self._every = probe.tokens[:, :length].long(), probe.every
         self._source, self._model, self._plan, self._world = source, model, plan, world

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..architectures.graph import text_config
+from ..architectures.graph import final_output, text_config
 from ..architectures.positions import positions_of
 from ..checkpoint.check import check_tensors
+from ..checkpoint.loading import load_as_stored
 from ..checkpoint.model_config import read_config
 from ..checkpoint.skeleton import skeleton_of
 from ..checkpoint.source import Source, unload_module
@@ -36,7 +37,6 @@ from ..plan.plan import Plan
 from ..rounding.packing import pack
 from ..runtime.distributed import World
 from ..runtime.memory import give_back, spare_memory
-from ..runtime.process import build_lock
 from .ends import WORKING_DTYPE, Block, ModelTail, coded_rows, embed_tokens, stored_rows
 from .hidden_states import HiddenStates
 
@@ -129,13 +129,14 @@ class RoundTrip:
         """Estimated bytes of the loaded checkpoint, float32 embedding and head, and the logits."""
         plan = self._plan
         codes = sum(spec.elements for _, spec, _ in plan.linears())
-        rows = self._model.get_submodule(plan.parts.head).get_parameter("weight").shape[0]
+        last = plan.parts.ends[-1]
+        rows = self._model.get_submodule(last).get_parameter("weight").shape[0]
         loaded = 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
         return 2 * loaded  # some tensors exist twice while they are loaded
 
     def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
-        with build_lock:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=WORKING_DTYPE)
+        trusted = self._source.trusts_code
+        loaded: Any = load_as_stored(directory, str(directory), WORKING_DTYPE, trusted)
         loaded.to(self._world.device)
         stored: Any = _Stored(self._source, self._account)
         end = ModelTail(stored, self._plan, self._world.device, as_stored=True)
@@ -164,12 +165,12 @@ class RoundTrip:
             perturb = embedding.register_forward_hook(lambda _, args, out: _perturbed(out, seed))
             hooks.enter_context(perturb)
             ids = self._ids.to(self._world.device)
-            logits: Tensor = loaded(input_ids=ids, use_cache=False).logits
-        return {**sketches, len(sketches): logits.float()}
+            final = final_output(loaded, ids, use_cache=False)
+        return {**sketches, len(sketches): final.float()}
 
     def _compare_by_blocks(self, directory: Path, files: dict[str, Path]) -> None:
         name = str(directory)
-        config = read_config(name)
+        config = read_config(name, self._source.trusts_code)
         model = skeleton_of(config, name)
         install(model, quantization_of(config, name).plan_for(model))
         check_tensors(model, sorted({str(path) for path in files.values()}))
@@ -188,7 +189,7 @@ class RoundTrip:
         parts, source = self._plan.parts, self._source
         for name, spec in outside_blocks(self._account, self._plan, source).items():
             chunks: Iterable[Tensor] = ()
-            if self._plan.tables and name in (f"{parts.embedding}.weight", f"{parts.head}.weight"):
+            if self._plan.tables and name in [f"{end}.weight" for end in parts.ends]:
                 coded = coded_rows(source, name)
                 chunks = (pack(rounded.codes, EMBEDDING_BITS) for rounded in coded)
             elif name in source.specs or name in source.extras:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.source import Source, unload_module
 from ..checkpoint.writer import CheckpointWriter, Environment
+from ..data.tokenizer import Processor
 from ..data.tokens import Tokens
 from ..plan.account import account_of, check_files, nbytes_of
 from ..plan.plan import Plan
@@ -50,7 +50,7 @@ def quantize_checkpoint(
     source: Source,
     recipe: Recipe,
     writer: CheckpointWriter,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     data: Any = None,
     *,
     device: str = "cpu",

@@ -18,8 +18,8 @@ def store_ends(job: Job) -> None:
     """Store the tensors outside the blocks: embedding, head, final norm, vision towers, extras."""
     plan, source = job.plan, job.source
     parts = plan.parts
-    tables = {f"{name}.weight": name for name in (parts.embedding, parts.head) if plan.tables}
-    checked = (parts.embedding, parts.head, parts.final_norm, parts.positions, parts.entry_norm)
+    tables = {f"{name}.weight": name for name in parts.ends if plan.tables}
+    checked = (*parts.ends, parts.final_norm, parts.positions, parts.entry_norm)
     for name, spec in outside_blocks(job.account, plan, source).items():
         if name in tables:
             _store_table(job, tables[name])

@@ -6,7 +6,7 @@ that need transformers' model classes are imported inside the functions that use
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -64,19 +64,26 @@ class SmoothqConfig(QuantizationConfigMixin):
         if self.format not in READABLE:
             raise self._foreign()
 
-    def plan_for(self, model: PreTrainedModel) -> Plan:
+    def plan_for(self, model: PreTrainedModel, renamed: Callable[[str], str] | None = None) -> Plan:
         """The plan of the checkpoint with this config, resolved again from its recipe.
 
         Args:
             model: the float model of the checkpoint's class, on the meta device.
+            renamed: where the model is only the text model of the checkpoint's class: a stored name
+                → the model's. Patterns are renamed, and those of what it lacks are left out.
 
         Raises:
             CheckpointError: the checkpoint's format lays the tensors of this plan out differently.
         """
-        from .resolve import make_plan
+        from .resolve import resolve
+        from .wiring import Wiring
 
         self.check_format()
-        plan = make_plan(model, self.parsed_recipe())
+        wiring, recipe = Wiring.of(model), self.parsed_recipe()
+        if renamed is not None:
+            recipe = recipe.renamed(renamed, wiring.linears)
+            self.recipe = recipe.model_dump(mode="json")
+        plan = resolve(wiring, recipe)
         parts = plan.parts
         folded = not plan.wiring.tied and parts.entry_norm is None and parts.folds_head(model)
         moved = plan.residual_rotation is not None and (folded or parts.positions is not None)

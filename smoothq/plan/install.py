@@ -119,6 +119,9 @@ def install_ends(model: PreTrainedModel, plan: Plan) -> None:
     (rows, columns), *untied = plan.tables
     dtype = model.get_submodule(parts.embedding).get_parameter("weight").dtype
     embedding = QuantizedEmbedding(rows, columns, dtype)
+    if parts.head is None:
+        model.set_submodule(parts.embedding, embedding)
+        return
     floats = plan.recipe.activations.bits == FLOAT_BITS
     spec = InputSpec(
         columns, FLOAT_BITS if floats else EMBEDDING_BITS, "float" if floats else "token"
@@ -187,6 +190,9 @@ def _dequantize_tables(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -
     assert isinstance(quantized, QuantizedEmbedding)
     weight = quantized.quantized_weight().dequantize(dtype)
     embedding = nn.Embedding.from_pretrained(weight)
+    model.set_submodule(plan.parts.embedding, embedding)
+    if plan.parts.head is None:
+        return
     head = model.get_submodule(plan.parts.head)
     if isinstance(head, QuantizedLinear):
         stock = _dense(head, dtype)
@@ -194,7 +200,6 @@ def _dequantize_tables(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -
         with torch.device("meta"):
             stock = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         stock.weight = embedding.weight
-    model.set_submodule(plan.parts.embedding, embedding)
     model.set_submodule(plan.parts.head, stock)
 
 

@@ -192,10 +192,11 @@ class Plan:
 
         They are the embedding, and the head if it is not tied. Empty if they stay in float.
         """
-        names = (self.parts.embedding, self.parts.head)
+        names = self.parts.ends
         if self.recipe.embeddings == FLOAT_BITS or any(map(self.recipe.keeps, names)):
             return ()
-        specs = (self.wiring.tensors[f"{name}.weight"] for name in names[: 2 - self.wiring.tied])
+        apart = names[:1] if self.wiring.tied else names
+        specs = (self.wiring.tensors[f"{name}.weight"] for name in apart)
         return tuple((spec.shape[0], spec.shape[1]) for spec in specs)
 
     @cached_property
@@ -246,7 +247,7 @@ class Plan:
     @property
     def _uncoded(self) -> dict[str, Spec]:
         """The model's tensors without those in `tables`."""
-        names = (self.parts.embedding, self.parts.head) if self.tables else ()
+        names = self.parts.ends if self.tables else ()
         coded = {f"{name}.weight" for name in names}
         return {name: spec for name, spec in self.wiring.tensors.items() if name not in coded}
 

@@ -216,6 +216,9 @@ def _clips(bits: int) -> tuple[float, ...]:
 
 
 def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[ExportBlocker]:
+    if plan.parts.head is None:
+        what = f"{type(model).__name__} has no head that predicts tokens"
+        yield ExportBlocker(what, {}, "a causal LM")
     if plan.attention is not None:
         edit = {"kv_cache": None, "attention": "float"}
         yield ExportBlocker("keys, values or their products are quantized by our attention", edit)

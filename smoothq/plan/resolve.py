@@ -68,15 +68,23 @@ def _check_scope(wiring: Wiring, recipe: Recipe) -> None:
 
 def _read_and_not_kept(wiring: Wiring, recipe: Recipe) -> list[str]:
     """The linears whose weights the model's code reads, and which the recipe would quantize."""
-    ends = (wiring.parts.head, wiring.parts.embedding) if recipe.embeddings == FLOAT_BITS else ()
+    ends = wiring.parts.ends if recipe.embeddings == FLOAT_BITS else ()
     return [name for name in wiring.read if name not in ends and not recipe.keeps(name)]
 
 
 def _check_patterns(plan: Plan) -> None:
     """Refuse patterns that match nothing: a typing error in `keep` would quantize the linear."""
-    recipe, names = plan.recipe, plan.wiring.linears
-    for pattern in (*recipe.keep, *(override.match for override in recipe.overrides)):
-        if not fnmatch.filter(names, pattern):
+    recipe, names, outside = plan.recipe, plan.wiring.linears, plan.wiring.float_matrices
+    overrides = [override.match for override in recipe.overrides]
+    for pattern in (*recipe.keep, *overrides):
+        if fnmatch.filter(names, pattern):
+            continue
+        if pattern in overrides and fnmatch.filter(outside, pattern):
+            raise RecipeError(
+                f"the pattern '{pattern}' matches linears outside of the text model alone, which "
+                f"stay in float: overrides change the formats of linears like '{names[0]}'"
+            )
+        if not fnmatch.filter(outside, pattern):  # kept as all outside of the text model is
             raise RecipeError(
                 f"the pattern '{pattern}' matches no linear of the model; they are called like "
                 f"'{names[0]}'"

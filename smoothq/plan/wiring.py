@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architectures import BlockGraph, Family, Parts, family_of
 from ..architectures.graph import is_tied, takes_rotation, text_config
 from ..architectures.linearize import linearize_block
+from ..checkpoint.model_class import config_naming_class
 from ..checkpoint.weight_files import Spec
 from ..compat import tied_weights
 from ..discovery.infer import discover_family
@@ -76,7 +77,7 @@ class Wiring:
                 for site in graph.sites
                 for module in site.modules
             ),
-            parts.head,
+            *([] if parts.head is None else [parts.head]),
             parts.embedding,
         )
         quantized = getattr(model.config, "quantization_config", None) is not None
@@ -110,6 +111,16 @@ class Wiring:
         return next(site.heads.dim for site in sites if site is not None and site.heads)
 
     @property
+    def float_matrices(self) -> list[str]:
+        """The full names of modules with a matrix outside of the text model, as in its towers."""
+        decoder = f"{self.parts.decoder}." if self.parts.decoder else ""
+        return [
+            name.removesuffix(".weight")
+            for name, spec in self.tensors.items()
+            if name.endswith(".weight") and len(spec.shape) == 2 and not name.startswith(decoder)
+        ]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model's checkpoint."""
         return sum(spec.nbytes for spec in self.tensors.values())
@@ -123,7 +134,7 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _discovered(model: PreTrainedModel) -> Family:
     """The discovered family of a model without an architecture file; logs a warning."""
-    family, _ = discover_family(model.config)
+    family, _ = discover_family(config_naming_class(model))
     log.warning(
         "architecture '%s' has no file: its wiring was found by experiments on a tiny model and "
         "proven there; smoothq families --infer shows it",

@@ -6,7 +6,7 @@ into the output's `config.json`. Nothing downstream reads flags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -422,6 +422,25 @@ class Recipe(_Section):
         """The first override that matches a linear, by its full name."""
         matching = (override for override in self.overrides if fnmatchcase(module, override.match))
         return next(matching, None)
+
+    def renamed(self, rename: Callable[[str], str], modules: Collection[str]) -> Recipe:
+        """The recipe with its patterns in other names, of a model with fewer modules.
+
+        Args:
+            rename: a module's or a pattern's name → its name in that model.
+            modules: names of its linears; patterns that match none are left out.
+        """
+
+        def known(pattern: str) -> bool:
+            return any(fnmatchcase(module, pattern) for module in modules)
+
+        overrides = [
+            entry.model_copy(update={"match": rename(entry.match)}) for entry in self.overrides
+        ]
+        return self.edit(
+            keep=[pattern for pattern in map(rename, self.keep) if known(pattern)],
+            overrides=[entry for entry in overrides if known(entry.match)],
+        )
 
     @property
     def names_modules(self) -> bool:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..checkpoint.loading import load_as_stored
 from ..modules.prepare import keep_packed
 from ..plan.plan import Bits
 from ..recipe.recipe import Recipe
-from ..runtime.process import build_lock, default_modes
 from .figures import outcome_as_dict, remarks, size_rows
 from .results import ExportResult, duration_text
 from .table import as_text, pairs
@@ -52,6 +52,7 @@ class QuantizeResult:
     export: ExportResult | None = None
     _dtype: torch.dtype | str = field(default="auto", compare=False)
     _memory: str = field(default="fast", compare=False)
+    _trusts_code: bool = field(default=False, compare=False)
     _model: list[PreTrainedModel] = field(default_factory=list, compare=False)
 
     def load(
@@ -71,8 +72,7 @@ class QuantizeResult:
         """
         assert self.path is not None
         dtype = self._dtype if dtype is None else dtype
-        with build_lock, default_modes():
-            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+        model: Any = load_as_stored(self.path, str(self.path), dtype, self._trusts_code)
         if (memory or self._memory) == "low":
             keep_packed(model)
         return model if device is None else model.to(device)  # type: ignore[no-any-return]

@@ -229,7 +229,7 @@ def test_a_tokenizer_of_own_code_is_copied_where_no_text_is_read(model, tmp_path
     run(model, tmp_path / "out")
     assert "copied as they are" in caplog.text
     assert (tmp_path / "out" / "tokenization_own.py").is_file()
-    with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
+    with pytest.raises(CheckpointError, match="give trust_remote_code=True"):
         run(model, tmp_path / "other", preset("w8a8").edit(calibration__source="builtin"))
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from smoothq import preset, quantize
 from smoothq.errors import CheckpointError, SmoothqError, UnsupportedModelError
@@ -76,11 +76,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
             model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ),
         "learned prompt",
-    ),
-    "no head": (lambda folder: AutoModel.from_config(model().config), "as LlamaForCausalLM"),
-    "another head": (
-        lambda folder: AutoModelForSequenceClassification.from_config(model().config),
-        "LlamaForSequenceClassification has no head that predicts tokens",
     ),
     "on meta": (lambda folder: model().to("meta"), "give the folder's path"),
     "quantized by torch": (
