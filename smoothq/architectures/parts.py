@@ -99,6 +99,7 @@ def experts(
     up: slice | None,
     first: tuple[str, ...] = ("gate_up_proj",),
     second: str | None = "down_proj",
+    downs: int | None = None,
 ) -> tuple[tuple[WeightRef, ...], tuple[Site, ...]]:
     """The first weights of linearized experts, and a site `down.N` for each expert.
 
@@ -109,6 +110,7 @@ def experts(
             of `down`'s input; None where nothing can.
         first: the lists of linears that read the module's input, by their names within it.
         second: the list of linears that read the activation, or None.
+        downs: how many of those there are, if not as many as experts.
     """
     readers = tuple(
         WeightRef(f"{module}.{name}.{expert}.weight", routed=True)
@@ -124,7 +126,7 @@ def experts(
             if up is None
             else Rows((WeightRef(f"{module}.{first[-1]}.{expert}.weight", rows=up),)),
         )
-        for expert in range(0 if second is None else count)
+        for expert in range(0 if second is None else count if downs is None else downs)
     )
     return readers, sites
 

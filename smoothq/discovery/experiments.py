@@ -26,6 +26,7 @@ from .findings import (
     Findings,
     FoundSite,
     NormFacts,
+    downs_count,
     experts_count,
     lists_source,
     plain_linears,
@@ -206,7 +207,8 @@ class BlockExperiments:
         for site in self._found.sites:
             if site.experts is not None:
                 site.count = self.count_of(site.experts)
-                site.lists = lists_source(self.module.get_submodule(site.experts))
+                downs = [downs_count(block, site.experts) for block in (self.module, self._real)]
+                site.lists = lists_source(self.module, site.experts, str(self._named(*downs)))
                 self._find_up(site)
         self._explain_inputs(by_key, calls)
         self._find_writers()

@@ -109,7 +109,7 @@ class Findings:
         sites = [FoundSite([name]) for name in linears]
         for name in experts:
             count = str(experts_count(block, name)) if count_of is None else count_of(name)
-            lists = lists_source(block.get_submodule(name))
+            lists = lists_source(block, name, str(downs_count(block, name)))
             sites.append(FoundSite([], experts=name, count=count, lists=lists))
         return cls(sites, writes_stream=False)
 
@@ -167,10 +167,27 @@ def experts_count(block: nn.Module, experts: str) -> int:
     return len(module.first[0])
 
 
-def lists_source(experts: Any) -> str:
-    """Python source of the names of an experts module's lists; empty for the commonest names."""
-    names = experts.first_names, experts.second_name
-    return "" if names == (("gate_up_proj",), "down_proj") else f", {names[0]!r}, {names[1]!r}"
+def downs_count(block: nn.Module, experts: str) -> int:
+    """The number of second matrices of an experts module of a linearized block."""
+    module: Any = block.get_submodule(experts)
+    return 0 if module.second is None else len(module.second)
+
+
+def lists_source(block: nn.Module, experts: str, downs: str) -> str:
+    """Python source of the names of an experts module's lists; empty for the commonest names.
+
+    Args:
+        block: linearized.
+        experts: name of the module within it.
+        downs: Python source of the number of its second matrices.
+    """
+    module: Any = block.get_submodule(experts)
+    names = module.first_names, module.second_name
+    usual = names == (("gate_up_proj",), "down_proj")
+    lists = "" if usual else f", {names[0]!r}, {names[1]!r}"
+    if downs_count(block, experts) in (0, experts_count(block, experts)):
+        return lists
+    return f"{lists}, downs={downs}"
 
 
 def quoted(value: str) -> str:
