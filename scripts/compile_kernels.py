@@ -143,6 +143,18 @@ def integer_cases(dtype: torch.dtype) -> Iterator[Case]:
             f"int4_gemm, multipliers, {tokens} tokens",
             partial(operators.int4_gemm, *operands, multiplier, None, dtype),
         )
+        ends = torch.tensor([tokens // 2, tokens, tokens])
+        for form, weights, multipliers in (
+            ("int8", [weight] * 3, []),
+            ("4 bits", [packed] * 3, []),
+            ("4 bits, multipliers", [packed] * 3, [multiplier] * 3),
+        ):
+            steps, biases = [per_row] * 3, [] if multipliers else [bias] * 3
+            experts = (ends, weights, steps, multipliers, biases, dtype)
+            yield (
+                f"expert_gemm, {form}, {tokens} tokens",
+                partial(operators.expert_gemm, codes, scale, *experts),
+            )
         shaped = (codes[None], scale[None])
         per_group = torch.ones(ROWS, WIDTH // GROUP).bfloat16()
         yield (

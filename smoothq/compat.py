@@ -317,6 +317,23 @@ def use_eager_experts(model: PreTrainedModel) -> None:
     model.set_experts_implementation("eager")
 
 
+def stock_experts(experts: nn.Module, *args: Tensor) -> Tensor:
+    """What a stock experts module computes by itself, one expert after the other.
+
+    Args:
+        experts: the stock module.
+        args: of its forward.
+    """
+    result: Tensor = type(experts).forward.__wrapped__(experts, *args)  # type: ignore[attr-defined]
+    return result
+
+
+def runs_experts_one_by_one(experts: nn.Module) -> bool:
+    """Whether an experts module's config asks for one expert after the other."""
+    config = getattr(experts, "config", None)
+    return getattr(config, "_experts_implementation", None) == "eager"
+
+
 def experts_are_gated(experts: nn.Module) -> bool | None:
     """Whether a stock experts module fuses gate and up in one stack of matrices.
 

@@ -57,6 +57,51 @@ DECODE_TILES = {
 }
 
 
+@triton.jit
+def integer_sums(
+    token_pointers,
+    weight_pointers,
+    multipliers,
+    first,
+    step,
+    K,
+    PACKED: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Σ_k codes[m, k] w[n, k] over the columns from `first` on, one BLOCK_K of each `step`: int32.
+
+    token_pointers: to the first column, (1, BLOCK_M); weight_pointers: (BLOCK_N, 1); multipliers:
+    to those of each row of the weight, (BLOCK_N,), or None.
+    """
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for k in range(first, K, step):
+        if PACKED:
+            a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN_K)
+            if multipliers is None:
+                w, v = shifted(packed, PTX)
+            else:  # each half lies within one group, as `tiles_that_fit` sees to
+                group_first = tl.load(multipliers + (k // GROUP if GROUP > 0 else 0)).to(tl.int32)
+                group_second = group_first
+                if GROUP % 64 != 0:
+                    second = multipliers + tl.minimum(k + 32, K - 1) // GROUP
+                    group_second = tl.load(second).to(tl.int32)
+                w, v = times_multipliers(packed, group_first, group_second, PTX)
+            total = tl.dot(w, a, total, out_dtype=tl.int32)
+            total = tl.dot(v, b, total, out_dtype=tl.int32)
+        else:
+            columns = k + tl.arange(0, BLOCK_K)
+            inside = columns < K
+            a = load_columns(token_pointers, columns[:, None], inside[:, None], EVEN_K)
+            w = load_columns(weight_pointers, columns[None, :], inside[None, :], EVEN_K)
+            total = tl.dot(w, a, total, out_dtype=tl.int32)
+    return total
+
+
 @triton.heuristics({"EVEN_K": lambda args: args["K"] % args["BLOCK_K"] == 0})
 @triton.jit
 def _integer_kernel(
@@ -94,27 +139,24 @@ def _integer_kernel(
     token_pointers = codes + token_rows[None, :] * K
     weight_pointers = weight + weight_rows[:, None] * row_bytes
     split = tl.program_id(1)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-    for k in range(split * BLOCK_K, K, BLOCK_K * SPLIT_K):
-        if PACKED:
-            a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN_K)
-            if multiplier is None:
-                w, v = shifted(packed, PTX)
-            else:  # each half lies within one group, as `_tiles_that_fit` sees to
-                row = multiplier + weight_rows * groups
-                group_first = tl.load(row + (k // GROUP if GROUP > 0 else 0)).to(tl.int32)
-                group_second = group_first
-                if GROUP % 64 != 0:
-                    group_second = tl.load(row + tl.minimum(k + 32, K - 1) // GROUP).to(tl.int32)
-                w, v = times_multipliers(packed, group_first, group_second, PTX)
-            total = tl.dot(w, a, total, out_dtype=tl.int32)
-            total = tl.dot(v, b, total, out_dtype=tl.int32)
-        else:
-            columns = k + tl.arange(0, BLOCK_K)
-            inside = columns < K
-            a = load_columns(token_pointers, columns[:, None], inside[:, None], EVEN_K)
-            w = load_columns(weight_pointers, columns[None, :], inside[None, :], EVEN_K)
-            total = tl.dot(w, a, total, out_dtype=tl.int32)
+    multipliers = None
+    if multiplier is not None:
+        multipliers = multiplier + weight_rows * groups
+    total = integer_sums(
+        token_pointers,
+        weight_pointers,
+        multipliers,
+        split * BLOCK_K,
+        BLOCK_K * SPLIT_K,
+        K,
+        PACKED,
+        GROUP,
+        EVEN_K,
+        PTX,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_K,
+    )
     if SPLIT_K == 1:
         factor = 0.0625 if PACKED and multiplier is None else 1.0
         scale_and_store(total, scale, scale_stride, weight_scale, bias, out, m, n, M, N, factor)
@@ -150,7 +192,7 @@ def _add_splits_kernel(
     scale_and_store(total, scale, scale_stride, weight_scale, bias, out, m, n, M, N, factor)
 
 
-def _tiles_that_fit(
+def tiles_that_fit(
     configs: list[triton.Config], named: dict[str, Any], **settings: Any
 ) -> list[triton.Config]:
     """The tiles that fit the registers, and whose step of K does not cross a multiplier's group."""
@@ -165,8 +207,8 @@ def _tiles_that_fit(
 
 
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUP", "SPLIT_K"]
-_prefill_kernel = Tuned(_integer_kernel, PREFILL_TILES, _KEY, _tiles_that_fit)
-_decode_kernel = Tuned(_integer_kernel, DECODE_TILES, _KEY, _tiles_that_fit)
+_prefill_kernel = Tuned(_integer_kernel, PREFILL_TILES, _KEY, tiles_that_fit)
+_decode_kernel = Tuned(_integer_kernel, DECODE_TILES, _KEY, tiles_that_fit)
 
 
 @lru_cache(maxsize=4096)

@@ -6,8 +6,8 @@ forward by one that computes the same with them; `close_experts` undoes it. A mo
 form is left as it is.
 
 Where every matrix has been quantized, all experts of a layer are multiplied at once
-(`multiply_together` of their linears); otherwise one after the other, so that hooks see each
-expert's tokens.
+(`multiply_together` of their linears); otherwise, and where a model's experts implementation is
+`eager`, one after the other, so that hooks see each expert's tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..compat import (
     experts_sum_dtype,
     mark_initialized,
     passes_identities,
+    runs_experts_one_by_one,
 )
 from .mixin import Mixin, mix_in, take_out
 
@@ -87,6 +88,8 @@ class SeparateExperts(Mixin):
     @property
     def multiplies_together(self) -> bool:
         """Whether all experts can be multiplied at once: the last matrix is quantized."""
+        if runs_experts_one_by_one(self):
+            return False
         linears = self.first[-1] if self.second is None else self.second
         return hasattr(type(_members(linears)[-1]), "multiply_together")
 

@@ -31,8 +31,8 @@ def multiply_together(
 
     Returns:
         float (R, N), zeros behind the last expert's rows; None where each expert must run by
-        itself: hooks watch it, an input's scale depends on all of its rows, or weights have float
-        scales by group.
+        itself: hooks watch it, an input's scale depends on all of its rows, weights have float
+        scales by group, or experts differ in what the operator needs alike.
     """
     bounds = [0, *ends.tolist()]
     used = [
@@ -46,6 +46,8 @@ def multiply_together(
     weights, steps, *others = zip(*operands, strict=True)
     multipliers, biases = (_all_or_none(kind) for kind in others)
     if multipliers is None or biases is None or any(step is None for step in steps):
+        return None
+    if not x.is_cpu and len({weight.dtype for weight in weights}) > 1:
         return None
     quantized = _quantized(used, x, rows)
     if quantized is None:

@@ -16,7 +16,7 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "
 # float16 differs from bfloat16 in conversions and in the name of an instruction: for one NVIDIA.
 DTYPES = dict.fromkeys(("sm_80", "gfx942"), ("bfloat16", "float16", "float32"))
 DTYPES |= dict.fromkeys(("sm_89", "sm_90"), ("bfloat16", "float32"))
-INTEGER_KERNELS = {"_integer_kernel", "_group_kernel"}
+INTEGER_KERNELS = {"_integer_kernel", "_expert_kernel", "_group_kernel"}
 EVERY_KERNEL = {
     *INTEGER_KERNELS,
     "_add_splits_kernel",

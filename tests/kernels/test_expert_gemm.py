@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from smoothq import kernels
 from smoothq.kernels import reference
@@ -178,3 +179,23 @@ def test_pytorchs_own_operators_give_the_same() -> None:
         by_pytorch = kernels.cpu.expert_gemm.__wrapped__(*operands, torch.float32)
         exact = reference.expert_gemm(*operands, torch.float64)
         assert_rounded_once(by_pytorch, exact, torch.float32)
+
+
+TRITON_COUNTS = [(1,), (0, 3, 0, 1), (0, 0), (7, 1, 40, 4, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", TRITON_COUNTS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_as_a_triton_kernel(case, counts, dtype) -> None:
+    operators = pytest.importorskip("smoothq.kernels.triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    operands = operands_of(counts, **CASES[case])
+    exact = reference.expert_gemm(*operands, torch.float64)
+    placed = tree_map_only(Tensor, lambda operand: operand.to(device), operands)
+    result = operators.expert_gemm(*placed, dtype).cpu()
+    if dtype == torch.bfloat16 and device == "cpu":  # Triton's interpreter cuts, and does not round
+        torch.testing.assert_close(result.double(), exact, rtol=2**-7, atol=1e-4)
+    elif result.numel():
+        assert_rounded_once(result, exact, dtype)
+    assert result.shape == exact.shape

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from smoothq import kernels
 from smoothq.rounding.packing import pack
@@ -168,6 +169,10 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
     return {
         "int8_gemm": (codes, scale, draw.codes(3, 64), draw.scales(3), None, torch.half),
         "int4_gemm": (codes, scale, packed, draw.scales(3), None, draw.floats(3), torch.float32),
+        "expert_gemm": (
+            *(codes, scale, torch.tensor([0, tokens]), [draw.codes(3, 64), draw.codes(3, 64)]),
+            *([draw.scales(3), draw.scales(3)], [], [draw.floats(3), draw.floats(3)], torch.half),
+        ),
         "group_gemm": (
             *(draw.codes(2, tokens, 64), draw.scales(2, tokens, 1), draw.scales(2, 2), order),
             *(draw.codes(3, 64), draw.scales(3, 1), None, 32, torch.float32),
@@ -196,7 +201,7 @@ def test_no_token_and_one(operator: str, tokens: int, backend: str) -> None:
     module, device = importlib.import_module(f"smoothq.kernels.{backend}"), "cpu"
     if backend == "triton" and torch.cuda.is_available():
         device = "cuda"
-    operands = [o.to(device) if isinstance(o, Tensor) else o for o in operands_of(tokens)[operator]]
+    operands = tree_map_only(Tensor, lambda o: o.to(device), operands_of(tokens)[operator])
     results, expected = (getattr(m, operator)(*operands) for m in (module, reference))
     if isinstance(results, Tensor):
         results, expected = (results,), (expected,)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothq import kernels, quantize
 from smoothq.architectures.experts import SeparateExperts
@@ -28,6 +28,7 @@ def quantized(name: str, recipe: str) -> PreTrainedModel:
     model: PreTrainedModel = quantize(
         tiny_model(name, torch.float32), changed, data=TOKENS, check=False
     )
+    model.set_experts_implementation("smoothq")
     return model.eval()
 
 
@@ -45,10 +46,11 @@ def counted(monkeypatch) -> list[int]:
     return calls
 
 
-def one_by_one(model: nn.Module, tokens: Tensor, monkeypatch) -> Tensor:
-    with monkeypatch.context() as patched:
-        patched.setattr(SeparateExperts, "multiplies_together", False)
-        return model(tokens).logits
+def one_by_one(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    model.set_experts_implementation("eager")
+    logits: Tensor = model(tokens).logits
+    model.set_experts_implementation("smoothq")
+    return logits
 
 
 def layers_with_experts(model: nn.Module) -> list[SeparateExperts]:
@@ -60,13 +62,13 @@ def layers_with_experts(model: nn.Module) -> list[SeparateExperts]:
 @pytest.mark.parametrize("recipe", [*TOGETHER, *ONE_BY_ONE])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_the_result_is_that_of_one_expert_after_the_other_to_the_bit(
-    name, recipe, tokens, monkeypatch, counted
+    name, recipe, tokens, counted
 ) -> None:
     model = quantized(name, recipe)
     counted.clear()
     together = model(tokens).logits
     products = len(counted)
-    assert torch.equal(one_by_one(model, tokens, monkeypatch), together)
+    assert torch.equal(one_by_one(model, tokens), together)
     assert len(counted) == products
     layers = layers_with_experts(model)
     assert products == (2 * len(layers) if recipe in TOGETHER else 0)
@@ -82,7 +84,7 @@ def test_only_the_experts_of_a_token_are_multiplied(counted) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
-def test_an_expert_that_is_watched_runs_by_itself(recipe, monkeypatch, counted) -> None:
+def test_an_expert_that_is_watched_runs_by_itself(recipe, counted) -> None:
     model = copy.deepcopy(quantized("mixtral", recipe))
     expected = model(TOKENS).logits
     watched = layers_with_experts(model)[0].first[0][1]
@@ -112,9 +114,9 @@ def test_codes_that_are_replaced_count_from_the_next_forward_on() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
-def test_in_16_bits(recipe, monkeypatch) -> None:
+def test_in_16_bits(recipe) -> None:
     model = copy.deepcopy(quantized("qwen2_moe", recipe)).bfloat16()
-    assert torch.equal(model(TOKENS).logits, one_by_one(model, TOKENS, monkeypatch))
+    assert torch.equal(model(TOKENS).logits, one_by_one(model, TOKENS))
 
 
 def test_no_token_at_all() -> None:
@@ -122,3 +124,21 @@ def test_no_token_at_all() -> None:
     hidden = torch.zeros(0, layer.first[0][0].in_features)
     none = torch.zeros(0, 2)
     assert layer(hidden, none.long(), none).shape == hidden.shape
+
+
+@torch.no_grad()
+def test_float_experts_take_the_name_too() -> None:
+    model = tiny_model("mixtral", torch.float32)
+    expected = model(TOKENS).logits
+    model.set_experts_implementation("smoothq")
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+@torch.no_grad()
+def test_a_checkpoint_runs_them_together_when_it_is_loaded(tmp_path, counted) -> None:
+    model = quantized("mixtral", "w8a8")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    counted.clear()
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert len(counted) == 2 * 2 * len(layers_with_experts(model))
