@@ -8,7 +8,7 @@ transform that it allows has been tested on the tiny model (see `equivalence`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,7 +21,7 @@ from ..architectures import BlockGraph, Family
 from ..architectures.graph import decoder_of, final_output, text_config
 from ..architectures.linearize import linearize_block
 from ..checkpoint.model_class import class_of
-from ..checkpoint.skeleton import empty_model
+from ..checkpoint.skeleton import empty_model, fill
 from ..compat import build_model, use_eager_experts
 from ..errors import UnsupportedModelError
 from ..transforms.hadamard import Hadamard
@@ -246,13 +246,20 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
         del tiny.quantization_config
     decoder = tiny.get_text_config(decoder=True)
     _shrink(decoder, layers)
-    numbers = sum(parameter.numel() for parameter in empty_model(tiny).parameters())
+    empty = empty_model(tiny)
+    towers = _towers(empty)
+    whole = sum(parameter.numel() for parameter in empty.parameters())
+    numbers = whole - sum(parameter.numel() for parameter in towers.values())
     if numbers > _LARGEST:
         raise UnsupportedModelError(
             f"architecture '{decoder.model_type}' has no file, and no small model of its wiring "
             f"can be made: with the widths that are known it still has {numbers:,} parameters"
         )
-    model: Any = build_model(class_of(tiny), tiny)
+    model: Any = empty
+    if whole <= _LARGEST:
+        model = build_model(class_of(tiny), tiny)
+    else:
+        fill(model, without=towers)
     model.to(torch.float64).eval()
     use_eager_experts(model)
     generator = torch.Generator().manual_seed(0)
@@ -265,6 +272,13 @@ def _tiny_model(config: PretrainedConfig, layers: int) -> PreTrainedModel:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     tiny_model: PreTrainedModel = model
     return tiny_model
+
+
+def _towers(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of a model outside of decoder, embedding and head, which text never meets."""
+    ends = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {id(p) for module in ends if module is not None for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in text}
 
 
 def _shrink(decoder: PretrainedConfig, layers: int) -> None:
@@ -281,6 +295,12 @@ def _shrink(decoder: PretrainedConfig, layers: int) -> None:
         **dict.fromkeys(EXPERT_COUNTS, TINY_EXPERTS),
         **TINY_WIDTHS,
     }
+    rope = getattr(decoder, "rope_parameters", None)
+    real_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // real_heads
+    if isinstance(rope, dict) and rope.get("mrope_section"):
+        decoder.rope_parameters = rope | {
+            "mrope_section": _scaled(rope["mrope_section"], _HEAD_DIM / real_dim)
+        }
     shared = {real_heads: _HEADS, 1: 1}
     for counted in ("num_key_value_heads", "num_kv_heads"):
         if isinstance(getattr(decoder, counted, None), int):
@@ -295,6 +315,14 @@ def _shrink(decoder: PretrainedConfig, layers: int) -> None:
         decoder.num_experts_per_tok = min(decoder.num_experts_per_tok, 2)
     if getattr(decoder, "layer_types", None):
         decoder.layer_types = decoder.layer_types[:layers]
+
+
+def _scaled(sections: Sequence[int], ratio: float) -> list[int]:
+    """Sections of rotary channels times a ratio, rounded so that their sum is too."""
+    scaled = [int(section * ratio) for section in sections]
+    for index in range(round(sum(sections) * ratio) - sum(scaled)):
+        scaled[index % len(scaled)] += 1
+    return scaled
 
 
 class _Writer:
