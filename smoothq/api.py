@@ -155,7 +155,10 @@ def quantize(
         )
         if world.is_main and exporter is not None and writer.out.is_dir():
             # It is gone where the export was finished before.
-            result = replace(result, export=export_compressed_tensors(writer.out, exporter))
+            exported = export_compressed_tensors(
+                writer.out, exporter, trust_remote_code=source.trusts_code
+            )
+            result = replace(result, export=exported)
             shutil.rmtree(writer.out)
         result = replace(
             result,

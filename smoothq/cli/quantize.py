@@ -155,6 +155,7 @@ def export(
         typer.Option("--format", help="For transformers and vLLM, or for llama.cpp."),
     ] = "compressed-tensors",
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a quantized checkpoint in a format that others read; its codes stay as they are.
@@ -166,7 +167,14 @@ def export(
 
     silence_transformers()
     with progress() as update:
-        exported = export_checkpoint(directory, output, form, overwrite=overwrite, progress=update)
+        exported = export_checkpoint(
+            directory,
+            output,
+            form,
+            overwrite=overwrite,
+            progress=update,
+            trust_remote_code=trust_remote_code,
+        )
     if as_json:
         print(json.dumps(asdict(exported) | {"output": str(output)}))
         return

@@ -24,6 +24,7 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportResult:
     """Export a quantized checkpoint to a format that other libraries read.
 
@@ -34,6 +35,8 @@ def export_checkpoint(
             llama.cpp.
         overwrite: whether to replace an existing output.
         progress: called at each block.
+        trust_remote_code: whether to run code beside the model; a model with code of its own has no
+            GGUF.
 
     Raises:
         SmoothqError: as `export_compressed_tensors` and `export_gguf` do.
@@ -44,7 +47,7 @@ def export_checkpoint(
 
         return export_gguf(Path(directory), Path(output), overwrite, progress)
     writer = CheckpointWriter(Path(output), overwrite, resume=False)
-    return export_compressed_tensors(Path(directory), writer, progress)
+    return export_compressed_tensors(Path(directory), writer, progress, trust_remote_code)
 
 
 class _Callable(ModuleType):

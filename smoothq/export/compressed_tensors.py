@@ -30,6 +30,7 @@ def export_compressed_tensors(
     directory: Path,
     writer: CheckpointWriter,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportResult:
     """Write a smoothq checkpoint in the compressed-tensors format.
 
@@ -40,6 +41,7 @@ def export_compressed_tensors(
         directory: of a checkpoint that smoothq wrote.
         writer: of the output.
         progress: called at each block.
+        trust_remote_code: whether to run code beside the model.
 
     Raises:
         CheckpointError: for a directory that is no smoothq checkpoint, or an output that cannot be
@@ -48,7 +50,7 @@ def export_compressed_tensors(
         OutputError: if the disk refuses.
     """
     start = time.perf_counter()
-    folded = ExportReader(directory, METHOD)
+    folded = ExportReader(directory, METHOD, trust_remote_code)
     source = folded.source
     side_files = source.side_files()
     needed = source.nbytes + folded.added_bytes + side_files.nbytes
@@ -66,7 +68,8 @@ def export_compressed_tensors(
         repeated=True,
     )
     if writer.is_finished(identity, config, side_files):
-        return replace(exported, bytes_after=CheckpointSource(writer.out, str(writer.out)).nbytes)
+        written = CheckpointSource(writer.out, str(writer.out), trust_remote_code)
+        return replace(exported, bytes_after=written.nbytes)
     nbytes = 0
     with writer:
         writer.begin(identity, Environment.here("cpu", 1))

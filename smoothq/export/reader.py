@@ -77,12 +77,13 @@ class ExportReader:
             stream is folded into embedding and head differently.
     """
 
-    def __init__(self, directory: Path, form: str) -> None:
+    def __init__(self, directory: Path, form: str, trust_remote_code: bool = False) -> None:
         """Open a checkpoint; reads no weights.
 
         Args:
             directory: of the checkpoint.
             form: name of the export's format, for messages.
+            trust_remote_code: whether to run code beside the model.
 
         Raises:
             CheckpointError: for a directory that is no smoothq checkpoint, or is incomplete.
@@ -90,7 +91,7 @@ class ExportReader:
                 as online rotations; the message names them.
         """
         self.name = str(directory)
-        self.source = CheckpointSource(directory, self.name)
+        self.source = CheckpointSource(directory, self.name, trust_remote_code)
         quantization = quantization_of(self.source.config, self.name)
         self.model = self.source.skeleton(check=False)  # whose linears are stored as codes
         self.plan = quantization.plan_for(self.model)

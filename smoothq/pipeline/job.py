@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architectures.positions import positions_of, within_positions
@@ -124,5 +125,7 @@ def output_config(source: Source, plan: Plan) -> PretrainedConfig:
 def dtype_note(source: Source, plan: Plan) -> Iterator[str]:
     """Yield a note if the source's config names another dtype than its tensors have."""
     named = source.config.dtype
+    if isinstance(named, str):  # as `save_pretrained` leaves it in the config of a model in memory
+        named = getattr(torch, named, named)
     if named is not None and plan.recipe.dtype == "auto" and plan.stored_dtype != named:
         yield f"its config says {named}, its tensors are {plan.stored_dtype}: stored as they are"

@@ -15,6 +15,7 @@ from smoothq import preset, quantize
 from smoothq.checkpoint.model_config import read_config
 from smoothq.errors import CheckpointError, SmoothqError, UnsupportedModelError
 from smoothq.evaluation.load import load_model
+from smoothq.export import export_checkpoint
 from smoothq.verify import verify_checkpoint
 from tests.tiny_classes import write_own_code
 
@@ -100,6 +101,19 @@ def test_code_that_is_not_trusted_is_not_run_and_nobody_is_asked(directory: Path
         assert "has code of its own" in message
         assert message.endswith("give trust_remote_code=True")
     assert not (tmp_path / "out").exists()
+
+
+def test_code_that_is_trusted_is_exported_with_the_model(directory: Path, tmp_path) -> None:
+    out = tmp_path / "out"
+    quantize(directory, RTN, output=out, format="compressed-tensors", trust_remote_code=True)
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    quantize(directory, RTN, output=tmp_path / "own", trust_remote_code=True)
+    assert "has code of its own" in refused(
+        lambda: export_checkpoint(tmp_path / "own", tmp_path / "again")
+    )
+    export_checkpoint(tmp_path / "own", tmp_path / "again", trust_remote_code=True)
+    with torch.no_grad():
+        assert loaded(IDS).logits.isfinite().all()
 
 
 def test_a_class_of_transformers_is_taken_for_a_type_that_it_knows(tmp_path, float_checkpoint):
