@@ -275,6 +275,17 @@ class Parts:
         """The full names of the embeddings whose rows sum to the first block's input."""
         return (self.embedding, *([] if self.positions is None else [self.positions]))
 
+    @property
+    def behind_blocks(self) -> str:
+        """The full name of what reads the last block's output: the final norm, or the head.
+
+        Raises:
+            UnsupportedModelError: the model has neither.
+        """
+        if self.final_norm is None and self.head is None:
+            raise UnsupportedModelError("nothing behind the blocks reads their output")
+        return self.final_norm or str(self.head)
+
     def folds_head(self, model: PreTrainedModel) -> bool:
         """Whether the inverse of a residual rotation can be folded into an untied head.
 

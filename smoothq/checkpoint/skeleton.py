@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -91,19 +90,6 @@ def _make_buffers(model: PreTrainedModel) -> None:
                 f"its buffer '{name}' is not stored, and its class does not compute it anew when "
                 "transformers loads the model"
             )
-
-
-def fill(model: PreTrainedModel, without: Container[str]) -> None:
-    """Give the parameters of a skeleton memory, without values, and tie again what is tied.
-
-    Args:
-        model: on the meta device.
-        without: names of those that become empty tensors, for they will not be used.
-    """
-    for name, parameter in list(model.named_parameters()):
-        shape = (0,) if name in without else parameter.shape
-        _set_tensor(model, name, torch.empty(shape, dtype=parameter.dtype, device="cpu"))
-    take_dtypes(model, {})
 
 
 def untie(model: PreTrainedModel, target: str) -> None:

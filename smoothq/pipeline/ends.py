@@ -256,8 +256,8 @@ class ModelTail:
             end = OnlineRotation(rotation, transposed=True).to(hidden.device)(hidden)
         elif rotation is not None:
             end = rotation.apply_transposed(hidden)
-        final_norm = self._model.get_submodule(self._plan.parts.final_norm)
-        with final_norm.register_forward_pre_hook(lambda _, args: (end, *args[1:])):
+        behind = self._model.get_submodule(self._plan.parts.behind_blocks)
+        with behind.register_forward_pre_hook(lambda _, args: (end, *args[1:])):
             if self._plan.parts.head is not None:
                 final: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
             else:
