@@ -94,26 +94,35 @@ def plain_mlp(up: WeightRef, down: WeightRef, norm: Norm, activation: str) -> tu
 
 
 def experts(
-    module: str, count: int, up: slice | None
+    module: str,
+    count: int,
+    up: slice | None,
+    first: tuple[str, ...] = ("gate_up_proj",),
+    second: str = "down_proj",
 ) -> tuple[tuple[WeightRef, ...], tuple[Site, ...]]:
-    """The gate_up weights of linearized experts, and a site `down.N` for each expert.
+    """The first weights of linearized experts, and a site `down.N` for each expert.
 
     Args:
         module: the name of the experts module.
         count: of experts.
         up: the rows of an expert's gate_up matrix that compute up, which can absorb a divisor of
-            `down`'s input; None where nothing can.
+            `down`'s input; None where nothing can. With several first matrices, of the last.
+        first: names of the lists of linears that read the module's input (`Form.first`).
+        second: name of the list that reads the activation.
     """
-    names = [f"{module}.gate_up_proj.{expert}.weight" for expert in range(count)]
-    readers = tuple(WeightRef(name, routed=True) for name in names)
+
+    def routed(name: str, expert: int) -> WeightRef:
+        return WeightRef(f"{module}.{name}.{expert}.weight", routed=True)
+
+    readers = tuple(routed(name, expert) for name in first for expert in range(count))
     sites = tuple(
         Site(
             f"down.{expert}",
             "mlp",
-            (WeightRef(f"{module}.down_proj.{expert}.weight", routed=True),),
-            None if up is None else Rows((WeightRef(name, rows=up),)),
+            (routed(second, expert),),
+            None if up is None else Rows((WeightRef(routed(first[-1], expert).tensor, rows=up),)),
         )
-        for expert, name in enumerate(names)
+        for expert in range(count)
     )
     return readers, sites
 
