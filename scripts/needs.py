@@ -3,6 +3,7 @@
     python scripts/needs.py measure llama-3.2-3b      # writes it with random weights, quantizes it
     python scripts/needs.py compute llama-3.1-70b
     python scripts/needs.py depth llama-3.2-3b 12 48  # peaks of models of other depths
+    python scripts/needs.py experts tinyllama-1.1b 4 16 --experts 32 --experts 64  # of mixtures
     python scripts/needs.py table                     # docs/benchmarks/needs.md's
 
 Peak memory is the process's, libraries included; disk is the most that the output took on its way.
@@ -10,13 +11,14 @@ Peak memory is the process's, libraries included; disk is the most that the outp
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -152,6 +154,23 @@ def depth(shapes: Shapes, layers: list[int]) -> None:
             write_random_model(model, config_of(shapes, count))
             figures = measured(model, Path(scratch) / "out", recipe)
             console.print(f"{count} layers: {figures['memory'] / 1e9:.3f} GB")
+
+
+@app.command()
+def experts(
+    shapes: Shapes,
+    layers: list[int],
+    counts: Annotated[list[int], typer.Option("--experts", help="In a layer; repeatable.")],
+) -> None:
+    """Print the peak memory of a size's first recipe by the numbers of layers and of experts."""
+    recipe = next(iter(RECIPES))
+    for blocks, count in itertools.product(layers, counts):
+        with tempfile.TemporaryDirectory(prefix="needs-") as scratch:
+            model = Path(scratch) / "float"
+            write_random_model(model, config_of(shapes, blocks, count))
+            figures = measured(model, Path(scratch) / "out", recipe)
+            memory = figures["memory"] / 1e9
+            console.print(f"{blocks} layers, {count} experts: {memory:.3f} GB")
 
 
 def written(text: str) -> str:

@@ -106,27 +106,27 @@ def experts(
     Args:
         module: the name of the experts module.
         count: of experts.
-        up: the rows of an expert's last `first` matrix that compute up, which can absorb a divisor
-            of `down`'s input; None where nothing can.
-        first: the lists of linears that read the module's input, by their names within it.
-        second: the list of linears that read the activation, or None.
-        downs: how many of those there are, if not as many as experts.
+        up: the rows of an expert's gate_up matrix that compute up, which can absorb a divisor of
+            `down`'s input; None where nothing can. With several first matrices, of the last.
+        first: names of the lists of linears that read the module's input (`Form.first`).
+        second: name of the list that reads the activation, or None.
+        downs: how many linears that has, if not as many as experts.
     """
-    readers = tuple(
-        WeightRef(f"{module}.{name}.{expert}.weight", routed=True)
-        for name in first
-        for expert in range(count)
-    )
+
+    def routed(name: str, expert: int) -> WeightRef:
+        return WeightRef(f"{module}.{name}.{expert}.weight", routed=True)
+
+    readers = tuple(routed(name, expert) for name in first for expert in range(count))
+    if second is None:
+        return readers, ()
     sites = tuple(
         Site(
             f"down.{expert}",
             "mlp",
-            (WeightRef(f"{module}.{second}.{expert}.weight", routed=True),),
-            None
-            if up is None
-            else Rows((WeightRef(f"{module}.{first[-1]}.{expert}.weight", rows=up),)),
+            (routed(second, expert),),
+            None if up is None else Rows((WeightRef(routed(first[-1], expert).tensor, rows=up),)),
         )
-        for expert in range(0 if second is None else count if downs is None else downs)
+        for expert in range(count if downs is None else downs)
     )
     return readers, sites
 

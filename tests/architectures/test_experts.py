@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smoothq.architectures.experts import SeparateExperts, closed_stacks, form_of, is_experts
 from smoothq.architectures.linearize import linearize_block, restore_block
+from smoothq.architectures.parts import experts
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN, TOKENS = 12, 8, 5, 2, 7
 
@@ -114,12 +115,11 @@ class TestEveryForm:
     @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
     def test_it_is_opened_into_linears_that_compute_the_same(self, kind) -> None:
         module, block = opened(kind)
-        experts = block["experts"]
-        assert isinstance(experts, SeparateExperts)
+        assert isinstance(block["experts"], SeparateExperts)
         assert not list(closed_stacks(block))
         for spare in (False, True):
             given = arguments(kind.__name__, spare)
-            expected, result = module(*given), experts(*given)
+            expected, result = module(*given), block["experts"](*given)
             # Some sum up in float32, whatever they are given.
             rounded = "Inkling" in kind.__name__ or kind.__name__ == "BeamExperts"
             torch.testing.assert_close(
@@ -144,11 +144,11 @@ class TestEveryForm:
         module, block = opened(kind)
         form = form_of(module)
         assert form is not None
-        experts = block["experts"]
-        assert sum(p.numel() for p in experts.parameters()) == sum(
+        split = block["experts"]
+        assert sum(p.numel() for p in split.parameters()) == sum(
             p.numel() for p in module.parameters()
         )
-        lists = [*experts.first, *([] if experts.second is None else [experts.second])]
+        lists = [*split.first, *([] if split.second is None else [split.second])]
         for name, linears in zip(form.stacks, lists, strict=True):
             assert all(isinstance(linear, nn.Linear) for linear in linears)
             if name not in form.transposed:
@@ -161,18 +161,34 @@ class TestEveryForm:
             if kind.__name__ == "InklingSharedExperts":
                 continue
             _, block = opened(kind)
-            experts, seen = block["experts"], dict[int, int]()
+            split, seen = block["experts"], dict[int, int]()
 
             def count(linear: nn.Module, args: tuple[Tensor], number: int, seen=seen) -> None:
                 seen[number] = len(args[0])
 
-            for number, linear in enumerate(experts.first[0]):
+            for number, linear in enumerate(split.first[0]):
                 linear.register_forward_pre_hook(
                     lambda module, args, number=number, count=count: count(module, args, number)
                 )
-            experts(*arguments(kind.__name__, True))
+            split(*arguments(kind.__name__, True))
             assert sum(seen.values()) <= TOKENS * CHOSEN
             assert EXPERTS - 1 not in seen or kind.__name__ == "LongcatFlashExperts"
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_sites_name_the_linears_of_a_form(kind) -> None:
+    module, block = opened(kind)
+    form = form_of(module)
+    assert form is not None
+    if form.second is None:
+        return
+    count, up = len(block["experts"].second), slice(None)
+    readers, downs = experts("experts", count, up, first=form.first, second=form.second)
+    named = [*readers, *(reader for site in downs for reader in site.readers)]
+    assert len({ref.tensor for ref in named}) == count * len(form.stacks)
+    for ref in named:
+        assert ref.routed
+        assert isinstance(block.get_submodule(ref.module), nn.Linear)
 
 
 def test_a_module_of_an_unknown_form_stays_as_it_is_and_is_named() -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import typer
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from smoothq import preset
@@ -234,6 +235,36 @@ def test_random_models_are_what_transformers_loads(monkeypatch, tmp_path) -> Non
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     matrices = [weight.float() for weight in loaded.parameters() if weight.dim() > 1]
     assert all(0.9 < weight.std() * weight.shape[1] ** 0.5 < 1.1 for weight in matrices)
+
+
+def test_random_mixtures_are_stored_expert_by_expert(monkeypatch, tmp_path) -> None:
+    random_models = load(monkeypatch, "make_random_model")
+    config = random_models.config_of(random_models.Shapes.TINYLLAMA, 1, experts=3)
+    assert config.num_experts_per_tok == 3
+    assert config.num_experts_per_tok * config.moe_intermediate_size <= config.intermediate_size
+    for name in ("vocab_size", "hidden_size", "moe_intermediate_size"):
+        setattr(config, name, 64)
+    config.head_dim = 2
+    random_models.write_random_model(tmp_path / "model", config)
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as stored:
+        names = [name for name in stored.keys() if ".experts." in name]  # noqa: SIM118
+    assert len(names) == 3 * 3
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    experts = loaded.model.layers[0].mlp.experts
+    assert 0.9 < experts.gate_up_proj.float().std() * 64**0.5 < 1.1
+
+
+def test_a_mixture_is_timed_beside_a_dense_block(monkeypatch) -> None:
+    bench = load(monkeypatch, "bench_experts")
+    configs = bench.configs_of(128, 32, 4, 2, blocks=2)
+    assert configs["dense"].intermediate_size == 2 * configs["mixture"].moe_intermediate_size
+    with torch.no_grad():
+        steps = {kind: bench.steps_of(config, "w8a8", 1) for kind, config in configs.items()}
+        spreads = bench.measure(steps, 2)
+    assert all(0 < spread.median < math.inf for spread in spreads.values())
 
 
 @pytest.mark.slow
