@@ -69,7 +69,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     f"architectures.{family}": (f"architectures.families.{family}",)
     for family in (
         *("bloom", "cohere", "falcon", "gemma", "glm", "gpt2", "gpt_neox", "gpt_oss", "llama"),
-        *("mixtral", "olmo2", "opt", "phi3", "qwen_moe", "refused"),
+        *("mixtral", "olmo2", "opt", "phi3", "qwen_moe"),
     )
 }
 # Their names → what these are called now.

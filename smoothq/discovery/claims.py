@@ -129,7 +129,7 @@ def _sites(source: FamilySource, proof: Proof, claim: str) -> dict[tuple[int, st
         TOGETHER: get_args(Edge),
     }.get(claim)
     return {
-        _key(source, index, site): _found(source, index, site)
+        _key(source, index, site): _finding(source, index, site)
         for index, (_, graph) in enumerate(equivalence.graphs(proof.opened, proof.family))
         for site in graph.sites
         if site.readers and (edges is None or site.edge in edges)
@@ -155,20 +155,20 @@ def _at(source: FamilySource, claim: str, key: tuple[int, str]) -> equivalence.R
 
 
 def _key(source: FamilySource, index: int, site: Site) -> tuple[int, str]:
-    found = source.findings[source.kinds[index]]
-    names = zip(found.names, found.sites, strict=True)
-    wanted = _found(source, index, site)
+    finding = source.findings[source.kinds[index]]
+    names = zip(finding.names, finding.sites, strict=True)
+    wanted = _finding(source, index, site)
     return source.kinds[index], next(name for name, other in names if other is wanted)
 
 
-def _found(source: FamilySource, index: int, site: Site) -> FoundSite:
+def _finding(source: FamilySource, index: int, site: Site) -> FoundSite:
     """The finding that a site of a graph was written from; for an expert's down, its experts'."""
-    found = source.findings[source.kinds[index]]
-    named = dict(zip(found.names, found.sites, strict=True))
+    finding = source.findings[source.kinds[index]]
+    named = dict(zip(finding.names, finding.sites, strict=True))
     if site.name in named:
         return named[site.name]
     module = site.readers[0].module
-    return next(f for f in found.sites if f.experts and module.startswith(f"{f.experts}."))
+    return next(f for f in finding.sites if f.experts and module.startswith(f"{f.experts}."))
 
 
 def _without_read(family: Family, read: frozenset[str]) -> Family:

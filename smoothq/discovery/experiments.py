@@ -166,7 +166,7 @@ class BlockExperiments:
             for name in (*m.first_names, *filter(None, [m.second_name]))
             for expert in range(len(m.first[0]))
         }
-        self._found = Findings()
+        self._findings = Findings()
 
     def run(self) -> tuple[Tensor, list[Call]]:
         """Run the block once: its output, and the calls of norms, experts, and matrices."""
@@ -181,14 +181,14 @@ class BlockExperiments:
         output = self.module(self.hidden.clone(), *self._args, **self._kwargs)
         for handle in handles:
             handle.remove()
-        self._found.returns_tuple = isinstance(output, tuple)
+        self._findings.returns_tuple = isinstance(output, tuple)
         return (output[0] if isinstance(output, tuple) else output), calls
 
     def find(self) -> Findings:
         """Run the experiments and return what they find."""
         _, calls = self.run()
         readers = [call for call in calls if self._is_reader(call)]
-        self._found.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
+        self._findings.flattens = any(call.input.dim() < self.hidden.dim() for call in readers)
         by_key = self._sites_of(calls)
         for call in calls:
             matrix = own_weight(call.module) is not None and own_weight(call.module).dim() == 2
@@ -203,8 +203,8 @@ class BlockExperiments:
                 small = [name for name in site.modules if self._rows(name) in (1, EXPERTS)]
                 site.floats += small
                 site.modules = [name for name in site.modules if name not in small]
-        self._found.sites = list(by_key.values())
-        for site in self._found.sites:
+        self._findings.sites = list(by_key.values())
+        for site in self._findings.sites:
             if site.experts is not None:
                 site.count = self.count_of(site.experts)
                 downs = [downs_count(block, site.experts) for block in (self.module, self._real)]
@@ -212,33 +212,33 @@ class BlockExperiments:
                 self._find_up(site)
         self._explain_inputs(by_key, calls)
         self._find_writers()
-        self._found.sites += [FoundSite([name]) for name in self._uncalled]
+        self._findings.sites += [FoundSite([name]) for name in self._uncalled]
         self._find_uncalled(called)
-        return self._found
+        return self._findings
 
     def _find_writers(self) -> None:
         """Set `stream_writers` and `writes_stream`."""
-        for site in self._found.sites:
+        for site in self._findings.sites:
             for name in site.modules:
                 writes = self._writes(name)
                 if writes:
-                    self._found.stream_writers.append(name)
+                    self._findings.stream_writers.append(name)
                 elif writes is None:
-                    self._found.writes_stream = False
+                    self._findings.writes_stream = False
         if not all(self._writes(name) for name in self._routed_downs()):
-            self._found.writes_stream = False
+            self._findings.writes_stream = False
         if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
             # A matrix whose weight is read directly may read or write the stream unobserved.
-            self._found.writes_stream = False
+            self._findings.writes_stream = False
 
     def _find_uncalled(self, called: set[str]) -> None:
         """Add a site of its own for each linear that these tokens did not reach."""
-        known = {name for site in self._found.sites for name in [*site.modules, *site.floats]}
-        experts = tuple(f"{site.experts}." for site in self._found.sites if site.experts)
+        known = {name for site in self._findings.sites for name in [*site.modules, *site.floats]}
+        experts = tuple(f"{site.experts}." for site in self._findings.sites if site.experts)
         for name in plain_linears(self.module):
             if name not in known | called and not name.startswith(experts):
-                self._found.sites.append(FoundSite([name]))
-                self._found.writes_stream = False
+                self._findings.sites.append(FoundSite([name]))
+                self._findings.writes_stream = False
 
     def _explain_inputs(self, by_key: dict[tuple[int, int], FoundSite], calls: list[Call]) -> None:
         """Set what each site reads, and its producer."""
@@ -301,7 +301,7 @@ class BlockExperiments:
         with _zeroed(self.module):
             output, calls = self.run()
         if not _same(output, self.hidden):
-            self._found.writes_stream = False
+            self._findings.writes_stream = False
         return {call.name: call.input for call in calls}
 
     def _behind_norm(self, site: FoundSite, norm: Call, silent: dict[str, Tensor]) -> None:
@@ -317,7 +317,7 @@ class BlockExperiments:
             site.producer = f"Norm({quoted(norm.name + '.weight')}{offset})"
         if norm.name in silent and _same(silent[norm.name], self.hidden):
             site.reads = "residual"
-            self._found.stream_norms.append(facts)
+            self._findings.stream_norms.append(facts)
 
     def _width(self, site: FoundSite) -> int:
         """Channels of a site's input."""

@@ -120,7 +120,9 @@ class FamilySource:
 
     def _look_outside(self, model: PreTrainedModel, run: _Run, tokens: Tensor) -> None:
         """Find the modules around the blocks, and whether a rotation passes them."""
-        norms = {norm.centred for found in self.findings.values() for norm in found.stream_norms}
+        norms = {
+            norm.centred for finding in self.findings.values() for norm in finding.stream_norms
+        }
         final = [call for call in run.behind if is_norm(call.module)]
         if final:
             self._final_norm = final[0].name
@@ -139,10 +141,10 @@ class FamilySource:
         self.rotatable = (
             len(final) == 1
             and len(norms) == 1
-            and all(found.writes_stream for found in self.findings.values())
+            and all(finding.writes_stream for finding in self.findings.values())
             and all(
-                found.stream_writers or any(site.experts for site in found.sites)
-                for found in self.findings.values()
+                finding.stream_writers or any(site.experts for site in finding.sites)
+                for finding in self.findings.values()
             )
         )
         self.sums_at_entry = run.sums_at_entry(model, tables, tokens)
@@ -151,8 +153,8 @@ class FamilySource:
         """The Python source."""
         bodies = "\n\n".join(
             f"def _kind_{kind}(config: PretrainedConfig) -> BlockGraph:\n"
-            f"{found.body(self.rotatable)}"
-            for kind, found in self.findings.items()
+            f"{finding.body(self.rotatable)}"
+            for kind, finding in self.findings.items()
         )
         return _FILE.format(
             model_type=self._config.model_type,
@@ -179,9 +181,9 @@ class FamilySource:
             yield "sums_at_entry=False"
         if self._centred:
             yield "centred=True"
-        if any(found.returns_tuple for found in self.findings.values()):
+        if any(finding.returns_tuple for finding in self.findings.values()):
             yield "returns_tuple=True"
-        if any(found.flattens for found in self.findings.values()):
+        if any(finding.flattens for finding in self.findings.values()):
             yield "flattens=True"
         if self.notes:
             yield f"notes={tuple(self.notes)!r}"

@@ -40,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @cache
-def found(name: str) -> tuple[PreTrainedModel, Family]:
+def finding(name: str) -> tuple[PreTrainedModel, Family]:
     """The real model's skeleton, and its discovered family."""
     config = AutoConfig.for_model(name, **SMALL[name])
     return empty_model(config), discover_family(config)[0]
@@ -48,7 +48,7 @@ def found(name: str) -> tuple[PreTrainedModel, Family]:
 
 def graphs(name: str) -> list[tuple[nn.Module, BlockGraph]]:
     """Each block of the real model, linearized, with its graph."""
-    model, family = found(name)
+    model, family = finding(name)
     blocks = model.get_submodule(family.parts(model).layers)
     for block in blocks.children():
         linearize_block(block)
@@ -75,7 +75,7 @@ class TestEveryForm:
             assert linears <= set(modules)
 
     def test_every_claim_leaves_the_logits_of_other_tokens(self, name: str) -> None:
-        model, family = found(name)
+        model, family = finding(name)
         tiny = example(model.config, kinds_of(find_stack(empty_model(model.config))[1]))
         before = equivalence.logits(tiny, TOKENS)
         equivalence.open_blocks(tiny, family)
@@ -86,7 +86,7 @@ class TestEveryForm:
 
 @pytest.mark.slow
 def test_a_claim_that_fails_is_left_out_and_the_rest_stands() -> None:
-    _, family = found("qwen3_next")
+    _, family = finding("qwen3_next")
     assert any("value rotation does not hold at o" in note for note in family.notes)
     gated = [site for _, graph in graphs("qwen3_next") for site in graph.sites if site.heads]
     assert gated
