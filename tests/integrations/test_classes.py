@@ -32,7 +32,7 @@ from smoothq.modules import QuantizedLinear
 from smoothq.pipeline.monitor import Probe
 from smoothq.verify import verify_checkpoint
 from tests.conftest import RECIPES
-from tests.tiny_classes import CLASSES, IMAGE, answer, tiny_class
+from tests.tiny_classes import CLASSES, answer, tiny_class
 
 TOWERS = ["llava", "qwen2_5_vl", "qwen2_audio"]
 HEADLESS = [name for name in CLASSES if name not in TOWERS]
@@ -214,8 +214,12 @@ def test_a_config_in_both_mappings_keeps_its_towers_either_way(tmp_path, float_c
         assert len(towers) == len([name for name in names if "vision" in name])
 
 
-def test_special_tokens_of_images_are_none_of_the_check(made) -> None:
-    assert made("llava").load(AutoModelForImageTextToText).config.image_token_id == IMAGE
+@pytest.mark.parametrize("name", ["llava", "qwen2_audio"])
+def test_an_export_has_its_towers(name, made, tmp_path) -> None:
+    export_checkpoint(made(name, "w8a8").directory, tmp_path / "export")
+    loaded = AUTO[name].from_pretrained(tmp_path / "export", dtype=torch.float32)
+    reference = answer(tiny_class(name), name)
+    assert (answer(loaded, name) - reference).norm() < 0.06 * reference.norm()
 
 
 def mlp_alone(config: Any, index: int) -> BlockGraph:
