@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures import Family
+from ..architectures.added_features import adds_features
 from ..architectures.graph import decoder_of, final_output, text_config
 from ..architectures.linearize import linearize_block
 from ..errors import first_line
@@ -147,7 +148,8 @@ class FamilySource:
                 for finding in self.findings.values()
             )
         )
-        self.sums_at_entry = run.sums_at_entry(model, tables, tokens)
+        added = adds_features(decoder_of(model))  # rotated while the model runs, never in advance
+        self.sums_at_entry = not added and run.sums_at_entry(model, tables, tokens)
 
     def text(self) -> str:
         """The Python source."""

@@ -2,6 +2,7 @@
 
 The first block rotates its input, whether that comes from the embedding, `inputs_embeds`, soft
 prompts or image features; so all of these, and learned positions, stay those of the float model.
+Features that a decoder adds between its blocks are rotated as they enter it.
 The final norm rotates its input back, so that norm and head too keep their tensors, names and tie.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..architectures import Parts
+from ..architectures.added_features import rotate_added
 from ..kernels import QuantizedInput
 from ..transforms.hadamard import Hadamard
 
@@ -133,6 +135,21 @@ def rotate_ends(model: nn.Module, parts: Parts, rotation: Hadamard) -> None:
     end = OnlineRotation(rotation, transposed=True)
     assert parts.final_norm is not None, "a rotated stream is rotated back before its final norm"
     _rotate_input(model.get_submodule(parts.final_norm), end)
+    decoder = model.get_submodule(parts.decoder)
+    features = RotatedFeatures(model.get_submodule(parts.block_name(0)))
+    decoder.register_forward_pre_hook(features, with_kwargs=True)
+
+
+class RotatedFeatures:
+    """A forward pre-hook of a decoder that rotates the features it adds between its blocks."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """block: the first, which has an OnlineRotation as `online_rotation`."""
+        self.block: Any = block
+
+    def __call__(self, _decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The decoder's arguments, with these features rotated."""
+        return args, rotate_added(kwargs, self.block.online_rotation)
 
 
 def _rotate_input(module: nn.Module, rotation: OnlineRotation) -> None:
@@ -151,6 +168,10 @@ def rotated_ends(model: nn.Module) -> Iterator[tuple[nn.Module, OnlineRotation]]
 def stop_rotating(model: nn.Module) -> None:
     """Undo `rotate_ends`, in place."""
     module: Any
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, RotatedFeatures):
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     for module, _ in list(rotated_ends(model)):
         del module.online_rotation
         if isinstance(vars(module).get("forward"), RotatedForward):
