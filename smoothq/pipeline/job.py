@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..architectures.positions import positions_of, within_positions
 from ..checkpoint.manifest import RunKey
 from ..checkpoint.source import Source
+from ..compat import tied_weights
 from ..data.calibration import tokens_of
 from ..data.text import TextSource, calibration_tokens
 from ..data.tokens import Tokens
@@ -117,6 +118,16 @@ def output_config(source: Source, plan: Plan) -> PretrainedConfig:
                 part.tie_word_embeddings = False
     config.quantization_config = SmoothqConfig.of(plan, __version__)
     return config
+
+
+def shared_note(plan: Plan, model: PreTrainedModel) -> Iterator[str]:
+    """Yield a note if the model ties weights of several blocks."""
+    shared = [name for name in tied_weights(model) if name.startswith(f"{plan.parts.layers}.")]
+    if shared:
+        yield (
+            f"{len(shared)} tensors of blocks are shared with other blocks: each block gets a "
+            f"copy, quantized with its own statistics, the first {shared[0]}"
+        )
 
 
 def dtype_note(source: Source, plan: Plan) -> Iterator[str]:
