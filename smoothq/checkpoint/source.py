@@ -175,12 +175,19 @@ class Source(ABC):
         """(name, tensor) of tensors in their stored dtypes, one by one, in any order.
 
         Args:
-            names: of the model's tensors, or of `extras`.
+            names: of the model's tensors, or of `extras`. A tied parameter is read as the one that
+                it is tied to.
 
         Raises:
             CheckpointError: for a tensor that is not stored.
         """
-        return self._matched.reader.tensors(names)
+        ties, specs = tied_weights(self._matched.model), self.specs
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            stored = ties[name] if name not in specs and name in ties else name
+            wanted.setdefault(stored, []).append(name)
+        for stored, tensor in self._matched.reader.tensors(wanted):
+            yield from ((name, tensor) for name in wanted[stored])
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """A parameter in chunks of `count` rows, of which one at a time is in memory.

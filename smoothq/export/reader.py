@@ -18,7 +18,7 @@ from ..checkpoint.source import load_module, unload_module
 from ..checkpoint.weight_files import read_tensor
 from ..errors import CheckpointError
 from ..modules import InputSpec, WeightSpec
-from ..pipeline.ends import WORKING_DTYPE, float_rows
+from ..pipeline.weights_on_demand import WORKING_DTYPE, float_rows
 from ..plan.config import quantization_of
 from ..plan.portability import refuse_blockers
 from ..progress import Progress

@@ -285,7 +285,7 @@ class _FloatModel:
             stream = stream.copy()
             stream.advance(block.module, index)
             self._entering.append(stream)
-        self._end = ModelTail(source, plan, device)
+        self._end = ModelTail(source, plan, stream)
         end = len(self._blocks)
         self._reference = [logits.log_softmax(-1) for logits in self._logits(end)]
         _, self.loss = self._compared(end)
@@ -332,7 +332,8 @@ class _FloatModel:
         Runs from block `first` on, whose input hidden states are in memory.
         """
         stream = self._entering[first]
-        for hidden in stream:
+        for number in range(len(stream)):
+            passing = stream.only(number)
             for index in range(first, len(self._blocks)):
-                hidden = stream.forward(self._blocks[index], index, hidden)
-            yield self._end.logits(hidden).flatten(0, 1)
+                passing.advance(self._blocks[index], index)
+            yield self._end.logits(passing, number).flatten(0, 1)

@@ -47,16 +47,16 @@ def search_alpha(
     if spec.mode not in ("float", "token", "smooth_token"):
         spec = replace(spec, mode="token", group_size=1, normalise=False)
     site_input = InputQuantizer(plan.site.name, spec).to(maxima.device)
-    batches = [(stream.batch(number), share) for number, share in stream.turns()[0]]
-    float_outputs = [stream.forward(block, index, batch) for batch, _ in batches]
+    turn = stream.turns()[0]
+    float_outputs = [stream.forward(block, index, number) for number, _ in turn]
     float_parameters = {name: parameter.clone() for name, parameter in block.named_parameters()}
     errors = {}
     for alpha in CANDIDATES:
         smooth(block, plan.site, maxima, alpha)
         hooks = [quantize_linear(block, module, plan, site_input) for module in plan.modules]
         error = sum(
-            share * relative_error(stream.forward(block, index, batch), float_output).item()
-            for (batch, share), float_output in zip(batches, float_outputs, strict=True)
+            share * relative_error(stream.forward(block, index, number), float_output).item()
+            for (number, share), float_output in zip(turn, float_outputs, strict=True)
         )
         if math.isfinite(error):
             errors[alpha] = error

@@ -77,7 +77,7 @@ def tune(
             if not order:
                 order = torch.randperm(len(turns), generator=generator, device="cpu").tolist()
             for batch, share in turns[order.pop()]:
-                output = stream.forward(block, index, stream.batch(batch))
+                output = stream.forward(block, index, batch)
                 loss = share * relative_error(output, target.batch(batch))
                 if not torch.isfinite(loss):
                     raise NumericsError(f"layer {index}: the loss of tuning is {loss.item()}")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import all_finite
+from ..architectures.graph import all_finite, final_output
 from ..architectures.linearize import linearize_block
-from ..checkpoint.source import Source, check_weight, load_module, unload_module
-from ..errors import CalibrationError, CheckpointError, NumericsError
+from ..checkpoint.source import Source, load_module
+from ..errors import NumericsError
 from ..modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
 from ..modules.quantized_embedding import row_grid
 from ..plan.install import install_ends
@@ -30,9 +30,8 @@ from ..runtime.distributed import World
 from ..transforms.norm_fusion import fuse_norms
 from ..transforms.rotation import rotate_residual
 from .hidden_states import HiddenStates
-
-WORKING_DTYPE = torch.float32  # of a loaded block; folding itself is computed in float64
-ROWS_ELEMENTS = 1 << 22  # largest number of elements in a chunk of rows
+from .trace import in_place_of_blocks
+from .weights_on_demand import ROWS_ELEMENTS, WORKING_DTYPE, WeightsOnDemand
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,25 @@ def embed_tokens(
     Raises:
         CalibrationError: a token id is negative or not below the number of embedding rows.
     """
-    parts = plan.parts
-    before = [name for name in (parts.positions, parts.entry_norm) if name]
-    for name in before:
-        load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
-    embedding = model.get_submodule(parts.embedding)
-    assert isinstance(embedding, nn.Embedding)
-    empty = embedding.weight
-    ids = _load_rows(source, model, plan, embedding, batches, as_stored)
-    states = HiddenStates.embed_tokens(model, plan, ids, world, directory, rotate)
-    embedding.weight = empty
-    for name in before:
-        unload_module(model.get_submodule(name))
-    return states
+    weights = WeightsOnDemand(
+        source,
+        model,
+        plan,
+        _all(batches),
+        torch.device("cpu"),
+        _coding(plan, as_stored),
+        head=False,
+    )
+    return HiddenStates.embed_tokens(model, plan, batches, world, weights, directory, rotate)
+
+
+def _all(batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([batch.flatten() for batch in batches])
+
+
+def _coding(plan: Plan, as_stored: bool) -> Callable[[Tensor], QuantizedWeight] | None:
+    """How rows of the embedding are rounded; None for an embedding in float."""
+    return _coded if as_stored and plan.tables else None
 
 
 def load_block(
@@ -114,40 +119,6 @@ def load_block(
         fuse_norms(module, block_plan.graph)
         rotate_residual(module, block_plan.graph, plan.residual_rotation)
     return Block(module, name, index, block_plan)
-
-
-def float_rows(
-    source: Source,
-    model: PreTrainedModel,
-    module: str,
-    fold: Callable[[Tensor], None] | None = None,
-) -> Iterator[Tensor]:
-    """Yield the rows of an embedding or a head in chunks, each float (rows, columns).
-
-    Args:
-        source: the float checkpoint.
-        model: the float model on the meta device.
-        module: the full name of the embedding or head.
-        fold: changes a float32 chunk in place; None yields the chunks in the stored dtype.
-
-    Raises:
-        CheckpointError: the stored tensor has another shape than the config asks for.
-    """
-    tensor = f"{module}.weight"
-    height, width = model.get_submodule(module).get_parameter("weight").shape
-    left, count = height, max(1, ROWS_ELEMENTS // width)
-    for rows in source.rows(tensor, count):
-        check_weight(rows, tensor, (min(left, count), width), source.name)
-        left -= len(rows)
-        if fold is not None:
-            rows = rows.to(WORKING_DTYPE, copy=True)
-            fold(rows)
-        yield rows
-    if left:
-        raise CheckpointError(
-            f"{source.name}: tensor '{tensor}' has {height - left} rows, the config asks for "
-            f"{height}"
-        )
 
 
 def stored_rows(source: Source, name: str, finite: bool = False) -> Iterator[Tensor]:
@@ -190,109 +161,77 @@ def _coded(rows: Tensor) -> QuantizedWeight:
 
 
 class ModelTail:
-    """Final norm and head, run by the model's own code; the head is loaded whole, in float32.
+    """What follows the blocks, final norm and head, run by the model's own code in float32.
 
-    It is the model with all blocks removed: a hook passes the hidden states to the final norm.
+    The model is run on the tokens with the results of its blocks known. Its weights outside the
+    blocks are loaded where they are needed; the head stays loaded.
     """
 
     def __init__(
-        self, source: Source, plan: Plan, device: torch.device, as_stored: bool = False
+        self, source: Source, plan: Plan, stream: HiddenStates, as_stored: bool = False
     ) -> None:
-        """Load final norm and head.
+        """Load the head, if it is stored in 8 bits; anything else is loaded by the first run.
 
         Args:
             source: the float checkpoint.
             plan: its plan.
-            device: where to load them.
+            stream: hidden states of the tokens that the model will be run on, of any block.
             as_stored: whether to compute as the quantized model does: with an 8-bit head if the
                 plan stores it so, and with the runtime operator for the inverse residual rotation,
                 which is computed in float64 otherwise.
         """
-        self._model, self._plan, self._as_stored = source.skeleton(check=False), plan, as_stored
-        model, parts = self._model, plan.parts
-        # Without a head nothing follows the final norm.
-        last = parts.embedding if plan.wiring.tied else parts.head
-        for name in (parts.positions, parts.entry_norm, parts.final_norm, last):
-            if name is not None:
-                load_module(model.get_submodule(name), name, source, WORKING_DTYPE)
-        if plan.wiring.tied and last is not None and parts.head is not None:
-            head = model.get_submodule(parts.head)
-            biases = [f"{parts.head}.{name}" for name in head.state_dict() if name != "weight"]
-            for name, tensor in source.tensors(biases):  # only the weight is tied
-                bias = nn.Parameter(tensor.to(WORKING_DTYPE, copy=True), requires_grad=False)
-                head.register_parameter(name.rpartition(".")[2], bias)
-            head.register_parameter("weight", model.get_submodule(last).get_parameter("weight"))
-        if as_stored and plan.tables and last is not None and parts.head is not None:
-            self._quantize_head(last, parts.head)
-        model.set_submodule(parts.layers, nn.ModuleList())
-        for name in (parts.positions, parts.entry_norm, parts.final_norm, last, parts.head):
-            if name is not None:
-                model.get_submodule(name).to(device)
+        self._model, self._plan = source.skeleton(check=False), plan
+        device, model = stream.device, self._model
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self._weights = WeightsOnDemand(
+            source, model, plan, _all(stream.tokens), device, _coding(plan, as_stored)
+        )
+        if as_stored and plan.tables and plan.parts.head is not None:
+            self._quantize_head(device, plan.parts.head)
+        self._end = _end_of_rotation(plan, device, as_stored)
 
-    def _quantize_head(self, name: str, head: str) -> None:
-        """Replace the head's matrix by its 8-bit form. name: the module that holds the matrix."""
-        model = self._model
-        weight = model.get_submodule(name).get_parameter("weight")
+    def _quantize_head(self, device: torch.device, head: str) -> None:
+        """Replace the head by its 8-bit form."""
+        model, parts = self._model, self._plan.parts
+        embedding = model.get_submodule(parts.embedding)
+        last = parts.embedding if self._plan.wiring.tied else head
+        weight = self._weights.load(f"{last}.weight")
         bias = getattr(model.get_submodule(head), "bias", None)
         install_ends(model, self._plan)
-        quantized = model.get_submodule(name)
+        quantized = model.get_submodule(last)
         if isinstance(quantized, QuantizedEmbedding):
             quantized.set_weight(_coded(weight))
         elif isinstance(quantized, QuantizedLinear):
-            quantized.set_weight(_coded(weight), bias)
+            loaded = None if bias is None else self._weights.load(f"{head}.bias")
+            quantized.set_weight(_coded(weight), loaded)
+        model.get_submodule(head).to(device)
+        model.set_submodule(parts.embedding, embedding)  # whose rows are rounded as they are read
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits, float32 (sequences, tokens, vocabulary), for the last block's output.
+    @torch.no_grad()
+    def logits(self, stream: HiddenStates, number: int) -> Tensor:
+        """The logits of a micro-batch, float32 (sequences, tokens, vocabulary); collective.
 
         Of a model that predicts no tokens the last hidden states, as `final_output` of it.
 
         Args:
-            hidden: float32 (sequences, tokens, hidden_size), in the basis of the plan's residual
-                rotation.
+            stream: what the last block returned, in the basis of the plan's residual rotation.
+            number: of the micro-batch.
         """
-        rotation = self._plan.residual_rotation
-        end = hidden
-        if rotation is not None and self._as_stored:
-            end = OnlineRotation(rotation, transposed=True).to(hidden.device)(hidden)
-        elif rotation is not None:
-            end = rotation.apply_transposed(hidden)
-        behind = self._model.get_submodule(self._plan.parts.behind_blocks)
-        with behind.register_forward_pre_hook(lambda _, args: (end, *args[1:])):
-            if self._plan.parts.head is not None:
-                final: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
-            else:
-                decoder = self._model.get_submodule(self._plan.parts.decoder)
-                final = decoder(inputs_embeds=hidden, use_cache=False)[0]
-        return final.float()
+        reply = stream.behind(number, self._end)
+        tokens = stream.tokens[number].to(stream.device)
+        with in_place_of_blocks(self._model, self._plan.parts, reply), self._weights:
+            return final_output(self._model, tokens, use_cache=False).float()
 
 
-def _load_rows(
-    source: Source,
-    model: PreTrainedModel,
-    plan: Plan,
-    embedding: nn.Embedding,
-    tokens: Sequence[Tensor],
-    as_stored: bool,
-) -> list[Tensor]:
-    """Load only the embedding rows of the given tokens; returns the tokens as ids of these rows."""
-    name = plan.parts.embedding
-    used: Tensor
-    ids: Tensor
-    used, ids = torch.cat([batch.flatten() for batch in tokens]).unique(return_inverse=True)
-    if len(used) and used[0] < 0:
-        raise CalibrationError(f"token {int(used[0])} is no row of {name}: ids begin with 0")
-    first, used_rows = 0, list[Tensor]()
-    for rows in float_rows(source, model, name):
-        in_chunk = used[(used >= first) & (used < first + len(rows))] - first
-        used_rows.append(rows[in_chunk].clone())
-        first += len(rows)
-    if len(used) and used[-1] >= first:
-        raise CalibrationError(f"token {int(used[-1])} is beyond the {first} rows of {name}")
-    # In float32: Gemma's embedding rounds its output times a factor to the weight's dtype.
-    weight = torch.cat(used_rows).to(WORKING_DTYPE)
-    if as_stored and plan.tables:
-        weight = _coded(weight).dequantize(WORKING_DTYPE)
-    embedding.weight = nn.Parameter(weight, requires_grad=False)
-    embedding.padding_idx = None  # it refers to the original ids
-    split = ids.split([batch.numel() for batch in tokens])
-    return [new_ids.view_as(batch) for new_ids, batch in zip(split, tokens, strict=True)]
+def _end_of_rotation(
+    plan: Plan, device: torch.device, as_stored: bool
+) -> Callable[[Tensor], Tensor]:
+    """The inverse of a plan's residual rotation, by the runtime operator or in float64."""
+    rotation = plan.residual_rotation
+    if rotation is None:
+        return lambda hidden: hidden
+    if as_stored:
+        return OnlineRotation(rotation, transposed=True).to(device)
+    return rotation.apply_transposed

@@ -9,84 +9,112 @@ quantizes it in the finished model.
 
 from __future__ import annotations
 
+import copy
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..architectures import Site
 from ..checkpoint.tensor_file import Entry, TensorFile
 from ..data.tokens import MICRO_BATCH_TOKENS
-from ..errors import NumericsError
+from ..errors import NumericsError, UnsupportedModelError
 from ..modules import InputQuantizer
 from ..plan.plan import Plan
 from ..runtime.distributed import World
 from ..runtime.memory import busy_heap, outside_heap
 from .observers import AbsMax, AbsQuantile, Observer, SecondMoment
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a block's forward other than the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from .trace import (
+    ENTRY,
+    Arguments,
+    Constant,
+    Forms,
+    Reply,
+    Slot,
+    Trace,
+    Tracer,
+    changed,
+    in_place_of_blocks,
+    read,
+    snapshot,
+    tensors_in,
+    tensors_of,
+    written,
+)
+from .weights_on_demand import HeadReached
 
 
 @dataclass(frozen=True)
 class _Run:
     """What all copies of a run's hidden states share.
 
-    sizes: number of tokens of every micro-batch, over all ranks. calls: for each block, the other
-    arguments of its forward, by a micro-batch's shape (sequences, tokens).
+    Attributes:
+        tokens: of every micro-batch, over all ranks, int64 (sequences, length).
+        traces: what the decoder passes to its blocks, by the shape of the tokens.
+        constants: of every micro-batch of this rank, those that depend on its tokens, by
+            (micro-batch, number of the constant).
+        world: the ranks of the run.
     """
 
-    sizes: tuple[int, ...]
-    calls: list[dict[tuple[int, int], _Call]]
+    tokens: tuple[Tensor, ...]
+    traces: dict[tuple[int, ...], Trace]
+    constants: _TensorStore
     world: World
 
+    def trace(self, number: int) -> Trace:
+        """The trace of a micro-batch."""
+        return self.traces[tuple(self.tokens[number].shape)]
 
-class _MicroBatchStore:
-    """A store of micro-batches, in memory or in a temporary file deleted with this object."""
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of tokens of every micro-batch."""
+        return tuple(batch.numel() for batch in self.tokens)
+
+
+class _TensorStore:
+    """A store of tensors by key, in memory or in a temporary file deleted with this object."""
 
     def __init__(self, directory: Path | None) -> None:
-        """directory: where to create the file, or None to store the micro-batches in memory."""
+        """directory: where to create the file, or None to store the tensors in memory."""
         self.directory = directory
-        self._batches: dict[int, Tensor] = {}
-        self._entries: dict[int, Entry] = {}
+        self._tensors: dict[Hashable, Tensor] = {}
+        self._entries: dict[Hashable, Entry] = {}
         self._file: TensorFile | None = None
         if directory is not None:
             self._file = TensorFile(directory / uuid.uuid4().hex)
             weakref.finalize(self, _remove, self._file)
 
-    def put(self, number: int, batch: Tensor) -> None:
-        """Store a micro-batch under its number."""
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Store a tensor under its key."""
         if self._file is not None:
-            self._entries[number] = self._file.append([batch], tuple(batch.shape))
-        elif batch.device.type == "cpu":
+            self._entries[key] = self._file.append([tensor], tuple(tensor.shape))
+        elif tensor.device.type == "cpu":
             with outside_heap():  # on the heap it would keep the holes that the forward leaves
-                self._batches[number] = batch.clone()
+                self._tensors[key] = tensor.detach().clone()
         else:
-            self._batches[number] = batch
+            self._tensors[key] = tensor.detach()
 
-    def get(self, number: int) -> Tensor:
-        """The micro-batch stored under a number."""
+    def get(self, key: Hashable) -> Tensor:
+        """The tensor stored under a key."""
         if self._file is None:
-            return self._batches[number]
-        return self._file.read(self._entries[number])
+            return self._tensors[key]
+        return self._file.read(self._entries[key])
 
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers of the stored micro-batches, in the order in which they were stored."""
-        return list(self._batches if self._file is None else self._entries)
+    def take_over(self, key: Hashable, other: _TensorStore) -> None:
+        """Store what another store has under a key; in memory it is the same tensor."""
+        if self._file is None:
+            self._tensors[key] = other.get(key)
+        else:
+            self.put(key, other.get(key))
 
 
 def _remove(file: TensorFile) -> None:
@@ -95,15 +123,32 @@ def _remove(file: TensorFile) -> None:
 
 
 class HiddenStates:
-    """The input of one block: float32 micro-batches (sequences, tokens, hidden_size).
+    """The input of one block, in micro-batches, float32.
 
-    In a distributed run each rank stores the micro-batches that it owns. Methods that take a block
-    and its `index` expect the block whose input these hidden states are.
+    What is stored of a micro-batch are the hidden states, mostly (sequences, tokens, hidden_size),
+    and what else later blocks read of earlier ones (`Trace.carried`, `Trace.changing`). In a
+    distributed run each rank stores the micro-batches that it owns. Methods that take a block
+    and its `index` expect the block whose input these hidden states are. A block that the decoder
+    does not call leaves them as they are. Of a block that it calls several times, statistics are
+    those of the first call; for the others a copy of the block is kept.
     """
 
-    def __init__(self, store: _MicroBatchStore, run: _Run) -> None:
-        """store: the micro-batches that this rank owns."""
-        self._store, self._run = store, run
+    def __init__(
+        self, store: _TensorStore, run: _Run, call: int, texts: dict[tuple[int, int], str]
+    ) -> None:
+        """Hidden states that enter a call of a block.
+
+        Args:
+            store: of the micro-batches that this rank owns: (micro-batch, slot) → tensor, and
+                (micro-batch, shared object, tensor in it) → tensor.
+            run: what all copies share.
+            call: the number of the call.
+            texts: (micro-batch, shared object) → how its tensors lie in it, where a block has
+                changed it.
+        """
+        self._store, self._run, self._call, self._texts = store, run, call, texts
+        self._repeated: dict[int, nn.Module] = {}  # copies of blocks that are called again
+        self._numbers = [number for number in range(len(run.tokens)) if run.world.owns(number)]
 
     @classmethod
     def embed_tokens(
@@ -112,80 +157,141 @@ class HiddenStates:
         plan: Plan,
         batches: Sequence[Tensor],
         world: World,
+        weights: TorchFunctionMode,
         directory: Path | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> HiddenStates:
-        """Embed tokens and record the arguments that the decoder passes to its blocks.
+        """Run the decoder on tokens, with recorders in place of its blocks.
 
-        The modules before the blocks run on the CPU, on every rank, for all tokens.
+        What is outside the blocks runs on the CPU, on every rank, for all tokens.
 
         Args:
-            model: the float model with the modules before the blocks loaded, not rotated; the
-                blocks may be on the meta device.
+            model: the float model on the meta device, not rotated.
             plan: its plan; its residual rotation is applied to the embedded tokens.
             batches: token ids in micro-batches, int64 (sequences, length).
             world: the ranks of the run.
+            weights: a context in which the model computes with its weights.
             directory: where to store the hidden states in a file; None keeps them in memory, on
                 the device.
             rotate: replaces the plan's residual rotation, which is computed in float64.
 
         Returns: the input of the first block.
+
+        Raises:
+            UnsupportedModelError: the decoder calls no block, or not in their order at first.
         """
-        parts = plan.parts
         if rotate is None and plan.residual_rotation is not None:
             rotate = plan.residual_rotation.apply
-        decoder, embedding = (
-            model.get_submodule(name) for name in (parts.decoder, parts.embedding)
-        )
-        attribute = parts.layers.removeprefix(f"{parts.decoder}.")
-        blocks = decoder.get_submodule(attribute)
-        assert isinstance(blocks, nn.ModuleList)
-        returns_tuple = plan.wiring.family.returns_tuple
-        recorders = [_Recorder(block, block is blocks[-1], returns_tuple) for block in blocks]
-        decoder.set_submodule(attribute, nn.ModuleList(recorders))
-        store = _MicroBatchStore(directory)
-        try:
-            for number, batch in enumerate(batches):
-                embedded = embedding(batch).float()
-                with suppress(_Stopped):
-                    decoder(inputs_embeds=embedded, use_cache=False)
-                entered = recorders[0].hidden
-                if world.owns(number):
-                    rotated = entered if rotate is None else rotate(entered)
-                    store.put(number, rotated.to(world.device))
-        finally:
-            decoder.set_submodule(attribute, blocks)
-        calls = [
-            {
-                size: _Call(
-                    *tree_map_only(Tensor, lambda t: t.to(world.device), (c.args, c.kwargs))
-                )
-                for size, c in recorder.calls.items()
-            }
-            for recorder in recorders
-        ]
-        return cls(store, _Run(tuple(batch.numel() for batch in batches), calls, world))
+        decoder: nn.Module = model.get_submodule(plan.parts.decoder)
+        store, constants = _TensorStore(directory), _TensorStore(directory)
+        forms, traces = Forms(), dict[tuple[int, ...], Trace]()
+        for number, batch in enumerate(batches):
+            tracer = Tracer(batch, forms)
+            with (
+                suppress(HeadReached),
+                in_place_of_blocks(model, plan.parts, tracer.record),
+                tracer,
+                weights,
+            ):
+                decoder(input_ids=batch, use_cache=False)
+            trace, entered = tracer.trace, tracer.entered.float()
+            trace.prune()
+            _check_order(trace, plan)
+            if world.owns(number):
+                rotated = entered if rotate is None else rotate(entered)
+                store.put((number, ENTRY), rotated.to(world.device))
+                for key in trace.varying:
+                    constants.put((number, key), trace.constants[key].to(world.device))
+            trace.forget_varying(world.device)
+            traces.setdefault(tuple(batch.shape), trace)
+        return cls(store, _Run(tuple(batches), traces, constants, world), 0, {})
 
     def copy(self) -> HiddenStates:
         """Hidden states that share these values and can be advanced independently."""
-        return HiddenStates(self._store, self._run)
+        copied = HiddenStates(self._store, self._run, self._call, dict(self._texts))
+        copied._repeated = dict(self._repeated)
+        return copied
 
-    def replace(self, batches: Iterator[Tensor] | None) -> None:
-        """Replace the values of all micro-batches.
+    def only(self, number: int) -> HiddenStates:
+        """A copy of which one micro-batch alone is advanced."""
+        single = self.copy()
+        single._numbers = [owned for owned in self._numbers if owned == number]
+        return single
+
+    def replace(self, tensors: Iterator[Tensor] | None, index: int = 0) -> None:
+        """Replace everything that is stored, by what iterating over hidden states gave.
 
         Args:
-            batches: the new micro-batches in order on rank 0; ignored on other ranks.
+            tensors: in order on rank 0; ignored on other ranks.
+            index: the number of the block whose input they are.
         """
-        store, world = _MicroBatchStore(self._store.directory), self._run.world
+        self._fill(tensors, self._run.trace(0).call_from(index) if self._run.tokens else 0)
+
+    def gathered(self) -> HiddenStates:
+        """A copy that every rank has all of, to run what follows the blocks on one; collective."""
+        self._repeat()
+        run = replace(self._run, world=World(0, 1, self.device))
+        alone = HiddenStates(_TensorStore(None), run, self._call, {})
+        alone._fill(iter([*self]), self._call)
+        return alone
+
+    def _fill(self, tensors: Iterator[Tensor] | None, call: int) -> None:
+        store, world, texts = _TensorStore(self._store.directory), self._run.world, {}
+
+        def following() -> Tensor:
+            return world.broadcast_from(lambda: next(tensors))  # type: ignore[arg-type]
+
         for number in range(len(self)):
-            batch = world.broadcast_from(lambda: next(batches))  # type: ignore[arg-type]
-            if world.owns(number):
-                store.put(number, batch.to(world.device))
-        self._store = store
+            trace, batch = self._run.trace(number), dict[Hashable, Tensor]()
+            for slot in reversed(trace.carried(call)):
+                batch[number, slot] = following()
+            for shared in trace.changing(call):
+                text = bytes(following().tolist()).decode()
+                if text:
+                    texts[number, shared] = text
+                for place in range(tensors_in(text) if text else 0):
+                    batch[number, shared, place] = following()
+            for key, tensor in batch.items() if world.owns(number) else ():
+                store.put(key, tensor.to(world.device))
+        self._store, self._call, self._texts = store, call, texts
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield every micro-batch in order, on all ranks; collective."""
-        return (self.batch(number) for number in range(len(self)))
+        """Yield everything that is stored, micro-batch by micro-batch, on all ranks; collective.
+
+        Of a micro-batch first the hidden states, then what else later blocks read.
+        """
+        self._repeat()
+        for number in range(len(self)):
+            trace = self._run.trace(number)
+            for slot in reversed(trace.carried(self._call)):
+                yield self._stored(number, slot)
+            for shared in trace.changing(self._call):
+                text = self._everywhere(number, partial(self._texts.get, (number, shared), ""))
+                yield torch.tensor(list(text.encode()), dtype=torch.uint8)
+                for place in range(tensors_in(text) if text else 0):
+                    yield self._stored(number, shared, place)
+
+    def _stored(self, number: int, *key: Hashable) -> Tensor:
+        """A stored tensor of a micro-batch, on all ranks; collective."""
+        tensor: Tensor = self._everywhere(number, lambda: self._store.get((number, *key)))
+        return tensor.to(self._run.world.device)
+
+    def _everywhere(self, number: int, make: Callable[[], Any]) -> Any:
+        return self._run.world.broadcast_from(make, number)
+
+    @property
+    def tokens(self) -> tuple[Tensor, ...]:
+        """The token ids of every micro-batch, int64 (sequences, length)."""
+        return self._run.tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self._run.world.device
+
+    def reach(self, index: int) -> bool:
+        """Whether the decoder passes these hidden states through a block, by its number."""
+        return bool(self._run.tokens) and self._run.trace(0).call_of(index) is not None
 
     def turns(self) -> list[list[tuple[int, float]]]:
         """Group consecutive micro-batches into turns of at most MICRO_BATCH_TOKENS tokens.
@@ -309,19 +415,65 @@ class HiddenStates:
 
     def __len__(self) -> int:
         """The number of micro-batches over all ranks."""
-        return len(self._run.sizes)
+        return len(self._run.tokens)
 
     def batch(self, number: int) -> Tensor:
-        """A micro-batch, float32 (sequences, tokens, hidden_size), on all ranks; collective."""
-        world = self._run.world
-        return world.broadcast_from(lambda: self._store.get(number), number).to(world.device)
+        """The hidden states of a micro-batch, float32, on all ranks; collective."""
+        return self._stored(number, Slot(self._call - 1))
 
-    def forward(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
-        """The output of a block for one micro-batch, float (sequences, tokens, hidden_size)."""
-        call = self._run.calls[index][batch.shape[0], batch.shape[1]]
-        output = block(batch, *call.args, **call.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    def forward(self, block: nn.Module, index: int, number: int) -> Tensor:
+        """What a block makes of the hidden states of a micro-batch, on all ranks; collective."""
+        if not self.reach(index):
+            return self.batch(number)
+        self._repeat()
+        world = self._run.world
+        inputs = world.broadcast_from(lambda: self._inputs(number), number)
+        hidden: Tensor = tensors_of(self._called(block, number, inputs)[0])[0]
         return hidden
+
+    def _inputs(self, number: int) -> _Inputs:
+        """What a call of a block needs of a micro-batch that this rank owns."""
+        trace = self._run.trace(number)
+        return _Inputs(
+            {slot: self._store.get((number, slot)) for slot in trace.carried(self._call)},
+            {key: self._run.constants.get((number, key)) for key in trace.varying_in(self._call)},
+            {
+                shared: read(
+                    self._texts[number, shared],
+                    [
+                        self._store.get((number, shared, place))
+                        for place in range(tensors_in(self._texts[number, shared]))
+                    ],
+                )
+                for shared in trace.changing(self._call)
+                if (number, shared) in self._texts
+            },
+        )
+
+    def _called(self, block: nn.Module, number: int, inputs: _Inputs) -> tuple[Any, dict[int, Any]]:
+        """Run a block on a micro-batch: its result, and the objects that it has changed."""
+        trace, device = self._run.trace(number), self._run.world.device
+
+        def tensor(reference: Constant | Slot) -> Tensor:
+            if isinstance(reference, Slot):
+                return inputs.slots[reference].to(device)
+            if reference.number in trace.varying:
+                return inputs.constants[reference.number].to(device)
+            return trace.constants[reference.number]
+
+        arguments = Arguments(trace, tensor, inputs.shared.get, device)
+        args, kwargs = arguments.of(trace.calls[self._call])
+        before = {
+            shared: snapshot(value)
+            for shared, value in arguments.shared.items()
+            if trace.shared[shared].carries
+        }
+        result = block(*args, **kwargs)
+        return result, {
+            shared: arguments.shared[shared]
+            for shared, parts in before.items()
+            if changed(parts, snapshot(arguments.shared[shared]))
+        }
 
     def watch(
         self,
@@ -340,6 +492,9 @@ class HiddenStates:
             watched: module name → callback for each of its inputs, float (..., K).
             advance: whether to replace the hidden states by the block's output.
         """
+        if not self.reach(index):
+            return
+        self._repeat()
         stops = len(watched) == 1 and not advance
 
         def hook(into: Callable[[Tensor], None]) -> Callable[..., None]:
@@ -350,45 +505,121 @@ class HiddenStates:
 
             return caught
 
-        outputs = _MicroBatchStore(self._store.directory) if advance else self._store
-        with ExitStack() as hooks, busy_heap():
+        with ExitStack() as hooks:
             for module, into in watched.items():
                 reader = block.get_submodule(module)
                 hooks.enter_context(reader.register_forward_pre_hook(hook(into)))
-            for number in self._store.numbers:
-                batch = self._store.get(number).to(self._run.world.device)
+            self._go(block, advance)
+        if advance and self._run.trace(0).calls_again(index, self._call - 1):
+            self._repeated[index] = copy.deepcopy(block)
+
+    def _go(self, block: nn.Module, advance: bool) -> None:
+        """Run a block on this rank's micro-batches, and perhaps go on to the next call."""
+        outputs = _TensorStore(self._store.directory) if advance else self._store
+        with busy_heap():
+            for number in self._numbers:
                 with suppress(_Stopped):
-                    output = self.forward(block, index, batch)
+                    result, shared = self._called(block, number, self._inputs(number))
                     if advance:
-                        outputs.put(number, output)
-        self._store = outputs
+                        self._keep(number, result, shared, outputs)
+        if advance:
+            self._store, self._call = outputs, self._call + 1
+
+    @torch.no_grad()
+    def _repeat(self) -> None:
+        """Go through the blocks that are called again before the next one is called first."""
+        calls = self._run.trace(0).calls if self._run.tokens else []
+        while self._call < len(calls) and calls[self._call].block in self._repeated:
+            index = calls[self._call].block
+            self._go(self._repeated[index], advance=True)
+            if not self._run.trace(0).calls_again(index, self._call - 1):
+                del self._repeated[index]
+
+    @property
+    def resumable(self) -> bool:
+        """Whether all that the next blocks read is stored, and no earlier block is called again."""
+        self._repeat()
+        return not self._repeated
+
+    def _keep(
+        self, number: int, result: Any, objects: dict[int, Any], outputs: _TensorStore
+    ) -> None:
+        """Store what a block returned and changed, and what later blocks read of earlier ones."""
+        trace, tensors = self._run.trace(number), tensors_of(result)
+        for slot in trace.carried(self._call + 1):
+            if slot.call == self._call:
+                outputs.put((number, slot), tensors[slot.leaf])
+            else:
+                outputs.take_over((number, slot), self._store)
+        for shared in trace.changing(self._call + 1):
+            if shared in objects:
+                self._texts[number, shared], members = written(objects[shared])
+                for place, member in enumerate(members):
+                    outputs.put((number, shared, place), member)
+            elif (number, shared) in self._texts:
+                for place in range(tensors_in(self._texts[number, shared])):
+                    outputs.take_over((number, shared, place), self._store)
+
+    def behind(self, number: int, end: Callable[[Tensor], Tensor]) -> Reply:
+        """Results of the blocks with which a model goes on behind them, from its own; collective.
+
+        These hidden states are what the last block returned.
+
+        Args:
+            number: of the micro-batch that the model will be run on.
+            end: what is done to the hidden states.
+
+        Returns: gives what a block returned, as far as anything behind the blocks reads it.
+        """
+        self._repeat()
+        trace = self._run.trace(number)
+        slots = {slot: self._stored(number, slot) for slot in trace.carried(len(trace.calls))}
+        last = Slot(len(trace.calls) - 1)
+        slots[last] = end(slots[last])
+        calls = iter(enumerate(trace.calls))
+
+        def reply(_index: int, _block: nn.Module, _args: Any, _kwargs: Any) -> Any:
+            call, recorded = next(calls)
+            unread = partial(torch.zeros, device=self.device)
+            return recorded.result(
+                lambda leaf, example: (
+                    slots[Slot(call, leaf)]
+                    if Slot(call, leaf) in slots
+                    else unread(example.shape, dtype=example.dtype)
+                )
+            )
+
+        return reply
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a call of a block needs of one micro-batch.
+
+    Attributes:
+        slots: what earlier blocks returned.
+        constants: those that depend on the tokens, by number.
+        shared: the content of objects that earlier blocks have changed, by number.
+    """
+
+    slots: dict[Slot, Tensor]
+    constants: dict[int, Tensor]
+    shared: dict[int, list[Any]]
 
 
 class _Stopped(Exception):
     """Stops a forward once the inputs to observe have been seen."""
 
 
-class _Recorder(nn.Module):
-    """Replaces a block and records the arguments of its calls, by the micro-batch's shape."""
-
-    hidden: Tensor
-
-    def __init__(self, block: nn.Module, last: bool, returns_tuple: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
-        self._last, self._returns_tuple = last, returns_tuple
-        self.calls: dict[tuple[int, int], _Call] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        # Attributes of the block that a decoder reads, such as its attention type.
-        return getattr(object.__getattribute__(self, "_block"), name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.hidden = hidden
-        self.calls[hidden.shape[0], hidden.shape[1]] = _Call(args, kwargs)
-        if self._last:
-            raise _Stopped
-        return (hidden, None) if self._returns_tuple else hidden
+def _check_order(trace: Trace, plan: Plan) -> None:
+    """Raise UnsupportedModelError unless the first calls of the blocks are in their order."""
+    blocks = list(dict.fromkeys(call.block for call in trace.calls))
+    if not blocks or blocks != sorted(blocks):
+        called = f"calls its blocks in the order {blocks}" if blocks else "calls no block"
+        raise UnsupportedModelError(
+            f"the decoder '{plan.parts.decoder}' {called}: calibration takes a model through its "
+            "blocks one after another; use a recipe without calibration, and check=False"
+        )
 
 
 def _check_finite(statistic: Tensor, where: str) -> None:

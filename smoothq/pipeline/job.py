@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architectures.positions import positions_of, within_positions
 from ..checkpoint.manifest import RunKey
 from ..checkpoint.source import Source
+from ..compat import tied_weights
 from ..data.calibration import tokens_of
 from ..data.text import TextSource, calibration_tokens
 from ..data.tokenizer import Processor, text_part
@@ -120,6 +121,16 @@ def output_config(source: Source, plan: Plan) -> PretrainedConfig:
                 part.tie_word_embeddings = False
     config.quantization_config = SmoothqConfig.of(plan, __version__)
     return config
+
+
+def shared_note(plan: Plan, model: PreTrainedModel) -> Iterator[str]:
+    """Yield a note if the model ties weights of several blocks."""
+    shared = [name for name in tied_weights(model) if name.startswith(f"{plan.parts.layers}.")]
+    if shared:
+        yield (
+            f"{len(shared)} tensors of blocks are shared with other blocks: each block gets a "
+            f"copy, quantized with its own statistics, the first {shared[0]}"
+        )
 
 
 def dtype_note(source: Source, plan: Plan) -> Iterator[str]:

@@ -19,6 +19,7 @@ from ..runtime.distributed import World
 from .ends import ModelTail, embed_tokens, load_block
 from .hidden_states import HiddenStates
 
+LOGITS = 1 << 24  # computed at a time, unless one window has more
 STREAM = "probe"  # the name of the monitor's hidden states in a saved state
 
 
@@ -90,8 +91,11 @@ class PerplexityMonitor:
         length = within_positions(model, probe.tokens.shape[1], "the probe's windows")
         self._tokens, self._every = probe.tokens[:, :length].long(), probe.every
         self._source, self._model, self._plan, self._world = source, model, plan, world
-        self.stream = embed_tokens(source, model, plan, micro_batches(self._tokens), world)
-        self._end = ModelTail(source, plan, world.device)
+        rows = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape[0]
+        windows = max(1, LOGITS // (length * rows))
+        batches = [few for batch in micro_batches(self._tokens) for few in batch.split(windows)]
+        self.stream = embed_tokens(source, model, plan, batches, world)
+        self._end = ModelTail(source, plan, self.stream)
         self.float_perplexity = self._perplexity(self.stream.copy(), first=0)
 
     def follow(self, block: nn.Module, index: int) -> float | None:
@@ -114,9 +118,9 @@ class PerplexityMonitor:
             stream.advance(block.module, index)
             unload_module(block.module)
         losses = [
-            window_loss(self._end.logits(states.unsqueeze(0))[0], window)
-            for hidden, tokens in zip(stream, micro_batches(self._tokens), strict=True)
-            for states, window in zip(hidden, tokens, strict=True)
+            window_loss(logits, window)
+            for number, tokens in enumerate(stream.tokens)
+            for logits, window in zip(self._end.logits(stream, number), tokens, strict=True)
         ]
         windows, length = self._tokens.shape
         return perplexity_of(sum(losses), windows * (length - 1))

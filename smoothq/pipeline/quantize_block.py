@@ -51,6 +51,12 @@ def quantize_block(
         stage: called with the name of each stage.
     """
     recipe = plan.recipe
+    if stream is not None and not stream.reach(block.index):
+        log.warning(
+            "%s: the model does not run this block on text; its weights are rounded to nearest",
+            block.name,
+        )
+        stream = unquantized = None
     follows_float = recipe.smoothing is not None and not recipe.sees_quantized
     transform_block(block, plan, stream, follows_float, stage)
     if unquantized is not None:
@@ -88,7 +94,7 @@ def transform_block(
         stage: called with the name of the stage.
     """
     recipe, graph = plan.recipe, block.plan.graph
-    if recipe.smoothing is not None and stream is not None:
+    if recipe.smoothing is not None and stream is not None and stream.reach(block.index):
         if stage is not None:
             stage("smooth")
         _smooth(block, plan, stream, advance)

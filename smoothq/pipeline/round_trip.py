@@ -8,6 +8,7 @@ embedding: a quantizer is a step function, so the last bits of a float may chang
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..checkpoint.check import check_tensors
 from ..checkpoint.loading import load_as_stored
 from ..checkpoint.model_config import read_config
 from ..checkpoint.skeleton import skeleton_of
-from ..checkpoint.source import Source, unload_module
+from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import as_bytes
 from ..checkpoint.weight_files import read_tensor, tensor_files
 from ..errors import OutputError
@@ -37,8 +38,10 @@ from ..plan.plan import Plan
 from ..rounding.packing import pack
 from ..runtime.distributed import World
 from ..runtime.memory import give_back, spare_memory
-from .ends import WORKING_DTYPE, Block, ModelTail, coded_rows, embed_tokens, stored_rows
+from .ends import Block, ModelTail, coded_rows, embed_tokens, stored_rows
 from .hidden_states import HiddenStates
+from .trace import tensors_of
+from .weights_on_demand import WORKING_DTYPE
 
 STREAM = "roundtrip"  # the name of the check's hidden states in a saved state
 SEQUENCES, LENGTH = 2, 64  # shape of the check's token ids
@@ -74,7 +77,8 @@ class RoundTrip:
         rotation = plan.residual_rotation
         self.stream = self._embedded(world, None if rotation is None else OnlineRotation(rotation))
         # One allocation: many small tensors that stay alive would fragment the heap.
-        self._room = torch.empty(len(plan.blocks), *self._ids.shape, dtype=torch.float32)
+        shape = self.stream.batch(0).shape[:-1]
+        self._room = torch.empty(len(plan.blocks), *shape, dtype=torch.float32)
         self._sketches: dict[int, Tensor] = {}
 
     def _embedded(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
@@ -95,8 +99,10 @@ class RoundTrip:
                 tensor.copy_(stored[f"{block.name}.{key}"])
         with _attention_as_planned(block, self._plan, self._world.device):
             self.stream.advance(block.module, block.index)
-        sketch = _sketch(self.stream.batch(0))
-        self._sketches[block.index] = self._room[block.index].copy_(sketch)
+        if self.stream.reach(block.index):
+            sketch, room = _sketch(self.stream.batch(0)), self._room[block.index]
+            kept = room.copy_(sketch) if room.shape == sketch.shape else sketch
+            self._sketches[block.index] = kept
 
     @torch.no_grad()
     def compare(self, directory: Path) -> None:
@@ -111,7 +117,7 @@ class RoundTrip:
         Raises:
             OutputError: the results differ; the message names the first block that does.
         """
-        hidden = self.stream.batch(0)
+        stream = self.stream.gathered()
         give_back()
         whole = self._whole_bytes() <= max(SMALL_BYTES, spare_memory())
         files = tensor_files(directory, str(directory))
@@ -119,7 +125,7 @@ class RoundTrip:
         def compared() -> None:
             self._compare_ends(files)
             if whole:
-                self._compare_whole(directory, hidden)
+                self._compare_whole(directory, stream)
             else:
                 self._compare_by_blocks(directory, files)
 
@@ -134,13 +140,13 @@ class RoundTrip:
         loaded = 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
         return 2 * loaded  # some tensors exist twice while they are loaded
 
-    def _compare_whole(self, directory: Path, hidden: Tensor) -> None:
+    def _compare_whole(self, directory: Path, stream: HiddenStates) -> None:
         trusted = self._source.trusts_code
         loaded: Any = load_as_stored(directory, str(directory), WORKING_DTYPE, trusted)
         loaded.to(self._world.device)
         stored: Any = _Stored(self._source, self._account)
-        end = ModelTail(stored, self._plan, self._world.device, as_stored=True)
-        expected = {**self._sketches, len(self._plan.blocks): end.logits(hidden)}
+        end = ModelTail(stored, self._plan, stream, as_stored=True)
+        expected = {**self._sketches, len(self._plan.blocks): end.logits(stream, 0)}
         del end
         _require_equal(expected, len(self._plan.blocks), lambda seed: self._run(loaded, seed))
 
@@ -153,7 +159,8 @@ class RoundTrip:
 
         def keep(index: int) -> Callable[..., None]:
             def kept(_module: nn.Module, _args: Any, output: Any) -> None:
-                sketches[index] = _sketch(output[0] if isinstance(output, tuple) else output)
+                if index not in sketches:  # of several calls the first
+                    sketches[index] = _sketch(tensors_of(output)[0])
 
             return kept
 
@@ -166,7 +173,7 @@ class RoundTrip:
             hooks.enter_context(perturb)
             ids = self._ids.to(self._world.device)
             final = final_output(loaded, ids, use_cache=False)
-        return {**sketches, len(sketches): final.float()}
+        return {**sketches, len(self._plan.blocks): final.float()}
 
     def _compare_by_blocks(self, directory: Path, files: dict[str, Path]) -> None:
         name = str(directory)
@@ -206,7 +213,10 @@ class RoundTrip:
         """Sketches of the block outputs, each block loaded from the files and freed again."""
         sketches = {}
         layers = model.get_submodule(self._plan.parts.layers)
-        for index, block in enumerate(layers.children()):
+        for index, empty in enumerate(layers.children()):
+            if not stream.reach(index):
+                continue
+            block = copy.deepcopy(empty)
             for key in list(block.state_dict()):
                 name = f"{self._plan.parts.block_name(index)}.{key}"
                 tensor = read_tensor(files[name], name).to(self._world.device, copy=True)
@@ -220,7 +230,8 @@ class RoundTrip:
             prepare(block)
             stream.advance(block, index)
             sketches[index] = _sketch(stream.batch(0))
-            unload_module(block)
+            del block
+            give_back()
         return sketches
 
 

@@ -34,7 +34,7 @@ from ..runtime.process import default_modes
 from .ends import embed_tokens, load_block
 from .estimate import estimate_resources
 from .hidden_states import HiddenStates
-from .job import Job, dtype_note, output_config, run_key, tokens_for
+from .job import Job, dtype_note, output_config, run_key, shared_note, tokens_for
 from .monitor import STREAM, BlockDone, OnBlock, PerplexityMonitor, Probe
 from .quantize_block import quantize_block
 from .round_trip import STREAM as ROUNDTRIP
@@ -114,7 +114,7 @@ def quantize_checkpoint(
         linear_bytes=plan.linear_bytes,
         seconds=0.0,
         peak_memory=peak_memory(),
-        notes=(*plan.notes, *source.notes, *dtype_note(source, plan)),
+        notes=(*plan.notes, *source.notes, *dtype_note(source, plan), *shared_note(plan, model)),
         repeated=True,
     )
     if world.broadcast_from(lambda: writer.is_finished(identity, config, side_files)):
@@ -161,7 +161,7 @@ def _run(
     if not finished:
         store_ends(job)
     for name, stream in streams.items() if finished else ():
-        stream.replace(output.stream(name))
+        stream.replace(output.stream(name), finished)
     for index in range(finished, len(plan.blocks)):
         job.progress(index, len(plan.blocks), "load")
         block = load_block(job.source, job.model, plan, index, job.world.device)

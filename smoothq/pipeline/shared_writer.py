@@ -60,6 +60,8 @@ class SharedWriter:
     def block_done(self, finished: int, blocks: int, streams: dict[str, HiddenStates]) -> None:
         """Save a state to resume from, after every `writer.every` blocks but not after the last.
 
+        Nor between two calls of a block that the model calls several times.
+
         Args:
             finished: how many blocks are done.
             blocks: how many blocks the model has.
@@ -67,9 +69,11 @@ class SharedWriter:
         """
         if finished % self._writer.every or finished == blocks:
             return
+        if not all(stream.resumable for stream in streams.values()):
+            return
         if self._world.is_main:
             self._writer.commit(finished, streams)
             return
         for stream in streams.values():
-            for number in range(len(stream)):
-                stream.batch(number)  # collective: each rank sends its micro-batches to rank 0
+            for _ in stream:  # collective: each rank sends its micro-batches to rank 0
+                pass

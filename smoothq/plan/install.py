@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.graph import text_config
 from ..architectures.linearize import linearize_block, restore_block
+from ..compat import remove_tie, tied_weights
 from ..errors import UnsupportedModelError
 from ..modules import (
     InputQuantizer,
@@ -81,6 +82,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     The new modules are empty: a checkpoint is to be loaded into the model next.
     """
     context = SequenceContext()
+    _untie_blocks(model, plan)
     for name, layer, block in plan.named_blocks(model):
         linearize_block(layer)
         inputs = install_inputs(layer, block, context, name)
@@ -97,6 +99,15 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     if plan.residual_rotation is not None:
         rotate_ends(model, plan.parts, plan.residual_rotation)
     install_attention(model, plan)
+
+
+def _untie_blocks(model: PreTrainedModel, plan: Plan) -> None:
+    """Give every block weights of its own where a model ties some of several blocks.
+
+    They are quantized with the statistics of each block.
+    """
+    for target in [name for name in tied_weights(model) if name.startswith(plan.parts.layers)]:
+        remove_tie(model, target)
 
 
 def install_attention(model: PreTrainedModel, plan: Plan) -> None:

@@ -30,12 +30,15 @@ class SitePlan:
         modules: module name within the block → shape and number format of its weight.
         adds_bias: whether the bias of the norm before the site is folded into its linears. They
             then have a bias, even if the float model's linears have none.
+        parent: the name within the block of the module that the site's InputQuantizer is put into;
+            empty for the block itself.
     """
 
     site: Site
     input: InputSpec
     modules: dict[str, WeightSpec]
     adds_bias: bool
+    parent: str
 
     @property
     def elements(self) -> int:
@@ -49,14 +52,9 @@ class SitePlan:
 
     @property
     def input_name(self) -> str:
-        """The name of the site's InputQuantizer within the block: a sibling of the first reader."""
-        parent, _, leaf = next(iter(self.modules)).rpartition(".")
-        if leaf.isdigit():
-            parent = parent.rpartition(".")[
-                0
-            ]  # a sibling of the ModuleList, not one of its entries
+        """The name of the site's InputQuantizer within the block."""
         name = f"{self.site.name.replace('.', '_')}_input"
-        return f"{parent}.{name}" if parent else name
+        return f"{self.parent}.{name}" if self.parent else name
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,20 @@ def _plan_site(wiring: Wiring, recipe: Recipe, index: int, site: Site) -> SitePl
                 f"{block}: {first} and {other} read the same tensor, so an override must give "
                 "both the same activations"
             )
-    return SitePlan(site, inputs[first], modules, _takes_bias(wiring, recipe, index, site))
+    adds_bias, parent = _takes_bias(wiring, recipe, index, site), _parent(wiring, index, first)
+    return SitePlan(site, inputs[first], modules, adds_bias, parent)
+
+
+def _parent(wiring: Wiring, index: int, module: str) -> str:
+    """The innermost module around a linear that does not run through all of its children.
+
+    In an nn.Sequential an InputQuantizer would become a step, in an nn.ModuleList an entry.
+    """
+    parent = module.rpartition(".")[0]
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    while parent and isinstance(wiring.layers[index].get_submodule(parent), containers):
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:

@@ -92,7 +92,7 @@ class Wiring:
             read=() if quantized else tuple(filter(weights_read(model, parts), linears)),
             tensors={
                 name: Spec(tuple(tensor.shape), tensor.dtype)
-                for name, tensor in stored_tensors(model).items()
+                for name, tensor in stored_tensors(model, parts.layers).items()
             },
             dtype=_float_dtype(model),
             tied=is_tied(model),
@@ -126,9 +126,15 @@ class Wiring:
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
-def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A model's parameters and persistent buffers by full name; tied tensors appear once."""
-    tied = tied_weights(model)
+def stored_tensors(model: PreTrainedModel, blocks: str | None = None) -> dict[str, Tensor]:
+    """A model's parameters and persistent buffers by full name; tied tensors appear once.
+
+    Args:
+        model: on any device.
+        blocks: the name of its list of blocks, whose tensors are listed even if they are tied: a
+            quantized checkpoint has all of every block.
+    """
+    tied = {name for name in tied_weights(model) if not name.startswith(f"{blocks}.")}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
