@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from .plan import Plan
 
 
-def notes_on(plan: Plan, read: Sequence[str]) -> tuple[str, ...]:
+def notes_on(plan: Plan, read: Sequence[str], sensitive: Mapping[str, str]) -> tuple[str, ...]:
     """What the user should know of a plan, one line each.
 
     Args:
         plan: the plan.
         read: the linears that stay in float as the model's code reads their weights.
+        sensitive: patterns of those that stay in float unless an override names them → what these
+            linears do.
     """
     notes = [*plan.wiring.family.notes, *_fallbacks(plan), *_chosen_groups(plan), *_limits(plan)]
+    notes += [
+        f"{pattern} stays in float, for it {does}; an override of that pattern quantizes it"
+        for pattern, does in sensitive.items()
+    ]
     if read:
         notes.append(
             f"{len(read)} linears stay in float, as the model's code reads their weights: "

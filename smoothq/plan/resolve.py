@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..architectures.sensitive import float_by_default
 from ..errors import RecipeError
 from ..recipe.recipe import FLOAT_BITS, Recipe
 from .attention import plan_attention
@@ -39,6 +40,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
 def resolve(wiring: Wiring, recipe: Recipe) -> Plan:
     """Resolve a recipe for a model whose wiring is known; else as `make_plan`."""
     _check_scope(wiring, recipe)
+    sensitive = _sensitive(wiring, recipe)
+    recipe = recipe.edit(keep=(*recipe.keep, *sensitive)) if sensitive else recipe
     read = _read_and_not_kept(wiring, recipe)
     recipe = recipe.edit(keep=(*recipe.keep, *read)) if read else recipe
     plan = Plan(
@@ -52,7 +55,7 @@ def resolve(wiring: Wiring, recipe: Recipe) -> Plan:
         raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
     _check_patterns(plan)
     _check_embedding(plan)
-    return replace(plan, notes=notes_on(plan, read))
+    return replace(plan, notes=notes_on(plan, read, sensitive))
 
 
 def _check_scope(wiring: Wiring, recipe: Recipe) -> None:
@@ -64,6 +67,14 @@ def _check_scope(wiring: Wiring, recipe: Recipe) -> None:
             "blocks join the tokens of all sequences before some linears; use "
             "runtime_smoothing.scope=token"
         )
+
+
+def _sensitive(wiring: Wiring, recipe: Recipe) -> dict[str, str]:
+    """Patterns of linears that stay in float unless an override names them: see `sensitive`."""
+    named = [name for name in wiring.linears if recipe.override(name) is None]
+    patterns = float_by_default(name for name in named if not recipe.keeps(name))
+    asked = {override.match for override in recipe.overrides}
+    return {pattern: does for pattern, does in patterns.items() if pattern not in asked}
 
 
 def _read_and_not_kept(wiring: Wiring, recipe: Recipe) -> list[str]:
