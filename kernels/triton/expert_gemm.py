@@ -114,9 +114,9 @@ def _expert_kernel(
 
 
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUP", "BLOCK_E", "ALIGNED"]
-# An expert has a share of a prompt's tokens, and the search for it takes registers: of the widest
-# tiles Hopper's alone fit.
-_PREFILL_TILES = {name: PREFILL_TILES[name] for name in ("small", "wide", "large")}
+# An expert has a share of a prompt's tokens, and the search for it takes registers: of the wide
+# tiles Hopper's alone fit (with multipliers of groups "wide" spills on Ampere).
+_PREFILL_TILES = {name: PREFILL_TILES[name] for name in ("small", "large")}
 _prefill_kernel = Tuned(_expert_kernel, _PREFILL_TILES, _KEY, tiles_that_fit)
 _decode_kernel = Tuned(_expert_kernel, DECODE_TILES, _KEY, tiles_that_fit)
 
