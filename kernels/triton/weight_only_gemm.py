@@ -135,7 +135,7 @@ def group_scale(weight_scale, multiplier, rows, group, groups):
     return scale[:, None]
 
 
-def _tiles_that_fit(
+def tiles_that_fit(
     configs: list[triton.Config], named: dict[str, Any], **settings: Any
 ) -> list[triton.Config]:
     """The tiles whose step does not cross a packed group; for float32 the smallest alone.
@@ -149,8 +149,8 @@ def _tiles_that_fit(
 
 
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUPED", "GROUP"]
-_prefill_kernel = Tuned(_weight_only_kernel, PREFILL_TILES, _KEY, _tiles_that_fit)
-_decode_kernel = Tuned(_weight_only_kernel, DECODE_TILES, _KEY, _tiles_that_fit)
+_prefill_kernel = Tuned(_weight_only_kernel, PREFILL_TILES, _KEY, tiles_that_fit)
+_decode_kernel = Tuned(_weight_only_kernel, DECODE_TILES, _KEY, tiles_that_fit)
 
 
 @on_its_device

@@ -80,7 +80,8 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """
     with torch.no_grad():
         # Not the model's dtype, which may be that of a tower beside the decoder.
-        if model.get_input_embeddings().get_parameter("weight").dtype != torch.float64:
+        embedding: Any = model.get_input_embeddings()
+        if embedding.weight.dtype != torch.float64:
             return final_output(model, tokens)
         with InFloat64():
             return final_output(model, tokens)

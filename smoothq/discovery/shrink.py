@@ -116,6 +116,7 @@ def _to_small_widths(decoder: PretrainedConfig, layers: int) -> None:
         count = number_of(decoder, counted)
         if count is not None:
             _set(decoder, {counted: shared.get(count, HEADS // 2)})
+    _fit_state_heads(decoder)
     _fit_sections(decoder, real_dim)
 
 
@@ -175,6 +176,13 @@ def _rotary_dim(decoder: PretrainedConfig) -> int:
     heads = number_of(decoder, "num_attention_heads") or 1
     named = number_of(decoder, "qk_rope_head_dim") or number_of(decoder, "head_dim")
     return named or (number_of(decoder, "hidden_size") or heads) // heads
+
+
+def _fit_state_heads(decoder: PretrainedConfig) -> None:
+    """Let the heads of a state-space layer fill its inner width, as Mamba-2 asks."""
+    expand, dim = number_of(decoder, "expand"), number_of(decoder, "head_dim")
+    if expand is not None and dim is not None:
+        _set(decoder, {"num_heads": expand * HIDDEN // dim})
 
 
 def _fit_sections(decoder: PretrainedConfig, real_dim: int) -> None:

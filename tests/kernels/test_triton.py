@@ -137,6 +137,8 @@ def only_the_first_tile_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_device(operand: Any) -> Any:
+    if isinstance(operand, list):
+        return [on_device(member) for member in operand]
     return operand.to(DEVICE) if isinstance(operand, Tensor) else operand
 
 
@@ -1050,7 +1052,7 @@ class TestTilesThatFit:
         settings = {"GROUPED": True, "PACKED": True, "GROUP": size}
         for module in (integer, weight_only):
             tile_list = list(getattr(module, tiles).values())
-            left = module._tiles_that_fit(tile_list, named, **settings)
+            left = module.tiles_that_fit(tile_list, named, **settings)
             steps = [tile.kwargs["BLOCK_K"] for tile in left]
             assert 64 in steps
             assert all(step == 64 or size % step == 0 for step in steps)
@@ -1099,6 +1101,10 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "int4_gemm, multipliers": (
             "int4_gemm",
             (codes, scale, packed, row_scale, draw.multipliers(7, 3), bias, single),
+        ),
+        "expert_gemm": (
+            "expert_gemm",
+            (codes, scale, torch.tensor([2, 3]), [weight] * 2, [row_scale] * 2, [], [], single),
         ),
         "group_gemm": ("group_gemm", (*in_groups, bias, 32, single)),
         "group_gemm, ordered": ("group_gemm", (*ordered, bias, 32, single)),

@@ -184,15 +184,18 @@ def refused(
     assert not out.with_name("refused.partial").exists()
 
 
-def test_refuses_an_architecture_whose_wiring_cannot_be_found(tmp_path) -> None:
+def test_an_architecture_of_which_little_can_be_claimed_is_quantized(tmp_path) -> None:
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     config = NanoChatConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2
     )
-    match = "'nanochat' has no file, and its wiring cannot be found: 0 norms behind its blocks"
-    model = NanoChatForCausalLM(config)
-    refused(UnsupportedModelError, match, tmp_path, model, preset("w8a8", "rtn"))
+    model = NanoChatForCausalLM(config).eval()
+    result = quantize(model, preset("w8a8", "rtn"), output=tmp_path / "out")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        expected, given = model(tokens).logits, result.load()(tokens).logits
+    assert 0 < (given - expected).norm() < 0.1 * expected.norm()
 
 
 def test_refuses_a_model_that_is_already_quantized(float_checkpoint, data, tmp_path) -> None:
