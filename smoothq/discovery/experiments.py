@@ -227,7 +227,7 @@ class BlockExperiments:
                     self._findings.writes_stream = False
         if not all(self._writes(name) for name in self._routed_downs()):
             self._findings.writes_stream = False
-        if self._uncalled or (self._cautious and self._read.intersection(self._linears())):
+        if self._cautious and self._read.intersection(self._linears()):
             # A matrix whose weight is read directly may read or write the stream unobserved.
             self._findings.writes_stream = False
 
