@@ -68,6 +68,15 @@ def _output_key(call: Call) -> tuple[int, int]:
     return call.output.data_ptr(), call.output.numel()
 
 
+def _is_multiple(left: Tensor, right: Tensor) -> bool:
+    """Whether a tensor is another times one positive number."""
+    if left.numel() != right.numel():
+        return False
+    flat, base = left.flatten(), right.flatten()
+    factor = flat @ base / base.square().sum()
+    return bool(factor > 0 and (flat - factor * base).abs().max() <= EXACT * flat.abs().max())
+
+
 def own_weight(module: nn.Module) -> Any:
     """The module's parameter `weight`, as a tensor, or None where it has none."""
     weight = getattr(module, "weight", None)
@@ -266,10 +275,12 @@ class BlockExperiments:
                 continue  # of a module that is called twice, the site is what it reads first
             placed.add(call.name)
             key, experts = call.key, isinstance(call.module, SeparateExperts)
-            if experts and key not in by_key and norm is not None:
+            if key not in by_key and norm is not None:
                 width = call.input.shape[-1]
-                if norm.output.shape[-1] == width == self.hidden.shape[-1]:
-                    # It may read copies, or a selection, of what the norm before it puts out.
+                of_norm = norm.output.shape[-1] == width == self.hidden.shape[-1]
+                # Experts may read copies, or a selection, of what the norm before them puts out;
+                # a linear may read a multiple of it, as where inputs have a factor (Falcon-H1).
+                if of_norm and (experts or _is_multiple(call.input, norm.output)):
                     key = _output_key(norm)
             site = by_key.setdefault(key, FoundSite([]))
             if experts and site.experts is None:

@@ -36,6 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "nemotron_h": {"hybrid_override_pattern": "M*E-"},
     "llama4_text": {"num_hidden_layers": 4, "num_local_experts": 4},
     "mamba2": {"num_hidden_layers": 2},
+    "falcon_h1": {"num_hidden_layers": 2},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "num_experts": 4},
 }
 
 
