@@ -95,6 +95,11 @@ def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -
         if isinstance(value, int) and abs(value) > LARGEST_SIZE:
             raise UnsupportedModelError(f"{name}: its config says {field} = {value}")
     layers = getattr(text, "num_hidden_layers", None)
+    if layers is None:
+        raise UnsupportedModelError(
+            f"{name}: '{config.model_type}' has no number of layers (num_hidden_layers) in its "
+            "config: models of several stacks cannot be quantized"
+        )
     if not isinstance(layers, int) or not 0 < layers <= len(tensors):
         raise UnsupportedModelError(
             f"{name}: its config says {layers} layers, with {len(tensors)} tensors stored"

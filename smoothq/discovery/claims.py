@@ -117,7 +117,9 @@ def _take_from(site: FoundSite, claim: str) -> None:
     elif claim == "input rotation":
         site.floats, site.modules = [*site.floats, *site.modules], []
     else:
-        site.producer, site.heads, site.up = None, None, "None"
+        site.producer, site.heads = None, None
+        if claim == TOGETHER or _EDGES.get(claim) == "up_down":
+            site.up = "None"  # of the experts that read it, which claim that for their downs
 
 
 def _sites(source: FamilySource, proof: Proof, claim: str) -> dict[tuple[int, str], FoundSite]:

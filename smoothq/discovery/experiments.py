@@ -70,11 +70,15 @@ def _output_key(call: Call) -> tuple[int, int]:
 
 def _is_multiple(left: Tensor, right: Tensor) -> bool:
     """Whether a tensor is another times one positive number."""
-    if left.numel() != right.numel():
-        return False
-    flat, base = left.flatten(), right.flatten()
-    factor = flat @ base / base.square().sum()
-    return bool(factor > 0 and (flat - factor * base).abs().max() <= EXACT * flat.abs().max())
+    return left.numel() == right.numel() and _has_rows_of(left.reshape(1, -1), right.reshape(1, -1))
+
+
+def _has_rows_of(left: Tensor, right: Tensor) -> bool:
+    """Whether each row of a tensor is zero or a row of another times a positive number."""
+    rows, others = left.flatten(0, -2), right.flatten(0, -2)
+    factors = rows @ others.T / others.square().sum(-1)
+    away = (rows[:, None] - factors.clamp(min=0)[..., None] * others).abs().amax(-1)
+    return bool((away.amin(1) <= EXACT * rows.abs().amax(-1)).all())
 
 
 def own_weight(module: nn.Module) -> Any:
@@ -278,9 +282,11 @@ class BlockExperiments:
             if key not in by_key and norm is not None:
                 width = call.input.shape[-1]
                 of_norm = norm.output.shape[-1] == width == self.hidden.shape[-1]
-                # Experts may read copies, or a selection, of what the norm before them puts out;
-                # a linear may read a multiple of it, as where inputs have a factor (Falcon-H1).
-                if of_norm and (experts or _is_multiple(call.input, norm.output)):
+                # Experts may read copies, or a selection, of what the norm before them puts out,
+                # times the router's scores (Llama 4); a linear may read a multiple of it, as where
+                # inputs have a factor (Falcon-H1).
+                same = _has_rows_of if experts else _is_multiple
+                if of_norm and same(call.input, norm.output):
                     key = _output_key(norm)
             site = by_key.setdefault(key, FoundSite([]))
             if experts and site.experts is None:
@@ -512,11 +518,20 @@ class BlockExperiments:
         """
         linear = self.module.get_submodule(module)
         added = torch.randn(self._rows(module), dtype=torch.float64, generator=torch.Generator())
+
+        def add(_linear: nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):  # of a router, scores come first
+                return output[0] + added, *output[1:]
+            return output + added
+
         with _zeroed(self.module):
             before, calls = self.run()
-            if module not in {call.name for call in calls}:
+            call = next((call for call in calls if call.name == module), None)
+            if call is None:
                 return True  # an expert that no token reaches is like those that some reach
-            with linear.register_forward_hook(lambda linear, args, output: output + added):
+            if call.output.shape[-1] != len(added):
+                return None  # a subclass of nn.Linear with a product of its own
+            with linear.register_forward_hook(add):
                 after, _ = self.run()
         change = after - before
         if change.abs().max() <= EXACT:
