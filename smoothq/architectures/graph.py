@@ -36,11 +36,14 @@ class WeightRef:
         tensor: the parameter's name within the block, `….weight`.
         rows: the output features that are meant, or None for all.
         routed: whether the matrix is an expert's, which only the tokens routed to it reach.
+        multiple: 0 where the matrix reads the site's input; a number of its own for each tensor
+            that is that input times a factor (Falcon-H1's multipliers).
     """
 
     tensor: str
     rows: slice | None = None
     routed: bool = False
+    multiple: int = 0
 
     def view(self, block: nn.Module) -> Tensor:
         """The matrix (out_features, in_features), as a view of the block's parameter."""
@@ -171,10 +174,12 @@ class Site:
 
     @property
     def token_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The modules in groups that the same tokens reach: each expert is a group of its own."""
-        routed = dict.fromkeys(reader.module for reader in self.readers if reader.routed)
-        shared = tuple(module for module in self.modules if module not in routed)
-        return (*([shared] if shared else []), *((module,) for module in routed))
+        """The modules in groups that read the same tensor: each expert is a group of its own."""
+        groups: dict[int | str, dict[str, None]] = {}
+        for reader in sorted(self.readers, key=lambda reader: reader.routed):
+            key = reader.module if reader.routed else reader.multiple
+            groups.setdefault(key, {})[reader.module] = None
+        return tuple(tuple(group) for group in groups.values())
 
     @property
     def routed(self) -> bool:

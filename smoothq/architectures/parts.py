@@ -15,9 +15,14 @@ from .graph import (
 )
 
 
-def weights(*modules: str) -> tuple[WeightRef, ...]:
-    """References to the whole weights of modules, by their names within the block."""
-    return tuple(WeightRef(f"{module}.weight") for module in modules)
+def weights(*modules: str, multiple: int = 0) -> tuple[WeightRef, ...]:
+    """References to the whole weights of modules, by their names within the block.
+
+    Args:
+        modules: their names.
+        multiple: as `WeightRef.multiple`.
+    """
+    return tuple(WeightRef(f"{module}.weight", multiple=multiple) for module in modules)
 
 
 def separate_attention(

@@ -271,6 +271,7 @@ class BlockExperiments:
         """The sites of the linears and experts that are called, by the keys of their inputs."""
         by_key: dict[tuple[int, int], FoundSite] = {}
         placed: set[str] = set()
+        multiples: dict[tuple[int, int], int] = {}  # by the key of a norm's output times a factor
         norm: Call | None = None  # the last before a call
         for call in calls:
             if is_norm(call.module):
@@ -289,6 +290,9 @@ class BlockExperiments:
                 if of_norm and same(call.input, norm.output):
                     key = _output_key(norm)
             site = by_key.setdefault(key, FoundSite([]))
+            if key != call.key and not experts:
+                multiples.setdefault(call.key, len(multiples) + 1)
+                site.multiples[call.name] = multiples[call.key]
             if experts and site.experts is None:
                 site.experts = call.name
             elif experts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ class FoundSite:
 
     Attributes:
         modules: the linears that read it, to be quantized.
+        multiples: of the modules that read it times a factor, their `WeightRef.multiple`.
         floats: other modules that read it and stay in float.
         reads: as `Site.reads`.
         producer: Python source of `Site.producer` without heads, or None.
@@ -42,6 +44,7 @@ class FoundSite:
     """
 
     modules: list[str]
+    multiples: dict[str, int] = field(default_factory=dict)
     floats: list[str] = field(default_factory=list)
     reads: str = "mlp"
     producer: str | None = None
@@ -65,6 +68,12 @@ class FoundSite:
     def first(self) -> str:
         """The name of the first module that reads it."""
         return next(iter([*self.modules, *self.floats]), str(self.experts))
+
+    def sources(self) -> Iterator[str]:
+        """Python source of the references to its modules' weights."""
+        number = self.multiples.get
+        for multiple, names in groupby(self.modules, key=lambda name: number(name, 0)):
+            yield weights_source(names, multiple)
 
     @property
     def producer_source(self) -> str:
@@ -122,7 +131,7 @@ class Findings:
         lines, variables, downs = [], [], []
         for number, name in enumerate(self.names):
             site, routed = self.sites[number], ""
-            readers = [weights_source(site.modules)] if site.modules else []
+            readers = list(site.sources())
             if site.experts is not None:
                 routed = f"*downs_{number}"
                 call = f"experts({quoted(site.experts)}, {site.count}, {site.up}{site.lists})"
@@ -195,6 +204,7 @@ def quoted(value: str) -> str:
     return f'"{value}"'
 
 
-def weights_source(modules: list[str]) -> str:
+def weights_source(modules: Iterable[str], multiple: int = 0) -> str:
     """Python source of references to the whole weights of modules."""
-    return f"weights({', '.join(map(quoted, modules))})"
+    arguments = [*map(quoted, modules), *([f"multiple={multiple}"] if multiple else [])]
+    return f"weights({', '.join(arguments)})"

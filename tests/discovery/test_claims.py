@@ -13,10 +13,12 @@ from smoothq.architectures.graph import takes_rotation, text_config
 from smoothq.architectures.linearize import linearize_block
 from smoothq.checkpoint.skeleton import empty_model
 from smoothq.discovery import equivalence
+from smoothq.discovery.claims import Proof
 from smoothq.discovery.findings import Findings
 from smoothq.discovery.infer import discover_family, example
 from smoothq.discovery.shrink import tiny_configs
 from smoothq.discovery.stack import find_stack, kinds_of
+from smoothq.discovery.weight_watch import read_weights
 from smoothq.errors import UnsupportedModelError
 
 TOKENS = torch.randint(60, (2, 17), generator=torch.Generator().manual_seed(9))
@@ -37,14 +39,21 @@ SMALL: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_hidden_layers": 4, "num_local_experts": 4},
     "mamba2": {"num_hidden_layers": 2},
     "falcon_h1": {"num_hidden_layers": 2},
-    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "num_experts": 4},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+    },
 }
+# Norms behind attention: experts read the stream itself.
+OTHERS: dict[str, dict[str, Any]] = {"flex_olmo": {"num_hidden_layers": 2, "num_experts": 4}}
 
 
 @cache
 def finding(name: str) -> tuple[PreTrainedModel, Family]:
     """The real model's skeleton, and its discovered family."""
-    config = AutoConfig.for_model(name, **SMALL[name])
+    config = AutoConfig.for_model(name, **(SMALL | OTHERS)[name])
     return empty_model(config), discover_family(config)[0]
 
 
@@ -79,11 +88,8 @@ class TestEveryForm:
     def test_every_claim_leaves_the_logits_of_other_tokens(self, name: str) -> None:
         model, family = finding(name)
         tiny = example(model.config, kinds_of(find_stack(empty_model(model.config))[1]))
-        before = equivalence.logits(tiny, TOKENS)
-        equivalence.open_blocks(tiny, family)
-        equivalence.everything(tiny, family)
-        after = equivalence.logits(tiny, TOKENS)
-        assert equivalence.deviation(after, before) < equivalence.TOLERANCE[torch.float64]
+        changes = Proof(tiny, family, read_weights(tiny, TOKENS), TOKENS).changes()
+        assert max(changes.values()) < equivalence.TOLERANCE[torch.float64]
 
 
 @pytest.mark.slow
@@ -93,6 +99,22 @@ def test_a_claim_that_fails_is_left_out_and_the_rest_stands() -> None:
     gated = [site for _, graph in graphs("qwen3_next") for site in graph.sites if site.heads]
     assert gated
     assert all(isinstance(s.producer, Rows) and not s.turns_values for s in gated)
+
+
+@pytest.mark.slow
+def test_modules_that_read_multiples_of_an_input_are_observed_each() -> None:
+    _, graph = graphs("falcon_h1")[0]
+    attention = tuple(f"self_attn.{part}_proj" for part in "qkv")
+    assert graph.sites[0].token_groups == (("mamba.in_proj",), attention)
+
+
+@pytest.mark.slow
+def test_experts_that_read_no_norm_still_fold_divisors_into_up() -> None:
+    _, family = finding("flex_olmo")
+    assert not family.notes
+    for _, graph in graphs("flex_olmo"):
+        assert any(site.routed and site.edge == "up_down" for site in graph.sites)
+        assert all(site.edge != "norms" for site in graph.sites)
 
 
 @pytest.mark.slow
