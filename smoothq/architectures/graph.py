@@ -409,10 +409,16 @@ def final_output(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tens
     Returns:
         float (sequences, length, vocabulary or hidden size).
     """
-    whole = model.get_output_embeddings() is not None
-    output: Any = (model if whole else decoder_of(model))(input_ids=tokens, **options)
-    final: Tensor = output.logits if whole else output[0]
-    return final
+    head = model.get_output_embeddings()
+    if head is None:
+        return cast(Tensor, decoder_of(model)(input_ids=tokens, **options)[0])
+    # The innermost model around the head: what stands around that is for images or audio.
+    *_, innermost = (
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is head
+    )
+    return cast(Tensor, innermost(input_ids=tokens, **options).logits)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -140,7 +140,8 @@ class FamilySource:
             elif is_norm(call.module):
                 self._entry_norm = call.name
         self.rotatable = (
-            len(final) == 1
+            not run.repeats
+            and len(final) == 1
             and len(norms) == 1
             and all(finding.writes_stream for finding in self.findings.values())
             and all(
@@ -195,6 +196,8 @@ class _Run:
     """One run of a tiny model: what enters its blocks, and the calls around them.
 
     Attributes:
+        repeats: whether a block is called more than once: between the calls its output may go
+            elsewhere, unrotated.
         entering: number of a block → it, linearized; its hidden state and other arguments.
         before, behind: calls before the first block and behind the last, of modules beside the
             stack that have a weight or are norms, by their names within the decoder.
@@ -202,6 +205,7 @@ class _Run:
 
     def __init__(self, model: PreTrainedModel, attribute: str, tokens: Tensor) -> None:
         self._attribute = attribute
+        self.repeats = False
         self.entering: dict[int, tuple[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]]] = {}
         self.before: list[Call] = []
         self.behind: list[Call] = []
@@ -229,6 +233,7 @@ class _Run:
                 self.before = calls.copy()
             self._last_block_begins = len(calls)
             if index in self.entering:
+                self.repeats = True
                 return
             if not args:  # the hidden states come by name, as the first argument
                 name = next(iter(kwargs))
