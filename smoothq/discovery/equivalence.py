@@ -8,7 +8,7 @@ that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,21 @@ def every_site(_index: int, _site: Site) -> bool:
 
 
 class InFloat64(TorchFunctionMode):
-    """A context in which torch functions that are asked for float32 compute in float64."""
+    """A context in which torch functions that are asked for float32 compute in float64.
+
+    So do those that are asked for no dtype.
+    """
+
+    def __enter__(self) -> Self:
+        """Make float64 the default dtype."""
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """Restore the default dtype."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -101,8 +115,18 @@ def graphs(model: PreTrainedModel, family: Family) -> Iterator[tuple[nn.Module, 
 
 
 def open_blocks(model: PreTrainedModel, family: Family) -> None:
-    """Linearize every block of a model, in place (`linearize_block`)."""
+    """Linearize every block of a model, in place, with weights of its own (`linearize_block`).
+
+    Weights that blocks share are quantized once for each.
+    """
+    seen: set[int] = set()
     for block in model.get_submodule(family.parts(model).layers).children():
+        for name, parameter in list(block.named_parameters()):
+            if id(parameter) in seen:
+                owner, _, leaf = name.rpartition(".")
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(block.get_submodule(owner), leaf, copied)
+        seen |= set(map(id, block.parameters()))
         linearize_block(block)
 
 

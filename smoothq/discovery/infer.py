@@ -116,9 +116,11 @@ def example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: no small model of its wiring runs.
     """
-    last = max(kinds.index(kind) for kind in set(kinds))
+    # Every kind once; or twice, where blocks of a kind share weights (Zamba).
+    occurrences = [[i for i, other in enumerate(kinds) if other == kind] for kind in set(kinds)]
+    depths = (1 + max(indices[:count][-1] for indices in occurrences) for count in (1, 2))
     problems = []
-    for tiny in tiny_configs(config, max(2, last + 1)):
+    for tiny in (tiny for depth in depths for tiny in tiny_configs(config, max(2, depth))):
         try:
             model = _random_model(tiny)
             if torch.isfinite(equivalence.logits(model, TOKENS)).all():
