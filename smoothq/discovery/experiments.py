@@ -81,6 +81,11 @@ def _has_rows_of(left: Tensor, right: Tensor) -> bool:
     return bool((away.amin(1) <= EXACT * rows.abs().amax(-1)).all())
 
 
+def _unnumbered(name: str) -> str:
+    """A module's name without the places in lists."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
 def own_weight(module: nn.Module) -> Any:
     """The module's parameter `weight`, as a tensor, or None where it has none."""
     weight = getattr(module, "weight", None)
@@ -246,11 +251,18 @@ class BlockExperiments:
             self._findings.writes_stream = False
 
     def _find_uncalled(self, called: set[str]) -> None:
-        """Add a site of its own for each linear that these tokens did not reach."""
+        """Add a site of its own for each linear that these tokens did not reach.
+
+        Where a list has one beside those that are reached, a block chooses from the list (the
+        adapters of Zamba 2), maybe another than this block: no divisor is folded there.
+        """
         known = {name for site in self._findings.sites for name in [*site.modules, *site.floats]}
         experts = tuple(f"{site.experts}." for site in self._findings.sites if site.experts)
         for name in plain_linears(self.module):
             if name not in known | called and not name.startswith(experts):
+                for site in self._findings.sites:
+                    if _unnumbered(name) in map(_unnumbered, site.modules):
+                        site.producer = site.heads = None
                 self._findings.sites.append(FoundSite([name]))
                 self._findings.writes_stream = False
 

@@ -57,7 +57,7 @@ def _discover(config: PretrainedConfig) -> tuple[Family, str]:
         raise UnsupportedModelError(
             f"'{config.model_type}' is no causal LM that transformers knows: {first_line(error)}"
         ) from error
-    kinds = kinds_of(find_stack(skeleton)[1])
+    kinds = kinds_of(skeleton)
     source = FamilySource(skeleton, kinds)
     with torch.no_grad():
         try:
@@ -95,7 +95,7 @@ def prove_family(family: Family, config: PretrainedConfig) -> dict[str, float]:
         UnsupportedModelError: a transform changes logits by more than 1e-9 of the largest.
     """
     with torch.no_grad():
-        model = example(config, kinds_of(find_stack(empty_model(config))[1]))
+        model = example(config, kinds_of(empty_model(config)))
         changes = Proof(model, family, read_weights(model, TOKENS), TOKENS).changes()
     for claim, change in changes.items():
         if not change <= EXACT:
@@ -116,11 +116,9 @@ def example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: no small model of its wiring runs.
     """
-    # Every kind once; or twice, where blocks of a kind share weights (Zamba).
-    occurrences = [[i for i, other in enumerate(kinds) if other == kind] for kind in set(kinds)]
-    depths = (1 + max(indices[:count][-1] for indices in occurrences) for count in (1, 2))
+    last = max(kinds.index(kind) for kind in set(kinds))
     problems = []
-    for tiny in (tiny for depth in depths for tiny in tiny_configs(config, max(2, depth))):
+    for tiny in tiny_configs(config, max(2, last + 1)):
         try:
             model = _random_model(tiny)
             if torch.isfinite(equivalence.logits(model, TOKENS)).all():

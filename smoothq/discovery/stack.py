@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures.graph import decoder_of, text_config
+from ..compat import tied_weights
 from ..errors import UnsupportedModelError
 
 
@@ -49,8 +50,18 @@ def find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(outer.items(), key=rank)
 
 
-def kinds_of(blocks: nn.ModuleList) -> list[int]:
-    """The kind of each block: a number from 0, equal for blocks with the same parameter names."""
-    seen: dict[tuple[str, ...], int] = {}
-    signatures = [tuple(name for name, _ in block.named_parameters()) for block in blocks]
-    return [seen.setdefault(signature, len(seen)) for signature in signatures]
+def kinds_of(model: PreTrainedModel) -> list[int]:
+    """The kind of each block: a number from 0, equal for blocks with the same parameter names.
+
+    Blocks that are tied to earlier ones (Zamba) are of another kind than these.
+    """
+    blocks = find_stack(model)[1]
+    names = {id(module): full for full, module in model.named_modules()}
+    stack, tied = names[id(blocks)], tied_weights(model)
+    kinds: dict[tuple[tuple[str, bool], ...], int] = {}
+    numbers = []
+    for index, block in enumerate(blocks):
+        parameters = [own for own, _ in block.named_parameters()]
+        signature = tuple((own, f"{stack}.{index}.{own}" in tied) for own in parameters)
+        numbers.append(kinds.setdefault(signature, len(kinds)))
+    return numbers

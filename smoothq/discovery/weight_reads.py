@@ -38,7 +38,7 @@ def weights_read(model: PreTrainedModel, parts: Parts) -> Callable[[str], bool]:
     """
     layers = model.get_submodule(parts.layers)
     assert isinstance(layers, nn.ModuleList)
-    kinds = kinds_of(layers)
+    kinds = kinds_of(model)
     key = config_naming_class(model).to_json_string(use_diff=False)
     if key not in _reads:
         _reads[key] = _watched(model, parts, kinds)
