@@ -343,9 +343,10 @@ def closed_stacks(block: nn.Module) -> Iterator[str]:
     They stay float: of a linearized block, those of experts of an unknown form.
     """
     for name, parameter in block.named_parameters():
-        owner = block.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd):
-            yield name
+        if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+            owner = block.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, nn.modules.conv._ConvNd):
+                yield name
 
 
 def open_experts(experts: nn.Module) -> None:

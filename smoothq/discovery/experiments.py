@@ -190,7 +190,6 @@ class BlockExperiments:
         output = self.module(self.hidden.clone(), *self._args, **self._kwargs)
         for handle in handles:
             handle.remove()
-        self._findings.returns_tuple = isinstance(output, tuple)
         return (output[0] if isinstance(output, tuple) else output), calls
 
     def find(self) -> Findings:
