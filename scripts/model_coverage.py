@@ -29,6 +29,7 @@ import json
 import logging
 import multiprocessing
 import resource
+import signal
 import struct
 import sys
 import tempfile
@@ -134,7 +135,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 STATE_SPACES = {"falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "xlstm"}
 LARGEST = 80_000_000  # parameters of a model that counts as tiny
 MOST_LAYERS = 12
-SECONDS, MEMORY = 300, 8 << 30  # of a type
+SECONDS, MEMORY = 240, 8 << 30  # of a type: of a processor, and bytes
+PATIENCE = 4  # times as many seconds may pass, where the processors are shared
 TOKENS = torch.randint(6, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 DATA = torch.randint(6, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(7))
 _LLAMA_4 = "Llama4ForConditionalGeneration"
@@ -411,6 +413,7 @@ def reason(record: Record) -> str:
 def _in_process(model_type: str, name: str, path: Path) -> None:
     """Examine a type in this process, which is its own; the record goes to a file."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     record: Record = {}
 
     def keep(now: Record) -> None:
@@ -444,7 +447,7 @@ def examine_all(asked: list[tuple[str, str]], workers: int) -> Iterator[tuple[st
                 running[started.sentinel] = started, name, model_type, time.monotonic()
             wait(list(running), timeout=1)
             for sentinel, (process, name, model_type, begun) in list(running.items()):
-                late = time.monotonic() - begun > SECONDS
+                late = time.monotonic() - begun > PATIENCE * SECONDS
                 if late:
                     process.kill()
                 if late or not process.is_alive():
@@ -452,8 +455,8 @@ def examine_all(asked: list[tuple[str, str]], workers: int) -> Iterator[tuple[st
                     del running[sentinel]
                     path = Path(records) / f"{name}-{model_type}.json"
                     record: Record = json.loads(path.read_text())
-                    if late:
-                        record["reason"] = f"it takes more than {SECONDS} seconds"
+                    if late or process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+                        record["reason"] = f"it takes more than {SECONDS} seconds, or is killed"
                     yield name, model_type, record | {"seconds": time.monotonic() - begun}
 
 

@@ -155,7 +155,7 @@ def _share(plan: Plan, site: SitePlan) -> float:
         return 1.0
     config = plan.wiring.config
     experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))
-    share: float = min(1.0, getattr(config, "num_experts_per_tok", 2) / experts)
+    share: float = min(1.0, (getattr(config, "num_experts_per_tok", None) or 2) / experts)
     return share
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..compat import drop_layer_values
+
 HIDDEN, HEADS, HEAD_DIM, VOCABULARY, EXPERTS = 64, 4, 16, 64, 4
 
 # All different: a config may hold a width that its model does not use.
@@ -20,6 +22,7 @@ WIDTHS = {
     "intermediate_size": 80,
     "ffn_dim": 112,
     "ffn_hidden_size": 160,
+    "dff": 176,
     "n_inner": 144,
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 96,
@@ -52,6 +55,7 @@ _OTHER_WIDTHS = {
     "o_lora_rank": 32,
     "qk_rope_head_dim": HEAD_DIM,
     "qk_nope_head_dim": HEAD_DIM,
+    "qk_head_dim": 2 * HEAD_DIM,  # of both, where it is stored
     "v_head_dim": HEAD_DIM,
     "index_head_dim": HEAD_DIM,
     "index_n_heads": 2,
@@ -160,12 +164,13 @@ def _to_few_layers(decoder: PretrainedConfig, layers: int) -> None:
     """Few layers, and a small vocabulary; lists with an entry for each layer are cut."""
     count = number_of(decoder, "num_hidden_layers")
     if count is not None and layers < count:
-        _set(decoder, {"num_hidden_layers": layers})
+        _set(decoder, {"num_hidden_layers": layers, "num_layers": layers})
         for name, value in list(vars(decoder).items()):
             if isinstance(value, list | tuple) and len(value) == count and count > 1:
                 _set(decoder, {name: value[:layers]})
             elif isinstance(value, list) and name.endswith(("layers", "layer_ids", "indices")):
                 _set(decoder, {name: [index for index in value if _is_below(index, layers)]})
+        drop_layer_values(decoder, layers)
     _set(decoder, dict.fromkeys(_VOCABULARIES, VOCABULARY))
     if (number_of(decoder, "pad_token_id") or 0) >= VOCABULARY:
         decoder.pad_token_id = 0
