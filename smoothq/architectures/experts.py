@@ -280,7 +280,7 @@ def _together(
     linears: nn.ModuleList, x: Tensor, rows: Tensor | None, ends: Tensor
 ) -> Tensor | None:
     """The products of all experts, sorted by expert; None where each must run by itself."""
-    members = _members(linears)
+    members = _members(linears)[: len(ends)]  # LongCat stacks first matrices for identities too
     if not hasattr(type(members[0]), "multiply_together"):
         return None
     product: Tensor | None = members[0].multiply_together(members, x, rows, ends)
