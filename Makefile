@@ -10,7 +10,7 @@ OLDEST ?= .oldest-torch
 MODEL_BENCH := scripts/bench_model.py --head-8 --rivals $(RIVALS) \
 	--preset w8a8 --preset w8a4-token --preset w8a4-calibrated --preset w4a8
 
-.PHONY: demo test coverage lint bench rivals oldest-torch clean
+.PHONY: demo test coverage models lint bench rivals oldest-torch clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo_model.py $(DEMO)/SmolLM2-135M-Instruct
@@ -27,6 +27,11 @@ test: $(READY)
 # Which lines and branches the fast tests run; below [tool.coverage.report] it fails.
 coverage: $(READY)
 	$(PYTEST) -m "not slow" --cov
+
+# A fixed tenth of transformers' model types, quantized and held to plain rounding.
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/model_coverage.py --sample 10 \
+		--output $(VENV)/model-coverage.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

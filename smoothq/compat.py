@@ -400,3 +400,12 @@ def experts_sum_dtype(experts: nn.Module, hidden_states: Tensor, weights: Tensor
     if names & {"Inkling2Experts", "Inkling2LoopExperts"}:
         return torch.float32
     return hidden_states.dtype
+
+
+def drop_layer_values(config: PretrainedConfig, layers: int) -> None:
+    """Drop the values by layer that a config has for layers from number `layers` on, in place."""
+    spec = vars(config).get("_heterogeneity_spec")
+    if spec is not None:
+        values = spec.per_layer_overrides.items()
+        kept = {index: fields for index, fields in values if index < layers}
+        config.per_layer_config = kept or None

@@ -27,6 +27,13 @@ from tests.tiny_models import TINY, VOCABULARY, with_random_values
 
 IMAGE, BEGIN, END = 96, 94, 93  # tokens that stand for a patch, and around an image
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+_QWEN_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": 95,
+    "vision_start_token_id": BEGIN,
+    "vision_end_token_id": END,
+}
 
 
 def _llava() -> PreTrainedModel:
@@ -42,11 +49,8 @@ def _llava() -> PreTrainedModel:
 
 def _qwen2_5_vl() -> PreTrainedModel:
     vision = {
+        **_QWEN_VISION,
         "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
         "window_size": 16,
         "out_hidden_size": 96,
         "fullatt_block_indexes": [1],
@@ -61,13 +65,7 @@ def _qwen2_5_vl() -> PreTrainedModel:
         },
     }
     config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=95,
-        vision_start_token_id=BEGIN,
-        vision_end_token_id=END,
-        tie_word_embeddings=True,
+        text_config=text, vision_config=vision, **_QWEN_TOKENS, tie_word_embeddings=True
     )
     return AutoModelForImageTextToText.from_config(config)
 
@@ -97,22 +95,12 @@ def _qwen3_5() -> PreTrainedModel:
         "pad_token_id": None,
     }
     vision = {
+        **_QWEN_VISION,
         "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
         "out_hidden_size": 48,
         "num_position_embeddings": 16,
     }
-    config = Qwen3_5Config(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=95,
-        vision_start_token_id=BEGIN,
-        vision_end_token_id=END,
-    )
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **_QWEN_TOKENS)
     return AutoModelForImageTextToText.from_config(config)
 
 

@@ -6,9 +6,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..architectures import BlockGraph, family_of, supported_model_types
 from ..architectures.attention_support import unquantizable_attention
-from ..architectures.graph import takes_rotation
 from ..checkpoint.model_class import class_of
-from ..report.table import markdown as markdown_table
+from .model_claims import EDGES, NONE, edges_cell, stream_cell
 
 HEADER = (
     "model type",
@@ -19,8 +18,6 @@ HEADER = (
     "KV cache",
     "experts",
 )
-NONE = "none"
-_EDGES = {"norms": "norms", "up_down": "up→down", "value_output": "v→o"}
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -29,8 +26,7 @@ def rows() -> list[tuple[str, ...]]:
     Each model type is represented by its default config. The cells:
 
     - SmoothQuant, SmoothRot: the edges at which smoothing divisors can be folded into weights.
-    - QuaRot: `offline` if the rotation of the residual stream is folded into weights, `online, by
-      site` if the inputs of linears are rotated at run time instead.
+    - QuaRot: how the residual stream can be rotated, as `stream_cell` says it.
     - RS, RRS: the scopes of runtime smoothing that the family can take.
     - KV cache: whether a quantized KV cache with int8 attention can replace the family's attention.
     - experts: how many layers have them.
@@ -38,26 +34,18 @@ def rows() -> list[tuple[str, ...]]:
     return [_row(model_type) for model_type in supported_model_types()]
 
 
-def markdown() -> str:
-    """The support matrix as a Markdown table, as `docs/models.md` has it."""
-    return markdown_table(HEADER, rows())
-
-
 def _row(model_type: str) -> tuple[str, ...]:
     config = AutoConfig.for_model(model_type)
     family = family_of(config)
     assert family is not None
     graphs = [family.block(config, index) for index in range(config.num_hidden_layers)]
-    edges = {site.edge for graph in graphs for site in graph.sites}
-    stream = "online, by site"
-    if takes_rotation(graphs):
-        stream = "offline, mean kept" if family.centred else "offline"
+    edges = edges_cell(graphs)
     experts = any(site.routed for graph in graphs for site in graph.sites)
     return (
         model_type,
-        ", ".join(text for edge, text in _EDGES.items() if edge in edges) or NONE,
-        stream,
-        _EDGES["up_down"] if "up_down" in edges else NONE,
+        edges,
+        stream_cell(family, graphs),
+        EDGES["up_down"] if EDGES["up_down"] in edges else NONE,
         "token, calibrated" if family.flattens else "token, calibrated, live",
         _attention(config),
         _experts(graphs) if experts else NONE,

@@ -280,7 +280,7 @@ def _together(
     linears: nn.ModuleList, x: Tensor, rows: Tensor | None, ends: Tensor
 ) -> Tensor | None:
     """The products of all experts, sorted by expert; None where each must run by itself."""
-    members = _members(linears)[: len(ends)]  # first matrices of zero experts are never read
+    members = _members(linears)[: len(ends)]  # LongCat stacks first matrices for identities too
     if not hasattr(type(members[0]), "multiply_together"):
         return None
     product: Tensor | None = members[0].multiply_together(members, x, rows, ends)
@@ -343,9 +343,10 @@ def closed_stacks(block: nn.Module) -> Iterator[str]:
     They stay float: of a linearized block, those of experts of an unknown form.
     """
     for name, parameter in block.named_parameters():
-        owner = block.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd):
-            yield name
+        if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+            owner = block.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, nn.modules.conv._ConvNd):
+                yield name
 
 
 def open_experts(experts: nn.Module) -> None:

@@ -315,7 +315,6 @@ class Family:
         block: config and layer index → BlockGraph.
         layers, final_norm, positions, entry_norm: names within the decoder, as in `Parts`.
         centred: whether its norms subtract the mean (LayerNorm).
-        returns_tuple: whether a block returns its output inside a tuple.
         flattens: whether a block joins batch and tokens in one dimension before some linears.
         sums_at_entry: whether the first block's input is a sum of multiples of the rows of
             `Parts.entering`, so that rotating those embeddings rotates it.
@@ -330,7 +329,6 @@ class Family:
     positions: str | None = None
     entry_norm: str | None = None
     centred: bool = False
-    returns_tuple: bool = False
     flattens: bool = False
     sums_at_entry: bool = True
     notes: tuple[str, ...] = ()

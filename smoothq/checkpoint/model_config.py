@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from ..errors import CheckpointError, UnsupportedModelError, first_line
 from .hub_files import resolve_directory
@@ -28,6 +28,26 @@ def read_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
         SmoothqError: if there is no config, or it cannot be read.
     """
     return config_in(resolve_directory(model, weights=False), model, trust_remote_code)
+
+
+def config_named(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a hub id, a local directory, a config file, or of a model type's default sizes.
+
+    Args:
+        model: any of these; a directory goes before a model type of its name.
+        trust_remote_code: as for `config_in`.
+
+    Raises:
+        SmoothqError: if there is no config, or it cannot be read.
+    """
+    path = Path(model)
+    if path.is_file():
+        if path.name != CONFIG:
+            raise CheckpointError(f"{model}: a config file is called {CONFIG}")
+        return config_in(path.parent, model, trust_remote_code)
+    if not path.exists() and model in CONFIG_MAPPING:
+        return AutoConfig.for_model(model)
+    return read_config(model, trust_remote_code)
 
 
 def config_in(directory: Path, name: str, trust_remote_code: bool = False) -> PretrainedConfig:

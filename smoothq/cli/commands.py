@@ -11,7 +11,8 @@ from ..errors import SmoothqError
 from .evaluate import compare, evaluate, generate
 from .in_flags import in_flags
 from .inspect import inspect, sensitivity
-from .plan import families, plan
+from .models import families, models
+from .plan import plan
 from .quantize import export, push, quantize, verify
 from .terminal import err, show_log, show_what_can_be_shown
 
@@ -22,8 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 looking = (plan, verify, inspect, sensitivity)
-for command in (quantize, export, push, *looking, evaluate, compare, generate, families):
+for command in (quantize, export, push, *looking, evaluate, compare, generate, models):
     app.command("eval" if command is evaluate else None)(command)
+app.command(hidden=True)(families)
 
 
 @app.callback()

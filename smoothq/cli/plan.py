@@ -1,4 +1,4 @@
-"""The commands that ask before any work: plan and families."""
+"""The command that asks what a recipe comes to before any work: plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..report.table import columns, pairs
+from ..report.table import pairs
 from .common import (
     Device,
     Json,
@@ -76,28 +76,6 @@ def plan(
         out.print(table, soft_wrap=False)
     for line in report.remarks(resolved, model):
         out.print(line)
-
-
-def families(
-    infer: Annotated[
-        str | None,
-        typer.Option(help="Find the wiring of this model by itself, and print it as a file."),
-    ] = None,
-) -> None:
-    """Print which method each model family can take.
-
-    Example: smoothq families --infer MODEL
-    """
-    from ..advisor.families import HEADER, rows
-
-    silence_transformers()
-    if infer is not None:
-        from ..checkpoint.model_config import read_config
-        from ..discovery.infer import discover_family
-
-        print(discover_family(read_config(infer))[1], end="")
-        return
-    out.print(columns(None, HEADER, rows()), soft_wrap=False)
 
 
 def print_plan(

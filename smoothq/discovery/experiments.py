@@ -199,9 +199,7 @@ class BlockExperiments:
         output = self.module(self.hidden.clone(), *self._args, **self._kwargs)
         for handle in handles:
             handle.remove()
-        several = isinstance(output, tuple | list)
-        self._findings.returns_tuple = several
-        return (output[0] if several else output), calls
+        return (output[0] if isinstance(output, tuple | list) else output), calls
 
     def find(self) -> Findings:
         """Run the experiments and return what they find."""

@@ -184,8 +184,6 @@ class FamilySource:
             yield "sums_at_entry=False"
         if self._centred:
             yield "centred=True"
-        if any(finding.returns_tuple for finding in self.findings.values()):
-            yield "returns_tuple=True"
         if any(finding.flattens for finding in self.findings.values()):
             yield "flattens=True"
         if self.notes:

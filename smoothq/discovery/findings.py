@@ -93,14 +93,13 @@ class Findings:
         stream_norms: the norms that read the residual stream.
         stream_writers: the linears outside of experts whose outputs are added to the stream.
         writes_stream: whether a rotation of the stream can be folded into all its writers.
-        returns_tuple, flattens: as of `Family`.
+        flattens: as of `Family`.
     """
 
     sites: list[FoundSite] = field(default_factory=list)
     stream_norms: list[NormFacts] = field(default_factory=list)
     stream_writers: list[str] = field(default_factory=list)
     writes_stream: bool = True
-    returns_tuple: bool = False
     flattens: bool = False
 
     @classmethod

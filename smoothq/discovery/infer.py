@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architectures import Family
-from ..architectures.graph import decoder_of, text_config
 from ..checkpoint.skeleton import empty_model
 from ..compat import use_eager_experts
 from ..errors import UnsupportedModelError, first_line
@@ -24,7 +23,7 @@ from .claims import Proof, proven
 from .experiments import EXACT
 from .family_source import FamilySource, load_family
 from .shrink import tiny_configs
-from .stack import find_stack, kinds_of
+from .stack import find_stack, kinds_of, towers
 from .weight_watch import read_weights
 
 TOKENS = torch.tensor(
@@ -133,11 +132,11 @@ def example(config: PretrainedConfig, kinds: list[int]) -> PreTrainedModel:
 def _random_model(config: PretrainedConfig) -> PreTrainedModel:
     """A float64 model with random weights; those of vision and audio towers are on meta."""
     model: Any = empty_model(config)
-    towers = tuple(f"{name}." for name in _towers(model))
+    outside = tuple(f"{name}." for name in towers(model, find_stack(model)[1]))
     floats = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if not name.startswith(towers)
+        if not name.startswith(outside)
     }
     numbers = sum(parameter.numel() for parameter in floats.values())
     if numbers > LARGEST:
@@ -159,18 +158,3 @@ def _random_model(config: PretrainedConfig) -> PreTrainedModel:
     use_eager_experts(model)
     tiny_model: PreTrainedModel = model
     return tiny_model
-
-
-def _towers(model: PreTrainedModel) -> list[str]:
-    """The names of models within a model that are no part of its decoder, such as for vision."""
-    decoder, config = decoder_of(model), text_config(model)
-    inside = {id(module) for module in decoder.modules()}
-    blocks = {id(module) for module in find_stack(model)[1].modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
-        and type(module.config) is not type(config)
-        and blocks.isdisjoint(map(id, module.modules()))
-        and (id(module) not in inside or module is not decoder)
-    ]

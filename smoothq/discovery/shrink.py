@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..compat import drop_layer_values
+
 HIDDEN, HEADS, HEAD_DIM, VOCABULARY, EXPERTS = 64, 4, 16, 64, 4
 
 # All different: a config may hold a width that its model does not use.
@@ -20,6 +22,7 @@ WIDTHS = {
     "intermediate_size": 80,
     "ffn_dim": 112,
     "ffn_hidden_size": 160,
+    "dff": 176,
     "n_inner": 144,
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 96,
@@ -52,6 +55,7 @@ _OTHER_WIDTHS = {
     "o_lora_rank": 32,
     "qk_rope_head_dim": HEAD_DIM,
     "qk_nope_head_dim": HEAD_DIM,
+    "qk_head_dim": 2 * HEAD_DIM,  # of both, where it is stored
     "v_head_dim": HEAD_DIM,
     "index_head_dim": HEAD_DIM,
     "index_n_heads": 2,
@@ -91,18 +95,41 @@ _OTHER_WIDTHS = {
 }
 
 
-def tiny_configs(config: PretrainedConfig, layers: int) -> Iterator[PretrainedConfig]:
+# Fields of vision and audio towers, and of what stands between them and the decoder.
+_TOWER = {
+    **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "projection_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "mlp_dim", "ffn_dim", "encoder_ffn_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "encoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("num_key_value_heads", "attention_heads", "layers", "n_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "decoder_attention_heads", "num_blocks"), 2),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_hidden_size"), 32),
+    "head_dim": 16,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_mel_bins": 16,
+    "max_source_positions": 64,
+}
+_TOWER_OUTPUTS = ("out_hidden_size", "text_hidden_size", "output_dim", "adapter_out_dim")
+
+
+def tiny_configs(
+    config: PretrainedConfig, layers: int, towers: bool = False
+) -> Iterator[PretrainedConfig]:
     """Copies of a config with `layers` layers, the smallest widths first.
 
     Args:
         config: of the real model.
         layers: blocks of the tiny model's decoder.
+        towers: whether to make vision and audio towers small too; else they are the real ones.
     """
     for shrink in (_to_small_widths, _to_small_counts, _to_few_layers):
         tiny = copy.deepcopy(config)
         if hasattr(tiny, "quantization_config"):
             del tiny.quantization_config
         shrink(tiny.get_text_config(decoder=True), layers)
+        if towers:
+            _to_small_towers(tiny, tiny.get_text_config(decoder=True))
         yield tiny
 
 
@@ -124,25 +151,43 @@ def _to_small_counts(decoder: PretrainedConfig, layers: int) -> None:
     """Few layers, experts and tokens of the vocabulary."""
     _to_few_layers(decoder, layers)
     _set(decoder, dict.fromkeys(EXPERT_COUNTS, EXPERTS))
+    routed = any(number_of(decoder, name) for name in EXPERT_COUNTS)
     for chosen in _EXPERTS_OF_TOKEN:
         count = number_of(decoder, chosen)
         if count is not None:
             _set(decoder, {chosen: min(count, 2)})
+        elif routed and vars(decoder).get(chosen, 0) is None:  # the class has no default
+            setattr(decoder, chosen, 2)
 
 
 def _to_few_layers(decoder: PretrainedConfig, layers: int) -> None:
     """Few layers, and a small vocabulary; lists with an entry for each layer are cut."""
     count = number_of(decoder, "num_hidden_layers")
     if count is not None and layers < count:
-        _set(decoder, {"num_hidden_layers": layers})
+        _set(decoder, {"num_hidden_layers": layers, "num_layers": layers})
         for name, value in list(vars(decoder).items()):
             if isinstance(value, list | tuple) and len(value) == count and count > 1:
                 _set(decoder, {name: value[:layers]})
             elif isinstance(value, list) and name.endswith(("layers", "layer_ids", "indices")):
                 _set(decoder, {name: [index for index in value if _is_below(index, layers)]})
+        drop_layer_values(decoder, layers)
     _set(decoder, dict.fromkeys(_VOCABULARIES, VOCABULARY))
     if (number_of(decoder, "pad_token_id") or 0) >= VOCABULARY:
         decoder.pad_token_id = 0
+
+
+def _to_small_towers(config: PretrainedConfig, decoder: PretrainedConfig) -> None:
+    """Small widths in all configs within a config but the decoder's."""
+    for name in () if config is decoder else config.sub_configs:
+        tower = getattr(config, name, None)
+        if tower is decoder or not isinstance(tower, PretrainedConfig):
+            continue
+        _set(tower, {field: size for field, size in _TOWER.items() if number_of(tower, field)})
+        _set(tower, dict.fromkeys(_TOWER_OUTPUTS, decoder.hidden_size))
+        for field, value in list(vars(tower).items()):
+            if isinstance(value, list) and field.endswith(("indexes", "indices")):
+                _set(tower, {field: [index for index in value if _is_below(index, 2)] or [1]})
+        _to_small_towers(tower, decoder)
 
 
 def _is_below(index: Any, layers: int) -> bool:

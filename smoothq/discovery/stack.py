@@ -20,18 +20,17 @@ def find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         UnsupportedModelError: the decoder has no list of blocks.
     """
     decoder, config = decoder_of(model), text_config(model)
-    towers = tuple(
-        f"{name}."
-        for name, module in decoder.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.config is not config
-        if type(module.config) is not type(config)
-    )
+    beside = {
+        id(module)
+        for name in towers(model, decoder)
+        for module in model.get_submodule(name).modules()
+    }
     everywhere = {
         name: module
         for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
     }
-    outside = {name: m for name, m in everywhere.items() if not name.startswith(towers)}
+    outside = {name: m for name, m in everywhere.items() if id(m) not in beside}
     lists = outside or everywhere
     outer = {
         name: module
@@ -48,6 +47,23 @@ def find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         return len(item[1]) == count, sum(p.numel() for p in item[1].parameters())
 
     return max(outer.items(), key=rank)
+
+
+def towers(model: PreTrainedModel, core: nn.Module) -> list[str]:
+    """The full names of the models within a model that are no part of its decoder, as for vision.
+
+    Args:
+        model: any class of model around a decoder.
+        core: a module of it; what holds it is no tower, but a wrapper.
+    """
+    config = text_config(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and type(module.config) is not type(config)
+        and not any(inner is core for inner in module.modules())
+    ]
 
 
 def kinds_of(model: PreTrainedModel) -> list[int]:

@@ -32,6 +32,7 @@ OPS_PER_TRIED_SCALE = 250.0  # rounding one weight with one more candidate scale
 
 OVERHEAD = 1.4  # total time / time of the counted operations, on SmolLM2-135M
 PROBE_SECONDS = 0.2  # for which the speed of the device is measured
+PROBE_OPERATIONS = 1 << 33  # of one product in it, at most: a wide model's would take seconds
 ROUTED_EXPERTS = 2.0  # that one token is assumed to pass through, per layer
 STATES_BYTES = 1 << 30  # of hidden states in memory; larger ones are stored on disk
 CHUNK_BYTES = 256 << 20  # temporaries of operations that process a matrix in chunks
@@ -101,7 +102,8 @@ def _speed(plan: Plan, device: torch.device) -> float:
     """Measured float32 operations per second in products of the model's size, with all threads."""
     spec = max((spec for _, spec, _ in plan.linears()), key=lambda spec: spec.elements)
     floats: Any = {"dtype": torch.float32, "device": device}
-    x = torch.rand(MICRO_BATCH_TOKENS, spec.in_features, **floats)
+    tokens = min(MICRO_BATCH_TOKENS, max(64, PROBE_OPERATIONS // (2 * spec.elements)))
+    x = torch.rand(tokens, spec.in_features, **floats)
     weight = torch.rand(spec.in_features, spec.out_features, **floats)
     (x @ weight)[0, 0].item()
     start, products = time.perf_counter(), 0

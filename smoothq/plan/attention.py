@@ -26,9 +26,7 @@ def plan_attention(wiring: Wiring, recipe: Recipe) -> AttentionSpec | None:
     """
     if not recipe.quantizes_attention:
         return None
-    reason = unquantizable_attention(wiring.config, wiring.model_class)
-    if reason is None and any(graph.value_output is None for graph in wiring.graphs):
-        reason = "its values do not reach the output projection unchanged"
+    reason = float_attention(wiring)
     if reason is not None:
         raise UnsupportedModelError(
             f"{wiring.config.model_type}: attention cannot be quantized: {reason}; leave kv_cache "
@@ -41,6 +39,14 @@ def plan_attention(wiring: Wiring, recipe: Recipe) -> AttentionSpec | None:
     cache = CacheFormat(wanted.bits, _head_group(recipe, wanted, width), wanted.float_tokens)
     rotation = Hadamard.of(width, recipe.seed) if rotated else None
     return AttentionSpec(cache, recipe.attention, rotation)
+
+
+def float_attention(wiring: Wiring) -> str | None:
+    """Why a model's KV cache and attention cannot be quantized, or None where they can."""
+    reason = unquantizable_attention(wiring.config, wiring.model_class)
+    if reason is None and any(graph.value_output is None for graph in wiring.graphs):
+        reason = "its values do not reach the output projection unchanged"
+    return reason
 
 
 def _head_group(recipe: Recipe, wanted: KvCache, width: int) -> int | None:

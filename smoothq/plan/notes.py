@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from torch import nn
+
+from ..architectures.experts import closed_stacks
 from .plan import Plan
 
 
@@ -26,7 +29,26 @@ def notes_on(plan: Plan, read: Sequence[str], sensitive: Mapping[str, str]) -> t
             f"{len(read)} linears stay in float, as the model's code reads their weights: "
             f"{read[0]}{', …' if len(read) > 1 else ''}"
         )
+    closed = _closed_stacks(plan)
+    if closed:
+        notes.append(
+            f"{len(closed)} stacks of matrices, as experts have them, stay in float, for no form "
+            f"that is known has them: {closed[0]}{', …' if len(closed) > 1 else ''}"
+        )
     return tuple(dict.fromkeys(notes))
+
+
+def _closed_stacks(plan: Plan) -> list[str]:
+    """The full names of the stacks of matrices in all blocks for which no linear stands."""
+    stacks: dict[nn.Module, list[str]] = {}  # equal blocks are one object
+    for layer in plan.wiring.layers:
+        if layer not in stacks:
+            stacks[layer] = list(closed_stacks(layer))
+    return [
+        f"{plan.parts.block_name(index)}.{name}"
+        for index, layer in enumerate(plan.wiring.layers)
+        for name in stacks[layer]
+    ]
 
 
 def _fallbacks(plan: Plan) -> Iterator[str]:

@@ -143,7 +143,7 @@ def _discovered(model: PreTrainedModel) -> Family:
     family, _ = discover_family(config_naming_class(model))
     log.warning(
         "architecture '%s' has no file: its wiring was found by experiments on a tiny model and "
-        "proven there; smoothq families --infer shows it",
+        "proven there; smoothq models MODEL shows it",
         text_config(model).model_type,
     )
     return family

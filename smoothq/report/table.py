@@ -13,7 +13,7 @@ def columns(title: str | None, header: Sequence[str], rows: Sequence[tuple[str, 
     """A table with a header; lines are not broken in the first column. title: None for no title."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
-        table.add_column(name, no_wrap=number == 0)
+        table.add_column(name, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

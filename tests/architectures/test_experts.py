@@ -197,6 +197,7 @@ def test_a_module_of_an_unknown_form_stays_as_it_is_and_is_named() -> None:
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.zeros(3, 8, 4))
             self.down_proj = nn.Parameter(torch.zeros(3, 4, 4))
+            self.mixing = nn.Parameter(torch.zeros(1, 1, 4))  # no stack of matrices
 
     block = nn.ModuleDict({"experts": Unknown(), "conv": nn.Conv1d(2, 2, 3)})
     linearize_block(block)

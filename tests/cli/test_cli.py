@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from smoothq import load_recipe
 from smoothq.cli.commands import app
@@ -272,16 +272,75 @@ def test_layers_kept_embeddings_in_8_bits_and_alpha_searched(run, model, tmp_pat
     assert not (tmp_path / "no").exists()
 
 
-def test_families_prints_the_table_and_finds_a_wiring(run, model) -> None:
-    code, text, _ = run("families")
+def test_models_prints_the_families_with_a_file(run) -> None:
+    code, text, _ = run("models")
     assert code == 0
     assert "qwen2_moe" in text
-    code, text, _ = run("families", "--infer", model)
+    code, text, _ = run("models", "--json")
+    assert {row["model type"]: row["experts"] for row in json.loads(text)}[
+        "mixtral"
+    ] == "each layer"
+
+
+def test_models_says_which_claims_hold_for_a_model(run, model) -> None:
+    code, text, _ = run("models", model)
+    assert code == 0
+    for fact in ("LlamaForCausalLM", "families.llama", "offline", "norms: input_layernorm"):
+        assert fact in text
+    code, text, _ = run("models", model / "config.json", "--json")
+    claims = json.loads(text)
+    assert (claims["source"], claims["stream"]) == (
+        "smoothq.architectures.families.llama",
+        "offline",
+    )
+    (block,) = claims["blocks"]
+    shared = [site["linears"] for site in block["sites"]]
+    assert ["mlp.gate_proj", "mlp.up_proj"] in shared
+    assert [site["edge"] for site in block["sites"]] == [
+        *("norms", "value_output"),
+        *("norms", "up_down"),
+    ]
+    assert not claims["floats"]
+
+
+def test_models_finds_what_no_file_says(run, tmp_path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = {"layer_types": ["conv", "full_attention"], "pad_token_id": 0}
+    AutoConfig.for_model("lfm2", **sizes, **heads, **layers).save_pretrained(tmp_path)
+    code, text, log = run("models", tmp_path, "--json")
+    assert code == 0, log
+    claims = json.loads(text)
+    assert "experiments" in claims["source"]
+    assert [block["indices"] for block in claims["blocks"]] == [[0], [1]]
+    assert claims["floats"]["*.conv.conv"] == "a convolution"
+    assert {"query": 4, "key_value": 2, "dim": 16} in claims["heads"]
+
+
+@pytest.mark.slow
+def test_models_takes_a_model_type_for_its_default_sizes(run) -> None:
+    code, text, log = run("models", "qwen3_moe", "--json")
+    assert code == 0, log
+    claims = json.loads(text)
+    assert claims["experts"]["mlp.experts"].startswith("128, ")
+    assert len({site["name"] for site in claims["blocks"][0]["sites"]}) < 8  # all experts are one
+    assert "*.mlp.gate" in claims["floats"]
+
+
+def test_models_prints_a_wiring_as_a_file_by_its_earlier_name_too(run, model) -> None:
+    code, text, _ = run("models", model, "--python")
     assert code == 0
     assert 'FAMILY = Family(("llama",), _block' in text
-    code, text, log = run("families", "--infer", "/no/such/model")
+    for earlier in (("models", "--infer", model), ("families", "--infer", model)):
+        assert run(*earlier)[:2] == (0, text)
+    assert "smoothq families is now smoothq models" in run("families")[2]
+
+
+def test_models_refuses_what_is_no_model(run) -> None:
+    code, text, log = run("models", "/no/such/model")
     assert (code, text) == (1, "")
     assert "/no/such/model" in log
+    assert run("models", "--python")[0] == 2
 
 
 def test_a_stopped_run_goes_on_by_the_same_command(run, model, tmp_path, monkeypatch) -> None:

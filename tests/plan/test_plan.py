@@ -1,5 +1,7 @@
 """What a recipe comes to for a model: bits counted, groups chosen, contradictions refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -79,6 +81,17 @@ def test_a_width_without_a_hadamard_matrix_is_said_by_name() -> None:
     plan = make_plan(on_meta(intermediate_size=1712), preset("w4a4", "quarot"))
     assert any("1712" in note and "block-diagonal" in note for note in plan.notes)
     assert make_plan(on_meta(), preset("w4a4", "quarot")).notes == ()
+
+
+def test_experts_of_an_unknown_form_are_named_as_what_stays_in_float() -> None:
+    model = on_meta()
+    experts: Any = torch.nn.Module()
+    experts.gate_up_proj = torch.nn.Parameter(torch.empty(4, 16, 8, device="meta"))
+    blocks: Any = model.get_submodule("model.layers")
+    blocks[1].mlp.experts = experts
+    (note,) = make_plan(model, preset("w8a8")).notes
+    assert note.startswith("1 stacks of matrices")
+    assert note.endswith("model.layers.1.mlp.experts.gate_up_proj")
 
 
 def test_layers_draw_their_own_value_rotation_and_seeds_differ() -> None:

@@ -42,7 +42,6 @@ FAMILY = Family(
     final_norm="ln_f",
     entry_norm="word_embeddings_layernorm",
     centred=True,
-    returns_tuple=True,
     sums_at_entry=False,
     refuses=_refuses,
 )

@@ -46,11 +46,4 @@ def _block(config: PretrainedConfig, index: int) -> BlockGraph:
     return BlockGraph((qkv_site, o_site, up, down), writers(o_site, down))
 
 
-FAMILY = Family(
-    ("falcon",),
-    _block,
-    layers="h",
-    final_norm="ln_f",
-    centred=True,
-    returns_tuple=True,
-)
+FAMILY = Family(("falcon",), _block, layers="h", final_norm="ln_f", centred=True)
