@@ -82,9 +82,9 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         # Not the model's dtype, which may be that of a tower beside the decoder.
         embedding: Any = model.get_input_embeddings()
         if embedding.weight.dtype != torch.float64:
-            return final_output(model, tokens)
+            return final_output(model, tokens, use_cache=False)
         with InFloat64():
-            return final_output(model, tokens)
+            return final_output(model, tokens, use_cache=False)
 
 
 def deviation(logits_now: Tensor, logits_before: Tensor) -> float:
