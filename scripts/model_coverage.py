@@ -189,7 +189,7 @@ def small_model(model_type: str, name: str) -> PreTrainedModel:
 def _layers(config: PretrainedConfig, kind: type[PreTrainedModel]) -> int:
     """So many layers that every kind of block is among them."""
     skeleton = empty_model(config, kind)
-    kinds = kinds_of(find_stack(skeleton)[1])
+    kinds = kinds_of(skeleton)
     values = vars(text_config(skeleton)).values()
     lists = [value for value in values if isinstance(value, list) and len(value) == len(kinds)]
     blocks = list(zip(kinds, *(map(str, value) for value in lists), strict=True))

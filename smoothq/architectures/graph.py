@@ -373,9 +373,21 @@ class Family:
         )
 
     def folds_offline(self, model: PreTrainedModel) -> bool:
-        """Whether a residual rotation can be folded into a model's embeddings and untied head."""
+        """Whether a residual rotation can be folded into a model's embeddings and untied head.
+
+        Features of images and sound, which towers make, take the place of rows of the embedding.
+        """
         parts = self.parts(model)
-        return self.sums_at_entry and parts.head is not None and parts.folds_head(model)
+        folds = self.sums_at_entry and parts.head is not None and parts.folds_head(model)
+        return folds and not _has_towers(model, parts)
+
+
+def _has_towers(model: PreTrainedModel, parts: Parts) -> bool:
+    """Whether a model has matrices outside of its decoder and head."""
+    text = tuple(
+        f"{name}." if name else "" for name in (parts.decoder, parts.head or parts.decoder)
+    )
+    return any(p.dim() > 1 and not name.startswith(text) for name, p in model.named_parameters())
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -408,15 +420,17 @@ def final_output(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tens
         float (sequences, length, vocabulary or hidden size).
     """
     head = model.get_output_embeddings()
-    if head is None:
-        return cast(Tensor, decoder_of(model)(input_ids=tokens, **options)[0])
-    # The innermost model around the head: what stands around that is for images or audio.
-    *_, innermost = (
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is head
-    )
-    return cast(Tensor, innermost(input_ids=tokens, **options).logits)
+    predictor = decoder_of(model) if head is None else _predictor(model, head)
+    output: Any = predictor(input_ids=tokens, **options)
+    final: Tensor = output[0] if head is None else output.logits
+    return final
+
+
+def _predictor(model: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
+    """The innermost model with this head: text runs also where the class around it asks more."""
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    *_, innermost = (m for m in models if m is model or m.get_output_embeddings() is head)
+    return innermost
 
 
 def is_tied(model: PreTrainedModel) -> bool:

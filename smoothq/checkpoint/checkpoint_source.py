@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from .skeleton import untie
 from .source import Reader, Source
 from .weight_files import Spec, digest_file, read_rows, read_tensor, tensor_files, tensor_shapes
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 COMPARED_ROWS = 4096  # read at a time when two tensors are compared
 
 
@@ -112,6 +114,19 @@ class _Conversion:
     converter: Any
     parts: list[tuple[str, str]]
 
+    def by_number(self) -> list[_Conversion]:
+        """One for each number that tells the inputs' names apart, in order; itself without one."""
+        numbers = [_NUMBER.findall(stored) for _, stored in self.parts]
+        if len({len(members) for members in numbers}) > 1:
+            return [self]
+        columns = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
+        if len(columns) != 1:
+            return [self]
+        groups: dict[int, list[tuple[str, str]]] = {}
+        for number, part in zip(columns[0], self.parts, strict=True):
+            groups.setdefault(int(number), []).append(part)
+        return [replace(self, parts=parts) for _, parts in sorted(groups.items())]
+
 
 class _StoredTensors:
     """The tensors of weight files under a model's names, each renamed, converted or as it is."""
@@ -119,7 +134,7 @@ class _StoredTensors:
     def __init__(self, files: dict[str, Path], model: PreTrainedModel, source: str) -> None:
         """files: stored name → file. source: name of the model, for messages."""
         self._files, self._model, self._source = files, model, source
-        stored_specs = {
+        self._shapes = stored_specs = {
             name: spec
             for path in sorted(set(files.values()))
             for name, spec in tensor_shapes(path).items()
@@ -191,10 +206,15 @@ class _StoredTensors:
             yield stored[key], tensor
 
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
-        """A parameter in chunks of `count` rows; a converted parameter is in memory as a whole."""
+        """A parameter in chunks of `count` rows.
+
+        Of one that is converted from tensors of each expert, all rows of one are in memory, and of
+        any other converted one the whole.
+        """
         if name in self._conversions:
-            ((_, tensor),) = self.tensors([name])
-            yield from tensor.split(count)
+            for part in self._parts(self._conversions[name], name):
+                tensors = dict(self._read(stored for _, stored in part.parts))
+                yield from self._convert(part, tensors)[name].split(count)
         else:
             yield from read_rows(self._files[self._key(name)], self._key(name), count)
 
@@ -209,6 +229,22 @@ class _StoredTensors:
         for key in sorted(stored, key=lambda key: str(self._files[key])):
             # Opened for this tensor only: pages of a mapped file count as resident memory.
             yield key, read_tensor(self._files[key], key)
+
+    def _parts(self, conversion: _Conversion, name: str) -> list[_Conversion]:
+        """A conversion as one for each expert, whose results `name` in order are its own.
+
+        It has the whole as its only member where the stored tensors are not those of experts.
+        """
+        parts = conversion.by_number()
+        shapes: list[tuple[int, ...]] = []
+        for members in (parts[0], conversion):
+            empty = {
+                stored: torch.empty(self._shapes[stored].shape, device="meta")
+                for _, stored in members.parts
+            }
+            shapes.append(tuple(self._convert(members, empty)[name].shape))
+        (rows, *width), whole = shapes[0], shapes[1]
+        return parts if (rows * len(parts), *width) == whole else [conversion]
 
     def _convert(self, conversion: _Conversion, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Apply one of transformers' conversions, and return its results by name in the model.

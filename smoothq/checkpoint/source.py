@@ -21,11 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..architectures.graph import all_finite
 from ..compat import tied_weights
 from ..errors import CalibrationError, CheckpointError, NumericsError, UnsupportedModelError
+from ..runtime.mapped import mapped_tensor, touch
 from ..runtime.memory import give_back
 from .side_files import SideFiles
 from .skeleton import skeleton_of, take_dtypes
 from .weight_files import Spec, families_of
 
+STACK_BYTES = 16 << 20  # of a stack of matrices that is read one by one, in the source
 PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -221,7 +223,13 @@ def text_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype | None) -> None:
+def load_module(
+    module: nn.Module,
+    prefix: str,
+    source: Source,
+    dtype: torch.dtype | None,
+    directory: Path | None = None,
+) -> None:
     """Fill a module's parameters and persistent buffers from a source, with copies.
 
     A buffer that is not stored keeps the values that the model's class computed.
@@ -231,6 +239,8 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
         prefix: full name of the module.
         source: of the weights.
         dtype: of the floats; None keeps the stored dtypes.
+        directory: for files of large stacks of matrices, as of experts, which are read one by one
+            and mapped; None has all in memory.
 
     Raises:
         CheckpointError: for a missing tensor or a wrong shape.
@@ -240,6 +250,9 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
     unstored = {n for n, _ in module.named_buffers() if f"{prefix}.{n}" not in source.specs}
     names = {f"{prefix}.{name}": name for name in expected if name not in unstored}
     loaded = {}
+    if directory is not None and dtype is not None:
+        for full in [full for full in names if _is_large_stack(source.specs.get(full))]:
+            loaded[names.pop(full)] = _mapped_stack(source, full, dtype, directory)
     for full, tensor in source.tensors(names):
         check_weight(tensor, full, tuple(expected[names[full]].shape), source.name)
         # A copy, never a view: transforms write in place.
@@ -247,6 +260,25 @@ def load_module(module: nn.Module, prefix: str, source: Source, dtype: torch.dty
         loaded[names[full]] = tensor.to(wanted, copy=True)
     module.load_state_dict(loaded, strict=False, assign=True)
     module.requires_grad_(False)
+
+
+def _is_large_stack(spec: Spec | None) -> bool:
+    """Whether a tensor is a stack of matrices that takes much memory."""
+    large = spec is not None and len(spec.shape) == 3 and spec.nbytes >= STACK_BYTES
+    return large and spec is not None and spec.dtype.is_floating_point
+
+
+def _mapped_stack(source: Source, full: str, dtype: torch.dtype, directory: Path) -> Tensor:
+    """A stack of matrices in a file, read one by one."""
+    shape = source.specs[full].shape
+    stack, first = mapped_tensor(shape, dtype, directory), 0
+    for rows in source.rows(full, 1):
+        check_weight(rows, full, (len(rows), *shape[1:]), source.name)
+        part = stack[first : first + len(rows)]
+        touch(part)
+        part.copy_(rows)
+        first += len(rows)
+    return stack
 
 
 def check_weight(tensor: Tensor, name: str, shape: tuple[int, ...], model: str) -> None:

@@ -16,6 +16,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from ..runtime.mapped import touch
+
 DIGITS = 32  # hexadecimal digits kept of a tensor's SHA-256: 128 bits
 COPY_BYTES = 16 << 20  # read at a time for copying or hashing
 
@@ -74,6 +76,7 @@ class TensorFile:
         start, digest, dtype = self.length, hashlib.sha256(), torch.float32
         self._file.seek(start)
         for part in rows:
+            touch(part)
             dtype, data = part.dtype, as_bytes(part)
             digest.update(data)
             self._file.write(data)

@@ -44,7 +44,7 @@ class Proof:
             read: full names of the linears whose weights the model's own code reads.
             tokens: int64 (batch, length), whose logits are compared.
         """
-        self.family, self._tokens = _without_read(family, read), tokens
+        self.family, self._tokens = without_read(family, read), tokens
         self._before = equivalence.logits(model, tokens)
         self.opened = copy.deepcopy(model)
         equivalence.open_blocks(self.opened, self.family)
@@ -173,7 +173,7 @@ def _finding(source: FamilySource, index: int, site: Site) -> FoundSite:
     return next(f for f in finding.sites if f.experts and module.startswith(f"{f.experts}."))
 
 
-def _without_read(family: Family, read: frozenset[str]) -> Family:
+def without_read(family: Family, read: frozenset[str]) -> Family:
     """A family whose graphs leave modules in float whose weights the model's own code reads."""
 
     def block(config: PretrainedConfig, index: int) -> BlockGraph:

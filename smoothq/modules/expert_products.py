@@ -40,7 +40,7 @@ def multiply_together(
         for linear, (start, end) in zip(linears, pairwise(bounds), strict=True)
         if end > start
     ]
-    if not used or any(_is_watched(linear) for linear, _, _ in used):
+    if not used or any(_runs_alone(linear) for linear, _, _ in used):
         return None
     operands = [linear.integer_operands(end - start) for linear, start, end in used]
     weights, steps, *others = zip(*operands, strict=True)
@@ -65,9 +65,9 @@ def multiply_together(
     return product
 
 
-def _is_watched(linear: Any) -> bool:
-    """Whether a linear is not quantized, or hooks look at its forward or replace it."""
-    if not hasattr(type(linear), "integer_operands"):
+def _runs_alone(linear: Any) -> bool:
+    """Whether a linear must run by itself: float, transient, or with hooks on its forward."""
+    if not hasattr(type(linear), "integer_operands") or linear.transient:
         return True
     return any(
         module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module

@@ -22,6 +22,7 @@ from ..kernels.reference import multiplied_weight
 from ..kernels.tracing import is_traced
 from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
+from ..runtime.mapped import touch
 from ..runtime.offload import running_device
 from .expert_products import multiply_together
 from .input_quantizer import InputQuantizer, InputSpec
@@ -122,6 +123,11 @@ class QuantizedLinear(HoldsCodes):
 
     Persistent buffers: `weight` (packed codes), `weight_scale`; `weight_multiplier`,
     `weight_zero_point` and `bias` where the layer has them.
+
+    Attributes:
+        keeps_packed: whether it never has an int8 copy of 4-bit codes.
+        transient: whether it drops that copy after each product: an expert of many in a pass, which
+            runs by itself then.
     """
 
     weight_scale: Tensor
@@ -156,7 +162,7 @@ class QuantizedLinear(HoldsCodes):
             self.register_buffer(name, tensor)
         bias = torch.empty(spec.out_features, dtype=bias_dtype, device="meta")
         self.register_buffer("bias", None if bias_dtype is None else bias)
-        self.keeps_packed = False
+        self.keeps_packed = self.transient = False
         self._running: RunningForm | None = None
 
     site_input: InputQuantizer
@@ -198,7 +204,7 @@ class QuantizedLinear(HoldsCodes):
         if not self.codes.is_meta:
             kernels.load(self.codes.device)
             self._running = running = self._derived()
-            if running.packed_tokens < sys.maxsize:
+            if running.packed_tokens < sys.maxsize and not self.transient:
                 self._unpacked(running)
 
     def _derived(self) -> RunningForm:
@@ -219,10 +225,13 @@ class QuantizedLinear(HoldsCodes):
             # `data`: a view of the codes themselves would keep them alive. A trace ends anyway, and
             # would take it for a constant.
             codes = self.codes if is_traced(self.codes) else self.codes.data
+            if self.transient:
+                touch(codes)
             operand = unpack(codes, self.in_features, self.spec.grid.bits)
             if self.site_input.spec.mode != "float":
                 operand = multiplied_weight(operand, self.weight_multiplier)
-            running.operand = operand
+            if not self.transient:
+                running.operand = operand
         return operand
 
     def _current(self) -> RunningForm:

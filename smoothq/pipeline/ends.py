@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures.graph import all_finite, final_output
-from ..architectures.linearize import linearize_block
+from ..architectures.linearize import SeparateExperts, linearize_block
 from ..checkpoint.source import Source, load_module
 from ..errors import NumericsError
 from ..modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
@@ -27,6 +27,7 @@ from ..plan.plan import BlockPlan, Plan
 from ..rounding.grid import QuantizedWeight
 from ..rounding.rtn import round_to_nearest
 from ..runtime.distributed import World
+from ..runtime.mapped import touch
 from ..transforms.norm_fusion import fuse_norms
 from ..transforms.rotation import rotate_residual
 from .hidden_states import HiddenStates
@@ -43,12 +44,14 @@ class Block:
         name: its full name in the model.
         index: its number in the model.
         plan: how it is quantized.
+        directory: for files of what is mapped, or None.
     """
 
     module: nn.Module
     name: str
     index: int
     plan: BlockPlan
+    directory: Path | None = None
 
 
 def embed_tokens(
@@ -99,7 +102,12 @@ def _coding(plan: Plan, as_stored: bool) -> Callable[[Tensor], QuantizedWeight] 
 
 
 def load_block(
-    source: Source, model: PreTrainedModel, plan: Plan, index: int, device: torch.device
+    source: Source,
+    model: PreTrainedModel,
+    plan: Plan,
+    index: int,
+    device: torch.device,
+    directory: Path | None = None,
 ) -> Block:
     """Load one block: linearized, in float32, with the plan's residual rotation folded in.
 
@@ -109,16 +117,27 @@ def load_block(
         plan: its plan.
         index: the block's number.
         device: where to load the block.
+        directory: for files of large stacks of experts; None has all in memory.
     """
     name, block_plan = plan.parts.block_name(index), plan.blocks[index]
     module = copy.deepcopy(model.get_submodule(name))
-    load_module(module, name, source, WORKING_DTYPE)
+    load_module(module, name, source, WORKING_DTYPE, directory)
     linearize_block(module)
+    _touch_experts(module)
     module.to(device)
     if plan.residual_rotation is not None:
         fuse_norms(module, block_plan.graph)
         rotate_residual(module, block_plan.graph, plan.residual_rotation)
-    return Block(module, name, index, block_plan)
+    return Block(module, name, index, block_plan, directory)
+
+
+def _touch_experts(block: nn.Module) -> None:
+    """Have each expert's linear say when it is used, as mapped ones are to."""
+    for module in block.modules():
+        if isinstance(module, SeparateExperts):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    linear.register_forward_pre_hook(lambda used, _: touch(used.weight))
 
 
 def stored_rows(source: Source, name: str, finite: bool = False) -> Iterator[Tensor]:

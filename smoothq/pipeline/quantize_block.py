@@ -19,6 +19,7 @@ from ..rounding.gptq import Factor, factorise, gptq
 from ..rounding.grid import QuantizedWeight
 from ..rounding.rtn import round_to_nearest
 from ..runtime.distributed import World
+from ..runtime.mapped import is_mapped, mapped, touch
 from ..transforms.rotation import rotate_input, rotate_value_output
 from ..transforms.smoothing import smooth
 from .alpha_search import search_alpha
@@ -163,14 +164,22 @@ def _quantize_sites(
                 rounded = world.broadcast_from(lambda local=local: local, rank)  # type: ignore[misc]
                 assert rounded is not None
                 rounded = rounded.to(world.device)
-                linear = block.module.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                quantized = install_linear(block.module, name, token_group.plan, token_group.input)
-                quantized.set_weight(rounded, linear.bias)
+                _install(block, token_group, name, rounded)
                 if rounded.unrounded is not None:
                     unrounded[name] = rounded.unrounded
             del local, rounded
     return unrounded
+
+
+def _install(block: Block, token_group: _TokenGroup, name: str, rounded: QuantizedWeight) -> None:
+    """Put a quantized linear in the place of a float one; mapped if that is."""
+    linear = block.module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    quantized = install_linear(block.module, name, token_group.plan, token_group.input)
+    quantized.transient = is_mapped(linear.weight)
+    quantized.set_weight(rounded, linear.bias)
+    if quantized.transient and block.directory is not None:
+        quantized.hold(mapped(quantized.codes, block.directory))
 
 
 class _Factors:
@@ -251,6 +260,7 @@ def _round(
     linear = block.module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     grid = token_group.plan.modules[name].grid
+    touch(linear.weight)
     if factor is None:
         rounded = round_to_nearest(linear.weight, grid)
     else:

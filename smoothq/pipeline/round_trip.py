@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures.graph import final_output, text_config
+from ..architectures.linearize import SeparateExperts
 from ..architectures.positions import positions_of
 from ..checkpoint.check import check_tensors
 from ..checkpoint.loading import load_as_stored
@@ -28,7 +29,12 @@ from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import as_bytes
 from ..checkpoint.weight_files import read_tensor, tensor_files
 from ..errors import OutputError
-from ..modules import OnlineRotation, quantize_attention, stop_quantizing_attention
+from ..modules import (
+    OnlineRotation,
+    QuantizedLinear,
+    quantize_attention,
+    stop_quantizing_attention,
+)
 from ..modules.prepare import prepare
 from ..modules.quantized_embedding import EMBEDDING_BITS
 from ..plan.account import Account, outside_blocks
@@ -37,6 +43,7 @@ from ..plan.install import install
 from ..plan.plan import Plan
 from ..rounding.packing import pack
 from ..runtime.distributed import World
+from ..runtime.mapped import mapped
 from ..runtime.memory import give_back, spare_memory
 from .ends import Block, ModelTail, coded_rows, embed_tokens, stored_rows
 from .hidden_states import HiddenStates
@@ -217,11 +224,16 @@ class RoundTrip:
             if not stream.reach(index):
                 continue
             block = copy.deepcopy(empty)
+            lean = _make_experts_lean(block)
             for key in list(block.state_dict()):
                 name = f"{self._plan.parts.block_name(index)}.{key}"
-                tensor = read_tensor(files[name], name).to(self._world.device, copy=True)
+                tensor = read_tensor(files[name], name)
                 owner, _, leaf = key.rpartition(".")
                 module = block.get_submodule(owner)
+                if module in lean and leaf == "weight" and self._world.device.type == "cpu":
+                    tensor = mapped(tensor, files[name].parent)
+                else:
+                    tensor = tensor.to(self._world.device, copy=True)
                 if leaf in module._parameters:
                     parameter = nn.Parameter(tensor.to(WORKING_DTYPE), requires_grad=False)
                     module._parameters[leaf] = parameter
@@ -233,6 +245,18 @@ class RoundTrip:
             del block
             give_back()
         return sketches
+
+
+def _make_experts_lean(block: nn.Module) -> set[nn.Module]:
+    """Have a block's quantized experts run one by one, and keep nothing beside their codes."""
+    experts = (module for module in block.modules() if isinstance(module, SeparateExperts))
+    lean: set[nn.Module] = set()
+    for module in experts:
+        for linear in module.modules():
+            if isinstance(linear, QuantizedLinear):
+                linear.transient = True
+                lean.add(linear)
+    return lean
 
 
 def _require_equal(

@@ -129,8 +129,7 @@ def quantize_checkpoint(
         roundtrip = RoundTrip(source, model, plan, account, world) if check else None
         shown = progress or silent
         job = Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
-        directory = writer.scratch if needs.states_on_disk else None
-        _run(job, tokens, begun.blocks, directory, probe)
+        _run(job, tokens, begun.blocks, writer.scratch, needs.states_on_disk, probe)
         card = model_card(result)
         final = world.broadcast_from(lambda: writer.assemble(config, side_files, card))
         world.broadcast_from(lambda: check_files(account, final))
@@ -143,15 +142,20 @@ def quantize_checkpoint(
 
 @torch.no_grad()
 def _run(
-    job: Job, tokens: Tokens | None, finished: int, directory: Path | None, probe: Probe | None
+    job: Job,
+    tokens: Tokens | None,
+    finished: int,
+    scratch: Path,
+    states_on_disk: bool,
+    probe: Probe | None,
 ) -> None:
     """Embed the calibration tokens, then quantize and store block after block.
 
-    finished: number of blocks that the output contains already. directory: where to store hidden
-    states in files, or None to keep them in memory.
+    finished: number of blocks that the output contains already. scratch: directory for files of
+    large stacks of experts and, if they are not to be in memory, of hidden states.
     """
     plan, output = job.plan, job.output
-    streams = _streams(job, tokens, directory)
+    streams = _streams(job, tokens, scratch if states_on_disk else None)
     probing = None
     if probe is not None:
         probing = PerplexityMonitor(probe, job.source, job.model, plan, job.world)
@@ -164,7 +168,7 @@ def _run(
         stream.replace(output.stream(name), finished)
     for index in range(finished, len(plan.blocks)):
         job.progress(index, len(plan.blocks), "load")
-        block = load_block(job.source, job.model, plan, index, job.world.device)
+        block = load_block(job.source, job.model, plan, index, job.world.device, scratch)
         stage = partial(_enter_stage, job, index)
         quantize_block(
             block, plan, job.world, streams.get("quantized"), streams.get("float"), stage

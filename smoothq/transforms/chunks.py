@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..runtime.mapped import touch
+
 ELEMENTS = 1 << 16  # of a chunk: 512 KB in float64
 
 
@@ -18,5 +20,6 @@ def columns_of(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def _split(matrix: Tensor, dim: int) -> tuple[Tensor, ...]:
+    touch(matrix)
     chunks: tuple[Tensor, ...] = matrix.split(max(1, ELEMENTS // matrix.shape[1 - dim]), dim)
     return chunks

@@ -1,0 +1,49 @@
+"""What quantizing a mixture takes does not grow with its layers or its experts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig
+
+# The experts of one block in float32 are 100 MB of 32, and 200 MB of 64.
+RUN = """
+import sys
+from smoothq import preset, quantize
+print(quantize(sys.argv[1], preset("w8a8", "rtn"), output=sys.argv[2]).peak_memory)
+"""
+
+
+def peak(folder: Path, layers: int, experts: int, monkeypatch) -> int:
+    """Bytes that quantizing a random mixture takes, in a process of its own."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    from make_random_model import write_random_model
+
+    config = Qwen3MoeConfig(
+        vocab_size=1000,
+        hidden_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        moe_intermediate_size=256,
+        dtype=torch.bfloat16,
+    )
+    model = folder / f"{layers} {experts}"
+    write_random_model(model, config)
+    command = [sys.executable, "-c", RUN, str(model), str(folder / f"out {layers} {experts}")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_it_is_within_five_percent(tmp_path, monkeypatch) -> None:
+    peaks = [
+        peak(tmp_path, layers, experts, monkeypatch)
+        for layers, experts in ((2, 32), (2, 64), (4, 32))
+    ]
+    assert max(peaks) < 1.05 * min(peaks), peaks
