@@ -399,13 +399,15 @@ def final_output(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tens
     Args:
         model: any class of model around a decoder.
         tokens: int64 (sequences, length).
-        options: more arguments of its forward.
+        options: more arguments of its forward. Where they have images or sound, in tensors, the
+            whole of the model runs.
 
     Returns:
         float (sequences, length, vocabulary or hidden size).
     """
     whole = model.get_output_embeddings() is not None
-    output: Any = (model if whole else decoder_of(model))(input_ids=tokens, **options)
+    towers = any(isinstance(option, Tensor) for option in options.values())
+    output: Any = (model if whole or towers else decoder_of(model))(input_ids=tokens, **options)
     final: Tensor = output.logits if whole else output[0]
     return final
 

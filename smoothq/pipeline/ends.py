@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..architectures.graph import all_finite, final_output
 from ..architectures.linearize import linearize_block
 from ..checkpoint.source import Source, load_module
+from ..data.tokens import Batch
 from ..errors import NumericsError
 from ..modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
 from ..modules.quantized_embedding import row_grid
@@ -55,12 +56,13 @@ def embed_tokens(
     source: Source,
     model: PreTrainedModel,
     plan: Plan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor | Batch],
     world: World,
     directory: Path | None = None,
     *,
     as_stored: bool = False,
     rotate: Callable[[Tensor], Tensor] | None = None,
+    rotate_added: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:
     """The hidden states that enter the first block, with the plan's residual rotation applied.
 
@@ -68,29 +70,42 @@ def embed_tokens(
         source: the float checkpoint.
         model: the float model on the meta device; unchanged on return.
         plan: its plan.
-        batches: token ids in micro-batches, int64 (sequences, length).
+        batches: token ids in micro-batches, int64 (sequences, length), some perhaps with images.
         world: the ranks of the run.
         directory: where to store the hidden states in a file; None keeps them in memory.
         as_stored: whether to round the embedding to 8 bits if the plan stores it so.
         rotate: replaces the plan's residual rotation, which is computed in float64.
+        rotate_added: likewise, of features that the decoder adds between its blocks; None does as
+            `rotate`.
 
     Raises:
-        CalibrationError: a token id is negative or not below the number of embedding rows.
+        CalibrationError: a token id is negative or not below the number of embedding rows, or the
+            model does not take a batch.
     """
+    inputs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
     weights = WeightsOnDemand(
         source,
         model,
         plan,
-        _all(batches),
+        _all(inputs),
         torch.device("cpu"),
         _coding(plan, as_stored),
         head=False,
     )
-    return HiddenStates.embed_tokens(model, plan, batches, world, weights, directory, rotate)
+    return HiddenStates.embed_tokens(
+        model,
+        plan,
+        inputs,
+        world,
+        weights,
+        directory,
+        rotate=rotate,
+        rotate_added=rotate_added,
+    )
 
 
-def _all(batches: Sequence[Tensor]) -> Tensor:
-    return torch.cat([batch.flatten() for batch in batches])
+def _all(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([batch.tokens.flatten() for batch in batches])
 
 
 def _coding(plan: Plan, as_stored: bool) -> Callable[[Tensor], QuantizedWeight] | None:
@@ -186,7 +201,7 @@ class ModelTail:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._weights = WeightsOnDemand(
-            source, model, plan, _all(stream.tokens), device, _coding(plan, as_stored)
+            source, model, plan, _all(stream.batches), device, _coding(plan, as_stored)
         )
         if as_stored and plan.tables and plan.parts.head is not None:
             self._quantize_head(device, plan.parts.head)
@@ -220,9 +235,14 @@ class ModelTail:
             number: of the micro-batch.
         """
         reply = stream.behind(number, self._end)
-        tokens = stream.tokens[number].to(stream.device)
+        batch = stream.batches[number].to(stream.device)
         with in_place_of_blocks(self._model, self._plan.parts, reply), self._weights:
-            return final_output(self._model, tokens, use_cache=False).float()
+            return output_of(self._model, batch).float()
+
+
+def output_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """A model's logits for a batch, or its last hidden states, as of `final_output`."""
+    return final_output(model, batch.tokens, use_cache=False, **batch.features)
 
 
 def _end_of_rotation(

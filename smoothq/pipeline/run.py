@@ -126,7 +126,8 @@ def quantize_checkpoint(
     with output, steady_heap():
         here = Environment.here(world.device.type, world.size)
         begun = world.broadcast_from(lambda: writer.begin(identity, here))
-        roundtrip = RoundTrip(source, model, plan, account, world) if check else None
+        featured = () if tokens is None else tokens.featured
+        roundtrip = RoundTrip(source, model, plan, account, world, featured) if check else None
         shown = progress or silent
         job = Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
         directory = writer.scratch if needs.states_on_disk else None
