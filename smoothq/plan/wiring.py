@@ -125,6 +125,13 @@ class Wiring:
         ]
 
     @property
+    def tower_elements(self) -> int:
+        """Numbers in the tensors outside of the text model."""
+        ends = tuple(f"{name}." for name in (self.parts.decoder, *self.parts.ends))
+        outside = (spec for name, spec in self.tensors.items() if not name.startswith(ends))
+        return sum(spec.elements for spec in outside)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model's checkpoint."""
         return sum(spec.nbytes for spec in self.tensors.values())

@@ -14,8 +14,11 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from smoothq import preset, quantize
 from smoothq.checkpoint.open import open_source
 from smoothq.data.tokens import Batch
-from smoothq.errors import CalibrationError
+from smoothq.errors import CalibrationError, OutputError
+from smoothq.pipeline import round_trip
 from smoothq.pipeline.ends import ModelTail, embed_tokens, load_block
+from smoothq.pipeline.hidden_states import _check_same_blocks
+from smoothq.pipeline.trace import Call, Trace
 from smoothq.plan.resolve import make_plan
 from smoothq.runtime.distributed import World
 from tests.conftest import RECIPES
@@ -99,6 +102,40 @@ def test_every_kind_of_recipe_is_calibrated_by_images_and_holds_its_round_trip(
     found = quantize(model, RECIPES[recipe], processor_of(name), data=rows(tmp_path))
     bound = 0.1 if "w8" in recipe else 0.7
     assert max(errors(found, model, batch)) < bound
+
+
+@pytest.mark.parametrize("vision", [16, 8])
+def test_the_check_block_by_block_has_the_features_that_are_added_between_blocks(
+    vision, monkeypatch
+) -> None:
+    """Of a model too large to be loaded whole: Qwen3-VL, rotated, adds features behind block 0."""
+    monkeypatch.setattr(round_trip, "SMALL_BYTES", -1)
+    monkeypatch.setattr(round_trip, "spare_memory", lambda: 0)
+    data = [batch_for("qwen3_vl", picture(1))]
+    wanted = RECIPES["w4a4-quarot"].edit(vision=vision)
+    quantize(tiny_class("qwen3_vl"), wanted, processor_of("qwen3_vl"), data=data)
+
+
+def test_the_check_finds_other_features_added_between_blocks(monkeypatch) -> None:
+    data = [batch_for("qwen3_vl", picture(1))]
+    plain = round_trip.embed_tokens
+
+    def unrotated(*arguments: Any, **options: Any) -> Any:
+        return plain(*arguments, **options | {"rotate_added": lambda x: -x})
+
+    monkeypatch.setattr(round_trip, "embed_tokens", unrotated)
+    with pytest.raises(OutputError, match="first in block 1"):
+        quantize(tiny_class("qwen3_vl"), RECIPES["w8a8"], processor_of("qwen3_vl"), data=data)
+
+
+def test_rows_that_go_through_other_blocks_are_not_mixed() -> None:
+    """As of a model that skips blocks of cross-attention where there is no image."""
+    text, image = (
+        Trace([Call(n, (), {}, None, ()) for n in blocks]) for blocks in ((0, 2), (0, 1, 2))
+    )
+    _check_same_blocks(text, [text])
+    with pytest.raises(CalibrationError, match="give rows of one kind"):
+        _check_same_blocks(image, [text])
 
 
 def loud_images() -> PreTrainedModel:
