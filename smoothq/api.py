@@ -86,7 +86,8 @@ def quantize(
             (length,), or lists of them, of any lengths. Texts: a list of strings or of chats. A
             `datasets.Dataset` or any iterable of rows or batches that name their columns:
             `input_ids`, with an `attention_mask` if some tokens are not to count, `messages` or
-            `text`. Ids are taken all, and of texts as many and as long as the recipe says.
+            `text`. Messages may have images, and batches what a processor made of images. Ids and
+            such batches are taken all, and of texts as many and as long as the recipe says.
         output: the directory that is written. One that is there, whole and of the same run, stays
             as it is.
         format: `compressed-tensors` writes what vLLM reads in place of our own format.

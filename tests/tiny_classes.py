@@ -21,6 +21,7 @@ from transformers import (
     Qwen2AudioConfig,
     Qwen2Config,
     Qwen3_5Config,
+    Qwen3VLConfig,
 )
 
 from tests.tiny_models import TINY, VOCABULARY, with_random_values
@@ -66,6 +67,44 @@ def _qwen2_5_vl() -> PreTrainedModel:
     }
     config = Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, **_QWEN_TOKENS, tie_word_embeddings=True
+    )
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def _qwen3_vl() -> PreTrainedModel:
+    """Its vision tower hands on features of its first block, which are added behind block 0."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+        },
+        "pad_token_id": None,
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=95,
+        vision_start_token_id=BEGIN,
+        vision_end_token_id=END,
     )
     return AutoModelForImageTextToText.from_config(config)
 
@@ -137,10 +176,12 @@ CLASSES: dict[str, Callable[[], PreTrainedModel]] = {
     "embedder, opt": lambda: AutoModel.from_config(TINY["opt"]()),
 }
 
+MORE = {"qwen3_5": _qwen3_5, "qwen3_vl": _qwen3_vl}  # that not every test takes
+
 
 def tiny_class(name: str) -> PreTrainedModel:
-    """A float32 model of `CLASSES`, or Qwen3.5, with random values, as `tiny_model`'s."""
-    make = _qwen3_5 if name == "qwen3_5" else CLASSES[name]
+    """A float32 model of `CLASSES` or `MORE` with random values, as `tiny_model`'s."""
+    make = (CLASSES | MORE)[name]
     return with_random_values(make().float())
 
 

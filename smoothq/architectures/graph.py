@@ -414,13 +414,17 @@ def final_output(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tens
     Args:
         model: any class of model around a decoder.
         tokens: int64 (sequences, length).
-        options: more arguments of its forward.
+        options: more arguments of its forward. Where they have images or sound, in tensors, the
+            whole of the model runs.
 
     Returns:
         float (sequences, length, vocabulary or hidden size).
     """
     head = model.get_output_embeddings()
-    predictor = decoder_of(model) if head is None else _predictor(model, head)
+    if any(isinstance(option, Tensor) for option in options.values()):
+        predictor: nn.Module = model  # features of images or audio are for its towers
+    else:
+        predictor = decoder_of(model) if head is None else _predictor(model, head)
     output: Any = predictor(input_ids=tokens, **options)
     final: Tensor = output[0] if head is None else output.logits
     return final

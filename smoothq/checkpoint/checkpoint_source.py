@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from ..compat import WeightConversions, loading_order, run_converter, tied_weights
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_processor, load_tokenizer
 from ..errors import CheckpointError, first_line
 from .model_config import check_sizes, config_in
 from .side_files import CONFIG, GENERATION_CONFIG, SideFiles, has_tokenizer
@@ -84,6 +89,10 @@ class CheckpointSource(Source):
         if not has_tokenizer(self.directory):
             return None
         return load_tokenizer(self.directory, self.name, trust_remote_code=self.trusts_code)
+
+    def processor(self) -> ProcessorMixin:
+        """The processor beside the weights."""
+        return load_processor(self.directory, self.name, self.trusts_code)
 
     def side_files(self) -> SideFiles:
         """The directory's side files, with generation parameters of an older config.json."""

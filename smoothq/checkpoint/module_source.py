@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..compat import is_custom_class, tied_weights
 from ..data.tokenizer import Processor, text_part
-from ..errors import CheckpointError, UnsupportedModelError, first_line
+from ..errors import CalibrationError, CheckpointError, UnsupportedModelError, first_line
 from .in_memory import module_types, storage_bytes, tensors_of
 from .model_class import class_of_model
 from .side_files import SideFiles
@@ -120,6 +120,16 @@ class ModuleSource(Source):
         """The tokenizer that was given with the model, or None; a processor's own."""
         given = self._side_files.tokenizer
         return None if given is None else text_part(given)
+
+    def processor(self) -> ProcessorMixin:
+        """The processor that was given with the model."""
+        given = self._side_files.tokenizer
+        if not isinstance(given, ProcessorMixin):
+            raise CalibrationError(
+                f"{self.name} is a model in memory: pass its processor as tokenizer for rows with "
+                "images"
+            )
+        return given
 
     def side_files(self) -> SideFiles:
         """The tokenizer, the generation config and the given files."""

@@ -16,7 +16,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from ..architectures.graph import all_finite
 from ..compat import tied_weights
@@ -97,6 +102,14 @@ class Source(ABC):
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, if it has one."""
+
+    @abstractmethod
+    def processor(self) -> ProcessorMixin:
+        """The model's processor of images or sound and text.
+
+        Raises:
+            CalibrationError: if it has none, or it cannot be loaded here.
+        """
 
     @abstractmethod
     def side_files(self) -> SideFiles:

@@ -120,6 +120,7 @@ def compare(
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
     dtype: RunDtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown.")
     ] = False,
@@ -145,6 +146,7 @@ def compare(
             dtype=dtype,
             device=device,
             on_window=perplexity_so_far(update),
+            trust_remote_code=trust_remote_code,
         )
     if plot is not None:
         side_by_side.plot(measurements, plot)

@@ -102,6 +102,12 @@ FLAGS = {  # parameter of a command → its option, in the order of the help
         list[str], "Leave these linears in float: a pattern of full names; repeatable.", "keep"
     ),
     "embeddings": _Flag(int, "Bits of embedding and head: 8, or 16 for float.", "embeddings"),
+    "vision": _Flag(
+        bool,
+        "Quantize the linears of vision and audio towers too, to 8 bits.",
+        lambda asked: {"vision": 8} if asked else {},
+        False,
+    ),
     "kv_bits": _Flag(
         int,
         "Bits of a cached key or value, 8 or 4; without it, float.",

@@ -1,4 +1,7 @@
-"""Converts calibration data in memory to tokens: arrays, lists, texts, batches, data sets."""
+"""Converts calibration data in memory to tokens: arrays, lists, texts, batches, data sets.
+
+Rows with images go through the model's processor; see `images`.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import CalibrationError
+from .images import ProcessorOf, Taken, chat_batch, featured_batches, has_media, is_featured
 from .text import TEXT_COLUMNS, render_chat, tokenize
-from .tokens import Tokens
+from .tokens import Batch, Tokens
 
 log = logging.getLogger("smoothq")
 
+TEXT = Taken("the model", frozenset(), None)  # what a model takes that reads text alone
+
 _FORMS = (
     "give token ids (an int tensor, an array, a list of lists), texts, a datasets.Dataset, or "
-    "batches with input_ids and attention_mask"
+    "batches with input_ids and attention_mask, and what a processor made of images"
 )
 
 
@@ -46,12 +52,15 @@ def tokens_of(
     tokenizer: PreTrainedTokenizerBase | None,
     vocabulary: int,
     longest: int | None,
+    taken: Taken = TEXT,
+    processor: ProcessorOf | None = None,
 ) -> Tokens:
     """Convert calibration data, in any form that `quantize` accepts, to tokens.
 
     Rows of token ids become sequences as they are, without the tokens that an `attention_mask`
     hides. Of texts, and of iterables without a length, the first `settings.samples` are taken; a
-    text is cut to `settings.sequence_length` tokens.
+    text is cut to `settings.sequence_length` tokens. Chats with images count as texts and are taken
+    whole, as are batches with what a processor made of images.
 
     Args:
         data: token ids (int tensor or array, (length,) or (samples, length); nested lists), texts,
@@ -60,20 +69,26 @@ def tokens_of(
         tokenizer: for texts and chats; not needed for token ids.
         vocabulary: number of token ids of the model; every id must be below.
         longest: tokens to which a longer sequence is cut, with a warning; None for no limit.
+        taken: what the model takes beside token ids.
+        processor: gives the model's processor, for chats with images.
 
     Returns:
         The sequences, on the CPU.
 
     Raises:
-        CalibrationError: for data that are no token ids or texts, and for empty data.
+        CalibrationError: for data that are no token ids or texts, for empty data, and for features
+            that the model does not take.
     """
-    reader = _Reader(settings, tokenizer)
-    rows = list(reader.sequences(data))
-    if not rows:
+    reader = _Reader(settings, tokenizer, taken, processor)
+    sequences = list(reader.sequences(data))
+    if not sequences:
         raise CalibrationError(f"data hold no sequence: {_FORMS}")
     if reader.full:
-        log.warning("of the data the first %d samples are taken, as the recipe says", len(rows))
-    for number, row in enumerate(rows):
+        log.warning(
+            "of the data the first %d samples are taken, as the recipe says", len(sequences)
+        )
+    for number, sequence in enumerate(sequences):
+        row = sequence.tokens if isinstance(sequence, Batch) else sequence
         low, high = int(row.min()), int(row.max())
         if low < 0:
             raise CalibrationError(
@@ -85,11 +100,19 @@ def tokens_of(
                 f"data: sequence {number} holds token {high}, beyond the model's {vocabulary}: "
                 "give data made with its own tokenizer"
             )
+    featured = [sequence for sequence in sequences if isinstance(sequence, Batch)]
+    for batch in featured:
+        if longest is not None and batch.tokens.shape[1] > longest:
+            raise CalibrationError(
+                f"{batch.where} has {batch.tokens.shape[1]} tokens with its images, the model "
+                f"{longest} positions: give smaller images or less text"
+            )
+    rows = [sequence for sequence in sequences if not isinstance(sequence, Batch)]
     long = sum(len(row) > longest for row in rows) if longest is not None else 0
     if long:
         message = "%d of %d calibration sequences are shortened to the model's %d positions"
         log.warning(message, long, len(rows), longest)
-    return Tokens.of(row[:longest] for row in rows)
+    return Tokens.of((row[:longest] for row in rows), featured)
 
 
 @dataclass
@@ -101,11 +124,16 @@ class _Reader:
 
     settings: TextSettings
     tokenizer: PreTrainedTokenizerBase | None
+    taken: Taken
+    processor: ProcessorOf | None
     texts: int = 0
     full: bool = False
 
-    def sequences(self, data: Any) -> Iterator[Tensor]:
-        """The sequences of the data, int64 (length,), none of them empty."""
+    def sequences(self, data: Any) -> Iterator[Tensor | Batch]:
+        """The sequences of the data, int64 (length,), none of them empty; or with images, a Batch.
+
+        Those of a processor's batch are one.
+        """
         if isinstance(data, np.ndarray) and data.dtype.kind in "OU":
             data = data.tolist()
         if isinstance(data, Mapping):
@@ -122,7 +150,7 @@ class _Reader:
                     return
                 yield from self._item(item, f"item {number} of data")
 
-    def _item(self, item: Any, where: str) -> Iterator[Tensor]:
+    def _item(self, item: Any, where: str) -> Iterator[Tensor | Batch]:
         if isinstance(item, str):
             yield from self._text(item)
         elif isinstance(item, Mapping):
@@ -139,8 +167,11 @@ class _Reader:
         else:
             yield from _ids(item, where)
 
-    def _columns(self, columns: Mapping[str, Any], where: str) -> Iterator[Tensor]:
+    def _columns(self, columns: Mapping[str, Any], where: str) -> Iterator[Tensor | Batch]:
         """Sequences of a row or batch with named columns: ids (and a mask), chats or texts."""
+        if "input_ids" in columns and is_featured(columns, self.taken):
+            yield from featured_batches(columns, self.taken, where)
+            return
         if "input_ids" in columns:
             yield from _visible(columns["input_ids"], columns.get("attention_mask"), where)
             return
@@ -155,14 +186,21 @@ class _Reader:
             if isinstance(document, str):
                 yield from self._text(document)
             elif isinstance(document, list | tuple):
-                yield from self._chat(document, where)
+                images = columns.get("images") if len(documents) == 1 else None
+                yield from self._chat(document, where, images)
             else:
                 raise CalibrationError(
                     f"{where} has {', '.join(map(repr, columns))}, and no input_ids, no text and "
                     "no messages among them: rename the column"
                 )
 
-    def _chat(self, messages: Any, where: str) -> Iterator[Tensor]:
+    def _chat(self, messages: Any, where: str, images: Any = None) -> Iterator[Tensor | Batch]:
+        if has_media(messages):
+            self.full |= self.texts == self.settings.samples
+            if not self.full:
+                self.texts += 1
+                yield chat_batch(messages, images, self._known_processor(), self.taken, where)
+            return
         yield from self._text(render_chat(list(messages), where, self._known_tokenizer()))
 
     def _text(self, text: str) -> Iterator[Tensor]:
@@ -179,6 +217,11 @@ class _Reader:
         if self.tokenizer is None:
             raise CalibrationError("data hold text, and there is no tokenizer: pass one, or tokens")
         return self.tokenizer
+
+    def _known_processor(self) -> ProcessorMixin:
+        if self.processor is None:
+            raise CalibrationError("data hold images, and there is no processor: pass one")
+        return self.processor()
 
 
 def _has_items(data: Any) -> bool:

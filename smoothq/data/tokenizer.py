@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
-from ..errors import CheckpointError, SmoothqError, first_line
+from ..errors import CalibrationError, CheckpointError, SmoothqError, first_line
 
 Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -43,6 +49,33 @@ def load_tokenizer(
                 "trusted: read it, and give trust_remote_code=True"
             ) from error
     return tokenizer
+
+
+def load_processor(directory: Path, name: str, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Load the processor of images or sound and text of a model's directory.
+
+    Args:
+        directory: of the model.
+        name: of the model, for messages.
+        trust_remote_code: whether to run code beside the model. Without it nothing asks the user.
+
+    Raises:
+        CalibrationError: if there is none, or it cannot be loaded here.
+    """
+    try:
+        loaded = AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a missing package, a damaged file, code of its own
+        raise CalibrationError(
+            f"{name}: its processor cannot be loaded for rows with images "
+            f"({type(error).__name__}: {first_line(error)}): pass one as tokenizer, or batches "
+            "that it made as data"
+        ) from error
+    if not isinstance(loaded, ProcessorMixin):
+        raise CalibrationError(
+            f"{name} has no processor for rows with images: pass one as tokenizer, or batches that "
+            "it made as data"
+        )
+    return loaded
 
 
 def text_part(tokenizer: Processor) -> PreTrainedTokenizerBase:

@@ -80,6 +80,7 @@ def compare(
     dtype: str = "auto",
     device: str = "auto",
     on_window: OnWindow | None = None,
+    trust_remote_code: bool = False,
 ) -> list[ModelMeasurement]:
     """Measure models one after the other, on the same text and against the same reference.
 
@@ -92,6 +93,7 @@ def compare(
         dtype: of all that is not quantized, as for `load_model`.
         device: where the models run, such as `cpu` or `cuda`; `auto` is a GPU where there is one.
         on_window: called after each window, as for `perplexity`.
+        trust_remote_code: whether to run code beside the models.
 
     Raises:
         SmoothqError: a model cannot be loaded.
@@ -101,19 +103,22 @@ def compare(
     if len(set(models)) < len(models):
         raise CalibrationError("a model is named twice: give each once")
     if against is not None:
-        check_stored_vocabularies(against, *models)
+        check_stored_vocabularies(against, *models, trust_remote_code=trust_remote_code)
     # The same windows for all of them, else their perplexities would not compare.
-    named = [named_positions(read_config(name)) for name in filter(None, (against, *models))]
+    configs = [read_config(n, trust_remote_code) for n in filter(None, (against, *models))]
+    named = map(named_positions, configs)
     positions = min((number for number in named if number is not None), default=sequence_length)
     if positions < sequence_length:
         log.warning("windows are shortened to %d tokens: a model has no more", positions)
         sequence_length = positions
     reference, its_tokenizer = (
-        (None, None) if against is None else load_model(against, dtype, device)
+        (None, None)
+        if against is None
+        else load_model(against, dtype, device, trust_remote_code=trust_remote_code)
     )
     measurements = []
     for name in models:
-        model, tokenizer = load_model(name, dtype, device)
+        model, tokenizer = load_model(name, dtype, device, trust_remote_code=trust_remote_code)
         evaluation = evaluate(
             *(model, tokenizer, [text]),
             name=name,

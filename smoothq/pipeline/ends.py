@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from transformers import PreTrainedModel
 from ..architectures.graph import all_finite, final_output
 from ..architectures.linearize import SeparateExperts, linearize_block
 from ..checkpoint.source import Source, load_module
+from ..data.tokens import Batch
 from ..errors import NumericsError
 from ..modules import OnlineRotation, QuantizedEmbedding, QuantizedLinear
 from ..modules.quantized_embedding import row_grid
-from ..plan.install import install_ends
+from ..plan.account import Account
+from ..plan.install import install_ends, tower_linear
 from ..plan.plan import BlockPlan, Plan
 from ..rounding.grid import QuantizedWeight
 from ..rounding.rtn import round_to_nearest
@@ -33,6 +36,8 @@ from ..transforms.rotation import rotate_residual
 from .hidden_states import HiddenStates
 from .trace import in_place_of_blocks
 from .weights_on_demand import ROWS_ELEMENTS, WORKING_DTYPE, WeightsOnDemand
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,13 @@ def embed_tokens(
     source: Source,
     model: PreTrainedModel,
     plan: Plan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor | Batch],
     world: World,
     directory: Path | None = None,
     *,
     as_stored: bool = False,
     rotate: Callable[[Tensor], Tensor] | None = None,
+    rotate_added: Callable[[Tensor], Tensor] | None = None,
 ) -> HiddenStates:
     """The hidden states that enter the first block, with the plan's residual rotation applied.
 
@@ -71,29 +77,44 @@ def embed_tokens(
         source: the float checkpoint.
         model: the float model on the meta device; unchanged on return.
         plan: its plan.
-        batches: token ids in micro-batches, int64 (sequences, length).
+        batches: token ids in micro-batches, int64 (sequences, length), some perhaps with images.
         world: the ranks of the run.
         directory: where to store the hidden states in a file; None keeps them in memory.
-        as_stored: whether to round the embedding to 8 bits if the plan stores it so.
+        as_stored: whether to round the embedding, and the towers' linears, as the plan stores them.
         rotate: replaces the plan's residual rotation, which is computed in float64.
+        rotate_added: likewise, of features that the decoder adds between its blocks; None does as
+            `rotate`.
 
     Raises:
-        CalibrationError: a token id is negative or not below the number of embedding rows.
+        CalibrationError: a token id is negative or not below the number of embedding rows, or the
+            model does not take a batch.
     """
+    inputs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
     weights = WeightsOnDemand(
         source,
         model,
         plan,
-        _all(batches),
-        torch.device("cpu"),
+        _all(inputs),
+        CPU,
         _coding(plan, as_stored),
         head=False,
     )
-    return HiddenStates.embed_tokens(model, plan, batches, world, weights, directory, rotate)
+    towers = as_stored and any(batch.features for batch in inputs)
+    with towers_as_stored(source, model, plan, CPU) if towers else nullcontext():
+        return HiddenStates.embed_tokens(
+            model,
+            plan,
+            inputs,
+            world,
+            weights,
+            directory,
+            rotate=rotate,
+            rotate_added=rotate_added,
+        )
 
 
-def _all(batches: Sequence[Tensor]) -> Tensor:
-    return torch.cat([batch.flatten() for batch in batches])
+def _all(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([batch.tokens.flatten() for batch in batches])
 
 
 def _coding(plan: Plan, as_stored: bool) -> Callable[[Tensor], QuantizedWeight] | None:
@@ -138,6 +159,49 @@ def _touch_experts(block: nn.Module) -> None:
             for linear in module.modules():
                 if isinstance(linear, nn.Linear):
                     linear.register_forward_pre_hook(lambda used, _: touch(used.weight))
+
+
+def load_tower(source: Source, model: PreTrainedModel, plan: Plan, name: str) -> QuantizedLinear:
+    """A linear of a tower, rounded to nearest, on the CPU.
+
+    Args:
+        source: the float checkpoint.
+        model: the float model on the meta device.
+        plan: its plan.
+        name: the linear's full name.
+    """
+    linear = copy.deepcopy(model.get_submodule(name))
+    quantized = tower_linear(name, model, plan)
+    load_module(linear, name, source, WORKING_DTYPE)
+    assert isinstance(linear, nn.Linear)
+    weight = round_to_nearest(linear.weight.data, quantized.spec.grid)
+    quantized.set_weight(weight, linear.bias)
+    return quantized
+
+
+def tower_tensors(
+    source: Source, model: PreTrainedModel, plan: Plan, name: str, account: Account
+) -> dict[str, Tensor]:
+    """The stored tensors of a quantized linear of a tower, by their full names."""
+    stored = load_tower(source, model, plan, name).state_dict()
+    named = {f"{name}.{key}": tensor for key, tensor in stored.items()}
+    return {key: tensor.to(account[key].dtype) for key, tensor in named.items()}
+
+
+@contextmanager
+def towers_as_stored(
+    source: Source, model: PreTrainedModel, plan: Plan, device: torch.device
+) -> Iterator[None]:
+    """Context in which a float model on the meta device has the quantized linears of its towers."""
+    floats = {name: model.get_submodule(name) for name in plan.towers}
+    loaded = {name: load_tower(source, model, plan, name).to(device) for name in floats}
+    try:
+        for name, quantized in loaded.items():
+            model.set_submodule(name, quantized)
+        yield
+    finally:
+        for name, linear in floats.items():
+            model.set_submodule(name, linear)
 
 
 def stored_rows(source: Source, name: str, finite: bool = False) -> Iterator[Tensor]:
@@ -196,16 +260,17 @@ class ModelTail:
             plan: its plan.
             stream: hidden states of the tokens that the model will be run on, of any block.
             as_stored: whether to compute as the quantized model does: with an 8-bit head if the
-                plan stores it so, and with the runtime operator for the inverse residual rotation,
-                which is computed in float64 otherwise.
+                plan stores it so, with quantized towers, and with the runtime operator for the
+                inverse residual rotation, which is computed in float64 otherwise.
         """
         self._model, self._plan = source.skeleton(check=False), plan
+        self._source, self._as_stored = source, as_stored
         device, model = stream.device, self._model
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._weights = WeightsOnDemand(
-            source, model, plan, _all(stream.tokens), device, _coding(plan, as_stored)
+            source, model, plan, _all(stream.batches), device, _coding(plan, as_stored)
         )
         if as_stored and plan.tables and plan.parts.head is not None:
             self._quantize_head(device, plan.parts.head)
@@ -239,9 +304,20 @@ class ModelTail:
             number: of the micro-batch.
         """
         reply = stream.behind(number, self._end)
-        tokens = stream.tokens[number].to(stream.device)
-        with in_place_of_blocks(self._model, self._plan.parts, reply), self._weights:
-            return final_output(self._model, tokens, use_cache=False).float()
+        batch = stream.batches[number].to(stream.device)
+        towers = self._as_stored and batch.features
+        context = towers_as_stored(self._source, self._model, self._plan, stream.device)
+        with (
+            context if towers else nullcontext(),
+            in_place_of_blocks(self._model, self._plan.parts, reply),
+            self._weights,
+        ):
+            return output_of(self._model, batch).float()
+
+
+def output_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """A model's logits for a batch, or its last hidden states, as of `final_output`."""
+    return final_output(model, batch.tokens, use_cache=False, **batch.features)
 
 
 def _end_of_rotation(

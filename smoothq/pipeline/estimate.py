@@ -114,7 +114,11 @@ def _speed(plan: Plan, device: torch.device) -> float:
 
 
 def estimate_resources(
-    plan: Plan, max_memory: int | None = None, every: int = 1, tokens: int | None = None
+    plan: Plan,
+    max_memory: int | None = None,
+    every: int = 1,
+    tokens: int | None = None,
+    towers: bool = False,
 ) -> ResourceEstimate:
     """The estimated peak memory and disk space of a quantization, in bytes.
 
@@ -124,6 +128,7 @@ def estimate_resources(
             hidden states in memory.
         every: number of blocks between two saved states to resume from.
         tokens: number of calibration tokens; None for the number that the recipe asks for.
+        towers: whether calibration has images or sound, for which towers are loaded in float32.
 
     Raises:
         RecipeError: `max_memory` is too little even with the hidden states on disk.
@@ -134,7 +139,8 @@ def estimate_resources(
         tokens = text.samples * text.sequence_length if recipe.calibrates else 0
     width = plan.wiring.config.hidden_size
     states = 4 * streams * tokens * width
-    work = peak_memory() + max(_working_bytes(block, plan) for block in plan.blocks)
+    work = max(_working_bytes(block, plan) for block in plan.blocks)
+    work = peak_memory() + max(work, 4 * plan.wiring.tower_elements if towers else 0)
     limit = STATES_BYTES if max_memory is None else max_memory - work
     on_disk = states > limit
     least = work + 8 * MICRO_BATCH_TOKENS * width * streams

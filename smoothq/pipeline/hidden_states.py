@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import uuid
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,16 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..architectures import Site
+from ..architectures.added_features import rotate_added as with_rotated_features
 from ..checkpoint.tensor_file import Entry, TensorFile
-from ..data.tokens import MICRO_BATCH_TOKENS
-from ..errors import NumericsError, UnsupportedModelError
+from ..data.tokens import MICRO_BATCH_TOKENS, Batch
+from ..errors import (
+    CalibrationError,
+    NumericsError,
+    SmoothqError,
+    UnsupportedModelError,
+    first_line,
+)
 from ..modules import InputQuantizer
 from ..plan.plan import Plan
 from ..runtime.distributed import World
@@ -58,26 +65,31 @@ class _Run:
     """What all copies of a run's hidden states share.
 
     Attributes:
-        tokens: of every micro-batch, over all ranks, int64 (sequences, length).
-        traces: what the decoder passes to its blocks, by the shape of the tokens.
+        batches: every micro-batch, over all ranks.
+        traces: what the decoder passes to its blocks, by `_kind`.
         constants: of every micro-batch of this rank, those that depend on its tokens, by
             (micro-batch, number of the constant).
         world: the ranks of the run.
     """
 
-    tokens: tuple[Tensor, ...]
+    batches: tuple[Batch, ...]
     traces: dict[tuple[int, ...], Trace]
     constants: _TensorStore
     world: World
 
     def trace(self, number: int) -> Trace:
         """The trace of a micro-batch."""
-        return self.traces[tuple(self.tokens[number].shape)]
+        return self.traces[_kind(number, self.batches[number])]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Number of tokens of every micro-batch."""
-        return tuple(batch.numel() for batch in self.tokens)
+        return tuple(batch.tokens.numel() for batch in self.batches)
+
+
+def _kind(number: int, batch: Batch) -> tuple[int, ...]:
+    """What micro-batches with one trace share: of text the shape. No two with images share one."""
+    return (number,) if batch.features else tuple(batch.tokens.shape)
 
 
 class _TensorStore:
@@ -148,62 +160,74 @@ class HiddenStates:
         """
         self._store, self._run, self._call, self._texts = store, run, call, texts
         self._repeated: dict[int, nn.Module] = {}  # copies of blocks that are called again
-        self._numbers = [number for number in range(len(run.tokens)) if run.world.owns(number)]
+        self._numbers = [number for number in range(len(run.batches)) if run.world.owns(number)]
 
     @classmethod
     def embed_tokens(
         cls,
         model: PreTrainedModel,
         plan: Plan,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         world: World,
         weights: TorchFunctionMode,
         directory: Path | None = None,
+        *,
         rotate: Callable[[Tensor], Tensor] | None = None,
+        rotate_added: Callable[[Tensor], Tensor] | None = None,
     ) -> HiddenStates:
         """Run the decoder on tokens, with recorders in place of its blocks.
 
-        What is outside the blocks runs on the CPU, on every rank, for all tokens.
+        With images or sound the whole model runs, its towers too. What is outside the blocks runs
+        on the CPU, on every rank, for all tokens.
 
         Args:
             model: the float model on the meta device, not rotated.
             plan: its plan; its residual rotation is applied to the embedded tokens.
-            batches: token ids in micro-batches, int64 (sequences, length).
+            batches: the micro-batches.
             world: the ranks of the run.
             weights: a context in which the model computes with its weights.
             directory: where to store the hidden states in a file; None keeps them in memory, on
                 the device.
             rotate: replaces the plan's residual rotation, which is computed in float64.
+            rotate_added: rotates the features of images that the decoder adds between its blocks;
+                None does as `rotate`.
 
         Returns: the input of the first block.
 
         Raises:
             UnsupportedModelError: the decoder calls no block, or not in their order at first.
+            CalibrationError: the model does not take a batch, or takes batches with images through
+                other blocks than those without.
         """
         if rotate is None and plan.residual_rotation is not None:
             rotate = plan.residual_rotation.apply
+        rotate_added = rotate_added or rotate
         decoder: nn.Module = model.get_submodule(plan.parts.decoder)
         store, constants = _TensorStore(directory), _TensorStore(directory)
         forms, traces = Forms(), dict[tuple[int, ...], Trace]()
         for number, batch in enumerate(batches):
-            tracer = Tracer(batch, forms)
+            tracer = Tracer([batch.tokens, *batch.features.values()], forms, bool(batch.features))
             with (
+                _named(batch),
                 suppress(HeadReached),
+                _adding(decoder, rotate_added),
                 in_place_of_blocks(model, plan.parts, tracer.record),
                 tracer,
                 weights,
             ):
-                decoder(input_ids=batch, use_cache=False)
+                whole: nn.Module = model if batch.features else decoder
+                whole(input_ids=batch.tokens, use_cache=False, **batch.features)
             trace, entered = tracer.trace, tracer.entered.float()
             trace.prune()
             _check_order(trace, plan)
+            _check_same_blocks(trace, traces.values())
             if world.owns(number):
                 rotated = entered if rotate is None else rotate(entered)
                 store.put((number, ENTRY), rotated.to(world.device))
                 for key in trace.varying:
                     constants.put((number, key), trace.constants[key].to(world.device))
             trace.forget_varying(world.device)
-            traces.setdefault(tuple(batch.shape), trace)
+            traces.setdefault(_kind(number, batch), trace)
         return cls(store, _Run(tuple(batches), traces, constants, world), 0, {})
 
     def copy(self) -> HiddenStates:
@@ -225,7 +249,7 @@ class HiddenStates:
             tensors: in order on rank 0; ignored on other ranks.
             index: the number of the block whose input they are.
         """
-        self._fill(tensors, self._run.trace(0).call_from(index) if self._run.tokens else 0)
+        self._fill(tensors, self._run.trace(0).call_from(index) if self._run.batches else 0)
 
     def gathered(self) -> HiddenStates:
         """A copy that every rank has all of, to run what follows the blocks on one; collective."""
@@ -280,9 +304,9 @@ class HiddenStates:
         return self._run.world.broadcast_from(make, number)
 
     @property
-    def tokens(self) -> tuple[Tensor, ...]:
-        """The token ids of every micro-batch, int64 (sequences, length)."""
-        return self._run.tokens
+    def batches(self) -> tuple[Batch, ...]:
+        """Every micro-batch, over all ranks."""
+        return self._run.batches
 
     @property
     def device(self) -> torch.device:
@@ -291,7 +315,7 @@ class HiddenStates:
 
     def reach(self, index: int) -> bool:
         """Whether the decoder passes these hidden states through a block, by its number."""
-        return bool(self._run.tokens) and self._run.trace(0).call_of(index) is not None
+        return bool(self._run.batches) and self._run.trace(0).call_of(index) is not None
 
     def turns(self) -> list[list[tuple[int, float]]]:
         """Group consecutive micro-batches into turns of at most MICRO_BATCH_TOKENS tokens.
@@ -415,7 +439,7 @@ class HiddenStates:
 
     def __len__(self) -> int:
         """The number of micro-batches over all ranks."""
-        return len(self._run.tokens)
+        return len(self._run.batches)
 
     def batch(self, number: int) -> Tensor:
         """The hidden states of a micro-batch, float32, on all ranks; collective."""
@@ -528,7 +552,7 @@ class HiddenStates:
     @torch.no_grad()
     def _repeat(self) -> None:
         """Go through the blocks that are called again before the next one is called first."""
-        calls = self._run.trace(0).calls if self._run.tokens else []
+        calls = self._run.trace(0).calls if self._run.batches else []
         while self._call < len(calls) and calls[self._call].block in self._repeated:
             index = calls[self._call].block
             self._go(self._repeated[index], advance=True)
@@ -620,6 +644,49 @@ def _check_order(trace: Trace, plan: Plan) -> None:
             f"the decoder '{plan.parts.decoder}' {called}: calibration takes a model through its "
             "blocks one after another; use a recipe without calibration, and check=False"
         )
+
+
+def _check_same_blocks(trace: Trace, others: Iterable[Trace]) -> None:
+    """Raise CalibrationError where micro-batches go through different blocks.
+
+    Some models skip blocks of cross-attention where there is no image.
+    """
+    called = [call.block for call in trace.calls]
+    if any([call.block for call in other.calls] != called for other in others):
+        raise CalibrationError(
+            "the model takes rows with images through other blocks than rows without: give rows "
+            "of one kind"
+        )
+
+
+@contextmanager
+def _adding(decoder: nn.Module, rotate: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Context in which the features are rotated that a decoder adds between its blocks."""
+
+    def rotated(_decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs if rotate is None else with_rotated_features(kwargs, rotate)
+
+    hook = decoder.register_forward_pre_hook(rotated, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _named(batch: Batch) -> Iterator[None]:
+    """Context in which what the model raises for a batch with images names the batch."""
+    try:
+        yield
+    except (SmoothqError, HeadReached):
+        raise
+    except Exception as error:
+        if not batch.features:
+            raise
+        raise CalibrationError(
+            f"{batch.where}: the model cannot run on it, with {', '.join(batch.features)}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _check_finite(statistic: Tensor, where: str) -> None:

@@ -7,16 +7,18 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..architectures.positions import positions_of, within_positions
 from ..checkpoint.manifest import RunKey
 from ..checkpoint.source import Source
 from ..compat import tied_weights
 from ..data.calibration import tokens_of
+from ..data.images import Taken, chats_with_media
 from ..data.text import TextSource, calibration_tokens
 from ..data.tokenizer import Processor, text_part
 from ..data.tokens import Tokens
@@ -71,7 +73,8 @@ def tokens_for(
 ) -> Tokens | None:
     """The calibration tokens: the caller's data or the recipe's text; None if none are needed.
 
-    Sequences are cut to the number of positions of the model.
+    Sequences of text are cut to the number of positions of the model. A local file of chats with
+    images is read as such rows in `data` are.
     """
     recipe, text = plan.recipe, plan.recipe.calibration
     reader = None
@@ -83,16 +86,22 @@ def tokens_for(
         log.warning("%s; its files are copied as they are", error)
     if not recipe.calibrates:
         return None
+    named = TextSource(text.source, text.split, text.text_column)
+    if data is None:
+        data = chats_with_media(named)
     if data is not None:
         rows = model.get_submodule(plan.parts.embedding).get_parameter("weight").shape[0]
-        return tokens_of(data, text, reader, rows, positions_of(model))
+        given = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+        processor = cache(source.processor if given is None else lambda: given)
+        taken = Taken.of(model, source.config)
+        return tokens_of(data, text, reader, rows, positions_of(model), taken, processor)
     if reader is None:
         raise CalibrationError(
             f"{source.name} has no tokenizer for calibration text; pass a tokenizer, or data"
         )
     windows = calibration_tokens(
         reader,
-        TextSource(text.source, text.split, text.text_column),
+        named,
         text.samples,
         within_positions(model, text.sequence_length, "calibration sequences"),
         recipe.seed,

@@ -119,8 +119,8 @@ class PerplexityMonitor:
             unload_module(block.module)
         losses = [
             window_loss(logits, window)
-            for number, tokens in enumerate(stream.tokens)
-            for logits, window in zip(self._end.logits(stream, number), tokens, strict=True)
+            for number, batch in enumerate(stream.batches)
+            for logits, window in zip(self._end.logits(stream, number), batch.tokens, strict=True)
         ]
         windows, length = self._tokens.shape
         return perplexity_of(sum(losses), windows * (length - 1))

@@ -1,6 +1,7 @@
 """Round-trip check: the written checkpoint, loaded again, must compute what the run computed.
 
-A few tokens are taken through the quantized blocks during the run. Before the checkpoint is renamed
+A few tokens, and one sequence with images where there is one in the calibration data, are taken
+through the quantized blocks during the run. Before the checkpoint is renamed
 to the output it is loaded as a user loads it, and its block outputs and logits on these tokens are
 compared with those of the run. The tolerance is the effect of a relative change of 1e-6 in the
 embedding: a quantizer is a step function, so the last bits of a float may change a code.
@@ -9,16 +10,17 @@ embedding: a quantizer is a step function, so the last bits of a float may chang
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures.graph import final_output, text_config
+from ..architectures.graph import text_config
 from ..architectures.linearize import SeparateExperts
 from ..architectures.positions import positions_of
 from ..checkpoint.check import check_tensors
@@ -28,7 +30,8 @@ from ..checkpoint.skeleton import skeleton_of
 from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import as_bytes
 from ..checkpoint.weight_files import read_tensor, tensor_files
-from ..errors import OutputError
+from ..data.tokens import Batch
+from ..errors import CalibrationError, OutputError
 from ..modules import (
     OnlineRotation,
     QuantizedLinear,
@@ -45,7 +48,7 @@ from ..rounding.packing import pack
 from ..runtime.distributed import World
 from ..runtime.mapped import mapped
 from ..runtime.memory import give_back, spare_memory
-from .ends import Block, ModelTail, coded_rows, embed_tokens, stored_rows
+from .ends import Block, ModelTail, coded_rows, embed_tokens, output_of, stored_rows, tower_tensors
 from .hidden_states import HiddenStates
 from .trace import tensors_of
 from .weights_on_demand import WORKING_DTYPE
@@ -67,7 +70,13 @@ class RoundTrip:
     """
 
     def __init__(
-        self, source: Source, model: PreTrainedModel, plan: Plan, account: Account, world: World
+        self,
+        source: Source,
+        model: PreTrainedModel,
+        plan: Plan,
+        account: Account,
+        world: World,
+        featured: Sequence[Batch] = (),
     ) -> None:
         """Choose and embed the tokens.
 
@@ -77,21 +86,46 @@ class RoundTrip:
             plan: its plan.
             account: shapes and dtypes of the tensors to be written.
             world: the ranks of the run.
+            featured: calibration data with images or sound, of which the shortest is taken.
         """
         self._source, self._model, self._plan = source, model, plan
         self._account, self._world = account, world
-        self._ids = _tokens(model)
-        rotation = plan.residual_rotation
-        self.stream = self._embedded(world, None if rotation is None else OnlineRotation(rotation))
+        self._batches = [Batch(_tokens(model))]
+        shortest = sorted(featured, key=lambda batch: batch.tokens.numel())[:1]
+        try:
+            self._batches += shortest
+            self.stream = self._embedded(world)
+        except CalibrationError:
+            if not shortest:
+                raise
+            self._batches = shortest  # text skips blocks that images go through
+            self.stream = self._embedded(world)
         # One allocation: many small tensors that stay alive would fragment the heap.
-        shape = self.stream.batch(0).shape[:-1]
-        self._room = torch.empty(len(plan.blocks), *shape, dtype=torch.float32)
+        length = len(self._sketch_of(self.stream))
+        self._room = torch.empty(len(plan.blocks), length, dtype=torch.float32)
         self._sketches: dict[int, Tensor] = {}
 
-    def _embedded(self, world: World, rotate: Callable[[Tensor], Tensor] | None) -> HiddenStates:
-        stored: Any = _Stored(self._source, self._account)
-        model, plan, batches = self._model, self._plan, [self._ids]
-        return embed_tokens(stored, model, plan, batches, world, as_stored=True, rotate=rotate)
+    def _embedded(self, world: World, entry: bool = True) -> HiddenStates:
+        """The hidden states that enter the first block, rotated by the runtime's operator.
+
+        entry: whether they are rotated where they enter, beside what is added between the blocks.
+        """
+        rotation = self._plan.residual_rotation
+        online = None if rotation is None else OnlineRotation(rotation)
+        return embed_tokens(
+            cast(Source, _Stored(self._source, self._account)),
+            self._model,
+            self._plan,
+            self._batches,
+            world,
+            as_stored=True,
+            rotate=online if entry else lambda x: x,
+            rotate_added=online,
+        )
+
+    def _sketch_of(self, stream: HiddenStates) -> Tensor:
+        """The sketch of hidden states of all batches."""
+        return torch.cat([_sketch(stream.batch(number)) for number in range(len(stream))])
 
     @torch.no_grad()
     def follow(self, block: Block, stored: dict[str, Tensor]) -> None:
@@ -107,7 +141,7 @@ class RoundTrip:
         with _attention_as_planned(block, self._plan, self._world.device):
             self.stream.advance(block.module, block.index)
         if self.stream.reach(block.index):
-            sketch, room = _sketch(self.stream.batch(0)), self._room[block.index]
+            sketch, room = self._sketch_of(self.stream), self._room[block.index]
             kept = room.copy_(sketch) if room.shape == sketch.shape else sketch
             self._sketches[block.index] = kept
 
@@ -144,7 +178,8 @@ class RoundTrip:
         codes = sum(spec.elements for _, spec, _ in plan.linears())
         last = plan.parts.ends[-1]
         rows = self._model.get_submodule(last).get_parameter("weight").shape[0]
-        loaded = 8 * plan.float_elements + 2 * codes + 4 * 4 * self._ids.numel() * rows
+        tokens = sum(batch.tokens.numel() for batch in self._batches)
+        loaded = 8 * plan.float_elements + 2 * codes + 4 * 4 * tokens * rows
         return 2 * loaded  # some tensors exist twice while they are loaded
 
     def _compare_whole(self, directory: Path, stream: HiddenStates) -> None:
@@ -153,8 +188,9 @@ class RoundTrip:
         loaded.to(self._world.device)
         stored: Any = _Stored(self._source, self._account)
         end = ModelTail(stored, self._plan, stream, as_stored=True)
-        expected = {**self._sketches, len(self._plan.blocks): end.logits(stream, 0)}
-        del end
+        logits = [end.logits(stream, number).flatten() for number in range(len(stream))]
+        expected = {**self._sketches, len(self._plan.blocks): torch.cat(logits)}
+        del end, logits
         _require_equal(expected, len(self._plan.blocks), lambda seed: self._run(loaded, seed))
 
     def _run(self, loaded: PreTrainedModel, seed: int | None) -> dict[int, Tensor]:
@@ -162,6 +198,10 @@ class RoundTrip:
 
         seed: of a random change of the embedding, or None for no change.
         """
+        results = [self._run_on(batch, loaded, seed) for batch in self._batches]
+        return {key: torch.cat([result[key] for result in results]) for key in results[0]}
+
+    def _run_on(self, batch: Batch, loaded: PreTrainedModel, seed: int | None) -> dict[int, Tensor]:
         sketches: dict[int, Tensor] = {}
 
         def keep(index: int) -> Callable[..., None]:
@@ -178,9 +218,12 @@ class RoundTrip:
                 hooks.enter_context(block.register_forward_hook(keep(index)))
             perturb = embedding.register_forward_hook(lambda _, args, out: _perturbed(out, seed))
             hooks.enter_context(perturb)
-            ids = self._ids.to(self._world.device)
-            final = final_output(loaded, ids, use_cache=False)
-        return {**sketches, len(self._plan.blocks): final.float()}
+            features = {
+                name: _perturbed(tensor, seed) if tensor.is_floating_point() else tensor
+                for name, tensor in batch.features.items()
+            }
+            final = output_of(loaded, replace(batch, features=features).to(self._world.device))
+        return {**sketches, len(self._plan.blocks): final.float().flatten()}
 
     def _compare_by_blocks(self, directory: Path, files: dict[str, Path]) -> None:
         name = str(directory)
@@ -189,11 +232,11 @@ class RoundTrip:
         install(model, quantization_of(config, name).plan_for(model))
         check_tensors(model, sorted({str(path) for path in files.values()}))
         # Not rotated here: the installed model's first block rotates its input online.
-        entered = self._embedded(World(0, 1, self._world.device), lambda x: x)
+        entered = self._embedded(World(0, 1, self._world.device), entry=False)
 
         def run(seed: int | None) -> dict[int, Tensor]:
             stream = entered.copy()
-            stream.replace(iter([_perturbed(batch, seed) for batch in entered]))
+            stream.replace(iter([_perturbed(tensor, seed) for tensor in entered]))
             return self._through(model, files, stream)
 
         _require_equal(self._sketches, len(self._plan.blocks), run)
@@ -203,6 +246,8 @@ class RoundTrip:
         parts, source = self._plan.parts, self._source
         for name, spec in outside_blocks(self._account, self._plan, source).items():
             chunks: Iterable[Tensor] = ()
+            if name.rpartition(".")[0] in self._plan.towers:
+                continue
             if self._plan.tables and name in [f"{end}.weight" for end in parts.ends]:
                 coded = coded_rows(source, name)
                 chunks = (pack(rounded.codes, EMBEDDING_BITS) for rounded in coded)
@@ -213,6 +258,11 @@ class RoundTrip:
                 if as_bytes(chunk) != as_bytes(flat[first : first + chunk.numel()]):
                     raise _differs(f"tensor '{name}'")
                 first += chunk.numel()
+        for tower in self._plan.towers:
+            tensors = tower_tensors(source, self._model, self._plan, tower, self._account)
+            for name, tensor in tensors.items():
+                if as_bytes(tensor) != as_bytes(read_tensor(files[name], name)):
+                    raise _differs(f"tensor '{name}'")
 
     def _through(
         self, model: PreTrainedModel, files: dict[str, Path], stream: HiddenStates
@@ -241,7 +291,7 @@ class RoundTrip:
                     module._buffers[leaf] = tensor
             prepare(block)
             stream.advance(block, index)
-            sketches[index] = _sketch(stream.batch(0))
+            sketches[index] = self._sketch_of(stream)
             del block
             give_back()
         return sketches
@@ -354,10 +404,10 @@ def _perturbed(x: Tensor, seed: int | None) -> Tensor:
 
 
 def _sketch(hidden: Tensor) -> Tensor:
-    """A random projection of every token's hidden state to one number: float (..., K) → (...)."""
+    """A random projection of every token's hidden state to one number: float (..., K) → (n,)."""
     generator = torch.Generator().manual_seed(2)
     mix = torch.randn(hidden.shape[-1], generator=generator, dtype=torch.float32)
-    return (hidden.float() @ mix.to(hidden.device)).cpu()
+    return (hidden.float() @ mix.to(hidden.device)).flatten().cpu()
 
 
 def _within_tolerance(actual: Tensor, expected: Tensor, perturbed: Tensor) -> bool:

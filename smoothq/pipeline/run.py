@@ -97,9 +97,8 @@ def quantize_checkpoint(
     side_files = source.side_files().with_tokenizer(tokenizer)
     tokens = tokens_for(plan, source, model, tokenizer, data)
     account = account_of(model, plan, source)
-    needs = estimate_resources(
-        plan, max_memory, writer.every, 0 if tokens is None else tokens.count
-    )
+    count, featured = (0, ()) if tokens is None else (tokens.count, tokens.featured)
+    needs = estimate_resources(plan, max_memory, writer.every, count, bool(featured))
     disk = needs.disk + side_files.nbytes + nbytes_of(source.extras)
     world.broadcast_from(lambda: writer.check(disk, source.paths))
     output = SharedWriter(writer, world)
@@ -126,7 +125,7 @@ def quantize_checkpoint(
     with output, steady_heap():
         here = Environment.here(world.device.type, world.size)
         begun = world.broadcast_from(lambda: writer.begin(identity, here))
-        roundtrip = RoundTrip(source, model, plan, account, world) if check else None
+        roundtrip = RoundTrip(source, model, plan, account, world, featured) if check else None
         shown = progress or silent
         job = Job(source, plan, model, account, output, world, shown, on_block, roundtrip)
         _run(job, tokens, begun.blocks, writer.scratch, needs.states_on_disk, probe)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..modules.quantized_embedding import EMBEDDING_BITS
 from ..plan.account import outside_blocks
 from ..rounding.packing import pack, packed_like
-from .ends import Block, coded_rows, stored_rows
+from .ends import Block, coded_rows, stored_rows, tower_tensors
 from .job import Job
 
 
@@ -21,6 +21,8 @@ def store_ends(job: Job) -> None:
     tables = {f"{name}.weight": name for name in parts.ends if plan.tables}
     checked = (*parts.ends, parts.final_norm, parts.positions, parts.entry_norm)
     for name, spec in outside_blocks(job.account, plan, source).items():
+        if name.rpartition(".")[0] in plan.towers:
+            continue
         if name in tables:
             _store_table(job, tables[name])
         elif name in source.specs or name in source.extras:
@@ -29,6 +31,8 @@ def store_ends(job: Job) -> None:
             job.output.add_rows(name, cast, spec.shape, spec.nbytes)
         elif name.rpartition(".")[0] not in tables.values():
             job.output.add({name: job.model.get_buffer(name).to(spec.dtype)})
+    for name in plan.towers:
+        job.output.add(tower_tensors(source, job.model, plan, name, job.account))
 
 
 def _store_table(job: Job, name: str) -> None:

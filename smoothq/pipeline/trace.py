@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -352,19 +352,22 @@ def in_place_of_blocks(model: nn.Module, parts: Parts, reply: Reply) -> Iterator
 class Tracer(TorchFunctionMode):
     """A context in which the decoder's loop is recorded; `trace` is complete behind it."""
 
-    def __init__(self, tokens: Tensor, forms: Forms) -> None:
+    def __init__(self, inputs: Sequence[Tensor], forms: Forms, all_vary: bool = False) -> None:
         """Record one forward.
 
         Args:
-            tokens: what the decoder is run on, int64 (sequences, length).
+            inputs: what the model is run on, the tokens first, int64 (sequences, length).
             forms: of the results of the blocks.
+            all_vary: whether to take every constant for one that depends on the inputs: with
+                images positions are computed from sizes in Python, which no function shows.
         """
         super().__init__()
-        self.trace, self.entered = Trace(), tokens
-        self._forms = forms.for_shape(tuple(tokens.shape))
+        self.trace, self.entered = Trace(), inputs[0]
+        self._forms = forms.for_shape((all_vary, *inputs[0].shape))
         self._references: dict[int, Any] = {}  # id of a tensor or object → its reference
-        self._kept: list[Any] = [tokens]  # alive, so that no id is used twice
-        self._from_tokens = {id(tokens)}
+        self._kept: list[Any] = [*inputs]  # alive, so that no id is used twice
+        self._from_tokens = {id(tensor) for tensor in inputs}
+        self._all_vary = all_vary
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -421,7 +424,7 @@ class Tracer(TorchFunctionMode):
         if id(tensor) not in self._references:
             number = len(self.trace.constants)
             self.trace.constants[number] = tensor.detach()
-            if id(tensor) in self._from_tokens:
+            if self._all_vary or id(tensor) in self._from_tokens:
                 self.trace.varying.add(number)
             self._name(tensor, Constant(number))
         return self._references[id(tensor)]

@@ -69,6 +69,7 @@ class WeightsOnDemand(TorchFunctionMode):
         tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         tensors |= {n: b for n, b in model.named_buffers() if n in source.specs}
         stored = {name: tensor for name, tensor in tensors.items() if name in source.specs}
+        self._known = tensors  # alive, so that no id is used twice where modules are replaced
         self._names = {id(tensor): name for name, tensor in (tensors | stored).items()}
         for name, tensor in stored.items():  # of a tied tensor the name under which it is stored
             self._names[id(tensor)] = name

@@ -93,12 +93,32 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
             kept = layer.get_submodule(module)
             assert isinstance(kept, nn.Linear)
             kept.bias = nn.Parameter(kept.weight.data.new_empty(kept.out_features))
+    for name in plan.towers:
+        model.set_submodule(name, tower_linear(name, model, plan))
     install_ends(model, plan)
     if any(site.input.mode == "smooth_live" for site in plan.sites):
         context.attach(model.get_submodule(plan.parts.decoder))
     if plan.residual_rotation is not None:
         rotate_ends(model, plan.parts, plan.residual_rotation)
     install_attention(model, plan)
+
+
+def tower_linear(name: str, model: nn.Module, plan: Plan) -> QuantizedLinear:
+    """An empty QuantizedLinear for a linear of a tower.
+
+    Args:
+        name: its full name.
+        model: which has the float linear there, on any device.
+        plan: of the model.
+    """
+    linear, planned = model.get_submodule(name), plan.towers[name]
+    assert isinstance(linear, nn.Linear)
+    site_input = InputQuantizer(f"{name}.input", planned.input)
+    bias: Tensor | None = linear.bias
+    dtype = None if bias is None else bias.dtype
+    quantized = QuantizedLinear(planned.weight, site_input, linear.weight.dtype, dtype)
+    quantized.add_module("input", site_input)
+    return quantized
 
 
 def _untie_blocks(model: PreTrainedModel, plan: Plan) -> None:
@@ -191,6 +211,8 @@ def dequantize(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> None:
         restore_block(block, stock.get_submodule(name))
         block.to(dtype)
     stop_rotating(model)
+    for name in plan.towers:
+        model.set_submodule(name, _dense(model.get_submodule(name), dtype))
     if plan.tables:
         _dequantize_tables(model, plan, dtype)
 

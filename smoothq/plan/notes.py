@@ -24,6 +24,13 @@ def notes_on(plan: Plan, read: Sequence[str], sensitive: Mapping[str, str]) -> t
         f"{pattern} stays in float, for it {does}; an override of that pattern quantizes it"
         for pattern, does in sensitive.items()
     ]
+    if plan.towers:
+        first, *others = plan.towers
+        bits = sorted({linear.weight.grid.bits for linear in plan.towers.values()})
+        notes.append(
+            f"{len(plan.towers)} of {len(plan.wiring.towers)} linears of the towers are rounded to "
+            f"nearest, in {' and '.join(map(str, bits))} bits: {first}{', …' if others else ''}"
+        )
     if read:
         notes.append(
             f"{len(read)} linears stay in float, as the model's code reads their weights: "

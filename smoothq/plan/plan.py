@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -95,6 +95,21 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class TowerLinear:
+    """How a linear of a vision or audio tower is quantized: to nearest, by itself.
+
+    Attributes:
+        weight: shape and number format of its weight.
+        input: how its input is quantized.
+        unquantized_bytes: bytes of its weight in the source's dtype.
+    """
+
+    weight: WeightSpec
+    input: InputSpec
+    unquantized_bytes: int
+
+
+@dataclass(frozen=True)
 class Bits:
     """Average bits per element over all linears; scales, zero points and multipliers count.
 
@@ -124,6 +139,7 @@ class Plan:
             weights of the blocks and applied online at the two ends: to the input of the first
             block, and inverted before the final norm. Weights outside the blocks are unchanged.
         attention: how attention and the KV cache are quantized in every block, or None for float.
+        towers: the quantized linears of vision and audio towers, by their full names.
         notes: messages for the user, one line each.
     """
 
@@ -132,6 +148,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     residual_rotation: Hadamard | None
     attention: AttentionSpec | None
+    towers: dict[str, TowerLinear] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -199,11 +216,18 @@ class Plan:
 
     @cached_property
     def bits(self) -> Bits:
-        """Average bits per weight, activation and cached number."""
-        inputs = [site.input for site in self.sites]
+        """Average bits per weight, activation and cached number.
+
+        Where linears of towers are quantized, all of them count.
+        """
+        inputs = [*(site.input for site in self.sites), *(t.input for t in self.towers.values())]
         kept = sum(block.kept_elements for block in self.blocks)
         kept_width = sum(block.kept_width for block in self.blocks)
-        stored = sum(site.stored_bits for site in self.sites)
+        for name in self.wiring.towers if self.towers else ():
+            if name not in self.towers:
+                spec = self.wiring.tensors[f"{name}.weight"]
+                kept, kept_width = kept + spec.elements, kept_width + spec.shape[1]
+        stored = self._stored_bits
         stored += 8 * self.stored_dtype.itemsize * kept
         width = sum(spec.width for spec in inputs) + kept_width
 
@@ -229,12 +253,13 @@ class Plan:
             return self.float_elements * self.stored_dtype.itemsize
         nbytes = sum(spec.nbytes for spec in self._uncoded.values())
         nbytes -= sum(block.unquantized_bytes for block in self.blocks)
+        nbytes -= sum(linear.unquantized_bytes for linear in self.towers.values())
         return nbytes + self._bias_elements * self.stored_dtype.itemsize
 
     @property
     def linear_bytes(self) -> int:
         """Bytes of all quantized weights with their scales."""
-        return sum(site.stored_bits for site in self.sites) // 8
+        return self._stored_bits // 8
 
     @property
     def total_bytes(self) -> int:
@@ -250,8 +275,14 @@ class Plan:
         return {name: spec for name, spec in self.wiring.tensors.items() if name not in coded}
 
     @property
+    def _stored_bits(self) -> int:
+        towers = sum(linear.weight.stored_bits for linear in self.towers.values())
+        return towers + sum(site.stored_bits for site in self.sites)
+
+    @property
     def _quantized_elements(self) -> int:
-        return sum(site.elements for site in self.sites)
+        towers = sum(linear.weight.elements for linear in self.towers.values())
+        return towers + sum(site.elements for site in self.sites)
 
     @property
     def _bias_elements(self) -> int:

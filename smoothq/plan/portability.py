@@ -139,6 +139,11 @@ def refuse_in_plugin(plan: Plan) -> None:
             "vLLM has an attention and a KV cache of its own; quantize without kv_cache and "
             "attention, and give vLLM --kv-cache-dtype"
         )
+    if plan.towers:
+        raise RecipeError(
+            "smoothq's vLLM plugin runs towers in float, and this recipe quantizes their linears; "
+            "leave vision at 16"
+        )
 
 
 def cost_of(recipe: Recipe) -> str:
@@ -222,6 +227,12 @@ def _of_model(model: PreTrainedModel, plan: Plan) -> Iterator[ExportBlocker]:
     if plan.attention is not None:
         edit = {"kv_cache": None, "attention": "float"}
         yield ExportBlocker("keys, values or their products are quantized by our attention", edit)
+    if plan.towers:
+        what = "linears of vision or audio towers are quantized, and servers hold these in float"
+        if plan.recipe.vision == FLOAT_BITS:
+            yield ExportBlocker(what, {}, "no override of the towers' linears")
+        else:
+            yield ExportBlocker(what, {"vision": FLOAT_BITS})
     if plan.tables:
         yield ExportBlocker("embedding and head are held in 8 bits", {"embeddings": FLOAT_BITS})
     if plan.residual_rotation is not None and not plan.wiring.family.folds_offline(model):

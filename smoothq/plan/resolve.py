@@ -19,7 +19,7 @@ from ..recipe.recipe import FLOAT_BITS, Recipe
 from .attention import plan_attention
 from .notes import notes_on
 from .plan import Plan
-from .sites import plan_blocks, residual_rotation
+from .sites import plan_blocks, plan_towers, residual_rotation
 from .wiring import Wiring
 
 
@@ -50,6 +50,7 @@ def resolve(wiring: Wiring, recipe: Recipe) -> Plan:
         blocks=plan_blocks(wiring, recipe),
         residual_rotation=residual_rotation(wiring, recipe),
         attention=plan_attention(wiring, recipe),
+        towers=plan_towers(wiring, recipe),
     )
     if not any(block.sites for block in plan.blocks):
         raise RecipeError("keep leaves no linear to quantize; give fewer patterns")
@@ -85,7 +86,8 @@ def _read_and_not_kept(wiring: Wiring, recipe: Recipe) -> list[str]:
 
 def _check_patterns(plan: Plan) -> None:
     """Refuse patterns that match nothing: a typing error in `keep` would quantize the linear."""
-    recipe, names, outside = plan.recipe, plan.wiring.linears, plan.wiring.float_matrices
+    recipe, outside = plan.recipe, plan.wiring.float_matrices
+    names = (*plan.wiring.linears, *plan.towers)
     overrides = [override.match for override in recipe.overrides]
     for pattern in (*recipe.keep, *overrides):
         if fnmatch.filter(names, pattern):
@@ -93,7 +95,7 @@ def _check_patterns(plan: Plan) -> None:
         if pattern in overrides and fnmatch.filter(outside, pattern):
             raise RecipeError(
                 f"the pattern '{pattern}' matches linears outside of the text model alone, which "
-                f"stay in float: overrides change the formats of linears like '{names[0]}'"
+                "stay in float: give the override weights, or set vision to 8"
             )
         if not fnmatch.filter(outside, pattern):  # kept as all outside of the text model is
             raise RecipeError(

@@ -14,7 +14,7 @@ from ..modules.input_quantizer import Mode
 from ..recipe.recipe import FLOAT_BITS, GroupSize, Recipe
 from ..rounding.grid import IntegerGrid
 from ..transforms.hadamard import Hadamard
-from .plan import BlockPlan, SitePlan
+from .plan import BlockPlan, SitePlan, TowerLinear
 from .wiring import Wiring
 
 AUTO_GROUP_SIZES = (128, 64, 32)
@@ -54,6 +54,26 @@ def plan_blocks(wiring: Wiring, recipe: Recipe) -> tuple[BlockPlan, ...]:
             known.append((kind, plan))
         plans.append(replace(plan, value_rotation=_value_rotation(graph, recipe, index)))
     return tuple(plans)
+
+
+def plan_towers(wiring: Wiring, recipe: Recipe) -> dict[str, TowerLinear]:
+    """The quantized linears of vision and audio towers, by their full names.
+
+    Raises:
+        RecipeError: a group size does not fit, or an override asks for what no tower can have.
+    """
+    towers = {}
+    for name in wiring.towers:
+        wanted, stored = recipe.for_tower(name), wiring.tensors.get(f"{name}.weight")
+        if wanted is not None and stored is not None:
+            rows, columns = stored.shape
+            spec = WeightSpec(rows, columns, _weight_grid(wanted, columns, name))
+            inputs = InputSpec(columns, FLOAT_BITS, "float")
+            if wanted.activations.bits != FLOAT_BITS:
+                a = wanted.activations
+                inputs = InputSpec(columns, a.bits, "token", a.clip_ratio, full_range=a.full_range)
+            towers[name] = TowerLinear(spec, inputs, stored.nbytes)
+    return towers
 
 
 def _value_rotation(graph: BlockGraph, recipe: Recipe, index: int) -> Hadamard | None:

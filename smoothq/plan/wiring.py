@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,8 @@ class Wiring:
             equal graphs, for those of a block with many experts are large.
         graphs: the wiring of every block.
         linears: the full names of the linears that a recipe may quantize, of head and embedding.
-        read: those of them whose weights the model's own code reads. Empty for a quantized
+        towers: the full names of the linears of vision and audio towers and their projections.
+        read: those of `linears` whose weights the model's own code reads. Empty for a quantized
             checkpoint, whose recipe keeps them already, so that it is not traced again.
         tensors: shape and dtype of its parameters and persistent buffers by full name; of tied
             tensors one.
@@ -52,6 +54,7 @@ class Wiring:
     layers: tuple[nn.Module, ...]
     graphs: tuple[BlockGraph, ...]
     linears: tuple[str, ...]
+    towers: tuple[str, ...]
     read: tuple[str, ...]
     tensors: dict[str, Spec]
     dtype: torch.dtype
@@ -89,6 +92,7 @@ class Wiring:
             layers=layers,
             graphs=graphs,
             linears=linears,
+            towers=tuple(_tower_linears(model, parts)),
             read=() if quantized else tuple(filter(weights_read(model, parts), linears)),
             tensors={
                 name: Spec(tuple(tensor.shape), tensor.dtype)
@@ -121,6 +125,13 @@ class Wiring:
         ]
 
     @property
+    def tower_elements(self) -> int:
+        """Numbers in the tensors outside of the text model."""
+        ends = tuple(f"{name}." for name in (self.parts.decoder, *self.parts.ends))
+        outside = (spec for name, spec in self.tensors.items() if not name.startswith(ends))
+        return sum(spec.elements for spec in outside)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the model's checkpoint."""
         return sum(spec.nbytes for spec in self.tensors.values())
@@ -136,6 +147,19 @@ def stored_tensors(model: PreTrainedModel, blocks: str | None = None) -> dict[st
     """
     tied = {name for name in tied_weights(model) if not name.startswith(f"{blocks}.")}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _tower_linears(model: PreTrainedModel, parts: Parts) -> Iterator[str]:
+    """Yield the linears outside of the decoder of a model that has other parts than text.
+
+    Not those of a subclass, whose weight another module reads, nor heads beside the model.
+    """
+    if text_config(model) is model.config:
+        return
+    for name, module in model.named_modules():
+        inside = name.startswith(f"{parts.decoder}.") or name in parts.ends or "." not in name
+        if type(module) is nn.Linear and not inside:
+            yield name
 
 
 def _discovered(model: PreTrainedModel) -> Family:

@@ -283,6 +283,8 @@ class Recipe(_Section):
         keep: patterns of full module names, as in a shell, that stay in float.
         overrides: other formats for some linears; the first that matches counts.
         embeddings: bits of embedding and head; 8 is one scale per row.
+        vision: bits of the linears of vision and audio towers, projections included; 8 is one scale
+            per row, and inputs in 8 bits per token unless the recipe leaves inputs in float.
         seed: of rotations and of sampling.
         dtype: of everything that stays float in the checkpoint; "auto" keeps each tensor's own.
     """
@@ -301,6 +303,7 @@ class Recipe(_Section):
     keep: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     embeddings: Literal[8, 16] = 16
+    vision: Literal[8, 16] = 16
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -417,6 +420,31 @@ class Recipe(_Section):
         return self.edit(**values)
 
     of: ClassVar[Callable[[Recipe, str], Recipe]] = also_named("of", for_module)
+
+    def for_tower(self, module: str) -> Recipe | None:
+        """The recipe of a linear of a vision or audio tower; None where it stays in float.
+
+        It is quantized if `vision` says so, or an override gives it weights.
+
+        Raises RecipeError for activations that a tower's linear cannot have.
+        """
+        override = self.override(module)
+        named = override is not None and override.weights is not None
+        if self.keeps(module) or (self.vision == FLOAT_BITS and not named):
+            return None
+        bits = FLOAT_BITS if self.activations.bits == FLOAT_BITS else 8
+        plain = self.edit(
+            weights=Weights().model_dump(),
+            activations=Activations(bits=bits).model_dump(),
+            **dict.fromkeys(("smoothing", "runtime_smoothing", "tuning", "rotation")),
+        )
+        recipe = plain.for_module(module)
+        if recipe.activations.granularity != "token" or recipe.runtime_smoothing is not None:
+            raise RecipeError(
+                f"{module} is a linear of a tower, whose inputs have one scale a token or stay in "
+                "float: its override asks for others"
+            )
+        return recipe
 
     def override(self, module: str) -> Override | None:
         """The first override that matches a linear, by its full name."""

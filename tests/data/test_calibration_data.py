@@ -145,9 +145,10 @@ def test_a_mask_of_nothing_changes_no_bit(data, tmp_path) -> None:
 def test_sequences_of_one_length_are_split_as_they_are(lengths) -> None:
     groups = Tokens.of(torch.zeros(length, dtype=torch.int64) for length in lengths)
     for batch in groups.micro_batches:
-        assert batch.numel() <= MICRO_BATCH_TOKENS or len(batch) == 1
+        assert batch.tokens.numel() <= MICRO_BATCH_TOKENS or len(batch.tokens) == 1
     uniform = torch.arange(7 * lengths[0]).view(7, lengths[0])
-    assert torch.equal(torch.cat(Tokens((uniform,)).micro_batches), uniform)
+    batches = [batch.tokens for batch in Tokens((uniform,)).micro_batches]
+    assert torch.equal(torch.cat(batches), uniform)
 
 
 def test_texts_are_read_as_the_recipe_says(tokenizer, caplog) -> None:

@@ -69,6 +69,18 @@ def test_the_output_carries_the_code(directory, tmp_path) -> None:
     assert load_model(str(out), trust_remote_code=True)[0].config.model_type == "own"
 
 
+def test_models_are_compared_where_their_code_is_trusted(directory: Path, tmp_path, run) -> None:
+    out = tmp_path / "out"
+    quantize(directory, RTN, output=out, trust_remote_code=True)
+    line = ("compare", directory, out, "--against", directory, "--text", "builtin", "--windows", 1)
+    code, _, said = run(*line, "--sequence-length", 16)
+    assert code == 1
+    assert said.endswith("give --trust-remote-code\n")
+    code, table, said = run(*line, "--sequence-length", 16, "--trust-remote-code", "--json")
+    assert not code, said
+    assert json.loads(table)[1]["recipe"]
+
+
 @pytest.mark.parametrize("directory", TYPES, indirect=True)
 def test_a_model_that_the_caller_loaded_is_trusted(directory: Path, tmp_path) -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
