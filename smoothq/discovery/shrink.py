@@ -233,10 +233,17 @@ def _fit_state_heads(decoder: PretrainedConfig) -> None:
 def _fit_sections(decoder: PretrainedConfig, real_dim: int) -> None:
     """Divide the channels of a small head among time, height and width as those of a real one."""
     rope = getattr(decoder, "rope_parameters", None)
-    if not isinstance(rope, dict) or not isinstance(rope.get("mrope_section"), list | tuple):
+    if not isinstance(rope, dict):
         return
-    sections = rope["mrope_section"]
-    total = sum(sections) * _rotary_dim(decoder) // max(real_dim, 1)
+    sections, small_dim = rope.get("mrope_section"), _rotary_dim(decoder)
+    if isinstance(sections, list | tuple):
+        total = sum(sections) * small_dim // max(real_dim, 1)
+    elif "mrope_section" in getattr(type(decoder), "ignore_keys_at_rope_validation", ()):
+        # Those that the model's code has for a config without (Qwen2.5-VL): in these proportions.
+        sections = (2, 3, 3)
+        total = int(small_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    else:
+        return
     fitted = [max(1, size * total // sum(sections)) for size in sections]
     fitted[-1] += total - sum(fitted)
     decoder.rope_parameters = {**rope, "mrope_section": fitted}

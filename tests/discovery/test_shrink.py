@@ -1,5 +1,6 @@
 """Tiny configs have the wiring of the real one: what a field's name says is made small."""
 
+import pytest
 from transformers import AutoConfig
 
 from smoothq.discovery.shrink import HEAD_DIM, HIDDEN, tiny_configs
@@ -38,3 +39,11 @@ def test_values_by_layer_are_those_of_the_layers_that_are_left(tmp_path) -> None
     assert dims[5] != dims[0]
     tiny.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == 6
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "glm4v"])
+def test_sections_that_only_the_models_code_has_fit_small_heads(name: str) -> None:
+    tiny = next(iter(tiny_configs(AutoConfig.for_model(name), 2))).get_text_config(decoder=True)
+    dim = tiny.hidden_size // tiny.num_attention_heads
+    turned = dim * tiny.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert 2 * sum(tiny.rope_parameters["mrope_section"]) == turned
