@@ -77,7 +77,7 @@ def kinds_of(model: PreTrainedModel) -> list[int]:
     kinds: dict[tuple[tuple[str, bool], ...], int] = {}
     numbers = []
     for index, block in enumerate(blocks):
-        parameters = [own for own, _ in block.named_parameters()]
-        signature = tuple((own, f"{stack}.{index}.{own}" in tied) for own in parameters)
+        parameters = [name for name, _ in block.named_parameters()]
+        signature = tuple((name, f"{stack}.{index}.{name}" in tied) for name in parameters)
         numbers.append(kinds.setdefault(signature, len(kinds)))
     return numbers

@@ -365,6 +365,7 @@ class Tracer(TorchFunctionMode):
         self.trace, self.entered = Trace(), inputs[0]
         self._forms = forms.for_shape((all_vary, *inputs[0].shape))
         self._references: dict[int, Any] = {}  # id of a tensor or object → its reference
+        self._shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._kept: list[Any] = [*inputs]  # alive, so that no id is used twice
         self._from_tokens = {id(tensor) for tensor in inputs}
         self._all_vary = all_vary
@@ -410,11 +411,18 @@ class Tracer(TorchFunctionMode):
 
         def placeholder(leaf: int, example: Tensor) -> Tensor:
             with torch._C.DisableTorchFunction():
-                tensor = torch.zeros(example.shape, dtype=example.dtype, device=hidden.device)
+                tensor = self._zeros(example.shape, example.dtype, hidden.device)
             self._name(tensor, Slot(number, leaf))
             return tensor
 
         return call.result(placeholder)
+
+    def _zeros(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of its own identity and version; all of one form share their memory."""
+        form = shape, dtype
+        if form not in self._shared:
+            self._shared[form] = torch.zeros(shape, dtype=dtype, device=device)
+        return self._shared[form].data
 
     def _name(self, value: Any, reference: Any) -> None:
         self._kept.append(value)

@@ -435,7 +435,7 @@ def hub(tmp_path_factory) -> Iterator[str]:
 
 def _examples() -> list[str]:
     """The example of every command's help, that which makes OUT first."""
-    commands = [command.callback for command in app.registered_commands]
+    commands = [command.callback for command in app.registered_commands if not command.hidden]
     found = [re.search(r"Example: smoothq (.*)", command.__doc__ or "") for command in commands]
     return [match[1] if match else "" for match in found]
 
