@@ -76,9 +76,7 @@ def by_token(x: Tensor) -> Tensor:
 
 def by_group(x: Tensor) -> Tensor:
     """Rounded to 8 bits, a scale for each `GROUP` channels of a token."""
-    width = x.shape[-1]
-    group = GROUP if width % GROUP == 0 else width
-    return by_token(x.unflatten(-1, (-1, group))).flatten(-2)
+    return by_token(x.unflatten(-1, (-1, GROUP))).flatten(-2)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 import smoothq
 from smoothq import Recipe, preset
 from smoothq.advisor.model_claims import edges_cell, stream_cell
-from smoothq.architectures.graph import text_config
+from smoothq.architectures.graph import final_output, text_config
 from smoothq.checkpoint.skeleton import empty_model
 from smoothq.discovery.shrink import VOCABULARY, tiny_configs
 from smoothq.discovery.stack import find_stack, kinds_of, towers
@@ -95,12 +95,6 @@ _ONE_ROPE = {
 }
 
 
-def _sections(*sizes: int, **more: float) -> dict[str, Any]:
-    """A text config whose heads are divided among time, height and width."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sizes], **more}
-    return {"text_config": {"rope_parameters": rope}}
-
-
 NEEDED: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
     "chameleon": {"vocabulary_map": {"<image>": 61, "IMGIMGBSAZ": 62}},
@@ -120,11 +114,6 @@ NEEDED: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6},
     "emu3": {"vocabulary_map": {"<image>": 61, "<|extra_200|>": 62, "<|visual token 000000|>": 63}},
-    **dict.fromkeys(
-        ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
-        _sections(8, 12, 12, partial_rotary_factor=0.5),
-    ),
-    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"), _sections(16, 24, 24)),
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
@@ -139,7 +128,6 @@ SECONDS, MEMORY = 240, 8 << 30  # of a type: of a processor, and bytes
 PATIENCE = 4  # times as many seconds may pass, where the processors are shared
 TOKENS = torch.randint(6, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 DATA = torch.randint(6, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(7))
-_LLAMA_4 = "Llama4ForConditionalGeneration"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 Bits = tuple[int, int]  # of weights, of activations
@@ -223,9 +211,7 @@ def randomize(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """A model's logits of `TOKENS`; what is masked with huge numbers is 0."""
-    # transformers' Llama 4 with a tower asks its text model's output for images.
-    reads = model.language_model if type(model).__name__ == _LLAMA_4 else model
-    values: Tensor = reads(input_ids=TOKENS, use_cache=False).logits.float()
+    values = final_output(model, TOKENS, use_cache=False).float()
     return values.masked_fill(values < -1e30, 0.0)
 
 

@@ -74,12 +74,10 @@ def _qwen2_5_vl() -> PreTrainedModel:
 def _qwen3_vl() -> PreTrainedModel:
     """Its vision tower hands on features of its first block, which are added behind block 0."""
     vision = {
+        **_QWEN_VISION,
         "depth": 2,
-        "hidden_size": 32,
         "intermediate_size": 48,
-        "num_heads": 2,
         "out_hidden_size": 64,
-        "patch_size": 4,
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
     }
@@ -98,14 +96,7 @@ def _qwen3_vl() -> PreTrainedModel:
         },
         "pad_token_id": None,
     }
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=95,
-        vision_start_token_id=BEGIN,
-        vision_end_token_id=END,
-    )
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS)
     return AutoModelForImageTextToText.from_config(config)
 
 

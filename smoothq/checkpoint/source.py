@@ -277,8 +277,9 @@ def load_module(
 
 def _is_large_stack(spec: Spec | None) -> bool:
     """Whether a tensor is a stack of matrices that takes much memory."""
-    large = spec is not None and len(spec.shape) == 3 and spec.nbytes >= STACK_BYTES
-    return large and spec is not None and spec.dtype.is_floating_point
+    if spec is None or len(spec.shape) != 3 or not spec.dtype.is_floating_point:
+        return False
+    return spec.nbytes >= STACK_BYTES
 
 
 def _mapped_stack(source: Source, full: str, dtype: torch.dtype, directory: Path) -> Tensor:

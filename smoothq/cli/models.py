@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -59,16 +60,11 @@ def models(
         out.print(table, soft_wrap=False)
 
 
-def families(
-    model: Target = None,
-    as_python: AsPython = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    infer: Infer = None,
-) -> None:
+@wraps(models, assigned=("__annotations__",))  # its options
+def families(**options: Any) -> None:
     """Do what `models` does, whose earlier name this is."""
     log.warning("smoothq families is now smoothq models")
-    models(model, as_python, trust_remote_code, as_json, infer)
+    models(**options)
 
 
 def _print_families(as_json: bool) -> None:

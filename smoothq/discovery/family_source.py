@@ -203,6 +203,7 @@ class _Run:
 
     def __init__(self, model: PreTrainedModel, attribute: str, tokens: Tensor) -> None:
         self._attribute = attribute
+        self.repeats = False
         self.entering: dict[int, tuple[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]]] = {}
         self.before: list[Call] = []
         self.behind: list[Call] = []
@@ -211,7 +212,6 @@ class _Run:
         parent = attribute.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
         calls: list[Call] = []
-        entered: list[int] = []
         self._last_block_begins = 0
         with ExitStack() as hooks:
             for name, child in decoder.get_submodule(parent).named_children():
@@ -220,28 +220,28 @@ class _Run:
                         child.register_forward_hook(keep(calls, prefix + name), with_kwargs=True)
                     )
             for index, layer in enumerate(stack.children()):
-                entering = self._enter(index, layer, calls, entered)
+                entering = self._enter(index, layer, calls)
                 hooks.enter_context(layer.register_forward_pre_hook(entering, with_kwargs=True))
             final_output(model, tokens, use_cache=False)
-        self.repeats = len(entered) > len(set(entered))
         self.behind = calls[self._last_block_begins :]
+        # Only now, so that the copies have no hooks, which experiments on them would run.
+        for index, (layer, hidden, args, kwargs) in self.entering.items():
+            opened = copy.deepcopy(layer)
+            linearize_block(opened)
+            self.entering[index] = opened, hidden, args, kwargs
 
-    def _enter(
-        self, index: int, layer: nn.Module, calls: list[Call], entered: list[int]
-    ) -> Callable[..., None]:
+    def _enter(self, index: int, layer: nn.Module, calls: list[Call]) -> Callable[..., None]:
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.entering:
                 self.before = calls.copy()
             self._last_block_begins = len(calls)
-            entered.append(index)
             if index in self.entering:
+                self.repeats = True
                 return
             if not args:  # the hidden states come by name, as the first argument
                 name = next(iter(kwargs))
                 args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
-            opened = copy.deepcopy(layer)
-            linearize_block(opened)
-            self.entering[index] = opened, args[0].clone(), args[1:], kwargs
+            self.entering[index] = layer, args[0].clone(), args[1:], kwargs
 
         return enter
 

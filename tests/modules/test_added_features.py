@@ -6,50 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from smoothq.architectures.added_features import adds_features, rotate_added
 from smoothq.architectures.graph import takes_rotation
 from smoothq.discovery import equivalence
 from smoothq.discovery.infer import discover_family
 from smoothq.modules.online_rotation import RotatedFeatures, stop_rotating
-
-IMAGE = 90  # the token that an image feature takes the place of
+from tests.tiny_classes import IMAGE, tiny_class
 
 
 def tiny_model() -> PreTrainedModel:
     """A Qwen3-VL in float64 whose vision tower hands on the features of its first block."""
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": 97,
-            "hidden_size": 64,
-            "intermediate_size": 80,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 2, 2],
-            },
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 4,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        image_token_id=IMAGE,
-        vision_start_token_id=91,
-        vision_end_token_id=92,
-    )
-    torch.manual_seed(0)
-    return Qwen3VLForConditionalGeneration(config).double().eval()
+    return tiny_class("qwen3_vl").double().eval()
 
 
 def with_image(model: PreTrainedModel, seed: int) -> Tensor:
