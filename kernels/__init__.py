@@ -41,6 +41,8 @@ __all__ = [
     "cached_attention",
     "channel_multipliers",
     "expert_gemm",
+    "fp_gemm",
+    "fp_quantize",
     "group_gemm",
     "hadamard",
     "hadamard_quantize",
@@ -182,6 +184,7 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
 
 
 channel_multipliers = _by_device(reference.channel_multipliers)
+fp_quantize = _by_device(reference.fp_quantize)
 hadamard = _by_device(reference.hadamard)
 hadamard_quantize = _by_device(reference.hadamard_quantize)
 quantize_heads = _by_device(reference.quantize_heads)
@@ -221,7 +224,7 @@ class Product(Generic[Arguments]):
         self.native = cpu.native.direct(name)
         if not _REGISTERS:
             return
-        if not cpu.native.is_loaded():
+        if not hasattr(torch.ops.smoothq, name):
             _OPERATORS.define(name + torch.library.infer_schema(definition, mutates_args=()))
             _OPERATORS.impl(name, self.direct, "CPU")
         _OPERATORS.impl(name, self.direct, "CUDA")
@@ -269,6 +272,7 @@ group_gemm = Product(
     reference.group_gemm,
     lambda a, _, block_scale, order, w, *rest: (*a.shape[:2], w.shape[0]),
 )
+fp_gemm = Product(reference.fp_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 weight_only_gemm = Product(reference.weight_only_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 cached_attention = Product(
     reference.cached_attention,

@@ -22,14 +22,31 @@ second half in its high one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .formats import FORMATS, e4m3_bytes, e4m3_values, power_of_two, powers_of_two
+
 PACKED_BLOCK = 64  # columns that are packed together: 32 bytes of two codes each
 MULTIPLIED_BITS = 6  # the widest codes beside which an int8 has room for multipliers up to 3
+WORD_BITS = 32  # of the words that codes of other widths than 4 and 8 are packed into
 SMALLEST_SCALE = 1e-5  # the clamp of SmoothQuant and RRS: keeps a dead channel's divisor finite
+
+
+Scaling = Literal["token", "tensor", "static", "group", "e8m0", "e4m3"]
+"""What shares a scale of floating-point codes, and what the scale is.
+
+| scaling  | shared by                 | the scale                                                  |
+|----------|---------------------------|------------------------------------------------------------|
+| `token`  | a token                   | float32: maximum over the largest value                    |
+| `tensor` | the tensor                | float32, likewise                                          |
+| `static` | the tensor                | float32, calibrated                                        |
+| `group`  | a token's group           | float32, maximum over the largest value                    |
+| `e8m0`   | a token's group           | a power of two (MX)                                        |
+| `e4m3`   | a token's group           | E4M3 times the tensor's float32 scale, calibrated (NVFP4)  |
+"""
 
 
 class QuantizedInput(NamedTuple):
@@ -375,13 +392,121 @@ def weight_only_gemm(
 ) -> Tensor:
     """y = x Ŵᵀ + b with Ŵ unpacked inside: float activations, packed weights.
 
-    x: float (M, K); packed: uint8 (N, ⌈K/2⌉) for 4 bits, int8 (N, K) for 8; weight_scale: float
-    (N, 1) or (N, K / G); multiplier: int8 (N, K / G) or None. Returns (M, N) in x's dtype.
+    x: float (M, K); packed: uint8 (N, ⌈K/2⌉) for 4 bits, int8 (N, K) for 8, else int32 as
+    `unpack_words` has it; weight_scale: float (N, 1) or (N, K / G); multiplier: int8 (N, K / G) or
+    None. Returns (M, N) in x's dtype.
     """
-    weight = unpack_int4(packed, x.shape[-1]) if bits == 4 else packed
+    weight = unpack_codes(packed, x.shape[-1], bits)
     step = weight_scale.double() if multiplier is None else weight_scale.double() * multiplier
     result: Tensor = x.double() @ by_group(weight.double(), step).t()
     return (result if bias is None else result + bias.double()).to(x.dtype)
+
+
+def unpack_words(words: Tensor, columns: int, bits: int) -> Tensor:
+    """Codes of 2 to 8 bits: int32 (N, ⌈K / n⌉) → int8 (N, K), n = ⌊32 / bits⌋ codes a word.
+
+    A word's lowest bits hold its first column, as the code plus 2^(b-1); what is left of a word is
+    zero. It is compressed-tensors' layout.
+    """
+    shifts = torch.arange(0, WORD_BITS // bits * bits, bits, device=words.device)
+    unsigned = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return (unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+
+
+def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """Integer codes of 2 to 8 bits, int8 (N, columns), from how weights are packed."""
+    if bits == 4:
+        return unpack_int4(packed, columns)
+    return packed if bits == 8 else unpack_words(packed, columns, bits)
+
+
+def fp_gemm(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    element: str,
+) -> Tensor:
+    """y = x Ŵᵀ + b with Ŵ = v · s: float activations, weights of floating-point codes.
+
+    x: float (M, K); packed: uint8 (N, K) for `element` "e4m3", (N, ⌈K/2⌉) for "e2m1", packed as
+    `unpack_int4` has it; scale: float (N, 1) or (N, K / G), or uint8 (N, K / G): E8M0 bytes, or
+    E4M3 bytes where there is a tensor_scale, float32 of one element, which multiplies them.
+    Returns (M, N) in x's dtype.
+    """
+    weight = fp_values(packed, element, x.shape[-1]).double()
+    result = x.double() @ by_group(weight, fp_scales(scale, tensor_scale).double()).t()
+    return (result if bias is None else result + bias.double()).to(x.dtype)
+
+
+def fp_values(packed: Tensor, element: str, columns: int) -> Tensor:
+    """The values of stored floating-point codes, float32 (N, columns)."""
+    form = FORMATS[element]
+    codes = packed
+    if form.bits == 4:
+        codes = unpack_int4(packed, columns).view(torch.uint8) & 15
+    return form.values(form.ranks_of(codes).float())
+
+
+def fp_scales(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    """The scales of groups as float32, from what is stored of them."""
+    if scale.dtype != torch.uint8:
+        return scale.float()
+    if tensor_scale is None:
+        return powers_of_two(scale)
+    return e4m3_values(scale) * tensor_scale.float()
+
+
+def fp_quantize(
+    x: Tensor,
+    element: str,
+    scaling: Scaling,
+    group_size: int = 0,
+    tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """x rounded to floating-point codes and multiplied out again: float32 (..., K).
+
+    What hardware without a product of such codes computes with. Where all of a group is zero, or
+    its E4M3 scale is, so is the result; a NaN or an infinity makes all NaN that shares its scale.
+
+    Args:
+        x: float (..., K).
+        element: "e4m3" or "e2m1".
+        scaling: as `Scaling`.
+        group_size: channels of a group; the last may be shorter.
+        tensor_scale: float32 of one element, in `static` and `e4m3`.
+    """
+    form, width = FORMATS[element], x.shape[-1]
+    x = x.float()
+    if scaling in ("token", "tensor", "static"):
+        match scaling:
+            case "token":
+                scale = nonzero(_largest(x) / form.largest)
+            case "tensor":
+                scale = nonzero(x.abs().amax() / form.largest) if x.numel() else x.new_ones(())
+            case "static":
+                assert tensor_scale is not None
+                scale = tensor_scale.float()
+        return form.values(form.ranks(x / scale)) * scale
+    groups = torch.nn.functional.pad(x, (0, -width % group_size)).unflatten(-1, (-1, group_size))
+    scale = fp_group_scales(_largest(groups), element, scaling, tensor_scale)
+    codes = form.ranks(torch.where(scale == 0, 0.0, groups / scale))
+    return (form.values(codes) * scale).flatten(-2)[..., :width]
+
+
+def fp_group_scales(
+    maximum: Tensor, element: str, scaling: Scaling, tensor_scale: Tensor | None
+) -> Tensor:
+    """The scales of groups by their maxima, float32 (...), in the scalings that have groups."""
+    form = FORMATS[element]
+    if scaling == "group":
+        return nonzero(maximum / form.largest)
+    if scaling == "e8m0":
+        return powers_of_two(power_of_two(maximum, form))
+    assert tensor_scale is not None
+    wanted = maximum / form.largest / tensor_scale.float()
+    return e4m3_values(e4m3_bytes(wanted)) * tensor_scale.float()
 
 
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -28,11 +28,15 @@ from ..reference import (
     attend,
     channel_multipliers,
     dequantize_heads,
+    fp_quantize,
+    fp_scales,
+    fp_values,
     multiplied_weight,
     quantize_heads,
     row_parts,
     runtime_smooth_quantize,
     tensor_scale,
+    unpack_codes,
     unpack_int4,
     with_first_tokens,
 )
@@ -268,12 +272,35 @@ def weight_only_gemm(
     result = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
     for row in range(0, packed.shape[0], UNPACK_ROWS):
         rows = slice(row, row + UNPACK_ROWS)
-        weight = unpack_int4(packed[rows], x.shape[1]) if bits == 4 else packed[rows]
+        weight = unpack_codes(packed[rows], x.shape[1], bits)
         step = weight_scale[rows].float()
         if multiplier is not None:
             step = step * multiplier[rows]
-        dense = weight.float().unflatten(-1, (step.shape[-1], -1)).mul_(step.unsqueeze(-1))
-        torch.mm(x32, dense.flatten(-2).t(), out=result[:, rows])
+        _rows_product(x32, weight.float(), step, result[:, rows])
+    return (result if bias is None else result.add_(bias)).to(x.dtype)
+
+
+def _rows_product(x: Tensor, weight: Tensor, step: Tensor, out: Tensor) -> None:
+    """out = x (weight · step)ᵀ, float32: weight (n, K), which is overwritten, step (n, G)."""
+    weight.view(len(weight), step.shape[-1], -1).mul_(step.unsqueeze(-1))
+    torch.mm(x, weight.t(), out=out)
+
+
+def fp_gemm(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    element: str,
+) -> Tensor:
+    """As `reference.fp_gemm`, in float32, without a float copy of the matrix."""
+    x32 = x.float()
+    result = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
+    for row in range(0, packed.shape[0], UNPACK_ROWS):
+        rows = slice(row, row + UNPACK_ROWS)
+        weight = fp_values(packed[rows], element, x.shape[1])
+        _rows_product(x32, weight, fp_scales(scale[rows], tensor_scale), result[:, rows])
     return (result if bias is None else result.add_(bias)).to(x.dtype)
 
 
