@@ -63,7 +63,8 @@ class FloatFormat:
         exponent = (ranks.abs() / 2**self.mantissa).floor_().clamp_(min=1) - 1
         steps = ranks.abs() - exponent * 2**self.mantissa
         unit = torch.exp2(exponent + (1 - self.bias - self.mantissa))
-        return (steps * unit).copysign_(ranks)
+        values: Tensor = (steps * unit).copysign_(ranks)
+        return values
 
     def codes(self, ranks: Tensor) -> Tensor:
         """The codes of ranks, int8 (...), as uint8: sign, exponent, mantissa."""

@@ -38,14 +38,14 @@ SMALLEST_SCALE = 1e-5  # the clamp of SmoothQuant and RRS: keeps a dead channel'
 Scaling = Literal["token", "tensor", "static", "group", "e8m0", "e4m3"]
 """What shares a scale of floating-point codes, and what the scale is.
 
-| scaling  | shared by                 | the scale                                                  |
-|----------|---------------------------|------------------------------------------------------------|
-| `token`  | a token                   | float32: maximum over the largest value                    |
-| `tensor` | the tensor                | float32, likewise                                          |
-| `static` | the tensor                | float32, calibrated                                        |
-| `group`  | a token's group           | float32, maximum over the largest value                    |
-| `e8m0`   | a token's group           | a power of two (MX)                                        |
-| `e4m3`   | a token's group           | E4M3 times the tensor's float32 scale, calibrated (NVFP4)  |
+| scaling  | shared by         | the scale                                                 |
+|----------|-------------------|-----------------------------------------------------------|
+| `token`  | a token           | float32: maximum over the largest value                   |
+| `tensor` | the tensor        | float32, likewise                                         |
+| `static` | the tensor        | float32, calibrated                                       |
+| `group`  | a token's group   | float32, maximum over the largest value                   |
+| `e8m0`   | a token's group   | a power of two (MX)                                       |
+| `e4m3`   | a token's group   | E4M3 times the tensor's float32 scale, calibrated (NVFP4) |
 """
 
 
@@ -410,7 +410,8 @@ def unpack_words(words: Tensor, columns: int, bits: int) -> Tensor:
     """
     shifts = torch.arange(0, WORD_BITS // bits * bits, bits, device=words.device)
     unsigned = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return (unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = (unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    return codes
 
 
 def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
@@ -436,7 +437,7 @@ def fp_gemm(
     Returns (M, N) in x's dtype.
     """
     weight = fp_values(packed, element, x.shape[-1]).double()
-    result = x.double() @ by_group(weight, fp_scales(scale, tensor_scale).double()).t()
+    result: Tensor = x.double() @ by_group(weight, fp_scales(scale, tensor_scale).double()).t()
     return (result if bias is None else result + bias.double()).to(x.dtype)
 
 

@@ -19,7 +19,8 @@ from smoothq.modules.prepare import prepare
 from smoothq.modules.quantized_embedding import row_grid
 from smoothq.plan.install import install
 from smoothq.plan.resolve import make_plan
-from smoothq.rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from smoothq.rounding.grid import Grid, IntegerGrid, QuantizedWeight, Scales
+from smoothq.rounding.rtn import round_to_nearest
 
 Size = Literal["tiny", "135m", "1.1b", "8b"]
 
@@ -120,9 +121,12 @@ def fill_floats(model: PreTrainedModel, where: Where) -> None:
 
 
 def random_weight(
-    shape: tuple[int, int], grid: IntegerGrid, stored: dict[str, Tensor], device: torch.device
+    shape: tuple[int, int], grid: Grid, stored: dict[str, Tensor], device: torch.device
 ) -> QuantizedWeight:
     """Codes and scales that a grid allows, of about the size of a trained weight's."""
+    if not isinstance(grid, IntegerGrid):
+        weight = torch.randn(shape, device=device) * shape[1] ** -0.5
+        return round_to_nearest(weight, grid.unclipped())
     codes = torch.randint(grid.lowest, grid.highest + 1, shape, dtype=torch.int8, device=device)
     step, multiplier = shape[1] ** -0.5 / grid.highest, None
     if "weight_multiplier" in stored:

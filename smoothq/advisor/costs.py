@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from rich.table import Table
@@ -165,7 +165,7 @@ def _timed(site: SitePlan) -> tuple[float, float]:
     The linear has random weights, and as many outputs as TIMED_WEIGHTS lets it.
     """
     spec = next(iter(site.modules.values()))
-    width, grid = spec.in_features, replace(spec.grid, clip=False)
+    width, grid = spec.in_features, spec.grid.unclipped()
     rows = min(spec.out_features, max(1, TIMED_WEIGHTS // width))
     weight = torch.randn(rows, width, dtype=torch.float32)
     site_input = InputQuantizer("timed", site.input)

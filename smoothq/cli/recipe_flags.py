@@ -37,7 +37,7 @@ class _Flag:
     def parameter(self, name: str) -> inspect.Parameter:
         """The option as a parameter of a command; without a default it may be left out."""
         kind = self.kind if self.default is not None else self.kind | None
-        names = (f"--{name}",) if self.kind is bool else ()  # without a --no-
+        names = (f"--{name.replace('_', '-')}",) if self.kind is bool else ()  # without a --no-
         option = typer.Option(*names, help=self.help, hidden=self.hidden)
         kind = Annotated[kind, option]
         return inspect.Parameter(name, BY_NAME, default=self.default, annotation=kind)
@@ -73,6 +73,15 @@ FLAGS = {  # parameter of a command → its option, in the order of the help
     "w4a8": _visible(bool, "4-bit weights, 8-bit activations.", default=False),
     "w4a4": _visible(bool, "4-bit weights and activations.", default=False),
     "w4a16": _visible(bool, "4-bit weights only.", default=False),
+    "w3a16": _visible(bool, "3-bit weights only.", default=False),
+    "w2a16": _visible(bool, "2-bit weights only.", default=False),
+    "fp8": _visible(bool, "FP8 weights by channel, activations by token.", default=False),
+    "fp8_block": _visible(bool, "FP8 in blocks of 128 x 128, as DeepSeek's.", default=False),
+    "w4a8_fp8": _visible(bool, "4-bit weights, FP8 activations.", default=False),
+    "mxfp8": _visible(bool, "MXFP8: FP8 in groups of 32, powers of two.", default=False),
+    "mxfp4": _visible(bool, "MXFP4: FP4 in groups of 32, powers of two.", default=False),
+    "nvfp4": _visible(bool, "NVFP4: FP4 in groups of 16, FP8 scales.", default=False),
+    "w4a16_nvfp4": _visible(bool, "NVFP4 weights only.", default=False),
     "method": _visible(Method, "A paper's method at these bits; without it, our best."),
     "effort": _visible(
         Effort, "Time for accuracy: more text, more steps of tuning.", default="default"
@@ -156,20 +165,18 @@ class RecipeFlags:
 
     def _base(self) -> Recipe:
         """The preset, or the file, whose fields the other flags edit."""
-        presets = [name for name in PRESETS if self.values[name]]
+        presets = [name for name in PRESETS if self.values[name.replace("-", "_")]]
         file, method, scope, effort = (
             self.values[name] for name in ("recipe", "method", "smooth_scope", "effort")
         )
         if file is not None:
             if presets or method or scope or effort != "default":
                 raise typer.BadParameter(
-                    "--recipe replaces --w…, --method, --smooth-scope, --effort"
+                    "--recipe replaces presets, --method, --smooth-scope, --effort"
                 )
             return load_recipe(file)
         if len(presets) != 1:
-            raise typer.BadParameter(
-                "give one of --w8a8, --w4a8, --w4a4, --w4a16, or --recipe FILE"
-            )
+            raise typer.BadParameter(f"give one of --{', --'.join(PRESETS)}, or --recipe FILE")
         return preset(presets[0], method, scope, effort)
 
 

@@ -8,7 +8,7 @@ asked for it, while a compiler traces a block until the block ends (`TracedInput
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,25 @@ from torch.utils.hooks import RemovableHandle
 from .. import kernels
 from ..errors import SmoothqError
 from ..kernels import QuantizedInput
+from ..kernels.formats import E4M3, FORMATS
+from ..kernels.reference import Scaling
 from ..transforms.hadamard import Hadamard
 from .online_rotation import OnlineRotation
 
 Mode = Literal[
-    "float", "token", "tensor", "static", "smooth_token", "smooth_calibrated", "smooth_live"
+    "float",
+    "token",
+    "tensor",
+    "static",
+    "smooth_token",
+    "smooth_calibrated",
+    "smooth_live",
+    "fp_token",
+    "fp_tensor",
+    "fp_static",
+    "fp_group",
+    "fp_e8m0",
+    "fp_e4m3",
 ]
 """How a site's input is quantized.
 
@@ -34,10 +48,17 @@ Mode = Literal[
 | `smooth_token`      | a token, times an integer a group of channels   | at run time             |
 | `smooth_calibrated` | a token, times an integer a channel of the site | integers by calibration |
 | `smooth_live`       | a token, times a float a group of a sequence    | at run time             |
+| `fp_token`          | a token                                         | at run time             |
+| `fp_tensor`         | the tensor, all its tokens                      | at run time             |
+| `fp_static`         | the site, all its inputs                        | by calibration          |
+| `fp_group`          | a group of a token's channels, float32          | at run time             |
+| `fp_e8m0`           | a group of a token's channels, a power of two   | at run time             |
+| `fp_e4m3`           | such a group, E4M3 times the site's float32     | at run time, calibrated |
 
 `smooth_` and a scope is runtime smoothing (RRS, arXiv 2409.20361) in that scope of the recipe. In
 `smooth_live` a group is of channels with similar maxima over the sequence; groups of one channel
-have integers in place of floats.
+have integers in place of floats. `fp_` and a `Scaling` is floating-point codes: of 8 bits E4M3, of
+4 bits E2M1.
 """
 
 
@@ -50,8 +71,8 @@ class InputSpec:
         bits: width of a code.
         mode: as `Mode`.
         clip: scales cover this share of the maximum.
-        group_size: channels of a group in `smooth_token` and `smooth_live`; 1 in the latter is one
-            factor a channel.
+        group_size: channels of a group in `smooth_token`, `smooth_live`, `fp_group`, `fp_e8m0` and
+            `fp_e4m3`; 1 in `smooth_live` is one factor a channel.
         normalise: in `smooth_live`, divide every token by its maximum before the factors are
             computed.
         full_range: in `token`, signed scales: the value of largest magnitude gets the lowest code.
@@ -74,14 +95,18 @@ class InputSpec:
         `smooth_live` a float32 factor (with groups of one channel a multiplier) a group and
         sequence.
         """
-        groups = self.width // self.group_size
+        groups = -(-self.width // self.group_size)
         match self.mode:
-            case "float" | "static":
+            case "float" | "static" | "fp_static":
                 return 0.0
-            case "token" | "smooth_calibrated":
+            case "token" | "smooth_calibrated" | "fp_token":
                 return 32.0
-            case "tensor":
+            case "tensor" | "fp_tensor":
                 return 32.0 / tokens
+            case "fp_group":
+                return 32.0 * groups
+            case "fp_e8m0" | "fp_e4m3":
+                return 8.0 * groups
             case "smooth_token":
                 largest: int = kernels.largest_group_multiplier(self.bits)
                 return 32.0 + (2 * largest - 1).bit_length() * groups
@@ -101,6 +126,44 @@ class InputSpec:
         return self.mode.startswith("smooth_")
 
     @property
+    def calibrates_scale(self) -> bool:
+        """Whether calibration finds a scale of the whole input."""
+        return self.mode in ("static", "fp_static", "fp_e4m3")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration finds something of the input: a scale, or multipliers."""
+        return self.calibrates_scale or self.mode == "smooth_calibrated"
+
+    @property
+    def largest(self) -> float:
+        """What a calibrated scale of one stands for at most."""
+        if not self.emulated:
+            return float(kernels.highest_code(self.bits))
+        largest: float = FORMATS[self.element].largest
+        if self.mode == "fp_e4m3":
+            largest *= E4M3.largest
+        return largest
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the input is rounded to floating-point codes, and its product is of floats.
+
+        The hardware at hand multiplies no such codes: what it computes is what they stand for.
+        """
+        return self.mode.startswith("fp_")
+
+    @property
+    def floating(self) -> bool:
+        """Whether a product takes the input as floats, rounded or not."""
+        return self.mode == "float" or self.emulated
+
+    @property
+    def element(self) -> str:
+        """The format of floating-point codes: `e4m3` or `e2m1`."""
+        return "e4m3" if self.bits == 8 else "e2m1"
+
+    @property
     def fused(self) -> bool:
         """Whether rotation and quantizer run as one operator, `hadamard_quantize`."""
         return self.rotation is not None and self.mode in ("token", "smooth_token")
@@ -115,7 +178,7 @@ class InputSpec:
             "smooth_calibrated": ("quantize_smoothed",),
             "smooth_token": ("quantize_token_groups",),
             "smooth_live": ("runtime_smooth_quantize",),
-        }[self.mode]
+        }.get(self.mode, ("fp_quantize",))
         if self.fused:
             return ("hadamard_quantize",)
         return quantizer if self.rotation is None else ("hadamard", *quantizer)
@@ -199,8 +262,8 @@ def _version(x: Tensor) -> int | None:
 class InputQuantizer(nn.Module):
     """Rotates, smooths and quantizes a site's input, float (..., K).
 
-    Persistent buffers: `scale`, float32 (), in mode `static`; `multiplier`, int8 (K,), in mode
-    `smooth_calibrated`.
+    Persistent buffers: `scale`, float32 (), in the modes `static`, `fp_static` and `fp_e4m3`;
+    `multiplier`, int8 (K,), in mode `smooth_calibrated`.
     """
 
     scale: Tensor
@@ -226,7 +289,7 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.name, self.spec, self.readers = name, spec, readers
         self.context, self.traced = context or SequenceContext(), traced or TracedInputs()
-        if spec.mode == "static":
+        if spec.calibrates_scale:
             self.register_buffer("scale", torch.ones((), dtype=torch.float32, device="cpu"))
         if spec.mode == "smooth_calibrated":
             ones = torch.ones(spec.width, dtype=torch.int8, device="cpu")
@@ -236,8 +299,8 @@ class InputQuantizer(nn.Module):
 
     def calibrate(self, maxima: Tensor) -> None:
         """Set the static scale or the calibrated multipliers from max_t |x_tk|, float (K,)."""
-        if self.spec.mode == "static":
-            largest = maxima.max() * self.spec.clip / kernels.highest_code(self.spec.bits)
+        if self.spec.calibrates_scale:
+            largest = maxima.max() * self.spec.clip / self.spec.largest
             self.scale.copy_(largest if largest > 0 else torch.ones_like(largest))
         elif self.spec.mode == "smooth_calibrated":
             self.multiplier.copy_(kernels.channel_multipliers(maxima, self.spec.bits))
@@ -298,13 +361,24 @@ class InputQuantizer(nn.Module):
                 return kernels.quantize_smoothed(x, self.multiplier, spec.bits, spec.clip)
             case "smooth_token":
                 return kernels.quantize_token_groups(x, spec.bits, spec.group_size, spec.clip)
+            case "smooth_live":
+                return self._smooth_live(x)
+        scaling = cast(Scaling, spec.mode.removeprefix("fp_"))
+        tensor_scale = self.scale if spec.calibrates_scale else None
+        rounded: Tensor = kernels.fp_quantize(
+            x, spec.element, scaling, spec.group_size, tensor_scale
+        )
+        return rounded
+
+    def _smooth_live(self, x: Tensor) -> QuantizedInput:
+        spec = self.spec
         if x.dim() != 3:
             raise SmoothqError(
                 f"{self.name}: live runtime smoothing needs an input of (batch, tokens, channels), "
                 f"not {tuple(x.shape)}; use runtime_smoothing.scope=token"
             )
         mask = self.context.mask
-        return kernels.runtime_smooth_quantize(
+        smoothed: QuantizedInput = kernels.runtime_smooth_quantize(
             x,
             spec.bits,
             spec.group_size,
@@ -312,6 +386,7 @@ class InputQuantizer(nn.Module):
             None if mask is None else mask[:, -x.shape[1] :].to(x.device),
             spec.normalise,
         )
+        return smoothed
 
     def dequantized(self, x: Tensor) -> Tensor:
         """The input rotated, quantized and dequantized: float32 (..., K).

@@ -123,7 +123,7 @@ class TiedHead(nn.Module):
 
     def operators(self) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a forward runs, in order."""
-        product = "weight_only_gemm" if self.site_input.spec.mode == "float" else "int8_gemm"
+        product = "weight_only_gemm" if self.site_input.spec.floating else "int8_gemm"
         return (*self.site_input.operators(), product)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ from .. import kernels
 from ..kernels import QuantizedInput
 from ..kernels.reference import multiplied_weight
 from ..kernels.tracing import is_traced
-from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
-from ..rounding.packing import pack, packed_like, unpack
+from ..rounding.grid import Grid, QuantizedWeight
 from ..runtime.mapped import touch
 from ..runtime.offload import running_device
 from .expert_products import multiply_together
@@ -36,7 +35,7 @@ class WeightSpec:
 
     out_features: int
     in_features: int
-    grid: IntegerGrid
+    grid: Grid
 
     @property
     def elements(self) -> int:
@@ -50,27 +49,18 @@ class WeightSpec:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores, on the meta device, by buffer name."""
-        grid, rows = self.grid, self.out_features
-        stored = {
-            "weight": packed_like(rows, self.in_features, grid.bits),
-            "weight_scale": torch.empty(
-                rows,
-                self.groups if self.float_groups else 1,
-                dtype=grid.scale_dtype,
-                device="meta",
-            ),
-        }
-        if grid.multiplier:
-            multiplier = torch.empty(rows, self.groups, dtype=torch.int8, device="meta")
-            stored["weight_multiplier"] = multiplier
-        if not grid.symmetric:
-            stored["weight_zero_point"] = torch.empty_like(stored["weight_scale"], dtype=torch.int8)
-        return stored
+        grid, shape = self.grid, (self.out_features, self.in_features)
+        return {"weight": grid.packed_like(*shape), **grid.stored_scales(*shape)}
 
     @cached_property
     def stored_bits(self) -> int:
         """Bits of the stored weight, scales, multipliers and zero points included."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.grid.element != "int"
 
     @property
     def float_groups(self) -> bool:
@@ -88,11 +78,12 @@ class WeightSpec:
         Returns:
             `sys.maxsize` for any number of tokens.
         """
-        floating = source.mode == "float"
-        if self.grid.bits != 4 or source.blocked or (not floating and self.float_groups):
+        if self.floating or (source.floating and self.grid.bits not in (4, 8)):
+            return sys.maxsize
+        if self.grid.bits != 4 or source.blocked or (not source.floating and self.float_groups):
             return 0
         group_size = self.grid.group_size if self.groups > 1 else None
-        operator = "weight_only_gemm" if floating else "int4_gemm"
+        operator = "weight_only_gemm" if source.floating else "int4_gemm"
         tokens: int = kernels.packed_tokens(operator, device, group_size)
         return sys.maxsize if tokens and keeps_packed else tokens
 
@@ -107,8 +98,9 @@ class WeightSpec:
             keeps_packed: as in `packed_tokens`.
         """
         inputs = source.operators()
-        if source.mode == "float":
-            return (*inputs, "weight_only_gemm")
+        if source.floating:
+            product = "fp_gemm" if self.floating else "weight_only_gemm"
+            return (*inputs, f"{product} (emulated)" if source.emulated else product)
         if source.blocked or self.float_groups:
             return (*inputs, "group_gemm")
         tokens = self.packed_tokens(source, device, keeps_packed)
@@ -169,19 +161,19 @@ class QuantizedLinear(HoldsCodes):
 
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         """Set codes, scales and, unless None, the bias; then `prepare`."""
-        self.hold(pack(quantized.codes, self.spec.grid.bits))
-        scales = quantized.scales.map(Tensor.contiguous)
-        self.weight_scale, self.weight_multiplier = scales.scale, scales.multiplier
-        self.weight_zero_point = scales.zero
+        self.hold(self.spec.grid.pack(quantized.codes))
+        for name, tensor in self.spec.grid.store(quantized.scales).items():
+            setattr(self, name, tensor)
         if bias is not None:
             self.bias = bias.detach().clone()
         self.prepare()
 
     def quantized_weight(self) -> QuantizedWeight:
         """The codes, unpacked to int8 (N, K), and their scales."""
-        codes = unpack(self.codes, self.in_features, self.spec.grid.bits)
-        scales = Scales(self.weight_scale, self.weight_multiplier, self.weight_zero_point)
-        return QuantizedWeight(codes, scales)
+        grid = self.spec.grid
+        codes = grid.unpack(self.codes, self.in_features)
+        scales = grid.scales_of(self._buffers, self.out_features, self.in_features)
+        return QuantizedWeight(codes, scales, element=grid.element)
 
     @property
     def device(self) -> torch.device:
@@ -209,6 +201,10 @@ class QuantizedLinear(HoldsCodes):
 
     def _derived(self) -> RunningForm:
         row_scale = shift = None
+        if self.spec.grid.granularity == "block":
+            # A product takes scales of rows and groups: they are a sixteenth of the codes.
+            scales = self.spec.grid.scales_of(self._buffers, self.out_features, self.in_features)
+            return RunningForm(self.codes, sys.maxsize, None, None, scales.scale)
         if self.weight_zero_point is not None:
             shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
@@ -227,8 +223,8 @@ class QuantizedLinear(HoldsCodes):
             codes = self.codes if is_traced(self.codes) else self.codes.data
             if self.transient:
                 touch(codes)
-            operand = unpack(codes, self.in_features, self.spec.grid.bits)
-            if self.site_input.spec.mode != "float":
+            operand = self.spec.grid.unpack(codes, self.in_features)
+            if not self.site_input.spec.floating:
                 operand = multiplied_weight(operand, self.weight_multiplier)
             if not self.transient:
                 running.operand = operand
@@ -253,7 +249,9 @@ class QuantizedLinear(HoldsCodes):
         running = self._current()
         quantized = self.site_input(x)
         if isinstance(quantized, Tensor):
-            result = self._float_product(quantized, running)
+            floats = quantized.reshape(-1, self.in_features)
+            product = self._fp_product if self.spec.floating else self._float_product
+            result = product(floats, running).to(x.dtype)
         elif quantized.block_scale is None and self.weight_scale.shape[1] == 1:
             result = self._integer_product(quantized, running, x.dtype)
         else:
@@ -291,12 +289,12 @@ class QuantizedLinear(HoldsCodes):
     def _float_product(self, x: Tensor, running: RunningForm) -> Tensor:
         packed = running.packed_tokens == sys.maxsize
         product: Tensor = kernels.weight_only_gemm(
-            x.reshape(-1, self.in_features),
+            x,
             self.codes if packed else self._unpacked(running),
             self.weight_scale,
             self.weight_multiplier,
             self.bias,
-            4 if packed else 8,
+            self.spec.grid.bits if packed else 8,
         )
         if running.shift is None:
             return product
@@ -305,6 +303,21 @@ class QuantizedLinear(HoldsCodes):
         with torch.autocast(x.device.type, enabled=False):
             shifts = sums @ running.shift.T
         return product - shifts.to(product.dtype)
+
+    def _fp_product(self, x: Tensor, running: RunningForm) -> Tensor:
+        """The product with floating-point codes, of float (M, K)."""
+        scale, tensor_scale = self.weight_scale, None
+        if running.block_scale is not None:
+            scale = running.block_scale
+        elif self.weight_multiplier is not None:
+            scale, tensor_scale = self.weight_multiplier, self.weight_scale
+        codes = self.codes.flatten(1)
+        if scale.shape[0] == 1:
+            scale = scale.expand(self.out_features, 1).contiguous()
+        product: Tensor = kernels.fp_gemm(
+            x, codes, scale, tensor_scale, self.bias, self.spec.grid.element
+        )
+        return product
 
     def _integer_product(
         self, x: QuantizedInput, running: RunningForm, dtype: torch.dtype

@@ -18,16 +18,23 @@ class RunningForm:
         packed_tokens: the most tokens for which a product multiplies by the packed codes.
         row_scale: float32 (N,), or None where groups have scales of their own.
         shift: float32 zero points times scales, or None without zero points.
+        block_scale: float32 (N, G), scales of blocks of rows by row and group, or None.
         operand: int8 (N, K), for products with more tokens; None until it is needed.
     """
 
     packed_tokens: int
     row_scale: Tensor | None
     shift: Tensor | None
+    block_scale: Tensor | None
     operand: Tensor | None
 
     def __init__(
-        self, codes: Tensor, packed_tokens: int, row_scale: Tensor | None, shift: Tensor | None
+        self,
+        codes: Tensor,
+        packed_tokens: int,
+        row_scale: Tensor | None,
+        shift: Tensor | None,
+        block_scale: Tensor | None = None,
     ) -> None:
         """Create it without `operand`.
 
@@ -36,8 +43,10 @@ class RunningForm:
             packed_tokens: as of the class.
             row_scale: as of the class.
             shift: as of the class.
+            block_scale: as of the class.
         """
         self.packed_tokens, self.row_scale, self.shift = packed_tokens, row_scale, shift
+        self.block_scale = block_scale
         self.operand = None
         # Weak in both directions: a cycle would stay in memory until the collector runs.
         this = weakref.ref(self)
@@ -54,4 +63,4 @@ class RunningForm:
 
 def _drop(form: RunningForm | None) -> None:
     if form is not None:
-        form.operand = form.row_scale = form.shift = None
+        form.operand = form.row_scale = form.shift = form.block_scale = None

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericsError
-from ..kernels.reference import by_group
+from ..kernels.reference import by_group, nonzero
 from ..modules import InputQuantizer, QuantizedLinear
 from ..plan.plan import BlockPlan
 from ..recipe.recipe import Tuning
-from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
+from ..rounding.grid import Grid, QuantizedWeight, Scales
 from ..runtime.memory import busy_heap
 from ..transforms.hadamard import Hadamard
 from .hidden_states import HiddenStates
@@ -174,21 +174,19 @@ class _Input(nn.Module):
 
 
 class _Round(torch.autograd.Function):
-    """ŵ = (code − zero) · step · gain, code = round(position) on the grid.
+    """ŵ = v(code − zero) · step · gain, code = round(position) on the grid, v its value.
 
     position: float (N, K), in codes; gain: (N, 1) or (N, G). The gradient with respect to position
     is that of ŵ times the step, zero where the code is clamped at an end of the grid. Adam
-    normalises gradients, so their scale does not matter.
+    normalises gradients, so their scale does not matter, nor how far apart the values lie there.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, position: Tensor, gain: Tensor, scales: Scales, grid: IntegerGrid
-    ) -> Tensor:
+    def forward(ctx: Any, position: Tensor, gain: Tensor, scales: Scales, grid: Grid) -> Tensor:
         codes, step, zero = _codes(position, grid), scales.step(torch.float32), scales.zero
         if zero is not None:
             codes.unflatten(-1, (zero.shape[1], -1)).sub_(zero.unsqueeze(-1))
-        scaled = by_group(codes, step)
+        scaled = by_group(grid.values(codes), step)
         ctx.save_for_backward(position, gain, step, scaled)
         ctx.grid = grid
         weight: Tensor = by_group(scaled, gain)
@@ -204,12 +202,12 @@ class _Round(torch.autograd.Function):
         return of_position, of_gain, None, None
 
 
-def _round(position: Tensor, gain: Tensor, scales: Scales, grid: IntegerGrid) -> Tensor:
+def _round(position: Tensor, gain: Tensor, scales: Scales, grid: Grid) -> Tensor:
     weight: Tensor = _Round.apply(position, gain, scales, grid)  # type: ignore[no-untyped-call]
     return weight
 
 
-def _codes(position: Tensor, grid: IntegerGrid) -> Tensor:
+def _codes(position: Tensor, grid: Grid) -> Tensor:
     return position.round().clamp_(grid.lowest, grid.highest)
 
 
@@ -227,12 +225,14 @@ class _Linear(nn.Module):
         weight = linear.quantized_weight()
         self._scales, self._grid = weight.scales, linear.spec.grid
         codes = weight.codes.float()
-        position = by_group(unrounded.float(), 1 / self._scales.step(torch.float32))
+        step = self._scales.step(torch.float32)
+        position = self._grid.positions(by_group(unrounded.float(), 1 / nonzero(step)))
         zero = self._scales.zero_by_column(codes.shape[1], codes.dtype)
         if zero is not None:
             position += zero
         self.position = nn.Parameter(position.clamp_(codes - EDGE, codes + EDGE))
-        self.gain = nn.Parameter(torch.ones_like(self._scales.scale, dtype=torch.float32))
+        ones = torch.ones_like(self._scales.scale, dtype=torch.float32)
+        self.gain = nn.Parameter(ones, requires_grad=self._grid.learns_scales)
 
     _quantized: QuantizedLinear
     _shared: _Input
@@ -247,5 +247,6 @@ class _Linear(nn.Module):
         codes = _codes(self.position, self._grid)
         stored = self._scales.scale
         scales = replace(self._scales, scale=(stored.float() * self.gain).to(stored.dtype))
-        self._quantized.set_weight(QuantizedWeight(codes.to(torch.int8), scales), None)
+        learned = QuantizedWeight(codes.to(torch.int8), scales, element=self._grid.element)
+        self._quantized.set_weight(learned, None)
         return self._quantized

@@ -18,11 +18,9 @@ import torch
 from ..checkpoint.shards import SHARD_BYTES
 from ..data.tokens import MICRO_BATCH_TOKENS
 from ..errors import RecipeError
-from ..kernels import largest_multiplier
 from ..plan.plan import BlockPlan, Plan
 from ..report.results import ResourceEstimate, TimeEstimate
 from ..rounding.gptq import WORK_ELEMENTS
-from ..rounding.grid import CLIP_RATIOS
 from ..runtime.memory import peak_memory
 
 # Costs in float32 operations that take as long, fitted on two CPU cores.
@@ -58,11 +56,7 @@ def _handling_operations(block: BlockPlan) -> float:
     """Reading, folding, rounding and writing a block, in float32 operations that take as long."""
     total = 0.0
     for spec in block.weight_specs:
-        tried = 1
-        if spec.grid.clip:
-            multiplied = spec.grid.multiplier
-            tried = largest_multiplier(spec.grid.bits) if multiplied else len(CLIP_RATIOS)
-        total += spec.elements * (OPS_PER_WEIGHT + OPS_PER_TRIED_SCALE * tried)
+        total += spec.elements * (OPS_PER_WEIGHT + OPS_PER_TRIED_SCALE * spec.grid.tried_scales)
     return total
 
 
@@ -89,7 +83,7 @@ def block_operations(block: BlockPlan, plan: Plan) -> float:
         if recipe.weights.rounding == "gptq":
             total += tokens * (forward + passed * token_groups * 2 * width**2)
             total += OPS_PER_FLOAT64_OP * (token_groups * 2 * width**3 + elements * width)
-        elif sites[0].input.mode in ("static", "smooth_calibrated"):
+        elif sites[0].input.calibrated:
             total += tokens * forward
         forward += passed * 2.0 * elements
     total += tokens * forward * (1 + (recipe.smoothing is not None))

@@ -391,7 +391,7 @@ class HiddenStates:
         Raises:
             NumericsError: the site's input is NaN or Inf.
         """
-        if site_input.spec.mode in ("static", "smooth_calibrated"):
+        if site_input.spec.calibrated:
             observer = AbsMax(site_input.spec.width, normalise)
 
             def update(x: Tensor) -> None:

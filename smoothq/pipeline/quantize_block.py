@@ -149,7 +149,10 @@ def _quantize_sites(
         if stream is not None:
             normalise = recipe.runtime_smoothing is not None and recipe.runtime_smoothing.normalise
             stream.calibrate(block.module, block.index, site, site_input, normalise)
-        token_groups += [_TokenGroup(plan, modules, site_input) for modules in site.token_groups]
+        token_groups += [
+            _TokenGroup(plan, modules, site_input, _largest(block, plan, modules))
+            for modules in site.token_groups
+        ]
     for together in _in_memory(token_groups):
         moments: dict[str, SecondMoment] = {}
         if stream is not None and recipe.weights.rounding == "gptq":
@@ -205,17 +208,36 @@ class _Factors:
 
 @dataclass(frozen=True)
 class _TokenGroup:
-    """Modules of a site that the same tokens reach: a single expert, or all that is not routed."""
+    """Modules of a site that the same tokens reach: a single expert, or all that is not routed.
+
+    largest: as of `Grid.find_scales`.
+    """
 
     plan: SitePlan
     modules: tuple[str, ...]
     input: InputQuantizer
+    largest: float | None
 
     @property
     def routed(self) -> bool:
         """Whether a router decides which tokens reach the modules."""
         readers = self.plan.site.readers
         return any(reader.routed for reader in readers if reader.module in self.modules)
+
+
+def _largest(block: Block, plan: SitePlan, modules: tuple[str, ...]) -> float | None:
+    """The largest magnitude of the weights that share a tensor's scale; None where none do.
+
+    Servers merge q, k and v, or gate and up, and multiply them by one tensor's scale.
+    """
+    if not any(plan.modules[name].grid.shares_scale for name in modules):
+        return None
+    largest = 0.0
+    for name in modules:
+        weight = block.module.get_submodule(name).get_parameter("weight")
+        touch(weight)
+        largest = max(largest, float(weight.abs().amax()))
+    return largest
 
 
 def _in_memory(token_groups: list[_TokenGroup]) -> Iterator[list[_TokenGroup]]:
@@ -262,7 +284,7 @@ def _round(
     grid = token_group.plan.modules[name].grid
     touch(linear.weight)
     if factor is None:
-        rounded = round_to_nearest(linear.weight, grid)
+        rounded = round_to_nearest(linear.weight, grid, token_group.largest)
     else:
-        rounded = gptq(linear.weight, factor, grid, recipe.gptq.block_size)
+        rounded = gptq(linear.weight, factor, grid, recipe.gptq.block_size, token_group.largest)
     return rounded if recipe.tuning is not None else replace(rounded, unrounded=None)

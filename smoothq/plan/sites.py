@@ -11,8 +11,9 @@ from ..architectures import BlockGraph, Norm, Site
 from ..errors import RecipeError, UnsupportedModelError
 from ..modules import InputSpec, WeightSpec
 from ..modules.input_quantizer import Mode
-from ..recipe.recipe import FLOAT_BITS, GroupSize, Recipe
-from ..rounding.grid import IntegerGrid
+from ..recipe.recipe import FLOAT_BITS, Activations, GroupSize, Recipe
+from ..rounding.float_grid import FloatGrid, block_group
+from ..rounding.grid import Grid, IntegerGrid
 from ..transforms.hadamard import Hadamard
 from .plan import BlockPlan, SitePlan, TowerLinear
 from .wiring import Wiring
@@ -24,7 +25,8 @@ def residual_rotation(wiring: Wiring, recipe: Recipe) -> Hadamard | None:
     """The rotation of the residual stream (R1) that is folded into the blocks, or None."""
     if not _folds_rotation(wiring, recipe):
         return None
-    return Hadamard.of(wiring.config.hidden_size, recipe.seed, wiring.family.centred)
+    width, centred = wiring.config.hidden_size, wiring.family.centred
+    return Hadamard.of(width, recipe.seed, centred, recipe.rotates.block_size)
 
 
 def plan_blocks(wiring: Wiring, recipe: Recipe) -> tuple[BlockPlan, ...]:
@@ -81,7 +83,7 @@ def _value_rotation(graph: BlockGraph, recipe: Recipe, index: int) -> Hadamard |
     if heads is None or not recipe.rotates.value_output:
         return None
     # Other random signs in every layer: an unlucky draw is then not repeated in all layers.
-    return Hadamard.of(heads.dim, recipe.seed * 1000 + index)
+    return Hadamard.of(heads.dim, recipe.seed * 1000 + index, block=recipe.rotates.block_size)
 
 
 def _plan_block(wiring: Wiring, recipe: Recipe, index: int) -> BlockPlan:
@@ -175,11 +177,19 @@ def _parent(wiring: Wiring, index: int, module: str) -> str:
     return parent
 
 
-def _weight_grid(recipe: Recipe, columns: int, where: str) -> IntegerGrid:
+def _weight_grid(recipe: Recipe, columns: int, where: str) -> Grid:
     weights = recipe.weights
     size = columns
     if weights.granularity == "group":
         size = _group_size(weights.group_size, columns, where)
+    if weights.type == "float":
+        if weights.granularity == "block":
+            size = block_group(columns)
+        assert weights.group_scale != "multiplier"
+        element = "e4m3" if weights.bits == 8 else "e2m1"
+        kind = (weights.bits, weights.granularity, size, element)
+        return FloatGrid(*kind, weights.group_scale, weights.clip)
+    assert weights.granularity != "block"
     return IntegerGrid(
         weights.bits,
         weights.granularity,
@@ -224,12 +234,24 @@ def _rotates_online(wiring: Wiring, recipe: Recipe, site: Site) -> bool:
             return recipe.rotates.down
 
 
+def _float_mode(activations: Activations) -> tuple[Mode, int]:
+    """The mode of floating-point activations, and the channels of a group."""
+    if activations.granularity == "group":
+        scale = activations.group_scale
+        mode = "group" if scale == "float" else scale
+        return cast(Mode, f"fp_{mode}"), activations.group_size
+    kind = "static" if activations.static else activations.granularity
+    return cast(Mode, f"fp_{kind}"), 1
+
+
 def _input_spec(wiring: Wiring, recipe: Recipe, site: Site, width: int, where: str) -> InputSpec:
     activations, smooth = recipe.activations, recipe.runtime_smoothing
     settings: dict[str, Any] = {}
     mode: Mode
     if activations.bits == FLOAT_BITS:
         mode = "float"
+    elif activations.is_float:
+        mode, settings["group_size"] = _float_mode(activations)
     elif smooth is not None:
         mode = cast(Mode, f"smooth_{smooth.scope}")
         if smooth.scope != "calibrated":
@@ -241,5 +263,6 @@ def _input_spec(wiring: Wiring, recipe: Recipe, site: Site, width: int, where: s
         mode = "token"
         settings["full_range"] = activations.full_range
     if _rotates_online(wiring, recipe, site):
-        settings["rotation"] = Hadamard.of(width, recipe.seed)
+        block = recipe.rotates.block_size
+        settings["rotation"] = Hadamard.of(width, recipe.seed, block=block)
     return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from ..errors import RecipeError
-from .recipe import Effort, Method, Preset, Recipe, Scope, load_recipe, recipe_from_dict, validated
+from .recipe import (
+    FLOAT_BITS,
+    Effort,
+    Method,
+    Preset,
+    Recipe,
+    Scope,
+    load_recipe,
+    recipe_from_dict,
+    validated,
+)
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -53,20 +63,23 @@ def preset(
     tuning, for 4-bit weights without a method. Raises RecipeError where they have no meaning
     together. Upper and lower case are the same.
     """
-    bits: Preset = _one_of(name, "preset", get_args(Preset))
+    chosen: Preset = _one_of(name, "preset", get_args(Preset))
     paper: Method | None = None if method is None else _one_of(method, "method", get_args(Method))
     smooth: Scope | None = None if scope is None else _one_of(scope, "scope", get_args(Scope))
     time: Effort = _one_of(effort, "effort", get_args(Effort))
-    w_bits, a_bits = _BITS[bits]
-    if paper is not None or bits == "w8a8":
+    if paper is not None or chosen == "w8a8":
         if time != "default":
             raise RecipeError(
-                f"effort={time} is of w4a4, w4a8 and w4a16 without a method, which "
-                "takes a paper's own settings; W8A8 has nothing to spend it on"
+                f"effort={time} is of presets that are tuned, without a method, which takes a "
+                "paper's own settings; W8A8 has nothing to spend it on"
             )
-        values = _paper(bits, paper or "smoothquant", w_bits, a_bits)
+        values = _paper(chosen, paper or "smoothquant")
+    elif chosen in _FLOAT_FORMATS:
+        values = _float(chosen) | (_EFFORTS[time] if chosen in _TUNED else {})
+        if time != "default" and chosen not in _TUNED:
+            raise RecipeError(f"effort={time}: {chosen} is rounded once, and has nothing to tune")
     else:
-        values = _best(bits, a_bits) | _EFFORTS[time]
+        values = _best(chosen) | _EFFORTS[time]
     if smooth is not None:
         if "runtime_smoothing" not in values:
             raise RecipeError(
@@ -89,7 +102,39 @@ _BITS: dict[Preset, tuple[int, int]] = {
     "w4a8": (4, 8),
     "w4a4": (4, 4),
     "w4a16": (4, 16),
+    "w3a16": (3, 16),
+    "w2a16": (2, 16),
 }
+
+_FP8_TOKEN: dict[str, Any] = {"type": "float", "bits": 8}
+_NVFP4: dict[str, Any] = {
+    "type": "float",
+    "bits": 4,
+    "granularity": "group",
+    "group_size": 16,
+    "group_scale": "e4m3",
+}
+
+
+def _mx(bits: int) -> dict[str, Any]:
+    """MXFP8 or MXFP4, of weights or activations."""
+    return _NVFP4 | {"bits": bits, "group_size": 32, "group_scale": "e8m0"}
+
+
+# Weights and activations of the presets of floating-point formats.
+_FLOAT_FORMATS: dict[Preset, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fp8": (_FP8_TOKEN, _FP8_TOKEN),
+    "fp8-block": (
+        _FP8_TOKEN | {"granularity": "block"},
+        _FP8_TOKEN | {"granularity": "group", "group_size": 128},
+    ),
+    "w4a8-fp8": ({"bits": 4, "granularity": "group", "group_size": 32}, _FP8_TOKEN),
+    "mxfp8": (_mx(8), _mx(8)),
+    "mxfp4": (_mx(4), _mx(4)),
+    "nvfp4": (_NVFP4, _NVFP4),
+    "w4a16-nvfp4": (_NVFP4, {"bits": FLOAT_BITS}),
+}
+_TUNED: tuple[Preset, ...] = ("w4a8-fp8", "mxfp4", "nvfp4", "w4a16-nvfp4")
 
 
 _EFFORTS: dict[Effort, dict[str, Any]] = {
@@ -107,14 +152,30 @@ def _one_of(given: object, kind: str, known: tuple[Choice, ...]) -> Choice:
     raise RecipeError(f"no {kind} {given!r}: there are {', '.join(known)}")
 
 
-def _best(name: Preset, a_bits: int) -> dict[str, Any]:
+def _float(name: Preset) -> dict[str, Any]:
+    """Our best for a preset of floating-point formats."""
+    weights, activations = _FLOAT_FORMATS[name]
+    values: dict[str, Any] = {
+        "name": name,
+        "weights": weights | {"clip": True, "rounding": "gptq"},
+        "activations": dict(activations),
+        "smoothing": {"alpha": 0.5, "edges": ["norms", "up_down"]},
+    }
+    if name in _TUNED:
+        values["rotation"] = {}
+        values["smoothing"]["edges"] = ["up_down"]
+    return values
+
+
+def _best(name: Preset) -> dict[str, Any]:
+    w_bits, a_bits = _BITS[name]
     values: dict[str, Any] = {
         "name": name,
         "weights": {
-            "bits": 4,
+            "bits": w_bits,
             "granularity": "group",
             "group_size": 32,
-            "group_scale": "multiplier",
+            "group_scale": "multiplier" if w_bits == 4 else "float",
             "clip": True,
             "rounding": "gptq",
         },
@@ -128,9 +189,12 @@ def _best(name: Preset, a_bits: int) -> dict[str, Any]:
     return values
 
 
-def _paper(name: Preset, method: Method, w_bits: int, a_bits: int) -> dict[str, Any]:
-    gptq = w_bits == 4 and method != "rtn"
-    weights = {"bits": w_bits, "clip": w_bits == 4, "rounding": "gptq" if gptq else "rtn"}
+def _paper(name: Preset, method: Method) -> dict[str, Any]:
+    if name not in _BITS:
+        raise RecipeError(f"method={method} is of integers: {', '.join(_BITS)}; not of {name}")
+    w_bits, a_bits = _BITS[name]
+    gptq = w_bits <= 4 and method != "rtn"
+    weights = {"bits": w_bits, "clip": w_bits <= 4, "rounding": "gptq" if gptq else "rtn"}
     values: dict[str, Any] = {
         "name": f"{name}-{method}",
         "weights": weights,

@@ -18,7 +18,32 @@ from ..errors import RecipeError, first_line
 from ..moved import also_named
 
 Method = Literal["rtn", "smoothquant", "quarot", "smoothrot", "rs", "rrs"]
-Preset = Literal["w8a8", "w4a8", "w4a4", "w4a16"]
+Preset = Literal[
+    "w8a8",
+    "w4a8",
+    "w4a4",
+    "w4a16",
+    "w3a16",
+    "w2a16",
+    "fp8",
+    "fp8-block",
+    "w4a8-fp8",
+    "mxfp8",
+    "mxfp4",
+    "nvfp4",
+    "w4a16-nvfp4",
+]
+# Bits, granularity and scales of floating-point weights: FP8, MXFP8, MXFP4, NVFP4.
+FLOAT_WEIGHTS = {
+    (8, "tensor", "float"),
+    (8, "channel", "float"),
+    (8, "block", "float"),
+    (8, "group", "e8m0"),
+    (4, "group", "e8m0"),
+    (4, "group", "e4m3"),
+}
+CodeType = Literal["int", "float"]
+ScaleType = Literal["float", "e8m0", "e4m3"]
 Scope = Literal["token", "calibrated", "live"]
 Effort = Literal["fast", "default", "best"]
 Edge = Literal["norms", "up_down", "value_output"]
@@ -80,11 +105,14 @@ class Weights(_Section):
     """How weights are rounded.
 
     Attributes:
+        type: codes are integers, or floating-point numbers: E4M3 of 8 bits, E2M1 of 4.
         bits: width of a code.
-        granularity: one scale per tensor, per output channel, or per group of input channels.
+        granularity: one scale per tensor, per output channel, per group of input channels, or, of
+            floating-point codes, per block of 128 x 128.
         group_size: input channels per group; "auto" is the largest of 128, 64, 32 that divides.
         group_scale: a group's scale as a 16-bit float, or as an integer multiplier of its row's
-            scale, which keeps the matrix product an integer one.
+            scale, which keeps the matrix product an integer one. Of floating-point codes "e8m0", a
+            power of two (MXFP8, MXFP4), or "e4m3", times a float32 of the matrix (NVFP4).
         clip: search the scale with the least squared rounding error; else it covers the maximum.
         full_range: signed scales, chosen so that the largest weight gets code -2^(bits - 1).
             Integer multipliers always are.
@@ -92,10 +120,11 @@ class Weights(_Section):
         rounding: to nearest, or GPTQ.
     """
 
-    bits: Literal[4, 8] = 8
-    granularity: Literal["tensor", "channel", "group"] = "channel"
+    type: CodeType = "int"
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
+    granularity: Literal["tensor", "channel", "group", "block"] = "channel"
     group_size: GroupSize = "auto"
-    group_scale: Literal["float", "multiplier"] = "float"
+    group_scale: Literal["float", "multiplier", "e8m0", "e4m3"] = "float"
     clip: bool = False
     full_range: bool = False
     symmetric: bool = True
@@ -106,19 +135,32 @@ class Activations(_Section):
     """How the inputs of linears are quantized while the model runs.
 
     Attributes:
+        type: codes are integers, or floating-point numbers: E4M3 of 8 bits, E2M1 of 4.
         bits: width of a code; 16 leaves the inputs in float.
-        granularity: one scale per token, or per tensor.
+        granularity: one scale per token, per tensor, or, of floating-point codes, per group of a
+            token's channels.
+        group_size: channels per group.
+        group_scale: a group's scale as a float32, as a power of two ("e8m0"), or as E4M3 times a
+            calibrated float32 of the tensor ("e4m3").
         static: one calibrated scale per tensor, rather than one computed at run time.
         clip_ratio: the value of the largest code, as a share of the maximum.
         full_range: signed scales per token, chosen so that the largest value gets code
             -2^(bits - 1). Scales of runtime smoothing always are.
     """
 
+    type: CodeType = "int"
     bits: Literal[4, 5, 6, 7, 8, 16] = 8
-    granularity: Literal["token", "tensor"] = "token"
+    granularity: Literal["token", "tensor", "group"] = "token"
+    group_size: int = Field(128, ge=1)
+    group_scale: ScaleType = "float"
     static: bool = False
     clip_ratio: float = Field(1.0, gt=0, le=1)
     full_range: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether they are quantized to floating-point codes."""
+        return self.type == "float" and self.bits != FLOAT_BITS
 
 
 class Smoothing(_Section):
@@ -157,11 +199,14 @@ class Rotation(_Section):
         residual: of the residual stream (R1), folded into weights.
         value_output: of values per head (R2), folded into v_proj and o_proj.
         down: of the input of down_proj (R4), online.
+        block_size: the order of the Hadamard matrices; None is the whole width. Blocks of a group's
+            channels, or of several groups', leave each group's outliers near it.
     """
 
     residual: bool = True
     value_output: bool = True
     down: bool = True
+    block_size: int | None = Field(None, ge=2)
 
 
 class KvCache(_Section):
@@ -324,9 +369,55 @@ class Recipe(_Section):
             w.group_scale == "multiplier" or w.full_range or w.granularity == "tensor"
         ):
             raise ValueError("zero points go with positive float scales per channel or group")
-        if self.tuning is not None and w.granularity == "tensor":
+        if self.tuning is not None and w.type == "int" and w.granularity == "tensor":
             raise ValueError("tuning learns a scale a row: it needs weights per channel or group")
         return self
+
+    @model_validator(mode="after")
+    def _consistent_floats(self) -> Recipe:
+        if self.weights.type == "float":
+            self._check_float_weights()
+        elif self.weights.granularity == "block" or self.weights.group_scale in ("e8m0", "e4m3"):
+            raise ValueError("blocks, e8m0 and e4m3 are of floating-point weights: weights.type")
+        if self.activations.is_float:
+            self._check_float_activations()
+        elif self.activations.granularity == "group":
+            raise ValueError("groups are of floating-point activations: activations.type")
+        return self
+
+    def _check_float_weights(self) -> None:
+        a, w = self.activations, self.weights
+        if (w.bits, w.granularity, w.group_scale) not in FLOAT_WEIGHTS:
+            raise ValueError(
+                f"floating-point weights of {w.bits} bits per {w.granularity} with scales "
+                f"{w.group_scale} are no format: take bits 8 per tensor, channel or block, bits 8 "
+                "or 4 per group with e8m0 (MX), or bits 4 per group with e4m3 (NVFP4)"
+            )
+        if not w.symmetric or w.full_range:
+            raise ValueError("zero points and full_range are of integer weights")
+        if a.bits != FLOAT_BITS and not a.is_float:
+            raise ValueError(
+                "floating-point weights need activations of the kind: activations.type 'float', "
+                "or activations.bits 16"
+            )
+
+    def _check_float_activations(self) -> None:
+        a = self.activations
+        if self.weights.group_scale == "multiplier":
+            raise ValueError(
+                "integer multipliers of groups have no use beside floating-point activations: "
+                "weights.group_scale 'float'"
+            )
+        if a.bits not in (4, 8) or (a.bits == 4 and a.group_scale == "float"):
+            raise ValueError(
+                "floating-point activations have 8 bits, or 4 in groups with scales e8m0 or e4m3"
+            )
+        if a.group_scale != "float" and a.granularity != "group":
+            raise ValueError(f"scales {a.group_scale} are of groups: activations.granularity")
+        if a.clip_ratio != 1 or a.full_range or self.runtime_smoothing is not None:
+            raise ValueError(
+                "clip_ratio, full_range and runtime smoothing are of integer activations"
+            )
 
     @model_validator(mode="after")
     def _consistent_smoothing(self) -> Recipe:
@@ -382,6 +473,7 @@ class Recipe(_Section):
             or self.tuning is not None
             or self.weights.rounding == "gptq"
             or self.activations.static
+            or (self.activations.is_float and self.activations.group_scale == "e4m3")
             or (self.runtime_smoothing is not None and self.runtime_smoothing.scope == "calibrated")
         )
 

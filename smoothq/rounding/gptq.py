@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from ..recipe.recipe import Gptq
-from .grid import IntegerGrid, QuantizedWeight, Scales
+from .grid import Grid, QuantizedWeight, Scales
 
 log = logging.getLogger("smoothq")
 
@@ -112,7 +112,9 @@ def factorise(hessian: Tensor, settings: Gptq, where: str) -> Factor:
     return Factor(_inverse_factor(permuted, settings.damping, where), order, dead)
 
 
-def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> QuantizedWeight:
+def gptq(
+    weight: Tensor, factor: Factor, grid: Grid, block_size: int, largest: float | None = None
+) -> QuantizedWeight:
     """Codes and scales of a matrix, rounded to minimise the error of its output.
 
     Args:
@@ -120,9 +122,10 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
         factor: of the Hessian of the matrix's inputs.
         grid: of the codes.
         block_size: columns that are rounded before all later ones are updated.
+        largest: as of `Grid.find_scales`.
     """
     weight = torch.where(factor.dead, 0, weight).float()
-    scales = grid.find_scales(weight)
+    scales = grid.find_scales(weight, largest)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     unrounded = torch.empty_like(weight)
     count = max(1, WORK_ELEMENTS // weight.shape[1])
@@ -130,11 +133,11 @@ def gptq(weight: Tensor, factor: Factor, grid: IntegerGrid, block_size: int) -> 
     for rows in (slice(i, i + count) for i in range(0, len(weight), count)):
         lattice = scales.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
         codes[rows], unrounded[rows] = _round_rows(weight[rows], lattice, factor, grid, block_size)
-    return QuantizedWeight(codes, scales, unrounded)
+    return QuantizedWeight(codes, scales, unrounded, grid.element)
 
 
 def _round_rows(
-    weight: Tensor, scales: Scales, factor: Factor, grid: IntegerGrid, block_size: int
+    weight: Tensor, scales: Scales, factor: Factor, grid: Grid, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Codes of some rows, and the compensated weights before rounding: float64 (n, K)."""
     order, upper = factor.order, factor.upper
@@ -155,13 +158,14 @@ def _round_rows(
 
 
 def _round_block(
-    weight: Tensor, step: Tensor, zero: Tensor, factor: Tensor, grid: IntegerGrid
+    weight: Tensor, step: Tensor, zero: Tensor, factor: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of a block of columns, the weights before rounding, and the errors over U_jj."""
     columns, steps, zeros = (matrix.t().contiguous() for matrix in (weight, step, zero))
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
         codes[j] = grid.codes(columns[j], steps[j], zeros[j])
-        errors[j] = (columns[j] - (codes[j] - zeros[j]) * steps[j]) / factor[j, j]
+        values = grid.values(codes[j] - zeros[j])
+        errors[j] = (columns[j] - values * steps[j]) / factor[j, j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return codes.t(), columns.t(), errors.t()

@@ -1,4 +1,8 @@
-"""Integer grids of weights: codes, scales, multipliers, zero points, and the search for scales.
+"""Grids of weights: codes, scales, multipliers, zero points, and the search for scales.
+
+A grid is a number format. Its codes are numbered in the order of their values, so that rounding,
+GPTQ and tuning work on any: an integer is its own code, and of floating-point formats a code is
+the rank (`kernels.formats`, `float_grid`).
 
 A weight matrix (N, K) is rounded to ŵ_nk = q_nk · s_ng · m_ng, where q is a code, g the group of
 input channel k (one group a row, unless the granularity is `group`), s a scale and m an integer
@@ -9,15 +13,18 @@ lowest code. An asymmetric grid has a zero point z, a code, in each group: ŵ = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels import highest_code, largest_multiplier
+from ..kernels.formats import FORMATS
 from ..kernels.reference import extreme, nonzero
+from .packing import pack, packed_like, unpack
 
 CLIP_RATIOS = [1 - 0.02 * step for step in range(36)]  # 1.00 … 0.30 of the group's maximum
 CLIP_EXPONENT = 2.4  # the p of Σ |w − ŵ|^p in the common "mse" clip search
@@ -29,8 +36,125 @@ def rows_at_once(matrix: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // matrix.shape[1])
 
 
+Granularity = Literal["tensor", "channel", "group", "block"]
+
+
 @dataclass(frozen=True)
-class IntegerGrid:
+class Grid(ABC):
+    """A number format of a weight matrix: its codes, and what scales them.
+
+    Attributes:
+        bits: width of a code.
+        granularity: what shares a scale: the matrix, an output channel (row), a group of a row, or
+            a block of 128 × 128.
+        group_size: input channels that share a scale; all of them unless the granularity is `group`
+            or `block`.
+    """
+
+    bits: int
+    granularity: Granularity
+    group_size: int
+
+    element = "int"  # the name of the format of codes, as a class's constant or field
+    symmetric = True  # no zero points
+    multiplier = False  # scales of groups are integer multiples of their row's
+    shares_scale = False  # a tensor's scale, with the matrices that read the same input
+    learns_scales = True  # whether scales may take any value, as tuning wants
+
+    @property
+    @abstractmethod
+    def lowest(self) -> int:
+        """The lowest code."""
+
+    @property
+    @abstractmethod
+    def highest(self) -> int:
+        """The highest code."""
+
+    @property
+    @abstractmethod
+    def tried_scales(self) -> int:
+        """How many scales are tried for each group, for estimates."""
+
+    @abstractmethod
+    def codes(self, weight: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
+        """The codes nearest to w / step, plus the zero point, in the weight's dtype.
+
+        Args:
+            weight: float, of any shape.
+            step: the value of a code of one, broadcastable to the weight.
+            zero: the zero point, likewise, or None.
+        """
+
+    @abstractmethod
+    def values(self, codes: Tensor) -> Tensor:
+        """The values of codes, less their zero points, as multiples of the step; float (...)."""
+
+    @abstractmethod
+    def positions(self, values: Tensor) -> Tensor:
+        """Where values, as multiples of the step, lie among the codes: float (...).
+
+        Rounded to the nearest integer they are the nearest codes.
+        """
+
+    @abstractmethod
+    def find_scales(self, weight: Tensor, largest: float | None = None) -> Scales:
+        """Scales for a matrix, from its maxima or by the clip search.
+
+        Args:
+            weight: float (N, K).
+            largest: the maximum of all matrices that share a tensor's scale, where the grid has
+                one; None for the matrix's own.
+        """
+
+    @abstractmethod
+    def stored_scales(self, rows: int, columns: int) -> dict[str, Tensor]:
+        """The tensors in which a checkpoint stores the scales, on the meta device, by name."""
+
+    @abstractmethod
+    def store(self, scales: Scales) -> dict[str, Tensor]:
+        """The scales as they are stored."""
+
+    @abstractmethod
+    def scales_of(self, stored: Mapping[str, Tensor | None], rows: int, columns: int) -> Scales:
+        """The scales that are stored for a matrix of that shape: the inverse of `store`."""
+
+    @abstractmethod
+    def unclipped(self) -> Grid:
+        """The grid with scales by the maxima, without a search."""
+
+    def packed_like(self, rows: int, columns: int) -> Tensor:
+        """A meta tensor with shape and dtype of the stored codes."""
+        return packed_like(rows, columns, self.bits)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes, int8 (N, K), as they are stored."""
+        return pack(codes, self.bits)
+
+    def unpack(self, packed: Tensor, columns: int) -> Tensor:
+        """Codes, int8 (N, columns), from what is stored."""
+        return unpack(packed, columns, self.bits)
+
+    def _least_error(self, groups: Tensor, candidates: list[Tensor]) -> Tensor:
+        """The candidate with the least error for each group: (n, G, size), of (n, G) → (n, G)."""
+        best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
+        for step in candidates:
+            error = self._error(groups, step)
+            best = torch.where(error < least, step, best)
+            least = torch.minimum(error, least)
+        return best
+
+    def _error(self, groups: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Σ |w − ŵ|^p of each group: (n, G, size), (n, G) → (n, G)."""
+        wide = step.unsqueeze(-1)
+        codes = self.codes(groups, wide, None if zero is None else zero.unsqueeze(-1))
+        if zero is not None:
+            codes = codes.sub_(zero.unsqueeze(-1))
+        return self.values(codes).mul_(wide).sub_(groups).abs_().pow_(CLIP_EXPONENT).sum(-1)
+
+
+@dataclass(frozen=True)
+class IntegerGrid(Grid):
     """The integer grid of a weight matrix.
 
     Attributes:
@@ -43,11 +167,8 @@ class IntegerGrid:
         symmetric: no zero points.
     """
 
-    bits: int
-    granularity: Literal["tensor", "channel", "group"]
-    group_size: int
-    multiplier: bool
-    clip: bool
+    multiplier: bool = False
+    clip: bool = False
     full_range: bool = False
     symmetric: bool = True
 
@@ -68,21 +189,58 @@ class IntegerGrid:
         many = self.granularity == "group" and not self.multiplier
         return torch.bfloat16 if many else torch.float32
 
-    def codes(self, weight: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """round(w / step) + zero, clamped to the grid, in the weight's dtype.
+    @property
+    def tried_scales(self) -> int:
+        """See `Grid`."""
+        if not self.clip:
+            return 1
+        return largest_multiplier(self.bits) if self.multiplier else len(CLIP_RATIOS)
 
-        Args:
-            weight: float, of any shape.
-            step: the value of one code, broadcastable to the weight.
-            zero: the zero point, likewise, or None.
-        """
+    def codes(self, weight: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
+        """round(w / step) + zero, clamped to the grid, in the weight's dtype."""
         rounded = (weight / step).round_()
         if zero is not None:
             rounded += zero
         return rounded.clamp_(self.lowest, self.highest)
 
-    def find_scales(self, weight: Tensor) -> Scales:
-        """Scales for a matrix, float (N, K), from its maxima or by the clip search."""
+    def unclipped(self) -> IntegerGrid:
+        """See `Grid`."""
+        return replace(self, clip=False)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The codes themselves."""
+        return codes
+
+    def positions(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def stored_scales(self, rows: int, columns: int) -> dict[str, Tensor]:
+        """See `Grid`."""
+        groups = 1 if self.granularity == "tensor" else columns // self.group_size
+        shape = (rows, 1 if self.multiplier else groups)
+        stored = {"weight_scale": torch.empty(shape, dtype=self.scale_dtype, device="meta")}
+        if self.multiplier:
+            many = torch.empty(rows, groups, dtype=torch.int8, device="meta")
+            stored["weight_multiplier"] = many
+        if not self.symmetric:
+            stored["weight_zero_point"] = torch.empty(shape, dtype=torch.int8, device="meta")
+        return stored
+
+    def store(self, scales: Scales) -> dict[str, Tensor]:
+        """See `Grid`."""
+        names = ("weight_scale", "weight_multiplier", "weight_zero_point")
+        tensors = zip(names, (scales.scale, scales.multiplier, scales.zero), strict=True)
+        return {name: tensor.contiguous() for name, tensor in tensors if tensor is not None}
+
+    def scales_of(self, stored: Mapping[str, Tensor | None], rows: int, columns: int) -> Scales:
+        """See `Grid`."""
+        scale = stored["weight_scale"]
+        assert scale is not None
+        return Scales(scale, stored.get("weight_multiplier"), stored.get("weight_zero_point"))
+
+    def find_scales(self, weight: Tensor, largest: float | None = None) -> Scales:
+        """See `Grid`; no tensor scale is shared."""
         groups = weight.float().unflatten(-1, (-1, self.group_size))
         if self.granularity == "tensor":
             best = self._search(groups.reshape(1, 1, -1)).expand(weight.shape[0], 1)
@@ -143,31 +301,16 @@ class IntegerGrid:
         covering: Tensor = extreme(groups).squeeze(-1) / self.lowest
         return covering
 
-    def _least_error(self, groups: Tensor, candidates: list[Tensor]) -> Tensor:
-        best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
-        for step in candidates:
-            error = self._error(groups, step)
-            best = torch.where(error < least, step, best)
-            least = torch.minimum(error, least)
-        return best
-
-    def _error(self, groups: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Σ |w − ŵ|^p of each group: (n, G, size), (n, G) → (n, G)."""
-        wide = step.unsqueeze(-1)
-        if zero is None:
-            rounded = self.codes(groups, wide)
-        else:
-            rounded = self.codes(groups, wide, zero.unsqueeze(-1)).sub_(zero.unsqueeze(-1))
-        return rounded.mul_(wide).sub_(groups).abs_().pow_(CLIP_EXPONENT).sum(-1)
-
 
 @dataclass(frozen=True)
 class Scales:
     """The scales of a weight matrix.
 
     Attributes:
-        scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own.
-        multiplier: int8 (N, G), or None.
+        scale: float32 (N, 1), or bfloat16 (N, G) where every group has its own; of floating-point
+            grids float32.
+        multiplier: int8 (N, G), or float32 (N, G) of floating-point grids with two levels of
+            scales, or None.
         zero: the zero points, int8 in the shape of `scale`, or None.
     """
 
@@ -204,25 +347,29 @@ class QuantizedWeight:
     """A rounded matrix.
 
     Attributes:
-        codes: int8 (N, K).
+        codes: int8 (N, K), in the order of their values.
         scales: of the codes.
         unrounded: float32 (N, K), the weights before rounding, for GPTQ with compensated errors;
             None where they are unknown.
+        element: the codes' format, "int" or of `kernels.formats`.
     """
 
     codes: Tensor
     scales: Scales
     unrounded: Tensor | None = None
+    element: str = "int"
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """A copy on a device; the tensors themselves where they are on it."""
         scales = self.scales.map(lambda tensor: tensor.to(device))
         unrounded = None if self.unrounded is None else self.unrounded.to(device)
-        return QuantizedWeight(self.codes.to(device), scales, unrounded)
+        return QuantizedWeight(self.codes.to(device), scales, unrounded, self.element)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ŵ = (code − zero) · scale · multiplier, (N, K) in `dtype`."""
+        """ŵ = (value − zero) · scale · multiplier, (N, K) in `dtype`."""
         columns, codes = self.codes.shape[1], self.codes.to(dtype)
+        if self.element in FORMATS:
+            codes = FORMATS[self.element].values(codes)
         zero = self.scales.zero_by_column(columns, dtype)
         if zero is not None:
             codes = codes - zero

@@ -3,6 +3,7 @@
 - 4-bit codes: uint8 (N, ⌈K/2⌉), two a byte, in blocks of 64 columns as `unpack_int4` of
   `kernels.reference` defines them. Kernels read this form.
 - 8-bit codes: int8 (N, K, 1).
+- Codes of other widths: int32 (N, ⌈K / n⌉), n = ⌊32 / bits⌋ a word, as `unpack_words` defines it.
 
 Neither is the shape of `nn.Linear.weight`: a process that loads the checkpoint without smoothq
 fails on it, instead of running with random weights.
@@ -13,13 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference import PACKED_BLOCK, unpack_int4
+from ..kernels.reference import PACKED_BLOCK, WORD_BITS, unpack_codes
 
 
 def packed_like(rows: int, columns: int, bits: int) -> Tensor:
     """A meta tensor with shape and dtype of the stored form of codes, (rows, columns)."""
     if bits == 4:
         return torch.empty(rows, (columns + 1) // 2, dtype=torch.uint8, device="meta")
+    if bits < 8:
+        words = -(-columns // (WORD_BITS // bits))
+        return torch.empty(rows, words, dtype=torch.int32, device="meta")
     return torch.empty(rows, columns, 1, dtype=torch.int8, device="meta")
 
 
@@ -28,10 +32,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: of the given width.
-        bits: 4, or another width, which is stored in 8 bits.
+        bits: 2 to 8.
     """
-    if bits != 4:
+    if bits == 8:
         return codes.unsqueeze(-1).contiguous()
+    if bits != 4:
+        return _words(codes, bits)
     columns = codes.shape[1]
     nibbles = nn.functional.pad(codes, (0, columns % 2)).to(torch.uint8) & 15
     whole = columns // PACKED_BLOCK * PACKED_BLOCK
@@ -42,6 +48,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return (low | (high << 4)).contiguous()
 
 
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes packed into words, the first column in the lowest bits."""
+    count = WORD_BITS // bits
+    unsigned = codes.long() + 2 ** (bits - 1)
+    padded = nn.functional.pad(unsigned, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
+    shifts = torch.arange(0, count * bits, bits, device=codes.device)
+    words: Tensor = (padded << shifts).sum(-1).to(torch.int32)
+    return words
+
+
 def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:
     """Codes, int8 (N, columns), from the stored form; the inverse of `pack`."""
-    return unpack_int4(packed, columns) if bits == 4 else packed.squeeze(-1)
+    packed = packed.squeeze(-1) if bits == 8 else packed
+    codes: Tensor = unpack_codes(packed, columns, bits)
+    return codes

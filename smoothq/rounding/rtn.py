@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from .grid import IntegerGrid, QuantizedWeight, rows_at_once
+from .grid import Grid, QuantizedWeight, rows_at_once
 
 
-def round_to_nearest(weight: Tensor, grid: IntegerGrid) -> QuantizedWeight:
+def round_to_nearest(weight: Tensor, grid: Grid, largest: float | None = None) -> QuantizedWeight:
     """Codes and scales of a matrix, each weight rounded to the nearest code.
 
     Args:
         weight: float (N, K).
         grid: of the codes.
+        largest: as of `Grid.find_scales`.
     """
     weight = weight.float()
-    scales = grid.find_scales(weight)
+    scales = grid.find_scales(weight, largest)
     steps = scales.step(torch.float32).unsqueeze(-1)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     count = rows_at_once(weight)
@@ -22,4 +23,4 @@ def round_to_nearest(weight: Tensor, grid: IntegerGrid) -> QuantizedWeight:
         grouped = weight[rows].unflatten(-1, (steps.shape[1], -1))
         zero = None if scales.zero is None else scales.zero[rows].unsqueeze(-1)
         codes[rows] = grid.codes(grouped, steps[rows], zero).flatten(1)
-    return QuantizedWeight(codes, scales, weight)
+    return QuantizedWeight(codes, scales, weight, grid.element)

@@ -93,7 +93,9 @@ class Hadamard:
             raise RecipeError(f"no Hadamard matrix of order {self.left} can be constructed")
 
     @classmethod
-    def of(cls, order: int, seed: int | None, keeps_mean: bool = False) -> "Hadamard":
+    def of(
+        cls, order: int, seed: int | None, keeps_mean: bool = False, block: int | None = None
+    ) -> "Hadamard":
         """The rotation of a width, with the smallest sum of its two factors' orders.
 
         A width without a Hadamard matrix gets equal diagonal blocks of the largest constructible
@@ -103,17 +105,17 @@ class Hadamard:
             order: the width.
             seed: of the signs, or of the spectrum; None leaves all of them +1.
             keeps_mean: R maps the all-ones vector to itself.
+            block: the order of equal diagonal blocks; None for the largest that there is.
 
         Raises:
-            RecipeError: order is not positive.
+            RecipeError: order is not positive, or is not made of such blocks.
         """
         if order < 1:
             raise RecipeError(f"a Hadamard rotation needs a positive order, not {order}")
-        block, base = next(
-            (n, base)
-            for n in range(order, 0, -1)
-            if order % n == 0 and (base := _base_order(n)) is not None
-        )
+        block = block or _largest_block(order)
+        base = _base_order(block)
+        if order % block or base is None:
+            raise RecipeError(f"no Hadamard rotation of order {order} has blocks of {block}")
         lefts = [base << i for i in range((block // base).bit_length())]
         left = min(lefts, key=lambda left: left + block // left)
         return cls(order, left, block // left, order // block, seed, keeps_mean)
@@ -121,7 +123,7 @@ class Hadamard:
     @property
     def fallback(self) -> str | None:
         """One line for the user where the order forced a block-diagonal rotation, else None."""
-        if _base_order(self.order) is not None:
+        if self.blocks == 1 or self.left * self.right != _largest_block(self.order):
             return None
         return (
             f"no Hadamard matrix of order {self.order} can be constructed: "
@@ -277,6 +279,12 @@ def _back(
     """rows · (I ⊗ left ⊗ right)ᵀ · diag(signs)."""
     blocks = rows.reshape(-1, len(left), len(right))
     return (left @ (blocks @ right.T)).reshape(rows.shape) * signs
+
+
+def _largest_block(order: int) -> int:
+    """The largest order of a Hadamard matrix that divides an order."""
+    orders = range(order, 0, -1)
+    return next(n for n in orders if order % n == 0 and _base_order(n) is not None)
 
 
 def _base_order(order: int) -> int | None:
