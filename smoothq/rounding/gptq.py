@@ -144,13 +144,17 @@ def _round_rows(
     columns = weight.shape[1]
     step = scales.step_by_column(columns, torch.float64)[:, order]
     zero = scales.zero_by_column(columns, torch.float64)
-    zero = step.new_zeros(()).expand_as(step) if zero is None else zero[:, order]
+    zero = None if zero is None else zero[:, order]
     weight = weight.double()[:, order]
     codes, unrounded = torch.empty_like(weight), torch.empty_like(weight)
     for first in range(0, weight.shape[1], block_size):
         block = slice(first, min(first + block_size, weight.shape[1]))
         codes[:, block], unrounded[:, block], error = _round_block(
-            weight[:, block], step[:, block], zero[:, block], upper[block, block], grid
+            weight[:, block],
+            step[:, block],
+            None if zero is None else zero[:, block],
+            upper[block, block],
+            grid,
         )
         weight[:, block.stop :] -= error @ upper[block, block.stop :]
     back = order.argsort()
@@ -158,14 +162,16 @@ def _round_rows(
 
 
 def _round_block(
-    weight: Tensor, step: Tensor, zero: Tensor, factor: Tensor, grid: Grid
+    weight: Tensor, step: Tensor, zero: Tensor | None, factor: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of a block of columns, the weights before rounding, and the errors over U_jj."""
-    columns, steps, zeros = (matrix.t().contiguous() for matrix in (weight, step, zero))
+    columns, steps = weight.t().contiguous(), step.t().contiguous()
+    zeros = None if zero is None else zero.t().contiguous()
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
-        codes[j] = grid.codes(columns[j], steps[j], zeros[j])
-        values = grid.values(codes[j] - zeros[j])
+        at = None if zeros is None else zeros[j]
+        codes[j] = grid.codes(columns[j], steps[j], at)
+        values = grid.values(codes[j] if at is None else codes[j] - at)
         errors[j] = (columns[j] - values * steps[j]) / factor[j, j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return codes.t(), columns.t(), errors.t()

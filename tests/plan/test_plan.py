@@ -122,7 +122,7 @@ ZERO_POINTS = {"activations__bits": 16, "weights__symmetric": False}
         ({"activations__static": True}, "granularity 'tensor'"),
         ({"weights__group_scale": "multiplier"}, "4-bit weights in groups"),
         ({"runtime_smoothing": {}}, "no room beside 8-bit"),
-        ({"weights__bits": 5}, "weights.bits"),
+        ({"weights__bits": 1}, "weights.bits"),
         ({"activations__clip_ratio": 0}, "clip_ratio"),
         ({"nonsense": 1}, "nonsense"),
         ({"rotation__down": False}, "no rotation"),
@@ -148,6 +148,13 @@ ZERO_POINTS = {"activations__bits": 16, "weights__symmetric": False}
         ({"kv_cache": {"group_size": 32}, "attention": "int8"}, "one group a head"),
         ({"kv_cache": {"float_tokens": 4}, "attention": "int8"}, "one group a head"),
         ({"smoothing": {"alpha": {"norms": 0.5}}}, "no value for the edge up_down"),
+        ({"weights__type": "float", "weights__bits": 4}, "are no format"),
+        ({"weights__type": "float"}, "activations of the kind"),
+        ({"weights__granularity": "block"}, "of floating-point weights"),
+        ({"activations__granularity": "group"}, "of floating-point activations"),
+        ({"activations": {"type": "float", "bits": 4}}, "in groups with scales"),
+        ({"activations": {"type": "float", "group_scale": "e8m0"}}, "are of groups"),
+        ({"activations": {"type": "float", "clip_ratio": 0.9}}, "of integer activations"),
     ],
 )
 def test_contradictions_are_refused(fields, message) -> None:
