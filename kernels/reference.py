@@ -484,7 +484,7 @@ def fp_quantize(
             case "token":
                 scale = nonzero(_largest(x) / form.largest)
             case "tensor":
-                scale = nonzero(x.abs().amax() / form.largest) if x.numel() else x.new_ones(())
+                scale = fp_tensor_scale(x, element)
             case "static":
                 assert tensor_scale is not None
                 scale = tensor_scale.float()
@@ -493,6 +493,13 @@ def fp_quantize(
     scale = fp_group_scales(_largest(groups), element, scaling, tensor_scale)
     codes = form.ranks(torch.where(scale == 0, 0.0, groups / scale))
     return (form.values(codes) * scale).flatten(-2)[..., :width]
+
+
+def fp_tensor_scale(x: Tensor, element: str) -> Tensor:
+    """The scale of `fp_quantize` in `tensor`, float32 (): 1 where there is no element."""
+    if x.numel() == 0:
+        return x.new_ones(())
+    return nonzero(x.abs().amax() / FORMATS[element].largest)
 
 
 def fp_group_scales(
