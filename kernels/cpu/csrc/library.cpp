@@ -190,7 +190,8 @@ Tensor by_codes(const Tensor& x, const CodedWeight& weight, const Maybe& bias) {
 Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                         const Maybe& multiplier, const Maybe& bias, int64_t bits) {
     rows_of("packed", packed);
-    return by_codes(x, {view_of(packed), view_of(weight_scale), view_of(multiplier), {}, bits}, bias);
+    return by_codes(x, {view_of(packed), view_of(weight_scale), view_of(multiplier), {}, bits},
+                    bias);
 }
 
 Tensor fp_gemm(const Tensor& x, const Tensor& packed, const Tensor& scale,

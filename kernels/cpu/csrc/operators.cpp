@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t PACKED_TOKENS = 4;  // up to so many, 4-bit weights are faster packed than as int8
 constexpr int64_t FLOAT_TOKENS = 32;  // up to so many, floats by packed codes beat a float copy
-constexpr int64_t FEW_TOKENS = 4;     // up to so many, they beat tiles
+constexpr int64_t FEW_TOKENS = 12;    // up to so many, they beat tiles
 constexpr int64_t ROW_WORK = 4;  // reading an expert's row costs as much as multiplying these tokens
 constexpr int64_t SERIAL_WORK = 1 << 14;  // numbers below which a second thread does not pay
 
@@ -466,8 +466,8 @@ struct WeightOperands {
           bits(w.bits),
           rows(matrix_of("packed", w.packed).rows),
           width(columns),
-          groups(groups_of(w.multiplier.given ? "multiplier" : scale_name(), w.multiplier.given
-                               ? w.multiplier : w.scale, columns)),
+          groups(groups_of(w.multiplier.given ? "multiplier" : scale_name(),
+                           w.multiplier.given ? w.multiplier : w.scale, columns)),
           bytes("packed", of(element == Element::INTEGER && bits == 8, w.packed), Number::INT8,
                 rows * width),
           nibbles("packed", of(element == Element::E2M1 || bits == 4, w.packed), Number::UINT8,
@@ -475,7 +475,7 @@ struct WeightOperands {
           float_bytes("packed", of(element == Element::E4M3, w.packed), Number::UINT8,
                       rows * width),
           words("packed", of(in_words(), w.packed), Number::INT32,
-                in_words() ? rows * ((width + codes_a_word() - 1) / codes_a_word()) : 0),
+                rows * ((width * bits + 31) / 32)),
           factors("multiplier", w.multiplier, Number::INT8, rows * groups),
           steps(scale_name(), of(!in_bytes(w), w.scale), w.multiplier.given ? rows : rows * groups),
           step_bytes(scale_name(), of(in_bytes(w), w.scale), Number::UINT8, rows * groups),
@@ -526,8 +526,6 @@ private:
     bool in_words() const {
         return element == Element::INTEGER && bits >= 2 && bits < 8 && bits != 4;
     }
-
-    int64_t codes_a_word() const { return 32 / bits; }
 };
 
 }  // namespace

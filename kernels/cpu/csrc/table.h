@@ -107,7 +107,7 @@ struct ScaledWeight {
     Type scale_type;
     const int8_t* multiplier;  // (N, groups) or null
     int64_t groups, width;
-    const int32_t* words = nullptr;  // (N, ⌈K/n⌉), n = ⌊32/bits⌋ codes of 2, 3, 5, 6 or 7 bits each
+    const int32_t* words = nullptr;  // (N, ⌈K·bits/32⌉), of 2, 3, 5, 6 or 7 bits
     int bits = 8;
     Element element = Element::INTEGER;
     float tensor_scale = 1;  // times every scale

@@ -185,34 +185,58 @@ inline void band_product(const uint16_t* x, int64_t x_stride, int x_parts, const
     _tile_stored(3, sums + TILE * BAND + TILE, 4 * BAND);
 }
 
+// The first `count` of 16 numbers, or all, rounded to nearest where the type has 16 bits.
+inline void put_some(void* out, Type type, int64_t at, int64_t count, Floats value) {
+    const __mmask16 inside = count < LANES ? (1u << count) - 1 : 0xffff;
+    const __m512 numbers(value);
+    if (type == Type::FLOAT32)
+        return _mm512_mask_storeu_ps(static_cast<float*>(out) + at, inside, numbers);
+    const __m512i bits = _mm512_castps_si512(numbers), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_mov_epi32(up, is_nan, _mm512_set1_epi32(0x7fc00000));
+    _mm512_mask_cvtepi32_storeu_epi16(static_cast<uint16_t*>(out) + at, inside,
+                                      _mm512_srli_epi32(rounded, 16));
+}
+
+constexpr int64_t HELD_BYTES = 1 << 18;  // of rows that tokens meet while these pass by
+
 void parts_product(const PartsProduct& p, int64_t begin, int64_t end) {
     const int64_t width = p.weight.width, padded = (p.tokens + BAND - 1) / BAND * BAND;
     const RowFactors factors(p.weight);
     const int parts = factors.parts();
-    const Buffer<uint16_t> tiles(parts * width * BAND);
-    alignas(64) float sums[BAND * BAND], steps[BAND] = {}, shifts[BAND] = {};
+    const int64_t numbers = parts * width * BAND;  // of a band
+    const int64_t together = higher_of<int64_t>(1, HELD_BYTES / (numbers * 2));
+    const Buffer<uint16_t> tiles(together * numbers);
+    const Buffer<float> steps(together * BAND), shifts(together * BAND);
+    alignas(64) float sums[BAND * BAND];
     const TileConfig config;
     _tile_loadconfig(&config);
-    with_codes(p.weight, [&](const auto& codes) {
-        for (int64_t band = begin; band < end; ++band) {
-            const int64_t row = band * BAND, count = lower_of(BAND, p.rows - row);
-            tiles_of(codes, factors, row, p.rows, parts, tiles.data());
-            for (int64_t n = 0; n < count; ++n) {
-                steps[n] = factors.after(row + n);
-                shifts[n] = p.bias ? p.bias[row + n] : 0.0f;
-            }
-            for (int64_t m = 0; m < p.tokens; m += BAND) {
-                band_product(p.x + m * width, padded * width, p.parts, tiles.data(), parts, width,
-                             sums);
-                for (int64_t t = 0; t < lower_of(BAND, p.tokens - m); ++t) {
-                    float* line = sums + t * BAND;
-                    for (int64_t n = 0; n < BAND; ++n) line[n] = line[n] * steps[n] + shifts[n];
-                    for (int64_t n = 0; n < count; ++n)
-                        store(p.out, p.type, (m + t) * p.rows + row + n, line[n]);
-                }
-            }
+    for (int64_t first = begin; first < end; first += together) {
+        const int64_t row = first * BAND, bands = lower_of(together, end - first);
+        with_codes(p.weight, [&](const auto& codes) {
+            for (int64_t band = 0; band < bands; ++band)
+                tiles_of(codes, factors, row + band * BAND, p.rows, parts,
+                         tiles.data() + band * numbers);
+        });
+        for (int64_t n = 0; n < bands * BAND; ++n) {
+            const int64_t from = lower_of(row + n, p.rows - 1);
+            steps[n] = factors.after(from);
+            shifts[n] = p.bias ? p.bias[from] : 0.0f;
         }
-    });
+        for (int64_t m = 0; m < p.tokens; m += BAND)
+            for (int64_t band = 0; band < bands * BAND; band += BAND) {
+                band_product(p.x + m * width, padded * width, p.parts,
+                             tiles.data() + band / BAND * numbers, parts, width, sums);
+                const int64_t count = lower_of(BAND, p.rows - row - band);
+                for (int64_t t = 0; t < lower_of(BAND, p.tokens - m); ++t)
+                    for (int64_t n = 0; n < count; n += LANES)
+                        put_some(p.out, p.type, (m + t) * p.rows + row + band + n, count - n,
+                                 floats_at(sums + t * BAND + n) * floats_at(&steps[band + n]) +
+                                     floats_at(&shifts[band + n]));
+            }
+    }
     _tile_release();
 }
 

@@ -16,17 +16,23 @@ struct E2m1 {
     Packed packed;
 };
 
-// Rows of codes of 2, 3, 5, 6 or 7 bits in words, the lowest bits first.
+// Rows of codes of 2, 3, 5, 6 or 7 bits, one after the other in the bits of words.
 template <int BITS>
 struct Words {
-    static constexpr int64_t COUNT = 32 / BITS;  // codes of a word
+    static constexpr int HALF = 1 << (BITS - 1), MASK = 2 * HALF - 1;
+    static constexpr int BYTES = 2 * BITS;  // of 16 codes
     const int32_t* codes;
     int64_t width;
 
-    const int32_t* row(int64_t row) const { return codes + row * ((width + COUNT - 1) / COUNT); }
+    // The bytes of a row's codes from k on, a multiple of 16.
+    const uint8_t* from(int64_t row, int64_t k) const {
+        const int32_t* words = codes + row * ((width * BITS + 31) / 32);
+        return reinterpret_cast<const uint8_t*>(words) + k / LANES * BYTES;
+    }
 };
 
-constexpr float E2M1_VALUES[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+constexpr float E2M1_VALUES[16] = {0, 0.5f,  1,  1.5f,  2,  3,  4,  6,
+                                   0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
 inline float weight_at(const E4m3& w, int64_t row, int64_t k) {
     const uint8_t code = uint8_t(w.codes[row * w.width + k]);
@@ -40,27 +46,24 @@ inline float weight_at(const E2m1& w, int64_t row, int64_t k) {
 
 template <int BITS>
 inline int weight_at(const Words<BITS>& w, int64_t row, int64_t k) {
-    const uint32_t word = uint32_t(w.row(row)[k / w.COUNT]);
-    return int(word >> BITS * (k % w.COUNT) & ((1 << BITS) - 1)) - (1 << (BITS - 1));
+    const int64_t bit = k % LANES * BITS;
+    const uint8_t* byte = w.from(row, k) + bit / 8;
+    const int both = bit % 8 + BITS > 8 ? byte[0] | byte[1] << 8 : byte[0];
+    return (both >> bit % 8 & w.MASK) - w.HALF;
 }
 
-// Where 16 codes stand behind the first one's word: the word, and the shift in it, of each, by the
-// place of the first code in its word.
+// Where 16 codes stand in their bytes: the two bytes of each, and the shift in them.
 template <int BITS>
 struct Places {
-    static constexpr int COUNT = 32 / BITS;
-    alignas(64) int32_t word[COUNT][LANES];
-    alignas(64) int32_t shift[COUNT][LANES];
-    uint8_t words[COUNT];  // that hold them: a bit each
+    alignas(64) uint8_t bytes[LANES][4];
+    alignas(64) int32_t shift[LANES];
 
     static constexpr Places all() {
         Places places{};
-        for (int first = 0; first < COUNT; ++first) {
-            for (int i = 0; i < LANES; ++i) {
-                places.word[first][i] = (first + i) / COUNT;
-                places.shift[first][i] = (first + i) % COUNT * BITS;
-            }
-            places.words[first] = uint8_t((1 << ((first + LANES - 1) / COUNT + 1)) - 1);
+        for (int i = 0; i < LANES; ++i) {
+            const int bit = i * BITS;
+            for (int j = 0; j < 4; ++j) places.bytes[i][j] = j < 2 ? uint8_t(bit / 8 + j) : 255;
+            places.shift[i] = bit % 8;
         }
         return places;
     }
@@ -75,7 +78,8 @@ inline void codes_as_floats(const E4m3& w, int64_t row, int64_t k, Floats* out) 
     const __m256i* bytes = reinterpret_cast<const __m256i*>(w.codes + row * w.width + k);
     for (int i = 0; i < 2; ++i) {
         // As float16, whose exponent has a bit more and a bias that is larger by 8.
-        const __m512i high = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes + i)), 8);
+        const __m512i high =
+            _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes + i)), 8);
         const __m512i halves =
             _mm512_and_si512(_mm512_srai_epi16(high, 1), _mm512_set1_epi16(int16_t(0xbfff)));
         out[2 * i] = Floats(_mm512_cvtph_ps(_mm512_castsi512_si256(halves))) * 256.0f;
@@ -89,18 +93,15 @@ inline void codes_as_floats(const E2m1& w, int64_t row, int64_t k, Floats* out) 
 
 template <int BITS>
 inline void codes_as_floats(const Words<BITS>& w, int64_t row, int64_t k, Floats* out) {
-    const Places<BITS>& places = PLACES<BITS>;
-    const int32_t* words = w.row(row);
-    for (int i = 0; i < 4; ++i, k += LANES) {
-        const int64_t first = k % w.COUNT;
-        const __m512 four = _mm512_broadcast_f32x4(_mm_castsi128_ps(
-            _mm_maskz_loadu_epi32(places.words[first], words + k / w.COUNT)));
-        const __m512i word = _mm512_castps_si512(
-            _mm512_permutevar_ps(four, _mm512_load_si512(places.word[first])));
-        const __m512i code = _mm512_and_si512(
-            _mm512_srlv_epi32(word, _mm512_load_si512(places.shift[first])),
-            _mm512_set1_epi32((1 << BITS) - 1));
-        out[i] = Floats(_mm512_cvtepi32_ps(code)) - float(1 << (BITS - 1));
+    const __m512i places = _mm512_load_si512(PLACES<BITS>.bytes);
+    const __m512i shift = _mm512_load_si512(PLACES<BITS>.shift);
+    const uint8_t* bytes = w.from(row, k);
+    for (int i = 0; i < 4; ++i, bytes += w.BYTES) {
+        const __m512i held =
+            _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((1 << w.BYTES) - 1, bytes));
+        const __m512i pair = _mm512_srlv_epi32(_mm512_shuffle_epi8(held, places), shift);
+        const __m512i code = _mm512_and_si512(pair, _mm512_set1_epi32(w.MASK));
+        out[i] = Floats(_mm512_cvtepi32_ps(code)) - float(w.HALF);
     }
 }
 
@@ -129,25 +130,24 @@ inline void codes_as_floats(const E2m1& w, int64_t row, int64_t k, Floats* out) 
 
 template <int BITS>
 inline void codes_as_floats(const Words<BITS>& w, int64_t row, int64_t k, Floats* out) {
-    const Places<BITS>& places = PLACES<BITS>;
-    const int32_t* words = w.row(row);
-    const __m256i mask = _mm256_set1_epi32((1 << BITS) - 1);
-    for (int i = 0; i < 4; ++i, k += LANES) {
-        const int64_t first = k % w.COUNT;
-        int32_t few[8] = {};
-        for (int j = 0; places.words[first] >> j; ++j) few[j] = words[k / w.COUNT + j];
-        const __m256i held = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(few));
+    const __m256i mask = _mm256_set1_epi32(w.MASK);
+    const uint8_t* bytes = w.from(row, k);
+    for (int i = 0; i < 4; ++i, bytes += w.BYTES) {
+        alignas(16) uint8_t few[16] = {};
+        __builtin_memcpy(few, bytes, w.BYTES);
+        const __m256i held = _mm256_broadcastsi128_si256(
+            _mm_load_si128(reinterpret_cast<const __m128i*>(few)));
         __m256 values[2];
         for (int half = 0; half < 2; ++half) {
-            const auto part = [&](const int32_t* from) {
-                return _mm256_load_si256(reinterpret_cast<const __m256i*>(from) + half);
+            const auto part = [&](const void* from) {
+                return _mm256_load_si256(static_cast<const __m256i*>(from) + half);
             };
-            const __m256i word = _mm256_permutevar8x32_epi32(held, part(places.word[first]));
-            values[half] = _mm256_cvtepi32_ps(
-                _mm256_and_si256(_mm256_srlv_epi32(word, part(places.shift[first])), mask));
+            const __m256i pair = _mm256_shuffle_epi8(held, part(PLACES<BITS>.bytes));
+            values[half] = _mm256_cvtepi32_ps(_mm256_and_si256(
+                _mm256_srlv_epi32(pair, part(PLACES<BITS>.shift)), mask));
         }
         __builtin_memcpy(&out[i], values, sizeof out[i]);
-        out[i] -= float(1 << (BITS - 1));
+        out[i] -= float(w.HALF);
     }
 }
 
