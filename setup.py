@@ -32,6 +32,7 @@ ISAS = {
         "avxvnni": ["-march=x86-64-v3", "-mavxvnni"],
         "avx512": ["-march=x86-64-v4"],
         "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+        "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {
         "plain": ["-march=armv8-a"],

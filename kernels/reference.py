@@ -403,14 +403,17 @@ def weight_only_gemm(
 
 
 def unpack_words(words: Tensor, columns: int, bits: int) -> Tensor:
-    """Codes of 2 to 8 bits: int32 (N, ⌈K / n⌉) → int8 (N, K), n = ⌊32 / bits⌋ codes a word.
+    """Codes of 2 to 8 bits: int32 (N, ⌈K · bits / 32⌉) → int8 (N, K).
 
-    A word's lowest bits hold its first column, as the code plus 2^(b-1); what is left of a word is
-    zero. It is compressed-tensors' layout.
+    A row is one sequence of bits, the lowest of its first word first. Column k stands in the bits
+    from k · bits on, if need be in two words, as the code plus 2^(b-1). It is compressed-tensors'
+    layout since version 0.18; 0.17 began every code of 3, 5, 6 and 7 bits in the word where it ended.
     """
-    shifts = torch.arange(0, WORD_BITS // bits * bits, bits, device=words.device)
-    unsigned = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    codes: Tensor = (unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    first = torch.arange(columns, device=words.device) * bits
+    word, shift = first // WORD_BITS, first % WORD_BITS
+    unsigned = torch.nn.functional.pad(words.long() & (2**WORD_BITS - 1), (0, 1))
+    window = unsigned[:, word] | unsigned[:, word + 1] << WORD_BITS
+    codes: Tensor = (((window >> shift) & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8)
     return codes
 
 
@@ -485,7 +488,7 @@ def fp_quantize(
             case "token":
                 scale = nonzero(_largest(x) / form.largest)
             case "tensor":
-                scale = nonzero(x.abs().amax() / form.largest) if x.numel() else x.new_ones(())
+                scale = fp_tensor_scale(x, element)
             case "static":
                 assert tensor_scale is not None
                 scale = tensor_scale.float()
@@ -494,6 +497,13 @@ def fp_quantize(
     scale = fp_group_scales(_largest(groups), element, scaling, tensor_scale)
     codes = form.ranks(torch.where(scale == 0, 0.0, groups / scale))
     return (form.values(codes) * scale).flatten(-2)[..., :width]
+
+
+def fp_tensor_scale(x: Tensor, element: str) -> Tensor:
+    """The scale of `fp_quantize` in `tensor`, float32 (): 1 where there is no element."""
+    if x.numel() == 0:
+        return x.new_ones(())
+    return nonzero(x.abs().amax() / FORMATS[element].largest)
 
 
 def fp_group_scales(

@@ -115,7 +115,7 @@ def cases(dtypes: Iterable[str] = DTYPES) -> Iterator[Case]:
     """Every operator in every form, its name first, at widths that real models have."""
     for kind in dtypes:
         dtype = DTYPES[kind]
-        forms = [*weight_only_cases(dtype), *quantizer_cases(dtype)]
+        forms = [*weight_only_cases(dtype), *fp_cases(dtype), *quantizer_cases(dtype)]
         if dtype != torch.float16:  # it differs from bfloat16 in conversions only
             forms += [*integer_cases(dtype), *attention_cases(dtype)]
         for name, run in forms:
@@ -189,6 +189,37 @@ def weight_only_cases(dtype: torch.dtype) -> Iterator[Case]:
         }
         for form, operands in forms.items():
             yield f"weight_only_gemm, {form}, {tokens} tokens", partial(product, *operands)
+
+
+def fp_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of floats of a dtype and floating-point codes, or words, and `fp_quantize`."""
+    bytes_ = torch.zeros(ROWS, WIDTH, dtype=torch.uint8)
+    pairs, one = bytes_[:, : WIDTH // 2].contiguous(), torch.ones(1)
+    scales = {size: bytes_[:, : WIDTH // size].contiguous() for size in (16, 32)}
+    per_row, per_group = torch.ones(ROWS, 1), torch.ones(ROWS, WIDTH // 32).bfloat16()
+    for tokens in (1, 64):
+        x = torch.ones(tokens, WIDTH, dtype=dtype)
+        forms = {
+            "E4M3": (bytes_, per_row, None, None, "e4m3"),
+            "MXFP8": (bytes_, scales[32], None, None, "e4m3"),
+            "MXFP4": (pairs, scales[32], None, None, "e2m1"),
+            "NVFP4": (pairs, scales[16], one, None, "e2m1"),
+        }
+        for form, operands in forms.items():
+            yield f"fp_gemm, {form}, {tokens} tokens", partial(operators.fp_gemm, x, *operands)
+        for bits in (2, 3):
+            words = torch.zeros(ROWS, WIDTH * bits // 32, dtype=torch.int32)
+            weight = (words, per_group, None, None, bits)
+            yield (
+                f"weight_only_gemm, {bits} bits, groups, {tokens} tokens",
+                partial(operators.weight_only_gemm, x, *weight),
+            )
+    x = torch.ones(1, 2, DOWN, dtype=dtype)
+    quantize = partial(operators.fp_quantize, x)
+    yield "fp_quantize, E4M3, token", partial(quantize, "e4m3", "token")
+    yield "fp_quantize, E4M3, static", partial(quantize, "e4m3", "static", 0, one)
+    yield "fp_quantize, MXFP4", partial(quantize, "e2m1", "e8m0", 32)
+    yield "fp_quantize, NVFP4", partial(quantize, "e2m1", "e4m3", 16, one)
 
 
 def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:

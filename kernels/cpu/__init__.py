@@ -25,11 +25,12 @@ from .. import reference
 from ..reference import (
     PACKED_BLOCK,
     QuantizedInput,
+    Scaling,
     attend,
     channel_multipliers,
     dequantize_heads,
-    fp_quantize,
     fp_scales,
+    fp_tensor_scale,
     fp_values,
     multiplied_weight,
     quantize_heads,
@@ -108,6 +109,21 @@ def quantize_token_groups(
     if not is_compiled():
         return reference.quantize_token_groups(x, bits, group_size, clip)
     return QuantizedInput(*native.quantize(x, "groups", bits, clip, group_size=group_size))
+
+
+def fp_quantize(
+    x: Tensor,
+    element: str,
+    scaling: Scaling,
+    group_size: int = 0,
+    tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """As `reference.fp_quantize`; the maximum of a whole tensor is PyTorch's."""
+    if not is_compiled():
+        return reference.fp_quantize(x, element, scaling, group_size, tensor_scale)
+    if scaling == "tensor":
+        scaling, tensor_scale = "static", fp_tensor_scale(x.float(), element)
+    return native.fp_quantized(x, element, scaling, group_size, tensor_scale)
 
 
 def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
@@ -286,6 +302,7 @@ def _rows_product(x: Tensor, weight: Tensor, step: Tensor, out: Tensor) -> None:
     torch.mm(x, weight.t(), out=out)
 
 
+@_compiled
 def fp_gemm(
     x: Tensor,
     packed: Tensor,

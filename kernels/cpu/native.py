@@ -20,6 +20,8 @@ from ..tracing import is_traced, tied
 
 CHOICE = "SMOOTHQ_CPU_ISA"
 PYTORCH = "pytorch"
+ELEMENTS = {"e4m3": 1, "e2m1": 2}  # of table.h's Element
+SCALINGS = {"token": 0, "static": 1, "group": 2, "e8m0": 3, "e4m3": 4}  # of its FpScaling
 MODES = {"token": 0, "full_range": 1, "smoothed": 2, "static": 3, "groups": 4}  # of table.h's Mode
 
 
@@ -98,6 +100,7 @@ def use_isa(name: str) -> None:
 
 
 _quantize, _hadamard, _unpack = direct("quantize"), direct("hadamard"), direct("unpack")
+_fp_quantize = direct("fp_quantize")
 
 
 def quantize(
@@ -130,6 +133,16 @@ def fake_quantized(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(
         (*x.shape[:-1], 1), dtype=torch.float32
     )
+
+
+def fp_quantized(
+    x: Tensor, element: str, scaling: str, group_size: int, tensor_scale: Tensor | None
+) -> Tensor:
+    """As `reference.fp_quantize`, in every scaling of `SCALINGS`: float32 (..., K)."""
+    operands = (x, ELEMENTS[element], SCALINGS[scaling], group_size, tensor_scale)
+    rounded = None if is_traced(x) else _fp_quantize(*operands)
+    result: Tensor = torch.ops.smoothq.cpu_fp_quantize(*operands) if rounded is None else rounded
+    return tied(result, x)
 
 
 def rotate(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:

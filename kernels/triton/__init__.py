@@ -6,6 +6,8 @@ above derives them. Everything here is called through `smoothq.kernels` alone.
 
 from .attention import cached_attention, int8_attention, quantize_heads
 from .expert_gemm import expert_gemm
+from .fp_gemm import fp_gemm
+from .fp_quantize import fp_quantize
 from .group_gemm import group_gemm
 from .hadamard import hadamard, hadamard_quantize, left_factor
 from .integer_gemm import int4_gemm, int8_gemm

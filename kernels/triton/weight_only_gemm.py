@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import token_bucket
+from .fp_gemm import word_gemm
 from .launch import (
     DECODE_TOKENS,
     Tuned,
@@ -167,6 +168,8 @@ def weight_only_gemm(
     Raises NotImplementedError for 4-bit groups that do not fit the packed blocks: `packed_tokens`.
     """
     check_float(x, "weight_only_gemm")
+    if bits not in (4, 8):
+        return word_gemm(x, packed, weight_scale, multiplier, bias, bits)
     (M, K), N = x.shape, packed.shape[0]
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if out.numel() == 0:

@@ -3,7 +3,8 @@
 - 4-bit codes: uint8 (N, ⌈K/2⌉), two a byte, in blocks of 64 columns as `unpack_int4` of
   `kernels.reference` defines them. Kernels read this form.
 - 8-bit codes: int8 (N, K, 1).
-- Codes of other widths: int32 (N, ⌈K / n⌉), n = ⌊32 / bits⌋ a word, as `unpack_words` defines it.
+- Codes of other widths: int32 (N, ⌈K · bits / 32⌉), as `unpack_words` of `kernels.reference`
+  defines them.
 
 Neither is the shape of `nn.Linear.weight`: a process that loads the checkpoint without smoothq
 fails on it, instead of running with random weights.
@@ -22,7 +23,7 @@ def packed_like(rows: int, columns: int, bits: int) -> Tensor:
     if bits == 4:
         return torch.empty(rows, (columns + 1) // 2, dtype=torch.uint8, device="meta")
     if bits < 8:
-        words = -(-columns // (WORD_BITS // bits))
+        words = -(-columns * bits // WORD_BITS)
         return torch.empty(rows, words, dtype=torch.int32, device="meta")
     return torch.empty(rows, columns, 1, dtype=torch.int8, device="meta")
 
@@ -49,13 +50,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """Codes packed into words, the first column in the lowest bits."""
-    count = WORD_BITS // bits
-    unsigned = codes.long() + 2 ** (bits - 1)
-    padded = nn.functional.pad(unsigned, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
-    shifts = torch.arange(0, count * bits, bits, device=codes.device)
-    words: Tensor = (padded << shifts).sum(-1).to(torch.int32)
-    return words
+    """Codes packed into words, each row one sequence of bits, the lowest of its first word first."""
+    rows, columns = codes.shape
+    count = -(-columns * bits // WORD_BITS)
+    first = torch.arange(columns, device=codes.device) * bits
+    word, shift = first // WORD_BITS, first % WORD_BITS
+    # A code may reach into the next word.
+    bits_of = (codes.long() + 2 ** (bits - 1)) << shift
+    words = torch.zeros(rows, count + 1, dtype=torch.int64, device=codes.device)
+    words.index_add_(1, word, bits_of & (2**WORD_BITS - 1))
+    words.index_add_(1, word + 1, bits_of >> WORD_BITS)
+    return words[:, :count].to(torch.int32)
 
 
 def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:

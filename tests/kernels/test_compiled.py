@@ -21,6 +21,8 @@ EVERY_KERNEL = {
     *INTEGER_KERNELS,
     "_add_splits_kernel",
     "_weight_only_kernel",
+    "_fp_kernel",
+    "_fp_quantize_kernel",
     "_per_token_kernel",
     "_token_groups_kernel",
     "_smoothed_kernel",
@@ -96,7 +98,7 @@ class TestCompiled:
             for row in compiled[target]
             if row["kernel"].startswith("_hadamard")
             or (
-                row["kernel"] in ("_weight_only_kernel", "_attention_kernel")
+                row["kernel"] in ("_weight_only_kernel", "_fp_kernel", "_attention_kernel")
                 and "float32" not in row["case"]
             )
         ]

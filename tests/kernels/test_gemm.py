@@ -178,6 +178,8 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
             *(draw.codes(3, 64), draw.scales(3, 1), None, 32, torch.float32),
         ),
         "weight_only_gemm": (x, packed, draw.scales(3, 2), None, draw.floats(3), 4),
+        "fp_gemm": (x, packed, draw.codes(3, 2).abs().view(torch.uint8), None, None, "e2m1"),
+        "fp_quantize": (x, "e4m3", "token"),
         "hadamard": (x, signs, *factors),
         "hadamard_quantize": (x, signs, *factors, 4, 32),
         "quantize_per_token": (x, 8),
@@ -390,7 +392,15 @@ def _weight_only_gemm(bits: int) -> tuple[Any, ...]:
     return (*operands, draw.floats(7) if bits == 8 else None, bits)
 
 
+def _fp_gemm() -> tuple[Any, ...]:
+    draw = Draw()
+    packed, scale = draw.codes(7, 32).view(torch.uint8), draw.codes(7, 4, lowest=1)
+    tensors = (draw.floats(5, 64), packed, scale.view(torch.uint8), draw.scales(1))
+    return (*tensors, draw.floats(7), "e2m1")
+
+
 OPERATORS = {
+    "fp_gemm": (kernels.fp_gemm, _fp_gemm()),
     "int8_gemm": (kernels.int8_gemm, _int8_gemm()),
     "group_gemm, blocks": (kernels.group_gemm, _group_gemm(ordered=True)),
     "group_gemm, weight groups": (kernels.group_gemm, _group_gemm(ordered=False)),
@@ -469,6 +479,7 @@ class TestDevices:
             lambda: kernels.quantize_token_groups(torch.ones(1, 2), 4, 2),
             lambda: kernels.quantize_smoothed(torch.ones(1, 2), torch.ones(2).char(), 4),
             lambda: kernels.channel_multipliers(torch.ones(2), 4),
+            lambda: kernels.fp_quantize(torch.ones(1, 2), "e4m3", "token"),
             lambda: kernels.runtime_smooth_quantize(torch.ones(1, 1, 2), 4, 2),
         ],
         ids=[
@@ -480,6 +491,7 @@ class TestDevices:
             "quantize_token_groups",
             "quantize_smoothed",
             "channel_multipliers",
+            "fp_quantize",
             "runtime_smooth_quantize",
         ],
     )

@@ -20,6 +20,7 @@ from smoothq.kernels import QuantizedInput, reference, tuning
 from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
 from tests.kernels.extremes import EXTREMES
+from tests.kernels.test_fp_gemm import fp_weight, word_weight
 from tests.kernels.test_gemm import Draw, assert_rounded_once, weight_only_operands
 from tests.kernels.test_quantizers import activations
 
@@ -33,9 +34,12 @@ from smoothq.kernels.triton import launch, quantize, runtime_smooth  # noqa: E40
 weight_only_gemm = importlib.import_module("smoothq.kernels.triton.weight_only_gemm")
 
 # The package binds the operators to the names of these modules.
-integer, grouped, weight_only, rotations, attention = (
+integer, grouped, weight_only, rotations, attention, floating, fp_quantizers = (
     importlib.import_module(f"smoothq.kernels.triton.{name}")
-    for name in ("integer_gemm", "group_gemm", "weight_only_gemm", "hadamard", "attention")
+    for name in (
+        *("integer_gemm", "group_gemm", "weight_only_gemm", "hadamard", "attention"),
+        *("fp_gemm", "fp_quantize"),
+    )
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,6 +134,8 @@ def only_the_first_tile_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped, "_kernel", "_group_kernel", grouped.TILES),
         (weight_only, "_prefill_kernel", "_weight_only_kernel", weight_only.PREFILL_TILES),
         (weight_only, "_decode_kernel", "_weight_only_kernel", weight_only.DECODE_TILES),
+        (floating, "_prefill_kernel", "_fp_kernel", floating.PREFILL_TILES),
+        (floating, "_decode_kernel", "_fp_kernel", floating.DECODE_TILES),
         (attention, "_prefill_kernel", "_attention_kernel", attention.PREFILL_TILES),
         (attention, "_decode_kernel", "_attention_kernel", attention.DECODE_TILES),
     ):
@@ -1079,6 +1085,13 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     query_codes, query_scale, *_ = reference.quantize_per_token(query, 8)
     return {
         "quantize_heads": ("quantize_heads", (batch, 4, 32)),
+        "fp_quantize": ("fp_quantize", (x, "e2m1", "e4m3", 16, torch.tensor([0.01]))),
+        "fp_gemm": ("fp_gemm", (x, *fp_weight(draw, 7, 96, "NVFP4")[:3], bias, "e2m1")),
+        "fp_gemm, bytes": ("fp_gemm", (x, *fp_weight(draw, 7, 96, "MXFP8")[:3], bias, "e4m3")),
+        "weight_only_gemm, words": (
+            "weight_only_gemm",
+            (x, *word_weight(draw, 7, 96, 3, 3), draw.multipliers(7, 3), bias, 3),
+        ),
         "cached_attention": (
             "cached_attention",
             (query, keys, values, *first, seen, 0.2, 4, None),
@@ -1285,6 +1298,7 @@ def _registered() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (batch, order, torch.ones(2, 3), 4, 8, 1.0),
         ),
         "quantize_heads": (attention.quantize_heads, (batch, 8, 12)),
+        "fp_quantize": (fp_quantizers._fp_quantize, (x, "e4m3", "e8m0", 32, None)),
         "hadamard": (rotations._hadamard, (x, *factors_of(24), torch.bfloat16)),
         "hadamard_quantize": (
             rotations._fused,

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -32,6 +36,7 @@ const Table* avx2();
 const Table* avxvnni();
 const Table* avx512();
 const Table* avx512vnni();
+const Table* amx();
 
 namespace {
 
@@ -49,7 +54,24 @@ bool has_avx512() {
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-constexpr Isa BEST_FIRST[] = {{avx512vnni, has_avx512vnni},
+#if defined(__linux__)
+
+// The processor's tiles are a process's own when it has asked for them.
+bool has_amx() {
+    constexpr int ASK = 0x1023, TILE_DATA = 18;
+    unsigned a, b, c, d;
+    return has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) &&
+           (d >> 24 & 1) && !syscall(SYS_arch_prctl, ASK, TILE_DATA);
+}
+
+#else
+
+bool has_amx() { return false; }
+
+#endif
+
+constexpr Isa BEST_FIRST[] = {{amx, has_amx},
+                              {avx512vnni, has_avx512vnni},
                               {avxvnni, has_avxvnni},
                               {avx512, has_avx512},
                               {avx2, has_avx2}};

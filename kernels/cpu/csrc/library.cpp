@@ -160,29 +160,45 @@ Tensor expert_gemm(const Tensor& codes, const Tensor& scale, const Tensor& ends,
     return in(type, out);
 }
 
-Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
-                        const Maybe& multiplier, const Maybe& bias, int64_t bits) {
-    const int64_t tokens = rows_of("x", x), rows = rows_of("packed", packed), width = x.size(1);
-    const Tensor& scales = multiplier ? *multiplier : weight_scale;
-    const int64_t groups = scales.dim() ? scales.size(scales.dim() - 1) : 1;
+// Floats by a weight of codes: few tokens meet the codes, many what they stand for.
+Tensor by_codes(const Tensor& x, const CodedWeight& weight, const Maybe& bias) {
+    const int64_t tokens = rows_of("x", x), rows = weight.packed.sizes[0], width = x.size(1);
+    const int64_t groups = weight.groups();
+    if (groups > 0 && !reads_packed_floats(tokens, width, groups) && has_tiles(width, groups)) {
+        const Tensor out = empty({tokens, rows}, computed(x.scalar_type()));
+        tile_product(view_of(x), weight, view_of(bias), view_of(out));
+        return in(x.scalar_type(), out);
+    }
     const Tensor out = empty({tokens, rows}, ScalarType::Float);
     if (groups > 0 && reads_packed_floats(tokens, width, groups)) {
-        smoothq::weight_only_gemm(view_of(x), view_of(packed), view_of(weight_scale),
-                                  view_of(multiplier), view_of(bias), bits, view_of(out));
+        float_product(view_of(x), weight, view_of(bias), view_of(out));
         return in(x.scalar_type(), out);
     }
     const Tensor inputs = in(ScalarType::Float, x);
     for (int64_t row = 0; row < rows; row += DEQUANTIZED_ROWS) {
         const int64_t count = rows - row < DEQUANTIZED_ROWS ? rows - row : DEQUANTIZED_ROWS;
-        const Tensor weight = empty({count, width}, ScalarType::Float);
-        dequantize(view_of(packed), view_of(weight_scale), view_of(multiplier), bits, row,
-                   view_of(weight));
+        const Tensor floats = empty({count, width}, ScalarType::Float);
+        dequantize(weight, row, view_of(floats));
         Tensor part = torch::stable::narrow(const_cast<Tensor&>(out), 1, row, count);
         torch::stable::copy_(
-            part, aten("aten::mm", "", inputs, torch::stable::transpose(weight, 0, 1)));
+            part, aten("aten::mm", "", inputs, torch::stable::transpose(floats, 0, 1)));
     }
     if (bias) finish({}, view_of(*bias), view_of(out));
     return in(x.scalar_type(), out);
+}
+
+Tensor weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                        const Maybe& multiplier, const Maybe& bias, int64_t bits) {
+    rows_of("packed", packed);
+    return by_codes(x, {view_of(packed), view_of(weight_scale), view_of(multiplier), {}, bits},
+                    bias);
+}
+
+Tensor fp_gemm(const Tensor& x, const Tensor& packed, const Tensor& scale,
+               const Maybe& tensor_scale, const Maybe& bias, const std::string& element) {
+    rows_of("packed", packed);
+    return by_codes(x, {view_of(packed), view_of(scale), {}, view_of(tensor_scale), 0,
+                        element_of(element)}, bias);
 }
 
 // The blocks' scales, and the columns' order, go into the codes, which meet the weight as floats.
@@ -282,6 +298,13 @@ std::tuple<Tensor, Tensor> cpu_quantize(const Tensor& x, int64_t mode, int64_t b
     return {codes, scales};
 }
 
+Tensor cpu_fp_quantize(const Tensor& x, int64_t element, int64_t scaling, int64_t group_size,
+                       const Maybe& tensor_scale) {
+    const Tensor out = empty(sizes_of(x), ScalarType::Float);
+    fp_quantize(view_of(x), {element, scaling, group_size, view_of(tensor_scale)}, view_of(out));
+    return out;
+}
+
 Tensor cpu_hadamard(const Tensor& x, const Tensor& signs, const Tensor& left, int64_t right) {
     const Tensor out = empty(sizes_of(x), computed(x.scalar_type()));
     hadamard(view_of(x), view_of(signs), view_of(left), right, view_of(out));
@@ -306,6 +329,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothq, library) {
         "weight_only_gemm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? multiplier, "
         "Tensor? bias, SymInt bits) -> Tensor");
     library.def(
+        "fp_gemm(Tensor x, Tensor packed, Tensor scale, Tensor? tensor_scale, Tensor? bias, "
+        "str element) -> Tensor");
+    library.def(
         "group_gemm(Tensor codes, Tensor scale, Tensor? block_scale, Tensor? order, Tensor weight, "
         "Tensor weight_scale, Tensor? bias, SymInt group_size, ScalarType dtype) -> Tensor");
     library.def(
@@ -319,6 +345,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothq, library) {
         "cpu_quantize(Tensor x, int mode, int bits, float clip, int group_size, "
         "Tensor? multiplier, Tensor? scale, Tensor? signs, Tensor? left, int right) "
         "-> (Tensor, Tensor)");
+    library.def(
+        "cpu_fp_quantize(Tensor x, int element, int scaling, int group_size, Tensor? tensor_scale) "
+        "-> Tensor");
     library.def("cpu_hadamard(Tensor x, Tensor signs, Tensor left, int right) -> Tensor");
 }
 
@@ -327,9 +356,11 @@ STABLE_TORCH_LIBRARY_IMPL(smoothq, CPU, library) {
     library.impl("int4_gemm", TORCH_BOX(&smoothq::registered::int4_gemm));
     library.impl("expert_gemm", TORCH_BOX(&smoothq::registered::expert_gemm));
     library.impl("weight_only_gemm", TORCH_BOX(&smoothq::registered::weight_only_gemm));
+    library.impl("fp_gemm", TORCH_BOX(&smoothq::registered::fp_gemm));
     library.impl("group_gemm", TORCH_BOX(&smoothq::registered::group_gemm));
     library.impl("cached_attention", TORCH_BOX(&smoothq::registered::cached_attention));
     library.impl("int8_attention", TORCH_BOX(&smoothq::registered::int8_attention));
     library.impl("cpu_quantize", TORCH_BOX(&smoothq::registered::cpu_quantize));
+    library.impl("cpu_fp_quantize", TORCH_BOX(&smoothq::registered::cpu_fp_quantize));
     library.impl("cpu_hadamard", TORCH_BOX(&smoothq::registered::cpu_hadamard));
 }

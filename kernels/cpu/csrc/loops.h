@@ -60,8 +60,12 @@ inline void store(void* out, Type type, int64_t at, float value) {
 }
 
 inline float load(const void* in, Type type, int64_t at) {
-    if (type == Type::FLOAT32) return static_cast<const float*>(in)[at];
-    return from_bfloat16(static_cast<const uint16_t*>(in)[at]);
+    switch (type) {
+        case Type::FLOAT32: return static_cast<const float*>(in)[at];
+        case Type::BFLOAT16: return from_bfloat16(static_cast<const uint16_t*>(in)[at]);
+        case Type::E8M0: return E8M0.of[static_cast<const uint8_t*>(in)[at]];
+        default: return E4M3.of[static_cast<const uint8_t*>(in)[at]];
+    }
 }
 
 // A row in float32: itself, or converted into `scratch`.
@@ -320,6 +324,14 @@ float quantize_token(const Quantizer& q, const float* v, int64_t width, int8_t* 
         }
     }
 }
+
+}  // namespace
+}  // namespace smoothq
+
+#include "fp_quantize.h"
+
+namespace smoothq {
+namespace {
 
 // ---- integer products of few tokens -------------------------------------------------------------
 
@@ -931,9 +943,7 @@ inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, Floats* o
         out[i] = Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + i))));
 }
 
-inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
-    const __m512 table =
-        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+inline void nibbles_as_floats(const Packed& w, int64_t row, int64_t k, __m512 table, Floats* out) {
     const __m128i* bytes = reinterpret_cast<const __m128i*>(w.codes + row * w.stride + k / 2);
     const __m128i mask = _mm_set1_epi8(15);
     for (int i = 0; i < 2; ++i) {
@@ -943,6 +953,11 @@ inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out
         out[i] = Floats(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(low), table));
         out[i + 2] = Floats(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(high), table));
     }
+}
+
+inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    nibbles_as_floats(w, row, k, codes, out);
 }
 
 #elif defined(__AVX2__)
@@ -960,15 +975,20 @@ inline void codes_as_floats(const Bytewise& w, int64_t row, int64_t k, Floats* o
     for (int i = 0; i < 4; ++i) out[i] = floats_of(_mm_loadu_si128(bytes + i));
 }
 
-inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
+inline void nibbles_as_floats(const Packed& w, int64_t row, int64_t k, __m128i codes,
+                              Floats* out) {
     const __m128i* pairs = reinterpret_cast<const __m128i*>(w.codes + row * w.stride + k / 2);
     const __m128i mask = _mm_set1_epi8(15);
-    const __m128i codes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     for (int i = 0; i < 2; ++i) {
         const __m128i both = _mm_loadu_si128(pairs + i);
         out[i] = floats_of(_mm_shuffle_epi8(codes, _mm_and_si128(both, mask)));
         out[i + 2] = floats_of(_mm_shuffle_epi8(codes, _mm_and_si128(_mm_srli_epi16(both, 4), mask)));
     }
+}
+
+inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out) {
+    const __m128i codes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    nibbles_as_floats(w, row, k, codes, out);
 }
 
 #else
@@ -988,33 +1008,64 @@ inline void codes_as_floats(const Packed& w, int64_t row, int64_t k, Floats* out
 
 #endif
 
+}  // namespace
+}  // namespace smoothq
+
+#include "weights.h"
+
+namespace smoothq {
+namespace {
+
 // What the codes of a row's group are multiplied by.
 inline float step_at(const ScaledWeight& w, int64_t row, int64_t group) {
     const int64_t index = row * w.groups + group;
     if (w.multiplier) return load(w.scale, w.scale_type, row) * w.multiplier[index];
-    return load(w.scale, w.scale_type, index);
+    return load(w.scale, w.scale_type, index) * w.tensor_scale;
 }
 
-// The steps of both halves of a row's blocks, one block after the other: a group is a half, or
-// whole blocks.
+// Whether a row's groups are whole blocks, halves or quarters of one.
+inline bool in_blocks(const ScaledWeight& w) {
+    const int64_t size = w.width / w.groups;
+    return size % BLOCK == 0 || (w.width % BLOCK == 0 && (size == BLOCK / 2 || size == BLOCK / 4));
+}
+
+// The steps of a row's blocks, one block after the other: those of both halves, or of 16 columns
+// each where groups are so small.
 struct Steps {
     Steps(const ScaledWeight& weight, int64_t r)
-        : w(weight), row(r), size(w.width / w.groups), low(step_at(w, row, 0)),
-          high(size < BLOCK ? step_at(w, row, 1) : low) {}
+        : w(weight), row(r), size(w.width / w.groups), fine(size < BLOCK / 2) {
+        read();
+    }
 
     void next() {
         at += BLOCK;
         if (at >= w.width) return;
         if (size > BLOCK && at % size) return;
-        group += size < BLOCK ? 2 : 1;
-        low = step_at(w, row, group);
-        high = size < BLOCK ? step_at(w, row, group + 1) : low;
+        group += size < BLOCK ? BLOCK / size : 1;
+        read();
+    }
+
+    // Four steps into the codes of a block, where it has so many; what is left is 1.
+    void multiply(Floats* codes) const {
+        if (fine)
+            for (int i = 0; i < 4; ++i) codes[i] *= quarters[i];
     }
 
     const ScaledWeight& w;
     const int64_t row, size;
-    float low, high;
+    const bool fine;
+    float low = 1, high = 1, quarters[4];
     int64_t at = 0, group = 0;
+
+private:
+    void read() {
+        if (fine) {
+            for (int i = 0; i < 4; ++i) quarters[i] = step_at(w, row, group + i);
+            return;
+        }
+        low = step_at(w, row, group);
+        high = size < BLOCK ? step_at(w, row, group + 1) : low;
+    }
 };
 
 template <int T, class Weight>
@@ -1030,6 +1081,7 @@ void float_products_of(const FloatProduct& p, const Weight& w, int64_t begin, in
             for (int64_t k = 0; k < width; k += BLOCK, steps.next()) {
                 Floats codes[4];
                 codes_as_floats(w, row, k, codes);
+                steps.multiply(codes);
                 for (int t = 0; t < T; ++t) {
                     const float* v = inputs[t] + k;
                     const Floats first_half =
@@ -1071,6 +1123,15 @@ void quantize(const Quantize& q, int64_t begin, int64_t end) {
     }
 }
 
+void fp_quantize(const FpQuantize& q, int64_t begin, int64_t end) {
+    const Buffer<float> scratch(q.width);
+    const Format format = q.element == Element::E4M3 ? E4M3_FORMAT : E2M1_FORMAT;
+    for (int64_t m = begin; m < end; ++m) {
+        const float* v = row_of(q.x, q.type, m, q.width, scratch.data());
+        fp_quantize_token(q, v, format, q.out + m * q.width);
+    }
+}
+
 void rotate(const Rotate& r, int64_t begin, int64_t end) {
     const Factors factors(r.rotation);
     const int64_t width = r.width;
@@ -1080,10 +1141,6 @@ void rotate(const Rotate& r, int64_t begin, int64_t end) {
         rotate_token(factors, v, second.data(), third.data(), width);
         for (int64_t k = 0; k < width; ++k) store(r.out, r.type, m * width + k, second[k]);
     }
-}
-
-Packed packed_of(const uint8_t* codes, const int8_t* multiplier, int64_t groups, int64_t width) {
-    return {codes, multiplier, width, (width + 1) / 2, width / groups, groups};
 }
 
 void product(const Product& p, int64_t begin, int64_t end) {
@@ -1122,13 +1179,6 @@ void unpack(const Unpack& u, int64_t begin, int64_t end) {
     }
 }
 
-// Calls f with the codes of a weight, without their multipliers.
-template <class F>
-void with_codes(const ScaledWeight& w, const F& f) {
-    if (w.bytes) f(Bytewise{w.bytes, w.width, w.width});
-    else f(packed_of(w.packed, nullptr, 1, w.width));
-}
-
 void float_product(const FloatProduct& p, int64_t begin, int64_t end) {
     with_codes(p.weight, [&](const auto& codes) {
         if (p.tokens == 1) float_products_of<1>(p, codes, begin, end);
@@ -1139,11 +1189,10 @@ void float_product(const FloatProduct& p, int64_t begin, int64_t end) {
 void dequantize(const Dequantize& d, int64_t begin, int64_t end) {
     const ScaledWeight& w = d.weight;
     const int64_t width = w.width, size = width / w.groups;
-    const bool in_blocks = size % BLOCK == 0 || (size == BLOCK / 2 && width % BLOCK == 0);
     with_codes(w, [&](const auto& codes) {
         for (int64_t row = begin; row < end; ++row) {
             float* to = d.out + (row - d.first) * width;
-            if (!in_blocks) {
+            if (!in_blocks(w)) {
                 for (int64_t k = 0; k < width; ++k)
                     to[k] = weight_at(codes, row, k) * step_at(w, row, k / size);
                 continue;
@@ -1152,6 +1201,7 @@ void dequantize(const Dequantize& d, int64_t begin, int64_t end) {
             for (int64_t k = 0; k < width; k += BLOCK, steps.next()) {
                 Floats block[4];
                 codes_as_floats(codes, row, k, block);
+                steps.multiply(block);
                 for (int i = 0; i < 4; ++i)
                     put(to + k + i * LANES, block[i] * (i < 2 ? steps.low : steps.high));
             }
@@ -1184,10 +1234,18 @@ void expand(const Expand& e, int64_t begin, int64_t end) {
     }
 }
 
+}  // namespace
+}  // namespace smoothq
+
+#include "tiles.h"
+
+namespace smoothq {
+namespace {
+
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
-const Table TABLE{TEXT(ISA), MOST_TOKENS, quantize,      rotate,     product,
-                  scale,     unpack,      float_product, dequantize, expand};
+const Table TABLE{TEXT(ISA), MOST_TOKENS,   quantize,   fp_quantize, rotate, product, scale,
+                  unpack,    float_product, dequantize, expand,      SPLIT,  PARTS_PRODUCT};
 
 }  // namespace
 }  // namespace smoothq

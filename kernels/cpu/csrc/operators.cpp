@@ -1,6 +1,8 @@
 #include "operators.h"
 
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +16,7 @@ namespace {
 
 constexpr int64_t PACKED_TOKENS = 4;  // up to so many, 4-bit weights are faster packed than as int8
 constexpr int64_t FLOAT_TOKENS = 32;  // up to so many, floats by packed codes beat a float copy
+constexpr int64_t FEW_TOKENS = 12;    // up to so many, they beat tiles
 constexpr int64_t ROW_WORK = 4;  // reading an expert's row costs as much as multiplying these tokens
 constexpr int64_t SERIAL_WORK = 1 << 14;  // numbers below which a second thread does not pay
 
@@ -168,9 +171,14 @@ int64_t groups_of(const char* name, const View& scales, int64_t width) {
 }
 
 // Whether products on packed codes read a row's groups: whole packed blocks, or halves of one.
+// Those of floats read quarters too.
 bool in_blocks(int64_t width, int64_t groups) {
     const int64_t size = width / groups;
     return groups == 1 || size % BLOCK == 0 || size == BLOCK / 2;
+}
+
+bool in_float_blocks(int64_t width, int64_t groups) {
+    return width % BLOCK == 0 && (in_blocks(width, groups) || width / groups == BLOCK / 4);
 }
 
 // The grain with which a range of `count` pieces of `work` numbers is shared among threads.
@@ -223,6 +231,38 @@ int largest_multiplier(int64_t bits) {
 }
 
 }  // namespace
+
+FpQuantizing::FpQuantizing(int64_t element, int64_t scaling, int64_t group_size,
+                           const View& tensor_scale)
+    : element(Element(element)), scaling(FpScaling(scaling)), group_size(group_size),
+      tensor_scale(tensor_scale) {
+    if (element < int64_t(Element::E4M3) || element > int64_t(Element::E2M1))
+        throw std::invalid_argument(std::to_string(element) + " is no floating-point element");
+    if (scaling < 0 || scaling > int64_t(FpScaling::E4M3))
+        throw std::invalid_argument(std::to_string(scaling) + " is no scaling");
+}
+
+void fp_quantize(const View& x, const FpQuantizing& how, const View& out) {
+    const int64_t width = x.last(), tokens = width ? x.elements() / width : 0;
+    const bool grouped = how.scaling >= FpScaling::GROUP;
+    if (grouped && how.group_size < 1)
+        throw std::invalid_argument("group_size " + std::to_string(how.group_size) +
+                                    " is not a number of channels");
+    const bool scaled = how.scaling == FpScaling::STATIC || how.scaling == FpScaling::E4M3;
+    if (scaled && !how.tensor_scale.given)
+        throw std::invalid_argument("operand 'tensor_scale' is missing");
+    const Floats32 scale("tensor_scale", scaled ? how.tensor_scale : View{}, 1);
+    check_out(out, x.elements());
+    if (out.number != Number::FLOAT32) refuse("out", out, "float32");
+    const Inputs inputs("x", x, x.elements());
+    const FpQuantize task{inputs.data(),  inputs.type(),
+                          width,          how.element,
+                          how.scaling,    how.group_size,
+                          scaled ? *scale.data() : 1.0f, static_cast<float*>(out.data)};
+    const Table& isa = table();
+    in_threads(tokens, grain(width),
+               [&](int64_t begin, int64_t end) { isa.fp_quantize(task, begin, end); });
+}
 
 Mode mode_of(int64_t number) {
     if (number < 0 || number > int64_t(Mode::GROUPS))
@@ -419,42 +459,97 @@ namespace {
 struct WeightOperands {
     WeightOperands(const View& packed, const View& weight_scale, const View& multiplier,
                    int64_t bits, int64_t columns)
-        : rows(matrix_of("packed", packed).rows),
+        : WeightOperands({packed, weight_scale, multiplier, {}, bits}, columns) {}
+
+    WeightOperands(const CodedWeight& w, int64_t columns)
+        : element(w.element),
+          bits(w.bits),
+          rows(matrix_of("packed", w.packed).rows),
           width(columns),
-          groups(groups_of(multiplier.given ? "multiplier" : "weight_scale",
-                           multiplier.given ? multiplier : weight_scale, columns)),
-          bytes("packed", bits == 8 ? packed : View{}, Number::INT8, rows * width),
-          nibbles("packed", bits == 4 ? packed : View{}, Number::UINT8, rows * ((width + 1) / 2)),
-          factors("multiplier", multiplier, Number::INT8, rows * groups),
-          steps("weight_scale", weight_scale, multiplier.given ? rows : rows * groups) {
-        if (bits != 4 && bits != 8)
-            throw std::invalid_argument(std::to_string(bits) + "-bit weights are neither 4 nor 8");
+          groups(groups_of(w.multiplier.given ? "multiplier" : scale_name(),
+                           w.multiplier.given ? w.multiplier : w.scale, columns)),
+          bytes("packed", of(element == Element::INTEGER && bits == 8, w.packed), Number::INT8,
+                rows * width),
+          nibbles("packed", of(element == Element::E2M1 || bits == 4, w.packed), Number::UINT8,
+                  rows * ((width + 1) / 2)),
+          float_bytes("packed", of(element == Element::E4M3, w.packed), Number::UINT8,
+                      rows * width),
+          words("packed", of(in_words(), w.packed), Number::INT32,
+                rows * ((width * bits + 31) / 32)),
+          factors("multiplier", w.multiplier, Number::INT8, rows * groups),
+          steps(scale_name(), of(!in_bytes(w), w.scale), w.multiplier.given ? rows : rows * groups),
+          step_bytes(scale_name(), of(in_bytes(w), w.scale), Number::UINT8, rows * groups),
+          tensor_scale("tensor_scale", of(in_bytes(w), w.tensor_scale), 1) {
+        if (element == Element::INTEGER && (bits < 2 || bits > 8))
+            throw std::invalid_argument(std::to_string(bits) + "-bit weights are not 2 to 8 bits");
     }
 
     ScaledWeight weight() const {
-        return {bytes.data(), nibbles.data(), steps.data(), steps.type(), factors.data(), groups,
-                width};
+        const float* tensor = tensor_scale.data();
+        const uint8_t* bytes_of_scale = step_bytes.data();
+        const Type type = !bytes_of_scale ? steps.type() : tensor ? Type::E4M3 : Type::E8M0;
+        return {float_bytes.data() ? reinterpret_cast<const int8_t*>(float_bytes.data())
+                                   : bytes.data(),
+                nibbles.data(),
+                bytes_of_scale ? bytes_of_scale : steps.data(),
+                type,
+                factors.data(),
+                groups,
+                width,
+                words.data(),
+                int(bits),
+                element,
+                tensor ? *tensor : 1.0f};
     }
 
-    int64_t rows, width, groups;
+    Element element;
+    int64_t bits, rows, width, groups;
     Codes<int8_t> bytes;
-    Codes<uint8_t> nibbles;
+    Codes<uint8_t> nibbles, float_bytes;
+    Codes<int32_t> words;
     Codes<int8_t> factors;
     Inputs steps;
+    Codes<uint8_t> step_bytes;
+    Floats32 tensor_scale;
+
+private:
+    static View of(bool given, const View& view) { return given ? view : View{}; }
+
+    static bool in_bytes(const CodedWeight& w) {
+        return w.element != Element::INTEGER && w.scale.number == Number::UINT8;
+    }
+
+    const char* scale_name() const {
+        return element == Element::INTEGER ? "weight_scale" : "scale";
+    }
+
+    bool in_words() const {
+        return element == Element::INTEGER && bits >= 2 && bits < 8 && bits != 4;
+    }
 };
 
 }  // namespace
 
 bool reads_packed_floats(int64_t tokens, int64_t width, int64_t groups) {
-    return tokens <= FLOAT_TOKENS && width % BLOCK == 0 && in_blocks(width, groups);
+    return tokens <= (table().parts_product ? FEW_TOKENS : FLOAT_TOKENS) &&
+           in_float_blocks(width, groups);
 }
 
-void weight_only_gemm(const View& x, const View& packed, const View& weight_scale,
-                      const View& multiplier, const View& bias, int64_t bits, const View& out) {
+bool has_tiles(int64_t width, int64_t groups) {
+    return table().parts_product && in_float_blocks(width, groups);
+}
+
+Element element_of(const std::string& name) {
+    if (name == "e4m3") return Element::E4M3;
+    if (name == "e2m1") return Element::E2M1;
+    throw std::invalid_argument("element '" + name + "' is neither e4m3 nor e2m1");
+}
+
+void float_product(const View& x, const CodedWeight& coded, const View& bias, const View& out) {
     const auto [tokens, width] = matrix_of("x", x);
-    const WeightOperands weight(packed, weight_scale, multiplier, bits, width);
-    if (width % BLOCK || !in_blocks(width, weight.groups))
-        refuse("x", x, "columns in whole blocks of 64, and groups of whole blocks or of halves");
+    const WeightOperands weight(coded, width);
+    if (!in_float_blocks(width, weight.groups))
+        refuse("x", x, "columns in whole blocks of 64, and groups of blocks, halves or quarters");
     const Floats32 inputs("x", x, tokens * width);
     const Floats32 shift("bias", bias, weight.rows);
     check_out(out, tokens * weight.rows);
@@ -466,13 +561,37 @@ void weight_only_gemm(const View& x, const View& packed, const View& weight_scal
                [&](int64_t begin, int64_t end) { isa.float_product(task, begin, end); });
 }
 
-void dequantize(const View& packed, const View& weight_scale, const View& multiplier, int64_t bits,
-                int64_t first, const View& out) {
+void tile_product(const View& x, const CodedWeight& coded, const View& bias, const View& out) {
+    const auto [tokens, width] = matrix_of("x", x);
+    const WeightOperands weight(coded, width);
+    const Table& isa = table();
+    if (!has_tiles(width, weight.groups))
+        refuse("x", x, "columns in whole blocks of 64, and a processor with tiles");
+    const Inputs inputs("x", x, tokens * width);
+    const Floats32 shift("bias", bias, weight.rows);
+    check_out(out, tokens * weight.rows);
+    const int parts = inputs.type() == Type::BFLOAT16 ? 1 : 3;
+    const int64_t token_bands = (tokens + BAND - 1) / BAND;
+    const size_t size = size_t(parts * token_bands * BAND * width) * sizeof(uint16_t);
+    const std::unique_ptr<void, decltype(&std::free)> pairs(std::aligned_alloc(64, size),
+                                                            std::free);
+    if (!pairs) throw std::bad_alloc();
+    const Split arranged{inputs.data(), inputs.type(), tokens, width, parts,
+                         static_cast<uint16_t*>(pairs.get())};
+    in_threads(token_bands, grain(width * BAND),
+               [&](int64_t begin, int64_t end) { isa.split(arranged, begin, end); });
+    const PartsProduct task{arranged.out,    tokens,       weight.rows, parts,
+                            weight.weight(), shift.data(), out.data,    type_of("out", out)};
+    in_threads((weight.rows + BAND - 1) / BAND, 1,
+               [&](int64_t begin, int64_t end) { isa.parts_product(task, begin, end); });
+}
+
+void dequantize(const CodedWeight& coded, int64_t first, const View& out) {
     const auto [rows, width] = matrix_of("out", out);
-    const WeightOperands weight(packed, weight_scale, multiplier, bits, width);
+    const WeightOperands weight(coded, width);
     check_out(out, rows * width);
     if (out.number != Number::FLOAT32) refuse("out", out, "float32");
-    if (first < 0 || first + rows > weight.rows) refuse("packed", packed, "the rows of out");
+    if (first < 0 || first + rows > weight.rows) refuse("packed", coded.packed, "the rows of out");
     const Dequantize task{weight.weight(), first, static_cast<float*>(out.data)};
     const Table& isa = table();
     in_threads(rows, grain(width), [&](int64_t begin, int64_t end) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "table.h"
@@ -95,16 +96,47 @@ std::vector<int64_t> rows_of_experts(const View& ends, int64_t rows);
 void expert_gemm(const View& codes, const View& scale, const std::vector<int64_t>& counts,
                  const std::vector<Expert>& experts, int64_t most, const View& out);
 
-void weight_only_gemm(const View& x, const View& packed, const View& weight_scale,
-                      const View& multiplier, const View& bias, int64_t bits, const View& out);
+// The codes of a weight and the floats that scale them, as in `reference.py`: integers of `bits`, or
+// floating-point codes, whose scales may be bytes. With these a tensor scale makes them E4M3.
+struct CodedWeight {
+    View packed, scale, multiplier, tensor_scale;
+    int64_t bits = 0;
+    Element element = Element::INTEGER;
 
-// Whether `weight_only_gemm` is for so many tokens and such groups: else a float copy, made by
-// `dequantize`, is faster, or the only way.
+    int64_t groups() const { return (multiplier.given ? multiplier : scale).last(); }
+};
+
+// The format that "e4m3" or "e2m1" names. Throws for another name.
+Element element_of(const std::string& name);
+
+// x (M, K) by the weight, out (M, N) float32.
+void float_product(const View& x, const CodedWeight& weight, const View& bias, const View& out);
+
+// Whether `float_product` is for so many tokens and such groups: else `tile_product`, where there is
+// one, or a float copy, made by `dequantize`, is faster, or the only way.
 bool reads_packed_floats(int64_t tokens, int64_t width, int64_t groups);
 
-// Rows `first` … of a weight, of `bits` a code, as float32 out (rows, K).
-void dequantize(const View& packed, const View& weight_scale, const View& multiplier, int64_t bits,
-                int64_t first, const View& out);
+// Whether the processor multiplies tiles, and so wide a weight in such groups fills them.
+bool has_tiles(int64_t width, int64_t groups);
+
+// The same for many tokens; out float32 or bfloat16.
+void tile_product(const View& x, const CodedWeight& weight, const View& bias, const View& out);
+
+// Rows `first` … of a weight as float32 out (rows, K).
+void dequantize(const CodedWeight& weight, int64_t first, const View& out);
+
+// The element and the scaling of their numbers. Throws for numbers that are none.
+struct FpQuantizing {
+    FpQuantizing(int64_t element, int64_t scaling, int64_t group_size, const View& tensor_scale);
+
+    Element element;
+    FpScaling scaling;
+    int64_t group_size;  // of GROUP, E8M0, E4M3
+    View tensor_scale;   // of STATIC, E4M3
+};
+
+// x (..., K) → out, of the same shape, float32.
+void fp_quantize(const View& x, const FpQuantizing& how, const View& out);
 
 // out float32 (M, N), times the tokens' scales, plus the bias (N,), where these are given.
 void finish(const View& scale, const View& bias, const View& out);

@@ -208,19 +208,38 @@ PyObject* expert_gemm(Arguments a) {
     return in(a[7], out);
 }
 
-PyObject* weight_only_gemm(Arguments a) {
-    const View x = first(a[0]), packed = view_of(a[1]), weight_scale = view_of(a[2]),
-               multiplier = view_of(a[3]), bias = view_of(a[4]);
-    const int64_t bits = integer(a[5]), tokens = rows_of("x", x), rows = rows_of("packed", packed);
-    const int64_t groups = (multiplier.given ? multiplier : weight_scale).last();
+// Floats by a weight of codes.
+PyObject* by_codes(const View& x, const CodedWeight& weight, const View& bias) {
+    const int64_t tokens = rows_of("x", x), rows = rows_of("packed", weight.packed);
+    const int64_t groups = weight.groups();
     // Many tokens meet a float copy, by PyTorch's product; a result of 16 bits is converted there.
     if (x.number != Number::FLOAT32 || groups < 1 || !reads_packed_floats(tokens, x.last(), groups))
         throw NotHere();
     const int64_t sizes[] = {tokens, rows};
     Output out(2, sizes, FLOAT32);
-    unlocked([&] {
-        weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits, out.view);
-    });
+    unlocked([&] { float_product(x, weight, bias, out.view); });
+    return out.object();
+}
+
+PyObject* weight_only_gemm(Arguments a) {
+    const View x = first(a[0]);
+    return by_codes(x, {view_of(a[1]), view_of(a[2]), view_of(a[3]), {}, integer(a[5])},
+                    view_of(a[4]));
+}
+
+PyObject* fp_gemm(Arguments a) {
+    const View x = first(a[0]);
+    const char* element = PyUnicode_AsUTF8AndSize(a[5], nullptr);
+    if (!element) throw Failed();
+    return by_codes(x, {view_of(a[1]), view_of(a[2]), {}, view_of(a[3]), 0, element_of(element)},
+                    view_of(a[4]));
+}
+
+PyObject* fp_quantize(Arguments a) {
+    const View x = first(a[0]);
+    const FpQuantizing how(integer(a[1]), integer(a[2]), integer(a[3]), view_of(a[4]));
+    Output out(x.axes, x.sizes, FLOAT32);
+    unlocked([&] { fp_quantize(x, how, out.view); });
     return out.object();
 }
 
@@ -330,6 +349,9 @@ PyMethodDef METHODS[] = {
         "expert_gemm(codes, scale, ends, weights, weight_scales, multipliers, biases, dtype)"),
     method<weight_only_gemm, 6>(
         "weight_only_gemm", "weight_only_gemm(x, packed, weight_scale, multiplier, bias, bits)"),
+    method<fp_gemm, 6>("fp_gemm", "fp_gemm(x, packed, scale, tensor_scale, bias, element)"),
+    method<fp_quantize, 5>(
+        "fp_quantize", "fp_quantize(x, element, scaling, group_size, tensor_scale)"),
     method<quantize, 10>(
         "quantize",
         "quantize(x, mode, bits, clip, group_size, multiplier, scale, signs, left, right)"),

@@ -11,9 +11,12 @@
 namespace smoothq {
 
 constexpr int64_t BLOCK = 64;  // columns that are packed, and multiplied, together
+constexpr int64_t BAND = 32;   // tokens, or rows, of two tiles
 
-enum class Type { FLOAT32, BFLOAT16 };
+enum class Type { FLOAT32, BFLOAT16, E8M0, E4M3 };  // the last two of scales alone
+enum class Element { INTEGER, E4M3, E2M1 };         // of a weight's codes
 enum class Mode { TOKEN, FULL_RANGE, SMOOTHED, STATIC, GROUPS };
+enum class FpScaling { TOKEN, STATIC, GROUP, E8M0, E4M3 };
 
 // x · diag(signs) · (I ⊗ left ⊗ Sylvester's matrix of order `right`) / √(order · right)
 struct Rotation {
@@ -40,6 +43,18 @@ struct Quantize {
     Quantizer quantizer;
     int8_t* codes;  // (M, K)
     float* scales;  // (M,)
+};
+
+// Values rounded to floating-point codes, times their scale again.
+struct FpQuantize {
+    const void* x;  // (M, K)
+    Type type;
+    int64_t width;
+    Element element;
+    FpScaling scaling;
+    int64_t group;  // GROUP, E8M0, E4M3: channels that share a scale
+    float scale;    // STATIC, E4M3: the tensor's
+    float* out;     // (M, K)
 };
 
 struct Rotate {
@@ -84,23 +99,46 @@ struct Unpack {
     int8_t* out;               // (N, K), multipliers in them
 };
 
-// Packed 4-bit or int8 weights and the floats that scale them.
+// Codes of a weight, in bytes, two a byte or in words, and the floats that scale them.
 struct ScaledWeight {
     const int8_t* bytes;       // (N, K), or null
-    const uint8_t* packed;     // (N, ⌈K/2⌉)
+    const uint8_t* packed;     // (N, ⌈K/2⌉), or null
     const void* scale;         // (N, groups), or (N, 1) beside multipliers
     Type scale_type;
     const int8_t* multiplier;  // (N, groups) or null
     int64_t groups, width;
+    const int32_t* words = nullptr;  // (N, ⌈K·bits/32⌉), of 2, 3, 5, 6 or 7 bits
+    int bits = 8;
+    Element element = Element::INTEGER;
+    float tensor_scale = 1;  // times every scale
 };
 
-// Float inputs by such a weight; K a multiple of 64, a group of 32 or of 64s.
+// Float inputs by such a weight; K a multiple of 64, a group of 16, 32 or of 64s.
 struct FloatProduct {
     const float* x;  // (M, K)
     int64_t tokens, rows;
     ScaledWeight weight;
     const float* bias;  // (N,) or null
     float* out;         // (M, N)
+};
+
+// Many float inputs by such a weight, as parts of 16 bits that add up to what they stand for.
+struct PartsProduct {
+    const uint16_t* x;  // (parts, M up to whole bands, K), bfloat16, as `split` arranges them
+    int64_t tokens, rows;
+    int parts;
+    ScaledWeight weight;
+    const float* bias;  // (N,) or null
+    void* out;          // (M, N)
+    Type type;
+};
+
+struct Split {
+    const void* x;  // (M, K)
+    Type type;
+    int64_t tokens, width;
+    int parts;
+    uint16_t* out;  // (parts, M up to whole bands, K); what is behind the tokens is zero
 };
 
 // Rows of such a weight, of any width, as floats.
@@ -124,6 +162,7 @@ struct Table {
     const char* name;
     int64_t most_tokens;  // for which `product` is faster than PyTorch's int8 product
     void (*quantize)(const Quantize&, int64_t begin, int64_t end);           // tokens
+    void (*fp_quantize)(const FpQuantize&, int64_t begin, int64_t end);      // tokens
     void (*rotate)(const Rotate&, int64_t begin, int64_t end);               // tokens
     void (*product)(const Product&, int64_t begin, int64_t end);             // rows
     void (*scale)(const Scale&, int64_t begin, int64_t end);                 // tokens
@@ -131,6 +170,9 @@ struct Table {
     void (*float_product)(const FloatProduct&, int64_t begin, int64_t end);  // rows
     void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);       // rows
     void (*expand)(const Expand&, int64_t begin, int64_t end);               // rows
+    // Null where no instruction multiplies tiles of 16 bits.
+    void (*split)(const Split&, int64_t begin, int64_t end);                 // bands of tokens
+    void (*parts_product)(const PartsProduct&, int64_t begin, int64_t end);  // bands of rows
 };
 
 }  // namespace smoothq
