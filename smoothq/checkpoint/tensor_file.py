@@ -115,7 +115,9 @@ class TensorFile:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes; a contiguous CPU tensor is not copied."""
-    flat: Any = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+    whole = tensor.detach().to("cpu").contiguous()
+    # The stride of a single element may be any.
+    flat: Any = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy()
     return memoryview(flat)
 
 

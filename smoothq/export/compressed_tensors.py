@@ -20,7 +20,7 @@ from ..report.model_card import served_card
 from ..report.results import ExportResult
 from ..version import __version__
 from .reader import ExportReader
-from .schemes import METHOD, Scheme, quantization_config
+from .schemes import METHOD, Inputs, Scheme, Strategy, quantization_config
 
 # Fields of configs with the number of multi-token prediction layers.
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -75,7 +75,7 @@ def export_compressed_tensors(
         writer.begin(identity, Environment.here("cpu", 1))
         for linear in folded.linears(progress):
             scheme = schemes[linear.name]
-            tensors = scheme.tensors(linear.weight, dtype, linear.input_scale)
+            tensors = scheme.tensors(linear.weight, linear.spec.grid, dtype, linear.input_scale)
             if linear.bias is not None:
                 tensors["bias"] = linear.bias
             writer.add({f"{linear.name}.{key}": tensor for key, tensor in tensors.items()})
@@ -108,20 +108,37 @@ def scheme_of(spec: WeightSpec, site_input: InputSpec) -> Scheme:
 
     Args:
         spec: of its weight.
-        site_input: of its input; its mode is `float`, `token` or `static`, as `ExportReader`
-            ensures.
+        site_input: of its input, in a mode that `refuse_blockers` lets pass.
     """
-    grouped = spec.groups > 1
-    mode = site_input.mode
-    assert mode in ("float", "token", "static")
+    grid, mode = spec.grid, site_input.mode
+    strategy: Strategy = grid.granularity
+    if grid.shares_scale:
+        strategy = "tensor_group"
+    elif spec.groups == 1 and strategy == "group":
+        strategy = "channel"
     return Scheme(
-        spec.grid.bits,
-        "group" if grouped else "channel",
-        spec.grid.group_size if grouped else None,
-        mode,
+        grid.bits,
+        strategy,
+        grid.group_size if strategy in ("group", "tensor_group") else None,
+        _INPUTS[mode],
         site_input.bits,
-        spec.grid.symmetric,
+        grid.symmetric,
+        "float" if spec.floating else "int",
+        "float" if site_input.emulated else "int",
+        site_input.group_size if mode in ("fp_group", "fp_e8m0", "fp_e4m3") else None,
     )
+
+
+_INPUTS: dict[str, Inputs] = {
+    "float": "float",
+    "token": "token",
+    "static": "static",
+    "fp_token": "token",
+    "fp_static": "static",
+    "fp_group": "group",
+    "fp_e8m0": "group",
+    "fp_e4m3": "tensor_group",
+}
 
 
 def card_of(directory: Path) -> str:

@@ -22,8 +22,7 @@ from ..pipeline.weights_on_demand import WORKING_DTYPE, float_rows
 from ..plan.config import quantization_of
 from ..plan.portability import refuse_blockers
 from ..progress import Progress
-from ..rounding.grid import QuantizedWeight, Scales
-from ..rounding.packing import unpack
+from ..rounding.grid import QuantizedWeight
 from ..transforms.rotation import head_fold, rotate_input
 
 
@@ -145,16 +144,16 @@ class ExportReader:
             if progress is not None and block not in blocks:
                 progress(len(blocks), len(self.plan.blocks), "export")
             blocks.add(block)
-            codes = unpack(self._read(f"{name}.weight"), spec.in_features, spec.grid.bits)
-            multiplier = self._read(f"{name}.weight_multiplier") if spec.grid.multiplier else None
-            zero = None if spec.grid.symmetric else self._read(f"{name}.weight_zero_point")
-            scales = Scales(self._read(f"{name}.weight_scale"), multiplier, zero)
+            shape, grid = (spec.out_features, spec.in_features), spec.grid
+            codes = grid.unpack(self._read(f"{name}.weight"), spec.in_features)
+            stored = {key: self._read(f"{name}.{key}") for key in grid.stored_scales(*shape)}
+            scales = grid.scales_of(stored, *shape)
             bias = f"{name}.bias"
             yield FoldedLinear(
                 name,
                 spec,
                 site_input,
-                QuantizedWeight(codes, scales),
+                QuantizedWeight(codes, scales, element=grid.element),
                 self._read(bias) if bias in self.source.files else None,
                 None if scale is None else self._read(scale),
             )
@@ -189,7 +188,7 @@ class ExportReader:
     def _linears(self) -> Iterator[tuple[str, str, WeightSpec, InputSpec, str | None]]:
         """(block, full name, weight spec, input spec, name of a static input's scale or None)."""
         for block, site in self.plan.named_sites():
-            static = site.input.mode == "static"
+            static = site.input.calibrates_scale
             scale = f"{block}.{site.input_name}.scale" if static else None
             for module, spec in site.modules.items():
                 yield block, f"{block}.{module}", spec, site.input, scale

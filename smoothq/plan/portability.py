@@ -129,7 +129,7 @@ def refuse_in_plugin(plan: Plan) -> None:
             f"smoothq's vLLM plugin serves {', '.join(PLUGIN_FAMILIES)}, not {family}; load the "
             "checkpoint in transformers"
         )
-    if any(site.input.mode in ("smooth_live", "tensor") for site in plan.sites):
+    if any(site.input.mode in ("smooth_live", "tensor", "fp_tensor") for site in plan.sites):
         raise RecipeError(
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
             "forward's tokens; use runtime_smoothing.scope=token, or one scale a token"
@@ -182,11 +182,18 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
             yield ExportBlocker(what, {}, "--w8a8")
         elif plan.adds_bias and linear.bias is None:
             yield _BIAS
-    grids = {(spec.grid.bits, spec.groups, spec.grid.symmetric) for spec in plan.modules.values()}
+    grids = {
+        (spec.grid.bits, spec.groups, spec.grid.symmetric, spec.grid.element)
+        for spec in plan.modules.values()
+    }
     if site.float_readers or len(grids) > 1:
         what = "servers hold all that reads one tensor as one matrix, and here formats differ"
         yield ExportBlocker(what, {}, "one format for them, or keep all of them in float")
-    if plan.input.mode == "static" and grids != {(8, 1, True)}:
+    if plan.input.mode == "fp_group" and plan.input.width % plan.input.group_size:
+        what = f"its groups of {plan.input.group_size} do not divide its input"
+        edit = {"activations__granularity": "token", "weights__granularity": "channel"}
+        yield ExportBlocker(what, edit)
+    if plan.input.mode == "static" and grids != {(8, 1, True, "int")}:
         what = "static scales go with 8-bit weights per channel"
         yield ExportBlocker(what, {}, "activations.granularity: token, static: false")
 
@@ -196,7 +203,7 @@ def _of_input(spec: InputSpec) -> Iterator[ExportBlocker]:
         yield ExportBlocker(
             "its input is smoothed while the model runs", {"runtime_smoothing": None}
         )
-    elif spec.mode == "tensor":
+    elif spec.mode in ("tensor", "fp_tensor"):
         edit = {"activations__granularity": "token"}
         yield ExportBlocker("its input has one scale a tensor, found while the model runs", edit)
     elif spec.mode == "token" and spec.clip not in _clips(spec.bits):

@@ -50,7 +50,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """Codes packed into words, each row one sequence of bits, the lowest of its first word first."""
+    """Codes packed into words, each row one sequence of bits, the lowest first."""
     rows, columns = codes.shape
     count = -(-columns * bits // WORD_BITS)
     first = torch.arange(columns, device=codes.device) * bits

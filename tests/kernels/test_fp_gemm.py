@@ -198,7 +198,10 @@ class TestOperands:
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_a_product_names_what_does_not_fit(self, tokens: int) -> None:
         draw = Draw()
-        x, (packed, scale, tensor_scale, _) = draw.floats(tokens, 64), fp_weight(draw, 5, 64, "NVFP4")
+        x, (packed, scale, tensor_scale, _) = (
+            draw.floats(tokens, 64),
+            fp_weight(draw, 5, 64, "NVFP4"),
+        )
         fit = {"packed": packed, "scale": scale, "tensor_scale": tensor_scale, "bias": None}
         for name, wrong in (
             ("packed", packed[:, 1:].contiguous()),

@@ -74,7 +74,9 @@ class TestFpGemm:
         assert torch.equal(found[~nan], expected[~nan])
         assert found[nan].isnan().all()
 
-    @pytest.mark.parametrize(("size", "kind"), [(8, "e4m3"), (16, "e8m0"), (16, "float"), (48, "e4m3")])
+    @pytest.mark.parametrize(
+        ("size", "kind"), [(8, "e4m3"), (16, "e8m0"), (16, "float"), (48, "e4m3")]
+    )
     def test_groups_that_do_not_fit_the_blocks_are_refused_by_name(
         self, size: int, kind: str
     ) -> None:

@@ -61,9 +61,7 @@ def layers_with_experts(model: nn.Module) -> list[SeparateExperts]:
 @pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1, :1]], ids=["prompt", "one token"])
 @pytest.mark.parametrize("recipe", [*TOGETHER, *ONE_BY_ONE])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
-def test_the_result_is_that_of_one_expert_after_the_other(
-    name, recipe, tokens, counted
-) -> None:
+def test_the_result_is_that_of_one_expert_after_the_other(name, recipe, tokens, counted) -> None:
     model = quantized(name, recipe)
     counted.clear()
     together = model(tokens).logits

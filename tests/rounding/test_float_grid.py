@@ -86,7 +86,9 @@ def test_what_is_stored_is_read_back(kind: str, clip: bool) -> None:
         name: (t.shape, t.dtype) for name, t in like.items()
     }
     again = form.scales_of(stored, *weight.shape)
-    assert torch.equal(again.step(torch.float32).expand(130, -1), rounded.scales.step(torch.float32))
+    assert torch.equal(
+        again.step(torch.float32).expand(130, -1), rounded.scales.step(torch.float32)
+    )
     packed = form.pack(rounded.codes)
     assert (packed.shape, packed.dtype) == (
         form.packed_like(*weight.shape).shape,
