@@ -130,7 +130,9 @@ def test_logits_are_ours(made, form) -> None:
 
 @each_form
 def test_a_linear_rounds_and_multiplies_as_the_readers(made, form) -> None:
-    """On equal inputs, up to bfloat16: a chain of linears moves inputs past other roundings."""
+    """On equal inputs, up to how the reader rounds them: in bfloat16 before it does to codes, and
+    an MX scale up where the maximum is in the last quarter before the next power of two."""
+    of_inputs = dict.fromkeys(RECIPES, 0.02) | {"mxfp8": 0.03, "mxfp4": 0.07, "nvfp4": 0.04}
     ours, directory = made(form)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -143,7 +145,7 @@ def test_a_linear_rounds_and_multiplies_as_the_readers(made, form) -> None:
     for name in linears:
         x, y = seen[name]
         with torch.no_grad():
-            assert relative(ours.get_submodule(name)(x.float()), y.float()) < 0.01, name
+            assert relative(ours.get_submodule(name)(x.float()), y.float()) < of_inputs[form], name
 
 
 @each_form
