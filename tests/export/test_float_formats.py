@@ -132,7 +132,7 @@ def test_logits_are_ours(made, form) -> None:
 def test_a_linear_rounds_and_multiplies_as_the_readers(made, form) -> None:
     """On equal inputs, up to how the reader rounds them: in bfloat16 before it does to codes, and
     an MX scale up where the maximum is in the last quarter before the next power of two."""
-    of_inputs = dict.fromkeys(RECIPES, 0.02) | {"mxfp8": 0.03, "mxfp4": 0.07, "nvfp4": 0.04}
+    of_inputs = dict.fromkeys(RECIPES, 0.03) | {"mxfp4": 0.15, "nvfp4": 0.05}
     ours, directory = made(form)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
