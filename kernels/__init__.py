@@ -41,6 +41,7 @@ __all__ = [
     "cached_attention",
     "channel_multipliers",
     "expert_gemm",
+    "expert_weight_only_gemm",
     "group_gemm",
     "hadamard",
     "hadamard_quantize",
@@ -270,6 +271,10 @@ group_gemm = Product(
     lambda a, _, block_scale, order, w, *rest: (*a.shape[:2], w.shape[0]),
 )
 weight_only_gemm = Product(reference.weight_only_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
+expert_weight_only_gemm = Product(
+    reference.expert_weight_only_gemm,
+    lambda x, ends, weights, *rest: (x.shape[0], weights[0].shape[0]),
+)
 cached_attention = Product(
     reference.cached_attention,
     lambda query, _, v, *rest: (*query.shape[:-1], row_width(v.shape[-1], *rest[-2:])),

@@ -280,6 +280,28 @@ class QuantizedLinear(HoldsCodes):
         weight = self.codes if packed else self._unpacked(running)
         return weight, running.row_scale, buffers["weight_multiplier"], buffers["bias"]
 
+    def float_operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int] | None:
+        """What a product of floats multiplies by: the operands of `weight_only_gemm` behind x.
+
+        Returns:
+            The weight, packed or int8 (N, K); its scales; multipliers and the bias, or None for
+            either; the bits of a code. None where zero points ask for more than this product.
+
+        Raises:
+            RuntimeError: the weight is on the meta device.
+        """
+        running = self._current()
+        return None if running.shift is not None else self._float_operands(running)
+
+    def _float_operands(
+        self, running: RunningForm
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        packed, buffers = running.packed_tokens == sys.maxsize, self._buffers
+        weight, scale = self.codes if packed else self._unpacked(running), buffers["weight_scale"]
+        assert scale is not None
+        multiplier, bias = buffers["weight_multiplier"], buffers["bias"]
+        return weight, scale, multiplier, bias, 4 if packed else 8
+
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the weight, scales and bias that a product with that many tokens reads."""
         packed = tokens <= self._packed_tokens(self.device)
@@ -289,15 +311,8 @@ class QuantizedLinear(HoldsCodes):
         return codes + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def _float_product(self, x: Tensor, running: RunningForm) -> Tensor:
-        packed = running.packed_tokens == sys.maxsize
-        product: Tensor = kernels.weight_only_gemm(
-            x.reshape(-1, self.in_features),
-            self.codes if packed else self._unpacked(running),
-            self.weight_scale,
-            self.weight_multiplier,
-            self.bias,
-            4 if packed else 8,
-        )
+        operands = self._float_operands(running)
+        product: Tensor = kernels.weight_only_gemm(x.reshape(-1, self.in_features), *operands)
         if running.shift is None:
             return product
         # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.

@@ -101,6 +101,12 @@ void weight_only_gemm(const View& x, const View& packed, const View& weight_scal
 // Whether `weight_only_gemm` is for so many tokens and such groups: else a float copy, made by
 // `dequantize`, is faster, or the only way.
 bool reads_packed_floats(int64_t tokens, int64_t width, int64_t groups);
+bool reads_packed_floats(int64_t tokens, int64_t width, const Expert& expert);
+
+// Rows of floats, sorted by expert, by the weights of their experts, of `bits` a code; zeros behind
+// the last. Experts whose packed codes are not read are left out: their part of `out` is not written.
+void expert_weight_only_gemm(const View& x, const std::vector<int64_t>& counts,
+                             const std::vector<Expert>& experts, int64_t bits, const View& out);
 
 // Rows `first` … of a weight, of `bits` a code, as float32 out (rows, K).
 void dequantize(const View& packed, const View& weight_scale, const View& multiplier, int64_t bits,
