@@ -395,9 +395,9 @@ def expert_weight_only_gemm(
 ) -> Tensor:
     """Rows that are sorted by expert, each by its expert's weight: `weight_only_gemm`.
 
-    x: float (R, K); ends: int64 (E,), as in `expert_gemm`. Of each expert, all of one form: packed,
-    weight_scales, multipliers and biases as `weight_only_gemm` takes them; of the last two there may
-    be none. Returns (R, N) in x's dtype, zeros behind the last end.
+    x: float (R, K); ends: int64 (E,), as in `expert_gemm`. Of each expert, all of one form:
+    packed, weight_scales, multipliers and biases as `weight_only_gemm` takes them; of the last two
+    there may be none. Returns (R, N) in x's dtype, zeros behind the last end.
     """
     result = x.new_zeros(x.shape[0], packed[0].shape[0])
     start = 0

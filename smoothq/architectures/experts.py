@@ -93,6 +93,23 @@ class SeparateExperts(Mixin):
         linears = self.first[-1] if self.second is None else self.second
         return hasattr(type(_members(linears)[-1]), "multiply_together")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the experts run."""
+        linear = _members(self.first[0])[0]
+        tensor = linear if hasattr(type(linear), "device") else linear.weight
+        device: torch.device = tensor.device
+        return device
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that multiply all experts at once; none one by one."""
+        if not self.multiplies_together:
+            return ()
+        lists = [*self.first, *(() if self.second is None else (self.second,))]
+        members = [_members(linears)[0] for linears in lists]
+        names = [getattr(linear, "operator_together", None) for linear in members]
+        return () if None in names else tuple(dict.fromkeys(map(str, names)))
+
     def _inner(self, products: Sequence[Tensor]) -> Tensor:
         """The activation, from the products of the first matrices."""
         return activated(self, products[0] if len(products) == 1 else torch.cat([*products], -1))
@@ -243,6 +260,11 @@ class SplitExperts(SeparateExperts):
 
 class SharedExperts(SeparateExperts):
     """Experts that every token passes, each with a factor of its own (Inkling)."""
+
+    @property
+    def multiplies_together(self) -> bool:
+        """False: they are few, and all tokens pass each."""
+        return False
 
     def forward(self, hidden_states: Tensor, gammas: Tensor) -> Tensor:
         """The sum of all experts.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import QuantizedInput
+from .input_quantizer import Mode
 
 # An input's codes and scale do not depend on the other rows: by its token alone, and by what
 # calibration has left.
@@ -103,6 +104,19 @@ def _of_floats(used: _Used, x: Tensor, rows: Tensor | None, ends: Tensor) -> Ten
         bits[0],
     )
     return product
+
+
+def product_of_experts(mode: Mode, spec: Any) -> str | None:
+    """The operator that multiplies all experts at once; None where each must run by itself.
+
+    Args:
+        mode: of their inputs.
+        spec: the WeightSpec of their weights.
+    """
+    if mode == "float":
+        return "expert_weight_only_gemm" if spec.grid.symmetric else None
+    by_row = mode in (*_BY_ROW, *_CALIBRATED)
+    return "expert_gemm" if by_row and not spec.float_groups else None
 
 
 def _runs_alone(linear: Any) -> bool:

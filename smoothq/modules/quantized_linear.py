@@ -24,7 +24,7 @@ from ..rounding.grid import IntegerGrid, QuantizedWeight, Scales
 from ..rounding.packing import pack, packed_like, unpack
 from ..runtime.mapped import touch
 from ..runtime.offload import running_device
-from .expert_products import multiply_together
+from .expert_products import multiply_together, product_of_experts
 from .input_quantizer import InputQuantizer, InputSpec
 from .running_form import RunningForm
 from .weight_answer import HoldsCodes
@@ -261,6 +261,11 @@ class QuantizedLinear(HoldsCodes):
         return result.reshape(*x.shape[:-1], self.out_features)
 
     multiply_together = staticmethod(multiply_together)
+
+    @property
+    def operator_together(self) -> str | None:
+        """The operator of `multiply_together` where experts are alike and unwatched, or None."""
+        return product_of_experts(self.site_input.spec.mode, self.spec)
 
     def integer_operands(
         self, tokens: int

@@ -154,7 +154,7 @@ def test_weights_of_other_shapes_are_refused_by_name() -> None:
     weights = operands[2]
     for other in (weights[1][:, :-1], weights[1][:-1]):
         operands[2] = [weights[0], other]
-        with pytest.raises(ValueError, match="operand '(packed|weight_scale)'"):
+        with pytest.raises(ValueError, match=r"operand '(packed|weight_scale)'"):
             kernels.expert_weight_only_gemm(*operands)
 
 

@@ -177,6 +177,10 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
             *(draw.codes(2, tokens, 64), draw.scales(2, tokens, 1), draw.scales(2, 2), order),
             *(draw.codes(3, 64), draw.scales(3, 1), None, 32, torch.float32),
         ),
+        "expert_weight_only_gemm": (
+            *(x, torch.tensor([0, tokens]), [packed, packed], [draw.scales(3, 2)] * 2),
+            *([], [draw.floats(3), draw.floats(3)], 4),
+        ),
         "weight_only_gemm": (x, packed, draw.scales(3, 2), None, draw.floats(3), 4),
         "hadamard": (x, signs, *factors),
         "hadamard_quantize": (x, signs, *factors, 4, 32),

@@ -76,9 +76,7 @@ def layers_with_experts(model: nn.Module) -> list[SeparateExperts]:
 @pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1, :1]], ids=["prompt", "one token"])
 @pytest.mark.parametrize("recipe", [*OF_CODES, *OF_FLOATS, *ONE_BY_ONE])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
-def test_the_result_is_that_of_one_expert_after_the_other(
-    name, recipe, tokens, counted
-) -> None:
+def test_the_result_is_that_of_one_expert_after_the_other(name, recipe, tokens, counted) -> None:
     model = quantized(name, recipe)
     counted.clear()
     together = model(tokens).logits
@@ -87,6 +85,21 @@ def test_the_result_is_that_of_one_expert_after_the_other(
     assert len(counted) == products
     layers = layers_with_experts(model)
     assert products == (0 if recipe in ONE_BY_ONE else 2 * len(layers))
+
+
+@pytest.mark.parametrize("recipe", [*OF_CODES, *OF_FLOATS, *ONE_BY_ONE])
+def test_the_report_says_which_operator_multiplies_them(recipe) -> None:
+    model = quantized("mixtral", recipe)
+    lines = [line.split() for line in kernels.report(model).splitlines()]
+    products = [run for kind, _, run, *_ in lines if kind == "model.layers.*.mlp.experts"]
+    operator = "expert_gemm" if recipe in OF_CODES else "expert_weight_only_gemm"
+    assert products == ([] if recipe in ONE_BY_ONE else [operator])
+
+
+def test_the_report_of_experts_that_run_one_by_one_has_no_line_for_them() -> None:
+    model = copy.deepcopy(quantized("mixtral", "w8a8"))
+    model.set_experts_implementation("eager")
+    assert "expert_gemm" not in kernels.report(model)
 
 
 @torch.no_grad()
