@@ -107,8 +107,8 @@ def _expert_weight_only_kernel(
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUPED", "GROUP", "BLOCK_E", "ALIGNED"]
 # The search for an expert takes registers: with scales of groups "square" spills on Ampere.
 _PREFILL_TILES = {name: PREFILL_TILES[name] for name in ("small", "wide")}
-# The first is that of float32, for which "narrow" spills beside multipliers on Hopper.
-_DECODE_TILES = {"short": DECODE_TILES["short"], **DECODE_TILES}
+# The first is that of float32, for which those of few tokens spill.
+_DECODE_TILES = {"small": PREFILL_TILES["small"], **DECODE_TILES}
 _prefill_kernel = Tuned(_expert_weight_only_kernel, _PREFILL_TILES, _KEY, tiles_that_fit)
 _decode_kernel = Tuned(_expert_weight_only_kernel, _DECODE_TILES, _KEY, tiles_that_fit)
 

@@ -76,6 +76,12 @@ class SeparateExperts(Mixin):
         return None if self.form.second is None else _list_of(self, self.form.second)
 
     @property
+    def views(self) -> dict[str, str]:
+        """Stacks whose matrices the linears were views of when opened: name → that of the list."""
+        form = self.form
+        return {name: _list_path(name) for name in form.stacks if name not in form.transposed}
+
+    @property
     def first_names(self) -> tuple[str, ...]:
         """The names of the lists in `first`, within the module."""
         return tuple(map(_list_name, self.form.first))
@@ -458,6 +464,11 @@ def _stack(module: nn.Module, name: str) -> nn.Parameter | None:
 def _list_name(stack: str) -> str:
     """Where the linears of a stack are: a module named `weight` would be taken for a tensor."""
     return "experts" if stack == "weight" else stack
+
+
+def _list_path(stack: str) -> str:
+    path, dot, attribute = stack.rpartition(".")
+    return f"{path}{dot}{_list_name(attribute)}"
 
 
 def _list_of(module: nn.Module, name: str) -> nn.ModuleList:
