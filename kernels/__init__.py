@@ -41,6 +41,7 @@ __all__ = [
     "cached_attention",
     "channel_multipliers",
     "expert_gemm",
+    "expert_weight_only_gemm",
     "fp_gemm",
     "fp_quantize",
     "group_gemm",
@@ -277,6 +278,10 @@ group_gemm = Product(
 )
 fp_gemm = Product(reference.fp_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 weight_only_gemm = Product(reference.weight_only_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
+expert_weight_only_gemm = Product(
+    reference.expert_weight_only_gemm,
+    lambda x, ends, weights, *rest: (x.shape[0], weights[0].shape[0]),
+)
 cached_attention = Product(
     reference.cached_attention,
     lambda query, _, v, *rest: (*query.shape[:-1], row_width(v.shape[-1], *rest[-2:])),
@@ -299,7 +304,7 @@ class RunsOperators(Protocol):
         """The device that the operators run on."""
 
     def operators(self) -> tuple[str, ...]:
-        """The names of the operators, in the order in which they run."""
+        """The names of the operators, in the order in which they run; none where none does."""
 
 
 def _name(device: torch.device) -> str:
@@ -315,13 +320,16 @@ def report(model: nn.Module) -> str:
     Layers of the same name in different blocks that run the same operators share a line:
 
         model.layers.*.mlp.down_proj   x30   hadamard_quantize, int4_gemm   triton on cuda:0
+
+    Experts that are multiplied at once have a line for that; those of their linears say what each
+    runs by itself.
     """
     lines: Counter[tuple[str, str, str]] = Counter()
     for name, module in model.named_modules():
-        if isinstance(module, RunsOperators):
+        if isinstance(module, RunsOperators) and (operators := module.operators()):
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
             device = module.device
-            lines[kind, ", ".join(module.operators()), f"{_name(device)} on {device}"] += 1
+            lines[kind, ", ".join(operators), f"{_name(device)} on {device}"] += 1
     rows = [(kind, f"x{count}", run, where) for (kind, run, where), count in lines.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
     return "\n".join(

@@ -402,6 +402,31 @@ def weight_only_gemm(
     return (result if bias is None else result + bias.double()).to(x.dtype)
 
 
+def expert_weight_only_gemm(
+    x: Tensor,
+    ends: Tensor,
+    packed: list[Tensor],
+    weight_scales: list[Tensor],
+    multipliers: list[Tensor],
+    biases: list[Tensor],
+    bits: int,
+) -> Tensor:
+    """Rows that are sorted by expert, each by its expert's weight: `weight_only_gemm`.
+
+    x: float (R, K); ends: int64 (E,), as in `expert_gemm`. Of each expert, all of one form:
+    packed, weight_scales, multipliers and biases as `weight_only_gemm` takes them; of the last two
+    there may be none. Returns (R, N) in x's dtype, zeros behind the last end.
+    """
+    result = x.new_zeros(x.shape[0], packed[0].shape[0])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        multiplier = multipliers[expert] if multipliers else None
+        bias = biases[expert] if biases else None
+        weight = (packed[expert], weight_scales[expert], multiplier, bias, bits)
+        result[start:end], start = weight_only_gemm(x[start:end], *weight), end
+    return result
+
+
 def unpack_words(words: Tensor, columns: int, bits: int) -> Tensor:
     """Codes of 2 to 8 bits: int32 (N, ⌈K · bits / 32⌉) → int8 (N, K).
 

@@ -43,6 +43,7 @@ from smoothq.transforms.hadamard import Hadamard
 
 BITS = 4  # of the quantizers' codes; weights and codes of the products are 4 or 8 by operator
 WEIGHT_GROUP = 128  # columns that share a weight's multiplier or scale, or a live block
+EXPERTS = 4  # that share the tokens, each with a weight of its own
 SMOOTHING_GROUP = 16  # channels that share a token's multiplier: the preset's
 WIDE = 4096  # rows from which a projection counts for the targets
 INT_MM_TOKENS = 17  # the fewest that torch._int_mm takes
@@ -263,6 +264,9 @@ class Operands:
         self.packed = pack(self.codes4, 4)
         self.multiplier = integers(1, largest_multiplier(4), rows, groups)
         self.group_scale = scales(rows, groups).bfloat16()
+        self.experts = [self.packed.clone() for _ in range(EXPERTS)]
+        shares = torch.arange(1, EXPERTS + 1, device=device) * tokens
+        self.ends = (shares + EXPERTS - 1) // EXPERTS
         self.block_scale = scales(1, groups)
         self.order = torch.randperm(width, device=device)[None]
         self.smoothing = integers(1, largest_multiplier(BITS), width)
@@ -327,6 +331,27 @@ def products(o: Operands) -> Iterator[Contender]:
             *(o.x, o.packed, step),
             unit="bf16",
         )
+    yield from products_of_experts(o)
+
+
+def products_of_experts(o: Operands) -> Iterator[Contender]:
+    """Our products of tokens that experts share, as much work as those of one weight."""
+    used = o.experts[: min(o.tokens, EXPERTS)]  # the others' shares are empty
+    row_scales, multipliers = [o.row_scale] * EXPERTS, [o.multiplier] * EXPERTS
+    scales, dtype = [o.group_scale] * EXPERTS, torch.bfloat16
+    yield o.product(
+        "expert_gemm, multipliers",
+        lambda: operators.expert_gemm(
+            o.codes, o.scale, o.ends, o.experts, row_scales, multipliers, [], dtype
+        ),
+        *(o.codes, o.scale, *used, *(o.row_scale for _ in used), *(o.multiplier for _ in used)),
+    )
+    yield o.product(
+        "expert_weight_only_gemm, groups",
+        lambda: operators.expert_weight_only_gemm(o.x, o.ends, o.experts, scales, [], [], 4),
+        *(o.x, *used, *(o.group_scale for _ in used)),
+        unit="bf16",
+    )
 
 
 def torchao(o: Operands) -> Iterator[Contender]:

@@ -189,6 +189,16 @@ def weight_only_cases(dtype: torch.dtype) -> Iterator[Case]:
         }
         for form, operands in forms.items():
             yield f"weight_only_gemm, {form}, {tokens} tokens", partial(product, *operands)
+        bias, ends = torch.ones(ROWS, dtype=dtype), torch.tensor([tokens // 2, tokens, tokens])
+        of_experts = partial(
+            operators.expert_weight_only_gemm, torch.ones(tokens, WIDTH, dtype=dtype), ends
+        )
+        for form, (codes, scale, multipliers, _, bits) in forms.items():
+            lists = ([codes] * 3, [scale] * 3, [] if multipliers is None else [multipliers] * 3)
+            yield (
+                f"expert_weight_only_gemm, {form}, {tokens} tokens",
+                partial(of_experts, *lists, [bias] * 3, bits),
+            )
 
 
 def fp_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -321,6 +321,28 @@ def fp_gemm(
     return (result if bias is None else result.add_(bias)).to(x.dtype)
 
 
+@_compiled
+def expert_weight_only_gemm(
+    x: Tensor,
+    ends: Tensor,
+    packed: list[Tensor],
+    weight_scales: list[Tensor],
+    multipliers: list[Tensor],
+    biases: list[Tensor],
+    bits: int,
+) -> Tensor:
+    """As `reference.expert_weight_only_gemm`, in float32."""
+    result = x.new_zeros(x.shape[0], packed[0].shape[0])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            multiplier = multipliers[expert] if multipliers else None
+            bias = biases[expert] if biases else None
+            weight = (packed[expert], weight_scales[expert], multiplier, bias, bits)
+            result[start:end], start = weight_only_gemm(x[start:end], *weight), end
+    return result
+
+
 def hadamard(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """As `reference.hadamard`, in float32 (in float64 for float64 input)."""
     if x.dtype != torch.float64 and is_compiled():

@@ -6,6 +6,7 @@ above derives them. Everything here is called through `smoothq.kernels` alone.
 
 from .attention import cached_attention, int8_attention, quantize_heads
 from .expert_gemm import expert_gemm
+from .expert_weight_only_gemm import expert_weight_only_gemm
 from .fp_gemm import fp_gemm
 from .fp_quantize import fp_quantize
 from .group_gemm import group_gemm

@@ -7,6 +7,7 @@ Weights lie where they are: a table holds their addresses.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..tuning import token_bucket
 from .integer_gemm import DECODE_TILES, PREFILL_TILES, integer_sums, tiles_that_fit
 from .launch import (
     DECODE_TOKENS,
+    Grid,
     Tuned,
     cdiv,
     next_power_of_2,
@@ -30,10 +32,28 @@ from .tiles import scale_and_store
 
 
 @triton.jit
-def _address(table, expert, kind: tl.constexpr, ALIGNED: tl.constexpr):
+def address_of(table, expert, kind: tl.constexpr, ALIGNED: tl.constexpr):
     """The address that a table has of an expert. ALIGNED: it is a multiple of 16 bytes."""
     address = tl.load(table + expert).to(tl.pointer_type(kind))
     return tl.multiple_of(address, 16) if ALIGNED else address
+
+
+@triton.jit
+def expert_of(tile, ends, experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a tile of rows: its expert, its first row, and where the expert's rows end.
+
+    The tiles of an expert are those of its rows, BLOCK_M each. A tile behind the last is of expert
+    `experts`.
+    """
+    every = tl.arange(0, BLOCK_E)
+    end = tl.load(ends + every, mask=every < experts, other=0)
+    begin = tl.load(ends + every - 1, mask=(every > 0) & (every < experts), other=0)
+    tiles = tl.cdiv(end - begin, BLOCK_M)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    first_tile = tl.sum(tl.where(every < expert, tiles, 0), 0)
+    first = tl.sum(tl.where(every == expert, begin, 0), 0)
+    last = tl.sum(tl.where(every == expert, end, 0), 0)
+    return expert, first + (tile - first_tile) * BLOCK_M, last
 
 
 @triton.heuristics({"EVEN_K": lambda args: args["K"] % args["BLOCK_K"] == 0})
@@ -73,23 +93,16 @@ def _expert_kernel(
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
-    every = tl.arange(0, BLOCK_E)
-    end = tl.load(ends + every, mask=every < experts, other=0)
-    begin = tl.load(ends + every - 1, mask=(every > 0) & (every < experts), other=0)
-    tiles = tl.cdiv(end - begin, BLOCK_M)
-    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    expert, first, last = expert_of(tile, ends, experts, BLOCK_E, BLOCK_M)
     if expert < experts:
-        first_tile = tl.sum(tl.where(every < expert, tiles, 0), 0)
-        first = tl.sum(tl.where(every == expert, begin, 0), 0)
-        last = tl.sum(tl.where(every == expert, end, 0), 0)
-        m = first + (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = first + tl.arange(0, BLOCK_M)
         n = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         # Rows past the end repeat the last one: they are computed and never stored.
         token_rows, weight_rows = tl.minimum(m, last - 1), tl.minimum(n, N - 1)
-        weight = _address(weights, expert, tl.int8, ALIGNED)
+        weight = address_of(weights, expert, tl.int8, ALIGNED)
         multipliers = None
         if multiplier is not None:
-            multipliers = _address(multiplier, expert, tl.int8, ALIGNED) + weight_rows * groups
+            multipliers = address_of(multiplier, expert, tl.int8, ALIGNED) + weight_rows * groups
         total = integer_sums(
             codes + token_rows[None, :] * K,
             weight + weight_rows[:, None] * row_bytes,
@@ -106,10 +119,10 @@ def _expert_kernel(
             BLOCK_K,
         )
         factor = 0.0625 if PACKED and multiplier is None else 1.0
-        row_scale = _address(weight_scales, expert, tl.float32, ALIGNED)
+        row_scale = address_of(weight_scales, expert, tl.float32, ALIGNED)
         bias = None
         if biases is not None:
-            bias = _address(biases, expert, bias_like.dtype.element_ty, ALIGNED)
+            bias = address_of(biases, expert, bias_like.dtype.element_ty, ALIGNED)
         scale_and_store(total, scale, scale_stride, row_scale, bias, out, m, n, last, N, factor)
 
 
@@ -125,6 +138,28 @@ _decode_kernel = Tuned(_expert_kernel, DECODE_TILES, _KEY, tiles_that_fit)
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Addresses as a tensor on a device; what is at them may change."""
     return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def tables_of(
+    columns: Iterable[list[Tensor]], device: torch.device
+) -> tuple[list[Tensor | None], bool]:
+    """A table of each list's addresses, None for an empty one; whether all are multiples of 16.
+
+    The tensors must live until the kernel has been launched.
+    """
+    addresses = [tuple(tensor.data_ptr() for tensor in column) for column in columns]
+    aligned = all(address % 16 == 0 for column in addresses for address in column)
+    return [_table(column, device) if column else None for column in addresses], aligned
+
+
+def grid_of(rows: int, N: int, experts: int) -> Grid:
+    """As many programs as any shares of the rows can need."""
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        tiles = cdiv(rows, meta["BLOCK_M"]) + min(rows, experts)
+        return (tiles * cdiv(N, meta["BLOCK_N"]),)
+
+    return grid
 
 
 @on_its_device
@@ -164,25 +199,16 @@ def expert_gemm(
             "the weights"
         )
     group_size, experts = K // groups if groups > 1 else 0, len(weights)
-    addresses = [
-        tuple(tensor.data_ptr() for tensor in tensors)
-        for tensors in (weights, weight_scales, multipliers, biases)
-    ]
-    aligned = all(address % 16 == 0 for column in addresses for address in column)
-    tables = [_table(column, device) if column else None for column in addresses]
+    tables, aligned = tables_of((weights, weight_scales, multipliers, biases), device)
     like = biases[0] if biases else None
     share = max(1, R // experts)
     kernel = _decode_kernel if share <= DECODE_TOKENS else _prefill_kernel
     bucket, index, block = token_bucket(share), codes.get_device(), next_power_of_2(experts)
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        tiles = cdiv(R, meta["BLOCK_M"]) + min(R, experts)
-        return (tiles * cdiv(N, meta["BLOCK_N"]),)
-
     forms = (aligned, out.dtype, None if like is None else like.dtype, bool(multipliers))
     kernel.launch(
         (index, N, K, bucket, packed, group_size, block, *forms),
-        grid,
+        grid_of(R, N, experts),
         codes,
         scale,
         ends,

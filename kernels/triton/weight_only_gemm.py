@@ -80,8 +80,47 @@ def _weight_only_kernel(
     """
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, BAND)
     token_rows, weight_rows = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
-    token_pointers = x + token_rows[None, :] * K
-    weight_pointers = weight + weight_rows[:, None] * row_bytes
+    total = float_sums(
+        x + token_rows[None, :] * K,
+        weight + weight_rows[:, None] * row_bytes,
+        weight_scale,
+        multiplier,
+        weight_rows,
+        K,
+        groups,
+        OPERAND,
+        PACKED,
+        GROUPED,
+        GROUP,
+        EVEN,
+        PTX,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_K,
+    )
+    store_sums(total, weight_scale, bias, weight_rows, out, m, n, M, N, GROUPED)
+
+
+@triton.jit
+def float_sums(
+    token_pointers,
+    weight_pointers,
+    weight_scale,
+    multiplier,
+    weight_rows,
+    K,
+    groups,
+    OPERAND: tl.constexpr,
+    PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of the sums, float32 (BLOCK_N, BLOCK_M), times the scales of groups where GROUPED."""
     STEPS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # a group, where weights are int8
     steps = groups * STEPS if GROUP > 0 and not PACKED else tl.cdiv(K, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -117,6 +156,12 @@ def _weight_only_kernel(
                 total += part * group_scale(weight_scale, multiplier, weight_rows, group, groups)
             else:
                 total = tl.dot(w, a, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def store_sums(total, weight_scale, bias, weight_rows, out, m, n, M, N, GROUPED: tl.constexpr):
+    """out[m, n] = total[n, m], times the row's scale where not GROUPED, + bias[n]."""
     result = tl.trans(total)
     if not GROUPED:
         result *= tl.load(weight_scale + weight_rows).to(tl.float32)[None, :]
@@ -149,6 +194,15 @@ def tiles_that_fit(
     return [c for c in configs if c.kwargs["BLOCK_K"] == 64 or group % c.kwargs["BLOCK_K"] == 0]
 
 
+def check_groups(operator: str, bits: int, groups: int, K: int) -> None:
+    """Raise NotImplementedError for 4-bit groups that do not fit the packed blocks."""
+    if bits == 4 and groups > 1 and not packed_tokens(operator, K // groups):
+        raise NotImplementedError(
+            f"{operator}: 4-bit groups of {K // groups} columns do not fit the packed blocks; "
+            "unpack the weight and pass it as 8 bits"
+        )
+
+
 _KEY = ["N", "K", "token_bucket", "PACKED", "GROUPED", "GROUP"]
 _prefill_kernel = Tuned(_weight_only_kernel, PREFILL_TILES, _KEY, tiles_that_fit)
 _decode_kernel = Tuned(_weight_only_kernel, DECODE_TILES, _KEY, tiles_that_fit)
@@ -179,11 +233,7 @@ def weight_only_gemm(
     groups = (weight_scale if multiplier is None else multiplier).shape[1]
     if multiplier is not None and groups == 1:
         weight_scale, multiplier = weight_scale.float() * multiplier, None
-    if bits == 4 and groups > 1 and not packed_tokens("weight_only_gemm", K // groups):
-        raise NotImplementedError(
-            f"weight_only_gemm: 4-bit groups of {K // groups} columns do not fit the packed "
-            "blocks; unpack the weight and pass it as 8 bits"
-        )
+    check_groups("weight_only_gemm", bits, groups, K)
     kernel = _decode_kernel if M <= DECODE_TOKENS else _prefill_kernel
     bucket, device = token_bucket(M), x.get_device()
     grouped = groups > 1 or not carries_float_sums(device)

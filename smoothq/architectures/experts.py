@@ -76,6 +76,12 @@ class SeparateExperts(Mixin):
         return None if self.form.second is None else _list_of(self, self.form.second)
 
     @property
+    def views(self) -> dict[str, str]:
+        """Stacks whose matrices the linears were views of when opened: name → that of the list."""
+        form = self.form
+        return {name: _list_path(name) for name in form.stacks if name not in form.transposed}
+
+    @property
     def first_names(self) -> tuple[str, ...]:
         """The names of the lists in `first`, within the module."""
         return tuple(map(_list_name, self.form.first))
@@ -92,6 +98,23 @@ class SeparateExperts(Mixin):
             return False
         linears = self.first[-1] if self.second is None else self.second
         return hasattr(type(_members(linears)[-1]), "multiply_together")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts run."""
+        linear = _members(self.first[0])[0]
+        tensor = linear if hasattr(type(linear), "device") else linear.weight
+        device: torch.device = tensor.device
+        return device
+
+    def operators(self) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that multiply all experts at once; none one by one."""
+        if not self.multiplies_together:
+            return ()
+        lists = [*self.first, *(() if self.second is None else (self.second,))]
+        members = [_members(linears)[0] for linears in lists]
+        names = [getattr(linear, "operator_together", None) for linear in members]
+        return () if None in names else tuple(dict.fromkeys(map(str, names)))
 
     def _inner(self, products: Sequence[Tensor]) -> Tensor:
         """The activation, from the products of the first matrices."""
@@ -243,6 +266,11 @@ class SplitExperts(SeparateExperts):
 
 class SharedExperts(SeparateExperts):
     """Experts that every token passes, each with a factor of its own (Inkling)."""
+
+    @property
+    def multiplies_together(self) -> bool:
+        """False: they are few, and all tokens pass each."""
+        return False
 
     def forward(self, hidden_states: Tensor, gammas: Tensor) -> Tensor:
         """The sum of all experts.
@@ -436,6 +464,11 @@ def _stack(module: nn.Module, name: str) -> nn.Parameter | None:
 def _list_name(stack: str) -> str:
     """Where the linears of a stack are: a module named `weight` would be taken for a tensor."""
     return "experts" if stack == "weight" else stack
+
+
+def _list_path(stack: str) -> str:
+    path, dot, attribute = stack.rpartition(".")
+    return f"{path}{dot}{_list_name(attribute)}"
 
 
 def _list_of(module: nn.Module, name: str) -> nn.ModuleList:

@@ -264,7 +264,7 @@ def load_module(
     names = {f"{prefix}.{name}": name for name in expected if name not in unstored}
     loaded = {}
     if directory is not None and dtype is not None:
-        for full in [full for full in names if _is_large_stack(source.specs.get(full))]:
+        for full in [full for full in names if is_large_stack(source.specs.get(full))]:
             loaded[names.pop(full)] = _mapped_stack(source, full, dtype, directory)
     for full, tensor in source.tensors(names):
         check_weight(tensor, full, tuple(expected[names[full]].shape), source.name)
@@ -275,8 +275,12 @@ def load_module(
     module.requires_grad_(False)
 
 
-def _is_large_stack(spec: Spec | None) -> bool:
-    """Whether a tensor is a stack of matrices that takes much memory."""
+def is_large_stack(spec: Spec | None) -> bool:
+    """Whether a tensor is a stack of matrices that takes much memory, as of experts.
+
+    Args:
+        spec: of the stored tensor; None for one that is not stored.
+    """
     if spec is None or len(spec.shape) != 3 or not spec.dtype.is_floating_point:
         return False
     return spec.nbytes >= STACK_BYTES

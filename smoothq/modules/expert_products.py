@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import QuantizedInput
+from .input_quantizer import Mode
 
 # An input's codes and scale do not depend on the other rows: by its token alone, and by what
 # calibration has left.
@@ -31,8 +32,9 @@ def multiply_together(
 
     Returns:
         float (R, N), zeros behind the last expert's rows; None where each expert must run by
-        itself: hooks watch it, an input's scale depends on all of its rows, weights have float
-        scales by group, or experts differ in what the operator needs alike.
+        itself: hooks watch it, an input's scale depends on all of its rows, weights or inputs are
+        floating-point codes, weights under quantized inputs have float scales by group, weights
+        under float inputs have zero points, or experts differ in what the operator needs alike.
     """
     bounds = [0, *ends.tolist()]
     used = [
@@ -42,6 +44,21 @@ def multiply_together(
     ]
     if not used or any(_runs_alone(linear) for linear, _, _ in used):
         return None
+    first, *_ = used[0]
+    mode = first.site_input.spec.mode
+    if product_of_experts(mode, first.spec) is None:
+        return None
+    stops = torch.tensor([end for _, _, end in used], device=x.device)
+    if mode == "float":
+        return _of_floats(used, x, rows, stops)
+    return _of_codes(used, x, rows, stops)
+
+
+_Used = Sequence[tuple[Any, int, int]]  # an expert's linear, and where its rows begin and end
+
+
+def _of_codes(used: _Used, x: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor | None:
+    """As `multiply_together` of the experts that have rows, whose inputs are quantized."""
     operands = [linear.integer_operands(end - start) for linear, start, end in used]
     weights, steps, *others = zip(*operands, strict=True)
     multipliers, biases = (_all_or_none(kind) for kind in others)
@@ -55,7 +72,7 @@ def multiply_together(
     product: Tensor = kernels.expert_gemm(
         quantized.codes,
         quantized.scale,
-        torch.tensor([end for _, _, end in used], device=x.device),
+        ends,
         list(weights),
         list(steps),
         multipliers,
@@ -63,6 +80,48 @@ def multiply_together(
         x.dtype,
     )
     return product
+
+
+def _of_floats(used: _Used, x: Tensor, rows: Tensor | None, ends: Tensor) -> Tensor | None:
+    """As `multiply_together` of the experts that have rows, whose inputs stay floats."""
+    first = used[0][0]
+    if any(
+        linear.spec != first.spec or linear.site_input.spec != first.site_input.spec
+        for linear, _, _ in used
+    ):
+        return None
+    operands = [linear.float_operands() for linear, _, _ in used]
+    if any(of_one is None for of_one in operands):
+        return None
+    weights, scales, *others, bits = zip(*operands, strict=True)
+    multipliers, biases = (_all_or_none(kind) for kind in others)
+    if multipliers is None or biases is None or len(set(bits)) > 1:
+        return None
+    inputs = first.site_input(x)
+    product: Tensor = kernels.expert_weight_only_gemm(
+        inputs if rows is None else inputs[rows],
+        ends,
+        list(weights),
+        list(scales),
+        multipliers,
+        biases,
+        bits[0],
+    )
+    return product
+
+
+def product_of_experts(mode: Mode, spec: Any) -> str | None:
+    """The operator that multiplies all experts at once; None where each must run by itself.
+
+    Args:
+        mode: of their inputs.
+        spec: the WeightSpec of their weights.
+    """
+    if mode == "float":
+        whole = spec.grid.symmetric and not spec.floating
+        return "expert_weight_only_gemm" if whole else None
+    by_row = mode in (*_BY_ROW, *_CALIBRATED)
+    return "expert_gemm" if by_row and not spec.float_groups else None
 
 
 def _runs_alone(linear: Any) -> bool:
@@ -81,9 +140,7 @@ def _all_or_none(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
     return given if len(given) in (0, len(tensors)) else None
 
 
-def _quantized(
-    used: Sequence[tuple[Any, int, int]], x: Tensor, rows: Tensor | None
-) -> QuantizedInput | None:
+def _quantized(used: _Used, x: Tensor, rows: Tensor | None) -> QuantizedInput | None:
     """Codes (R, K) and scales (R, 1) or (1, 1) of all rows, each quantized for its expert.
 
     Args:

@@ -23,7 +23,7 @@ from ..kernels.tracing import is_traced
 from ..rounding.grid import Grid, QuantizedWeight
 from ..runtime.mapped import touch
 from ..runtime.offload import running_device
-from .expert_products import multiply_together
+from .expert_products import multiply_together, product_of_experts
 from .input_quantizer import InputQuantizer, InputSpec
 from .running_form import RunningForm
 from .weight_answer import HoldsCodes
@@ -260,6 +260,11 @@ class QuantizedLinear(HoldsCodes):
 
     multiply_together = staticmethod(multiply_together)
 
+    @property
+    def operator_together(self) -> str | None:
+        """The operator of `multiply_together` where experts are alike and unwatched, or None."""
+        return product_of_experts(self.site_input.spec.mode, self.spec)
+
     def integer_operands(
         self, tokens: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -278,6 +283,28 @@ class QuantizedLinear(HoldsCodes):
         weight = self.codes if packed else self._unpacked(running)
         return weight, running.row_scale, buffers["weight_multiplier"], buffers["bias"]
 
+    def float_operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int] | None:
+        """What a product of floats multiplies by: the operands of `weight_only_gemm` behind x.
+
+        Returns:
+            The weight, packed or int8 (N, K); its scales; multipliers and the bias, or None for
+            either; the bits of a code. None where zero points ask for more than this product.
+
+        Raises:
+            RuntimeError: the weight is on the meta device.
+        """
+        running = self._current()
+        return None if running.shift is not None else self._float_operands(running)
+
+    def _float_operands(
+        self, running: RunningForm
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        packed, buffers = running.packed_tokens == sys.maxsize, self._buffers
+        weight, scale = self.codes if packed else self._unpacked(running), buffers["weight_scale"]
+        assert scale is not None
+        multiplier, bias = buffers["weight_multiplier"], buffers["bias"]
+        return weight, scale, multiplier, bias, self.spec.grid.bits if packed else 8
+
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the weight, scales and bias that a product with that many tokens reads."""
         packed = tokens <= self._packed_tokens(self.device)
@@ -287,15 +314,8 @@ class QuantizedLinear(HoldsCodes):
         return codes + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def _float_product(self, x: Tensor, running: RunningForm) -> Tensor:
-        packed = running.packed_tokens == sys.maxsize
-        product: Tensor = kernels.weight_only_gemm(
-            x,
-            self.codes if packed else self._unpacked(running),
-            self.weight_scale,
-            self.weight_multiplier,
-            self.bias,
-            self.spec.grid.bits if packed else 8,
-        )
+        operands = self._float_operands(running)
+        product: Tensor = kernels.weight_only_gemm(x, *operands)
         if running.shift is None:
             return product
         # x Ŵᵀ with Ŵ = (Q − Z) · S: the codes' product, less each group's sum of x times Z · S.

@@ -1,7 +1,9 @@
 """Time, memory and disk space that a quantization will take, estimated before it starts.
 
 Memory is the sum of one block in float and quantized form, the statistics of one site, and the
-hidden states of the calibration tokens, which are stored on disk if they exceed the limit. Time is
+hidden states of the calibration tokens, which are stored on disk if they exceed the limit. Large
+stacks of experts lie in files while their block is quantized, in both forms: of them one matrix
+counts as memory, and all as disk. Time is
 spent in matrix products: calibration forwards, Hessians and their factorisation, GPTQ's updates,
 the steps of tuning. They are counted as float32 operations and divided by the measured speed at
 which the device multiplies matrices of the model's size.
@@ -10,18 +12,24 @@ which the device multiplies matrices of the model's size.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..architectures.linearize import SeparateExperts
 from ..checkpoint.shards import SHARD_BYTES
+from ..checkpoint.source import is_large_stack
 from ..data.tokens import MICRO_BATCH_TOKENS
 from ..errors import RecipeError
+from ..modules import WeightSpec
 from ..plan.plan import BlockPlan, Plan
 from ..report.results import ResourceEstimate, TimeEstimate
 from ..rounding.gptq import WORK_ELEMENTS
+from ..runtime.mapped import RESIDENT_BYTES
 from ..runtime.memory import peak_memory
+from .quantize_block import HESSIAN_BYTES
 
 # Costs in float32 operations that take as long, fitted on two CPU cores.
 OPS_PER_FLOAT64_OP = 2
@@ -133,7 +141,8 @@ def estimate_resources(
         tokens = text.samples * text.sequence_length if recipe.calibrates else 0
     width = plan.wiring.config.hidden_size
     states = 4 * streams * tokens * width
-    work = max(_working_bytes(block, plan) for block in plan.blocks)
+    blocks = [_working_bytes(plan, index) for index in range(len(plan.blocks))]
+    work = max(block.memory for block in blocks)
     work = peak_memory() + max(work, 4 * plan.wiring.tower_elements if towers else 0)
     limit = STATES_BYTES if max_memory is None else max_memory - work
     on_disk = states > limit
@@ -145,30 +154,69 @@ def estimate_resources(
         )
     kept = 2 * states if every <= len(plan.blocks) else 0
     disk = plan.total_bytes + min(SHARD_BYTES, plan.total_bytes) + kept
+    disk += max(block.files for block in blocks)
     return ResourceEstimate(
         least if on_disk else work + states, disk + 2 * states * on_disk, on_disk
     )
 
 
-def _working_bytes(block: BlockPlan, plan: Plan) -> int:
+class _WorkingBytes(NamedTuple):
+    """What quantizing one block takes at its peak. files: of the experts that lie in some."""
+
+    memory: int
+    files: int
+
+
+def _working_bytes(plan: Plan, index: int) -> _WorkingBytes:
     """Peak bytes for quantizing one block, without the hidden states."""
-    recipe = plan.recipe
-    specs = block.weight_specs
-    elements = sum(spec.elements for spec in specs) + block.kept_elements
-    widest = max((spec.elements for spec in specs), default=0)
-    most = 4 * elements + plan.stored_dtype.itemsize * widest
+    recipe, block, lists = plan.recipe, plan.blocks[index], _lists_in_files(plan, index)
+    named = [item for site in block.sites for item in site.modules.items()]
+    in_files = [spec for name, spec in named if _in_list(name, lists)]
+    in_memory = [spec for name, spec in named if not _in_list(name, lists)]
+    all_elements = sum(spec.elements for _, spec in named) + block.kept_elements
+    elements = all_elements - sum(lists.values())
+    codes = sum(spec.elements * spec.grid.bits // 8 for spec in in_files)
+    most = 4 * elements + plan.stored_dtype.itemsize * _widest(in_memory)
+    resident = sum(spec.stored_bits // 8 for spec in in_files) - codes  # scales, of all experts
+    if lists:
+        resident += RESIDENT_BYTES + 4 * _widest(in_files)
     if recipe.tuning is not None:
-        most = max(most, TUNING_BYTES * elements)
+        most = max(most, TUNING_BYTES * all_elements)
     if recipe.weights.rounding == "gptq":
         waiting = 4 * elements  # bytes of weights: 4 before they are rounded, under 2 after
         for _, together in groupby(block.sites, key=lambda site: site.site.stage):
             sites = list(together)
-            square = 8 * max(site.input.width for site in sites) ** 2
-            weights = sum(site.elements for site in sites)
-            work = 6 * 8 * min(WORK_ELEMENTS, weights) + 9 * weights
-            most = max(most, waiting + max(3 * square, square + work))
+            squares = [8 * s.input.width**2 for s in sites for _ in s.site.token_groups]
+            square = max(squares)
+            moments = max(square, min(sum(squares), HESSIAN_BYTES))
+            modules = [item for site in sites for item in site.modules.items()]
+            weights = sum(spec.elements for name, spec in modules if not _in_list(name, lists))
+            worked_on = max(weights, _widest(spec for name, spec in modules))
+            work = 6 * 8 * min(WORK_ELEMENTS, worked_on) + 9 * worked_on
+            most = max(most, waiting + moments + max(2 * square, work))
             waiting -= 2 * weights
     if recipe.calibrates:
-        rows = max((spec.out_features for spec in specs), default=0)
+        rows = max((spec.out_features for _, spec in named), default=0)
         most += 4 * 4 * MICRO_BATCH_TOKENS * rows  # activations of a forward that are alive at once
-    return most + CHUNK_BYTES
+    return _WorkingBytes(most + resident + CHUNK_BYTES, 4 * sum(lists.values()) + codes)
+
+
+def _lists_in_files(plan: Plan, index: int) -> dict[str, int]:
+    """The lists of a block's experts that lie in files: name within the block → weights."""
+    layer, block = plan.wiring.layers[index], plan.parts.block_name(index)
+    lists = {}
+    for path, module in layer.named_modules():
+        if isinstance(module, SeparateExperts):
+            for stack, linears in module.views.items():
+                spec = plan.wiring.tensors.get(f"{block}.{path}.{stack}")
+                if spec is not None and is_large_stack(spec):
+                    lists[f"{path}.{linears}"] = spec.elements
+    return lists
+
+
+def _in_list(module: str, lists: dict[str, int]) -> bool:
+    return module.rpartition(".")[0] in lists
+
+
+def _widest(specs: Iterable[WeightSpec]) -> int:
+    return max((spec.elements for spec in specs), default=0)

@@ -177,6 +177,7 @@ def _run(
         output.add(stored)
         if job.roundtrip is not None:
             job.roundtrip.follow(block, stored)
+        del stored  # it would keep this block's codes while the next is quantized
         unload_module(block.module)
         output.block_done(index + 1, len(plan.blocks), streams)
         if job.on_block is not None:

@@ -191,8 +191,7 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
         yield ExportBlocker(what, {}, "one format for them, or keep all of them in float")
     if plan.input.mode == "fp_group" and plan.input.width % plan.input.group_size:
         what = f"its groups of {plan.input.group_size} do not divide its input"
-        edit = {"activations__granularity": "token", "weights__granularity": "channel"}
-        yield ExportBlocker(what, edit)
+        yield ExportBlocker(what, {}, "--fp8")
     if plan.input.mode == "static" and grids != {(8, 1, True, "int")}:
         what = "static scales go with 8-bit weights per channel"
         yield ExportBlocker(what, {}, "activations.granularity: token, static: false")

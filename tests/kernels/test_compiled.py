@@ -17,11 +17,16 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "
 DTYPES = dict.fromkeys(("sm_80", "gfx942"), ("bfloat16", "float16", "float32"))
 DTYPES |= dict.fromkeys(("sm_89", "sm_90"), ("bfloat16", "float32"))
 INTEGER_KERNELS = {"_integer_kernel", "_expert_kernel", "_group_kernel"}
+FLOAT_KERNELS = {
+    "_weight_only_kernel",
+    "_expert_weight_only_kernel",
+    "_fp_kernel",
+    "_attention_kernel",
+}
 EVERY_KERNEL = {
     *INTEGER_KERNELS,
+    *FLOAT_KERNELS,
     "_add_splits_kernel",
-    "_weight_only_kernel",
-    "_fp_kernel",
     "_fp_quantize_kernel",
     "_per_token_kernel",
     "_token_groups_kernel",
@@ -33,7 +38,6 @@ EVERY_KERNEL = {
     "_hadamard_kernel",
     "_hadamard_quantize_kernel",
     "_heads_kernel",
-    "_attention_kernel",
     "_join_kernel",
 }
 
@@ -97,10 +101,7 @@ class TestCompiled:
             row
             for row in compiled[target]
             if row["kernel"].startswith("_hadamard")
-            or (
-                row["kernel"] in ("_weight_only_kernel", "_fp_kernel", "_attention_kernel")
-                and "float32" not in row["case"]
-            )
+            or (row["kernel"] in FLOAT_KERNELS and "float32" not in row["case"])
         ]
         assert rows
         assert not [row for row in rows if row["float_tensor_cores"] == 0]

@@ -177,6 +177,10 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
             *(draw.codes(2, tokens, 64), draw.scales(2, tokens, 1), draw.scales(2, 2), order),
             *(draw.codes(3, 64), draw.scales(3, 1), None, 32, torch.float32),
         ),
+        "expert_weight_only_gemm": (
+            *(x, torch.tensor([0, tokens]), [packed, packed], [draw.scales(3, 2)] * 2),
+            *([], [draw.floats(3), draw.floats(3)], 4),
+        ),
         "weight_only_gemm": (x, packed, draw.scales(3, 2), None, draw.floats(3), 4),
         "fp_gemm": (x, packed, draw.codes(3, 2).abs().view(torch.uint8), None, None, "e2m1"),
         "fp_quantize": (x, "e4m3", "token"),

@@ -1119,6 +1119,10 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
             "expert_gemm",
             (codes, scale, torch.tensor([2, 3]), [weight] * 2, [row_scale] * 2, [], [], single),
         ),
+        "expert_weight_only_gemm": (
+            "expert_weight_only_gemm",
+            (x, torch.tensor([2, 3]), [weight] * 2, [row_scale[:, None]] * 2, [], [bias] * 2, 8),
+        ),
         "group_gemm": ("group_gemm", (*in_groups, bias, 32, single)),
         "group_gemm, ordered": ("group_gemm", (*ordered, bias, 32, single)),
         "weight_only_gemm": ("weight_only_gemm", (*floats, bias, 4)),

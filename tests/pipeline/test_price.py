@@ -1,21 +1,31 @@
 """The estimate of what a quantization takes: how it grows, and what it comes to where measured."""
 
 import json
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 import needs
 import pytest
 import torch
 from make_random_model import Shapes, config_of
 from models import skeleton
+from torch import Tensor
 
-from smoothq import Recipe, preset
+from smoothq import Recipe, preset, quantize
+from smoothq.checkpoint import source
 from smoothq.pipeline import estimate
 from smoothq.pipeline.estimate import block_operations, estimate_resources
 from smoothq.plan.plan import Plan
 from smoothq.plan.resolve import make_plan
 from smoothq.report.results import duration_text
+from smoothq.runtime import mapped
+from smoothq.runtime.mapped import mapped_tensor
 from tests.conftest import RECIPES
-from tests.tiny_models import tiny_model
+from tests.tiny_models import VOCABULARY, tiny_model
+
+DATA = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
 def planned(recipe: Recipe) -> Plan:
@@ -63,6 +73,43 @@ def test_the_estimate_is_what_a_run_was_measured_to_take(name: str, monkeypatch)
     assert plan.total_bytes == ROWS[name]["after"]
     assert ROWS[name]["disk"] == pytest.approx(estimated.disk, rel=0.05)
     assert ROWS[name]["memory"] == pytest.approx(estimated.memory, rel=0.15)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-rtn", "w8a8", "w4a16"])
+def test_experts_in_files_take_the_disk_that_is_estimated(recipe, monkeypatch, tmp_path) -> None:
+    changed = RECIPES[recipe].edit(tuning=None, gptq__least_tokens=1)
+    model = tiny_model("mixtral", torch.float32)
+    alone = estimate_resources(make_plan(model, changed))
+    monkeypatch.setattr(source, "STACK_BYTES", 1)
+    beside = estimate_resources(make_plan(model, changed))
+    alive, most = Counter[int](), 0
+
+    def counted(shape: Iterable[int], dtype: torch.dtype, directory: Path) -> Tensor:
+        nonlocal most
+        tensor = mapped_tensor(shape, dtype, directory)
+        alive[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        pages = mapped._maps[tensor.untyped_storage().data_ptr()]
+        weakref.finalize(pages, alive.pop, tensor.untyped_storage().data_ptr())
+        most = max(most, alive.total())
+        return tensor
+
+    monkeypatch.setattr(source, "mapped_tensor", counted)
+    monkeypatch.setattr(mapped, "mapped_tensor", counted)
+    model.save_pretrained(tmp_path / "float")
+    quantize(tmp_path / "float", changed, data=DATA, output=tmp_path / "out", check=False)
+    assert most <= beside.disk - alone.disk <= 1.2 * most
+
+
+def test_experts_in_files_are_no_memory(monkeypatch) -> None:
+    recipe, model = RECIPES["w8a8-rtn"], tiny_model("mixtral", torch.float32)
+    plan = make_plan(model, recipe)
+    sizes = {name: spec.nbytes for name, spec in plan.wiring.tensors.items() if ".experts." in name}
+    stacks = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    in_memory = estimate_resources(plan).memory
+    monkeypatch.setattr(source, "STACK_BYTES", 1)
+    monkeypatch.setattr(estimate, "RESIDENT_BYTES", 0)
+    largest = max(sizes.values()) // model.config.num_local_experts
+    assert in_memory - estimate_resources(plan).memory == pytest.approx(stacks - largest, rel=0.1)
 
 
 def test_a_recipe_without_calibration_takes_none() -> None:

@@ -25,6 +25,8 @@ PRODUCTS = {
     "int4_gemm",
     "int4_gemm, multipliers",
     "group_gemm, live",
+    "expert_gemm, multipliers",
+    "expert_weight_only_gemm, groups",
     "weight_only_gemm, row",
     "weight_only_gemm, groups",
 }

@@ -126,18 +126,28 @@ Tensor int4_gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
     return in(type, out);
 }
 
+// The tensor of one expert, or none where there are none.
+Maybe of(const std::vector<Tensor>& tensors, size_t expert) {
+    return expert < tensors.size() ? Maybe(tensors[expert]) : std::nullopt;
+}
+
+std::vector<Expert> experts_of(const std::vector<Tensor>& weights,
+                               const std::vector<Tensor>& scales,
+                               const std::vector<Tensor>& multipliers,
+                               const std::vector<Tensor>& biases) {
+    if (weights.empty()) throw std::invalid_argument("an operator of experts without weights");
+    std::vector<Expert> experts;
+    for (size_t i = 0; i < weights.size(); ++i)
+        experts.push_back({view_of(weights[i]), view_of(of(scales, i)), view_of(of(multipliers, i)),
+                           view_of(of(biases, i))});
+    return experts;
+}
+
 // Experts with many tokens are left to PyTorch's own product.
 Tensor expert_gemm(const Tensor& codes, const Tensor& scale, const Tensor& ends,
                    std::vector<Tensor> weights, std::vector<Tensor> weight_scales,
                    std::vector<Tensor> multipliers, std::vector<Tensor> biases, ScalarType type) {
-    const auto of = [&](const std::vector<Tensor>& tensors, size_t expert) -> Maybe {
-        return expert < tensors.size() ? Maybe(tensors[expert]) : std::nullopt;
-    };
-    if (weights.empty()) throw std::invalid_argument("operand 'weights' is empty");
-    std::vector<Expert> experts;
-    for (size_t i = 0; i < weights.size(); ++i)
-        experts.push_back({view_of(weights[i]), view_of(of(weight_scales, i)),
-                           view_of(of(multipliers, i)), view_of(of(biases, i))});
+    const std::vector<Expert> experts = experts_of(weights, weight_scales, multipliers, biases);
     const int64_t tokens = rows_of("codes", codes), rows = rows_of("weights", weights[0]);
     const std::vector<int64_t> counts = rows_of_experts(view_of(ends), tokens);
     const Tensor out = empty({tokens, rows}, computed(type));
@@ -199,6 +209,27 @@ Tensor fp_gemm(const Tensor& x, const Tensor& packed, const Tensor& scale,
     rows_of("packed", packed);
     return by_codes(x, {view_of(packed), view_of(scale), {}, view_of(tensor_scale), 0,
                         element_of(element)}, bias);
+}
+
+// Experts whose packed codes are not read are left to `weight_only_gemm`.
+Tensor expert_weight_only_gemm(const Tensor& x, const Tensor& ends, std::vector<Tensor> packed,
+                               std::vector<Tensor> weight_scales, std::vector<Tensor> multipliers,
+                               std::vector<Tensor> biases, int64_t bits) {
+    const std::vector<Expert> experts = experts_of(packed, weight_scales, multipliers, biases);
+    const int64_t tokens = rows_of("x", x), rows = rows_of("packed", packed[0]), width = x.size(1);
+    const std::vector<int64_t> counts = rows_of_experts(view_of(ends), tokens);
+    const Tensor inputs = in(ScalarType::Float, x), out = empty({tokens, rows}, ScalarType::Float);
+    smoothq::expert_weight_only_gemm(view_of(inputs), counts, experts, bits, view_of(out));
+    for (int64_t i = 0, first = 0; i < int64_t(counts.size()); first += counts[i++]) {
+        if (!counts[i] || reads_packed_floats(counts[i], width, experts[i])) continue;
+        const auto part = [&](Tensor tensor) {
+            return torch::stable::narrow(tensor, 0, first, counts[i]);
+        };
+        Tensor to = part(out);
+        torch::stable::copy_(to, weight_only_gemm(part(inputs), packed[i], weight_scales[i],
+                                                  of(multipliers, i), of(biases, i), bits));
+    }
+    return in(x.scalar_type(), out);
 }
 
 // The blocks' scales, and the columns' order, go into the codes, which meet the weight as floats.
@@ -332,6 +363,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothq, library) {
         "fp_gemm(Tensor x, Tensor packed, Tensor scale, Tensor? tensor_scale, Tensor? bias, "
         "str element) -> Tensor");
     library.def(
+        "expert_weight_only_gemm(Tensor x, Tensor ends, Tensor[] packed, Tensor[] weight_scales, "
+        "Tensor[] multipliers, Tensor[] biases, SymInt bits) -> Tensor");
+    library.def(
         "group_gemm(Tensor codes, Tensor scale, Tensor? block_scale, Tensor? order, Tensor weight, "
         "Tensor weight_scale, Tensor? bias, SymInt group_size, ScalarType dtype) -> Tensor");
     library.def(
@@ -357,6 +391,8 @@ STABLE_TORCH_LIBRARY_IMPL(smoothq, CPU, library) {
     library.impl("expert_gemm", TORCH_BOX(&smoothq::registered::expert_gemm));
     library.impl("weight_only_gemm", TORCH_BOX(&smoothq::registered::weight_only_gemm));
     library.impl("fp_gemm", TORCH_BOX(&smoothq::registered::fp_gemm));
+    library.impl("expert_weight_only_gemm",
+                 TORCH_BOX(&smoothq::registered::expert_weight_only_gemm));
     library.impl("group_gemm", TORCH_BOX(&smoothq::registered::group_gemm));
     library.impl("cached_attention", TORCH_BOX(&smoothq::registered::cached_attention));
     library.impl("int8_attention", TORCH_BOX(&smoothq::registered::int8_attention));

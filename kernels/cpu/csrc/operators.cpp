@@ -371,6 +371,54 @@ std::vector<int64_t> rows_of_experts(const View& ends, int64_t rows) {
 
 namespace {
 
+// The rows of several weights, shared among threads by what they cost.
+class SharedRows {
+public:
+    // Rows of one more weight, which so many tokens meet.
+    void add(int64_t rows, int64_t tokens) {
+        parts_.push_back({work_, rows, tokens + ROW_WORK});
+        work_ += rows * (tokens + ROW_WORK);
+    }
+
+    // Calls f(weight, from, to) for all rows, which are `width` numbers long.
+    template <class F>
+    void run(int64_t width, const F& f) const {
+        in_threads(work_, grain(width) * (1 + ROW_WORK), [&](int64_t begin, int64_t end) {
+            for (size_t i = 0; i < parts_.size(); ++i) {
+                const int64_t from = parts_[i].row_at(begin), to = parts_[i].row_at(end);
+                if (from < to) f(i, from, to);
+            }
+        });
+    }
+
+private:
+    struct Part {
+        int64_t begin, rows, cost;  // where it begins in the work of all; a row's cost
+
+        // The first row whose work begins at a place or behind it.
+        int64_t row_at(int64_t at) const {
+            const int64_t row = at <= begin ? 0 : (at - begin + cost - 1) / cost;
+            return row < rows ? row : rows;
+        }
+    };
+
+    std::vector<Part> parts_;
+    int64_t work_ = 0;
+};
+
+void check_experts(const std::vector<Expert>& experts, const std::vector<int64_t>& counts) {
+    if (experts.size() != counts.size())
+        throw std::invalid_argument(std::to_string(experts.size()) + " weights for " +
+                                    std::to_string(counts.size()) + " ends");
+}
+
+// Zeros in the rows of out (M, N), float32 or bfloat16, from `first` on.
+void clear_behind(const View& out, int64_t first) {
+    const int64_t size = out.last() * (out.number == Number::BFLOAT16 ? 2 : 4);
+    __builtin_memset(static_cast<char*>(out.data) + first * size, 0,
+                     (out.sizes[0] - first) * size);
+}
+
 // The product of one expert's rows, with the operands that it needs.
 struct ExpertProduct {
     ExpertProduct(const View& a, const View& scale, int64_t first, int64_t tokens, const Expert& e,
@@ -415,41 +463,26 @@ struct ExpertProduct {
 
 void expert_gemm(const View& codes, const View& scale, const std::vector<int64_t>& counts,
                  const std::vector<Expert>& experts, int64_t most, const View& out) {
-    const auto [tokens, width] = matrix_of("codes", codes);
-    if (experts.size() != counts.size())
-        throw std::invalid_argument(std::to_string(experts.size()) + " weights for " +
-                                    std::to_string(counts.size()) + " ends");
+    const int64_t width = matrix_of("codes", codes).columns;
+    check_experts(experts, counts);
     if (codes.number != Number::INT8 || codes.elsewhere || !codes.contiguous())
         refuse("codes", codes, "int8 in a row");
     std::vector<std::unique_ptr<ExpertProduct>> products;
-    std::vector<int64_t> begins;  // of each product in the work of all; a row's is its tokens
-    int64_t first = 0, work = 0;
+    SharedRows rows;
+    int64_t first = 0;
     for (size_t expert = 0; expert < experts.size(); ++expert) {
         const int64_t count = counts[expert];
         if (count && count <= most) {
             products.push_back(std::make_unique<ExpertProduct>(codes, scale, first, count,
                                                                experts[expert], out));
-            begins.push_back(work);
-            work += products.back()->rows * (count + ROW_WORK);
+            rows.add(products.back()->rows, count);
         }
         first += count;
     }
-    const int64_t behind = (tokens - first) * out.last();
-    const int64_t size = out.number == Number::BFLOAT16 ? 2 : 4;
-    __builtin_memset(static_cast<char*>(out.data) + first * out.last() * size, 0, behind * size);
+    clear_behind(out, first);
     const Table& isa = table();
-    in_threads(work, grain(width) * (1 + ROW_WORK), [&](int64_t begin, int64_t end) {
-        for (size_t i = 0; i < products.size(); ++i) {
-            const Product& task = products[i]->task;
-            const int64_t cost = task.tokens + ROW_WORK;
-            // The rows whose work begins in this part.
-            const auto row_at = [&](int64_t at) {
-                const int64_t row = (at - begins[i] + cost - 1) / cost;
-                return at <= begins[i] ? 0 : row < products[i]->rows ? row : products[i]->rows;
-            };
-            const int64_t from = row_at(begin), to = row_at(end);
-            if (from < to) isa.product(task, from, to);
-        }
+    rows.run(width, [&](size_t i, int64_t from, int64_t to) {
+        isa.product(products[i]->task, from, to);
     });
 }
 
@@ -584,6 +617,60 @@ void tile_product(const View& x, const CodedWeight& coded, const View& bias, con
                             weight.weight(), shift.data(), out.data,    type_of("out", out)};
     in_threads((weight.rows + BAND - 1) / BAND, 1,
                [&](int64_t begin, int64_t end) { isa.parts_product(task, begin, end); });
+}
+
+bool reads_packed_floats(int64_t tokens, int64_t width, const Expert& expert) {
+    const int64_t groups = (expert.multiplier.given ? expert.multiplier : expert.scale).last();
+    return groups > 0 && reads_packed_floats(tokens, width, groups);
+}
+
+namespace {
+
+// The product of one expert's rows of floats, with the operands that it needs.
+struct ExpertFloatProduct {
+    ExpertFloatProduct(const float* x, int64_t tokens, int64_t width, const Expert& e, int64_t bits,
+                       float* out)
+        : weight(e.weight, e.scale, e.multiplier, bits, width),
+          shift("bias", e.bias, weight.rows),
+          task{x, tokens, weight.rows, weight.weight(), shift.data(), out} {}
+    ExpertFloatProduct(const ExpertFloatProduct&) = delete;
+
+    WeightOperands weight;
+    Floats32 shift;
+    FloatProduct task;
+};
+
+}  // namespace
+
+void expert_weight_only_gemm(const View& x, const std::vector<int64_t>& counts,
+                             const std::vector<Expert>& experts, int64_t bits, const View& out) {
+    const auto [tokens, width] = matrix_of("x", x);
+    check_experts(experts, counts);
+    check_out(out, tokens * out.last());
+    if (out.number != Number::FLOAT32) refuse("out", out, "float32");
+    const Floats32 inputs("x", x, tokens * width);
+    float* to = static_cast<float*>(out.data);
+    std::vector<std::unique_ptr<ExpertFloatProduct>> products;
+    SharedRows rows;
+    int64_t first = 0;
+    for (size_t expert = 0; expert < experts.size(); ++expert) {
+        const int64_t count = counts[expert];
+        if (count && reads_packed_floats(count, width, experts[expert])) {
+            products.push_back(std::make_unique<ExpertFloatProduct>(
+                inputs.data() + first * width, count, width, experts[expert], bits,
+                to + first * out.last()));
+            const int64_t found = products.back()->weight.rows;
+            if (found != out.last())
+                refuse("packed", experts[expert].weight, std::to_string(out.last()) + " rows");
+            rows.add(found, count);
+        }
+        first += count;
+    }
+    clear_behind(out, first);
+    const Table& isa = table();
+    rows.run(width, [&](size_t i, int64_t from, int64_t end) {
+        isa.float_product(products[i]->task, from, end);
+    });
 }
 
 void dequantize(const CodedWeight& coded, int64_t first, const View& out) {

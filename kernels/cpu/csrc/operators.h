@@ -115,6 +115,12 @@ void float_product(const View& x, const CodedWeight& weight, const View& bias, c
 // Whether `float_product` is for so many tokens and such groups: else `tile_product`, where there is
 // one, or a float copy, made by `dequantize`, is faster, or the only way.
 bool reads_packed_floats(int64_t tokens, int64_t width, int64_t groups);
+bool reads_packed_floats(int64_t tokens, int64_t width, const Expert& expert);
+
+// Rows of floats, sorted by expert, by the weights of their experts, of `bits` a code; zeros behind
+// the last. Experts whose packed codes are not read are left out: their part of `out` is not written.
+void expert_weight_only_gemm(const View& x, const std::vector<int64_t>& counts,
+                             const std::vector<Expert>& experts, int64_t bits, const View& out);
 
 // Whether the processor multiplies tiles, and so wide a weight in such groups fills them.
 bool has_tiles(int64_t width, int64_t groups);

@@ -194,11 +194,17 @@ View member(PyObject* list, Py_ssize_t at) {
     return at < PyList_Size(list) ? view_of(PyList_GetItem(list, at)) : View{};
 }
 
+// The experts of lists of weights, scales, multipliers and biases.
+std::vector<Expert> experts_of(Arguments a) {
+    std::vector<Expert> experts;
+    for (Py_ssize_t i = 0; !i || i < PyList_Size(a[0]); ++i)
+        experts.push_back({member(a[0], i), member(a[1], i), member(a[2], i), member(a[3], i)});
+    return experts;
+}
+
 PyObject* expert_gemm(Arguments a) {
     const View codes = first(a[0]), scale = view_of(a[1]), ends = view_of(a[2]);
-    std::vector<Expert> experts;
-    for (Py_ssize_t i = 0; !i || i < PyList_Size(a[3]); ++i)
-        experts.push_back({member(a[3], i), member(a[4], i), member(a[5], i), member(a[6], i)});
+    const std::vector<Expert> experts = experts_of(a + 3);
     const int64_t sizes[] = {rows_of("codes", codes), rows_of("weights", experts[0].weight)};
     const std::vector<int64_t> counts = rows_of_experts(ends, sizes[0]);
     for (const int64_t count : counts)
@@ -240,6 +246,20 @@ PyObject* fp_quantize(Arguments a) {
     const FpQuantizing how(integer(a[1]), integer(a[2]), integer(a[3]), view_of(a[4]));
     Output out(x.axes, x.sizes, FLOAT32);
     unlocked([&] { fp_quantize(x, how, out.view); });
+    return out.object();
+}
+
+PyObject* expert_weight_only_gemm(Arguments a) {
+    const View x = first(a[0]), ends = view_of(a[1]);
+    const std::vector<Expert> experts = experts_of(a + 2);
+    const int64_t sizes[] = {rows_of("x", x), rows_of("packed", experts[0].weight)};
+    const int64_t bits = integer(a[6]);
+    const std::vector<int64_t> counts = rows_of_experts(ends, sizes[0]);
+    if (x.number != Number::FLOAT32) throw NotHere();  // as `weight_only_gemm`
+    for (size_t i = 0; i < counts.size() && i < experts.size(); ++i)
+        if (counts[i] && !reads_packed_floats(counts[i], x.last(), experts[i])) throw NotHere();
+    Output out(2, sizes, FLOAT32);
+    unlocked([&] { expert_weight_only_gemm(x, counts, experts, bits, out.view); });
     return out.object();
 }
 
@@ -352,6 +372,9 @@ PyMethodDef METHODS[] = {
     method<fp_gemm, 6>("fp_gemm", "fp_gemm(x, packed, scale, tensor_scale, bias, element)"),
     method<fp_quantize, 5>(
         "fp_quantize", "fp_quantize(x, element, scaling, group_size, tensor_scale)"),
+    method<expert_weight_only_gemm, 7>(
+        "expert_weight_only_gemm",
+        "expert_weight_only_gemm(x, ends, packed, weight_scales, multipliers, biases, bits)"),
     method<quantize, 10>(
         "quantize",
         "quantize(x, mode, bits, clip, group_size, multiplier, scale, signs, left, right)"),
