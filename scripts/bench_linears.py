@@ -64,9 +64,7 @@ class Operands:
         def many(low: int, high: int, dtype: torch.dtype, columns: int) -> list[Tensor]:
             return [torch.randint(low, high, (rows, columns), dtype=dtype) for _ in range(copies)]
 
-        words = {
-            bits: many(-(2**31), 2**31, torch.int32, width * bits // 32) for bits in WORDS
-        }
+        words = {bits: many(-(2**31), 2**31, torch.int32, width * bits // 32) for bits in WORDS}
         exact = [torch.randn(rows, width) for _ in range(max(copies // 4, 2))]
         return cls(
             torch.randn(tokens, width),

@@ -128,7 +128,7 @@ class TestFpGemm:
 
     @pytest.mark.parametrize("tokens", [1, 64])
     def test_every_power_of_two_that_a_float_can_multiply(self, tokens: int) -> None:
-        """A step beyond the smallest normal number of bfloat16's exponent, and below its largest."""
+        """Products of tiles have no subnormal numbers."""
         scale = torch.arange(3, 252).to(torch.uint8).repeat_interleave(2, 0).reshape(249, 2)
         packed = torch.full((249, 32), 0x7A, dtype=torch.uint8)  # 1 in the first half, 6 then
         x = torch.zeros(tokens, 64)
@@ -198,7 +198,10 @@ class TestOperands:
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_a_product_names_what_does_not_fit(self, tokens: int) -> None:
         draw = Draw()
-        x, (packed, scale, tensor_scale, _) = draw.floats(tokens, 64), fp_weight(draw, 5, 64, "NVFP4")
+        x, (packed, scale, tensor_scale, _) = (
+            draw.floats(tokens, 64),
+            fp_weight(draw, 5, 64, "NVFP4"),
+        )
         fit = {"packed": packed, "scale": scale, "tensor_scale": tensor_scale, "bias": None}
         for name, wrong in (
             ("packed", packed[:, 1:].contiguous()),
