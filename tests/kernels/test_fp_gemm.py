@@ -16,7 +16,7 @@ from tests.kernels.extremes import EXTREMES
 from tests.kernels.test_cpu import isa  # noqa: F401
 from tests.kernels.test_gemm import Draw, assert_rounded_once
 
-MANY = settings(max_examples=100, deadline=None, derandomize=True)
+MANY = settings(max_examples=40, deadline=None, derandomize=True)
 WORD_BITS = (2, 3, 5, 6, 7)
 # element, what the scales are, columns that share one (None: a row), whether a tensor has one
 FORMS = {
