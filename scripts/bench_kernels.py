@@ -334,7 +334,7 @@ def products(o: Operands) -> Iterator[Contender]:
             *(o.x, o.packed, step),
             unit="bf16",
         )
-    for name, element, scale, tensor_scale in (
+    for name, element, steps, tensor_scale in (
         ("E4M3, rows", "e4m3", o.row_scale[:, None], None),
         ("MXFP4", "e2m1", o.e8m0, None),
         ("NVFP4", "e2m1", o.e4m3, o.tensor_scale),
@@ -342,8 +342,8 @@ def products(o: Operands) -> Iterator[Contender]:
         weight = o.packed if element == "e2m1" else o.weight8.view(torch.uint8)
         yield o.product(
             f"fp_gemm, {name}",
-            partial(operators.fp_gemm, o.x, weight, scale, tensor_scale, None, element),
-            *(o.x, weight, scale),
+            partial(operators.fp_gemm, o.x, weight, steps, tensor_scale, None, element),
+            *(o.x, weight, steps),
             unit="bf16",
         )
     for bits, words in o.words.items():
