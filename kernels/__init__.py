@@ -261,9 +261,7 @@ def register_fake(name: str, fake: Callable[..., object]) -> None:
 
 if cpu.native.is_loaded():
     register_fake("cpu_quantize", cpu.native.fake_quantized)
-    register_fake(
-        "cpu_fp_quantize", lambda x, *form: x.new_empty(x.shape, dtype=torch.float32)
-    )
+    register_fake("cpu_fp_quantize", lambda x, *form: x.new_empty(x.shape, dtype=torch.float32))
     register_fake("cpu_hadamard", lambda x, *factors: torch.empty_like(x))
 
 

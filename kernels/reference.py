@@ -432,14 +432,14 @@ def unpack_words(words: Tensor, columns: int, bits: int) -> Tensor:
 
     A row is one sequence of bits, the lowest of its first word first. Column k stands in the bits
     from k · bits on, if need be in two words, as the code plus 2^(b-1). It is compressed-tensors'
-    layout since version 0.18; 0.17 began every code of 3, 5, 6 and 7 bits in the word where it ended.
+    layout since version 0.18; in 0.17 no code of 3, 5, 6 or 7 bits stood in two words.
     """
     first = torch.arange(columns, device=words.device) * bits
     word, shift = first // WORD_BITS, first % WORD_BITS
     unsigned = torch.nn.functional.pad(words.long() & (2**WORD_BITS - 1), (0, 1))
     window = unsigned[:, word] | unsigned[:, word + 1] << WORD_BITS
-    codes: Tensor = (((window >> shift) & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8)
-    return codes
+    codes: Tensor = ((window >> shift) & (2**bits - 1)) - 2 ** (bits - 1)
+    return codes.to(torch.int8)
 
 
 def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
@@ -497,7 +497,8 @@ def fp_quantize(
     """x rounded to floating-point codes and multiplied out again: float32 (..., K).
 
     What hardware without a product of such codes computes with. Where all of a group is zero, or
-    its E4M3 scale is, so is the result; a NaN or an infinity makes all NaN that shares its scale.
+    its E4M3 scale is, so is the result. A NaN makes all NaN that shares its scale; so does an
+    infinity, except under an E4M3 scale, which is the largest then.
 
     Args:
         x: float (..., K).

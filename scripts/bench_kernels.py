@@ -268,6 +268,13 @@ class Operands:
         shares = torch.arange(1, EXPERTS + 1, device=device) * tokens
         self.ends = (shares + EXPERTS - 1) // EXPERTS
         self.block_scale = scales(1, groups)
+        self.e8m0 = integers(100, 127, rows, width // 32).view(torch.uint8)
+        self.e4m3 = integers(1, 126, rows, width // 16).view(torch.uint8)
+        self.tensor_scale = scales(1)
+        self.words = {
+            bits: torch.randint(2**31, (rows, width * bits // 32), dtype=torch.int32, device=device)
+            for bits in (2, 3)
+        }
         self.order = torch.randperm(width, device=device)[None]
         self.smoothing = integers(1, largest_multiplier(BITS), width)
         self.out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="meta")
@@ -329,6 +336,25 @@ def products(o: Operands) -> Iterator[Contender]:
             f"weight_only_gemm, {name}",
             partial(operators.weight_only_gemm, o.x, o.packed, step, None, None, 4),
             *(o.x, o.packed, step),
+            unit="bf16",
+        )
+    for name, element, steps, tensor_scale in (
+        ("E4M3, rows", "e4m3", o.row_scale[:, None], None),
+        ("MXFP4", "e2m1", o.e8m0, None),
+        ("NVFP4", "e2m1", o.e4m3, o.tensor_scale),
+    ):
+        weight = o.packed if element == "e2m1" else o.weight8.view(torch.uint8)
+        yield o.product(
+            f"fp_gemm, {name}",
+            partial(operators.fp_gemm, o.x, weight, steps, tensor_scale, None, element),
+            *(o.x, weight, steps),
+            unit="bf16",
+        )
+    for bits, words in o.words.items():
+        yield o.product(
+            f"weight_only_gemm, {bits} bits, groups",
+            partial(operators.weight_only_gemm, o.x, words, o.group_scale, None, None, bits),
+            *(o.x, words, o.group_scale),
             unit="bf16",
         )
     yield from products_of_experts(o)
@@ -436,6 +462,8 @@ def quantizers(tokens: int, width: int, device: torch.device) -> Iterator[Conten
         "hadamard_quantize, groups": lambda: operators.hadamard_quantize(
             x, *factors, BITS, SMOOTHING_GROUP
         ),
+        "fp_quantize, E4M3": lambda: operators.fp_quantize(x, "e4m3", "token"),
+        "fp_quantize, MXFP4": lambda: operators.fp_quantize(x, "e2m1", "e8m0", 32),
         "runtime_smooth_quantize, live": lambda: operators.runtime_smooth_quantize(
             x, BITS, WEIGHT_GROUP
         ),

@@ -211,6 +211,7 @@ def fp_cases(dtype: torch.dtype) -> Iterator[Case]:
         x = torch.ones(tokens, WIDTH, dtype=dtype)
         forms = {
             "E4M3": (bytes_, per_row, None, None, "e4m3"),
+            "E2M1": (pairs, per_row, None, None, "e2m1"),
             "MXFP8": (bytes_, scales[32], None, None, "e4m3"),
             "MXFP4": (pairs, scales[32], None, None, "e2m1"),
             "NVFP4": (pairs, scales[16], one, None, "e2m1"),

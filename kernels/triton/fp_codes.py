@@ -31,7 +31,7 @@ def e2m1_floats(packed, OPERAND: tl.constexpr):
 
 @triton.jit
 def word_floats(low, high, shift, BITS: tl.constexpr, OPERAND: tl.constexpr):
-    """Integer codes as dtype OPERAND: `low` and `high`, uint8, are the bytes from `shift` bits on."""
+    """Integer codes as dtype OPERAND, from `shift` bits on in two bytes, uint8."""
     window = low.to(tl.int32) | (high.to(tl.int32) << 8)
     return (((window >> shift) & (2**BITS - 1)) - 2 ** (BITS - 1)).to(OPERAND)
 

@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import FORMATS
+from ..formats import FORMATS
 from ..tuning import token_bucket
 from .fp_codes import e2m1_floats, e4m3_floats, scale_values, word_floats
 from .launch import (
     DECODE_TOKENS,
     Tuned,
+    carries_float_sums,
     cdiv,
     check_float,
     contiguous,
@@ -68,80 +69,117 @@ def _fp_kernel(
     BITS: tl.constexpr,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); one scale a row comes last.
+    """out[m, n] = Σ_g s_ng · (Σ_{k in g} x[m, k] weight[n, k]); not SCALED, s_n comes last.
 
-    CODES: "e4m3", "e2m1" (packed) or "words" of BITS. SCALE: "float", "e8m0" or "e4m3". GROUP: columns
-    that share a scale; 0 for all. EVEN: no step goes past a group of codes that are not packed, or
-    past K.
+    CODES: "e4m3", "e2m1" (packed) or "words" of BITS. SCALE: "float", "e8m0" or "e4m3". GROUP:
+    columns that share a scale; 0 for all. EVEN: no step goes past a group of codes that are not
+    packed, or past K.
     """
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, BAND)
     token_rows, weight_rows = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
     token_pointers = x + token_rows[None, :] * K
     weight_pointers = weight + weight_rows[:, None] * row_bytes
     scale_pointers = scale + weight_rows * groups
-    STEPS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # a group's, of codes that are not packed
+    STEPS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # a group's, of codes not packed
     steps = groups * STEPS if GROUP > 0 and CODES != "e2m1" else tl.cdiv(K, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(0, steps):
         if CODES == "e2m1":
-            k = step * BLOCK_K
-            a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN)
-            a, b = a.to(OPERAND), b.to(OPERAND)
-            w, v = e2m1_floats(packed, OPERAND)
-            if GROUP > 0 and GROUP % 32 != 0:
-                first, second, _ = columns_of(k, K, BLOCK_K // 2, EVEN)
-                first_scale = tl.load(
-                    scale_pointers[:, None] + tl.minimum(first, K - 1)[None, :] // GROUP
-                )
-                second_scale = tl.load(
-                    scale_pointers[:, None] + tl.minimum(second, K - 1)[None, :] // GROUP
-                )
-                w = (w * scale_values(first_scale, SCALE)).to(OPERAND)
-                v = (v * scale_values(second_scale, SCALE)).to(OPERAND)
-            part = tl.dot(w, a, input_precision="ieee")
-            if GROUP > 0 and GROUP % 64 == 32:
-                total += part * group_scale(scale_pointers, k // GROUP, SCALE)
-                part = tl.dot(v, b, input_precision="ieee")
-                group = tl.minimum(k + 32, K - 1) // GROUP
-                total += part * group_scale(scale_pointers, group, SCALE)
-            else:
-                part = tl.dot(v, b, part, input_precision="ieee")
-                if GROUP > 0 and GROUP % 64 == 0:
-                    part *= group_scale(scale_pointers, k // GROUP, SCALE)
-                total += part
+            total += packed_sum(
+                token_pointers,
+                weight_pointers,
+                scale_pointers,
+                step * BLOCK_K,
+                K,
+                OPERAND,
+                SCALE,
+                GROUP,
+                SCALED,
+                EVEN,
+                BLOCK_K,
+            )
         else:
             group = step // STEPS if GROUP > 0 else 0
             k = group * GROUP + (step % STEPS if GROUP > 0 else step) * BLOCK_K
             columns = k + tl.arange(0, BLOCK_K)
             inside = columns < ((group + 1) * GROUP if GROUP > 0 else K)
             a = load_columns(token_pointers, columns[:, None], inside[:, None], EVEN).to(OPERAND)
-            if CODES == "e4m3":
-                w = load_columns(weight_pointers, columns[None, :], inside[None, :], EVEN)
-                w = e4m3_floats(w, OPERAND)
-            else:
-                byte, shift = columns * BITS // 8, columns * BITS % 8
-                low = load_columns(weight_pointers, byte[None, :], inside[None, :], EVEN)
-                straddles = inside & (shift + BITS > 8)
-                high = tl.load(weight_pointers + byte[None, :] + 1, mask=straddles[None, :], other=0)
-                w = word_floats(low, high, shift[None, :], BITS, OPERAND)
-            part = tl.dot(w, a, input_precision="ieee")
-            if GROUP > 0:
+            w = load_codes(weight_pointers, columns[None, :], inside[None, :], CODES, BITS, EVEN)
+            part = tl.dot(w.to(OPERAND), a, input_precision="ieee")
+            if SCALED:
                 part *= group_scale(scale_pointers, group, SCALE)
             total += part
     result = tl.trans(total)
-    if GROUP == 0:
+    if not SCALED:
         result *= scale_values(tl.load(scale_pointers), SCALE)[None, :]
     if tensor_scale is not None:
         result *= tl.load(tensor_scale).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
     store(result, out, m, n, M, N)
+
+
+@triton.jit
+def load_codes(rows, columns, inside, CODES: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of codes that are not packed, as float16: every one is exact in it."""
+    if CODES == "e4m3":
+        codes = e4m3_floats(load_columns(rows, columns, inside, EVEN), tl.float16)
+    else:
+        byte, shift = columns * BITS // 8, columns * BITS % 8
+        low = load_columns(rows, byte, inside, EVEN)
+        high = tl.load(rows + byte + 1, mask=inside & (shift + BITS > 8), other=0)
+        codes = word_floats(low, high, shift, BITS, tl.float16)
+    return codes
+
+
+@triton.jit
+def packed_sum(
+    token_pointers,
+    weight_pointers,
+    scale_pointers,
+    k,
+    K,
+    OPERAND: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sums over the columns k … of E2M1 codes, times their scales where SCALED."""
+    FINE: tl.constexpr = GROUP % 32 != 0  # within half a block
+    a, b, packed = load_packed(token_pointers, weight_pointers, k, K, BLOCK_K, EVEN)
+    a, b = a.to(OPERAND), b.to(OPERAND)
+    w, v = e2m1_floats(packed, OPERAND)
+    if FINE:
+        first, second, _ = columns_of(k, K, BLOCK_K // 2, EVEN)
+        w = (w * column_scales(scale_pointers, first, K, SCALE, GROUP)).to(OPERAND)
+        v = (v * column_scales(scale_pointers, second, K, SCALE, GROUP)).to(OPERAND)
+    part = tl.dot(w, a, input_precision="ieee")
+    group = k // GROUP if GROUP > 0 else 0
+    if GROUP % 64 == 32:
+        part *= group_scale(scale_pointers, group, SCALE)
+        of_second = group_scale(scale_pointers, tl.minimum(k + 32, K - 1) // GROUP, SCALE)
+        part += tl.dot(v, b, input_precision="ieee") * of_second
+    else:
+        part = tl.dot(v, b, part, input_precision="ieee")
+        if SCALED and not FINE:
+            part *= group_scale(scale_pointers, group, SCALE)
+    return part
+
+
+@triton.jit
+def column_scales(scale_pointers, columns, K, SCALE: tl.constexpr, GROUP: tl.constexpr):
+    """The scales of columns, float32 (rows, columns)."""
+    groups = tl.minimum(columns, K - 1) // GROUP
+    return scale_values(tl.load(scale_pointers[:, None] + groups[None, :]), SCALE)
 
 
 @triton.jit
@@ -165,7 +203,7 @@ def tiles_that_fit(
     return [c for c in configs if c.kwargs["BLOCK_K"] == 64 or group % c.kwargs["BLOCK_K"] == 0]
 
 
-_KEY = ["N", "K", "token_bucket", "CODES", "BITS", "SCALE", "GROUP"]
+_KEY = ["N", "K", "token_bucket", "CODES", "BITS", "SCALE", "GROUP", "SCALED"]
 _prefill_kernel = Tuned(_fp_kernel, PREFILL_TILES, _KEY, tiles_that_fit)
 _decode_kernel = Tuned(_fp_kernel, DECODE_TILES, _KEY, tiles_that_fit)
 
@@ -191,7 +229,8 @@ def _product(
     kernel = _decode_kernel if M <= DECODE_TOKENS else _prefill_kernel
     bucket, device = token_bucket(M), x.get_device()
     group_size = K // groups if groups > 1 else 0
-    form = (codes, bits, kind, group_size)
+    scaled = groups > 1 or not carries_float_sums(device)
+    form = (codes, bits, kind, group_size, scaled)
     of_tensor = tensor_scale if kind == "e4m3" else None
     operands = (x.contiguous(), weight, scale.contiguous(), of_tensor, contiguous(bias), out)
 
@@ -213,6 +252,7 @@ def _product(
         BITS=bits,
         SCALE=kind,
         GROUP=group_size,
+        SCALED=scaled,
     )
     return out
 
@@ -236,8 +276,8 @@ def fp_gemm(
     size, in_codes = columns // groups, scale.dtype == torch.uint8 and tensor_scale is not None
     if element == "e2m1" and groups > 1 and size % 32 and not (in_codes and size == FINE_GROUP):
         raise NotImplementedError(
-            f"fp_gemm: E2M1 groups of {size} columns do not fit the packed blocks; groups of 32, 64, "
-            f"… do, and of {FINE_GROUP} with E4M3 scales"
+            f"fp_gemm: E2M1 groups of {size} columns do not fit the packed blocks; groups of 32, "
+            f"64, … do, and of {FINE_GROUP} with E4M3 scales"
         )
     weight = packed.contiguous().view(torch.int8 if element == "e2m1" else torch.uint8)
     return _product(x, weight, scale, tensor_scale, bias, element, FORMATS[element].bits)

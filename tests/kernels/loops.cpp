@@ -109,17 +109,43 @@ void run(int64_t loop) {
             isa.expand({cached, row_bytes, width, group, int(bits), out.data()}, 0, rows);
             return write(out);
         }
+        case 8: {
+            const int64_t tokens = integer(), width = integer(), element = integer(),
+                          scaling = integer(), group = integer();
+            const float scale = number();
+            const Array<float> x;
+            std::vector<float> out(tokens * width);
+            isa.fp_quantize({x, Type::FLOAT32, width, Element(element), FpScaling(scaling), group,
+                             scale, out.data()},
+                            0, tokens);
+            return write(out);
+        }
         default: {
             const bool product = loop == 5;
             const int64_t tokens = integer(), rows = integer(), width = integer(),
-                          groups = integer();
+                          groups = integer(), bits = integer(), element = integer();
+            const float tensor_scale = number();
             const Array<float> x;
             const Array<int8_t> bytes;
             const Array<uint8_t> packed;
+            const Array<int32_t> words;
             const Array<float> scale;
+            const Array<uint8_t> scale_bytes;
             const Array<int8_t> multiplier;
-            const ScaledWeight weight{bytes,      packed, scale, Type::FLOAT32,
-                                      multiplier, groups, width};
+            const Type in_bytes = tensor_scale ? Type::E4M3 : Type::E8M0;
+            const bool floats = scale_bytes.values.empty();
+            const ScaledWeight weight{bytes,
+                                      packed,
+                                      floats ? static_cast<const void*>(scale.values.data())
+                                             : scale_bytes.values.data(),
+                                      floats ? Type::FLOAT32 : in_bytes,
+                                      multiplier,
+                                      groups,
+                                      width,
+                                      words,
+                                      int(bits),
+                                      Element(element),
+                                      tensor_scale ? tensor_scale : 1.0f};
             std::vector<float> out((product ? tokens : width) * rows);
             if (product)
                 isa.float_product({x, tokens, rows, weight, nullptr, out.data()}, 0, rows);

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from smoothq import kernels
-from smoothq.kernels.cpu.native import MODES
+from smoothq.kernels.cpu.native import ELEMENTS, MODES, SCALINGS
 from smoothq.kernels.reference import by_group, dequantize_heads, multiplied_weight, unpack_int4
 from smoothq.transforms.hadamard import Hadamard
 from tests.kernels.extremes import EXTREMES
+from tests.kernels.test_fp_gemm import FORMS, WORD_BITS, equal_bits, fp_weight, word_weight
 from tests.kernels.test_gemm import Draw, assert_rounded_once
 
 ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 ISAS = ("i8mm", "dotprod", "plain")  # the best first
-QUANTIZE, ROTATE, PRODUCT, SCALE, UNPACK, FLOAT_PRODUCT, DEQUANTIZE, EXPAND = range(8)
+QUANTIZE, ROTATE, PRODUCT, SCALE, UNPACK, FLOAT_PRODUCT, DEQUANTIZE, EXPAND, FP_QUANTIZE = range(9)
 EMPTY = torch.empty(0)
 
 reference = kernels.reference
@@ -208,8 +209,8 @@ def test_float_activations(program, isa) -> None:
         multiplier = draw.multipliers(rows, groups) if factors else None
         weight = (EMPTY, packed) if bits == 4 else (packed, EMPTY)
         for loop in (FLOAT_PRODUCT, DEQUANTIZE):
-            operands = x, *weight, scale, EMPTY if multiplier is None else multiplier
-            tasks.append(task(loop, tokens, rows, width, groups, *operands))
+            operands = x, *weight, EMPTY, scale, EMPTY, EMPTY if multiplier is None else multiplier
+            tasks.append(task(loop, tokens, rows, width, groups, bits, 0, 0.0, *operands))
         cases.append((x, packed, scale, multiplier, bits))
     answers = Answers(program, isa, tasks)
     for x, packed, scale, multiplier, bits in cases:
@@ -219,6 +220,70 @@ def test_float_activations(program, isa) -> None:
         codes = unpack_int4(packed, x.shape[1]) if bits == 4 else packed
         step = scale if multiplier is None else scale * multiplier
         assert torch.equal(answers.take(*codes.shape), by_group(codes.float(), step))
+
+
+def test_floating_point_codes(program, isa) -> None:
+    draw, tokens, rows = Draw(4), 5, 7
+    x = draw.floats(tokens, 192)
+    cases, tasks = [], []
+    for form in FORMS:
+        for width in (192, 96):
+            packed, scale, tensor_scale, element = fp_weight(draw, rows, width, form)
+            groups = scale.shape[1]
+            if FORMS[form][2] == 64 and width % 64:
+                continue
+            bytes_, pairs = (packed, EMPTY) if element == "e4m3" else (EMPTY, packed)
+            steps = (scale, EMPTY) if scale.dtype != torch.uint8 else (EMPTY, scale)
+            step = 0.0 if tensor_scale is None else tensor_scale.item()
+            inputs = x[:, :width].contiguous()
+            for loop in (FLOAT_PRODUCT, DEQUANTIZE) if width % 64 == 0 else (DEQUANTIZE,):
+                sizes = tokens, rows, width, groups, 0, ELEMENTS[element], step
+                tasks.append(task(loop, *sizes, inputs, bytes_, pairs, EMPTY, *steps, EMPTY))
+                cases.append((loop, inputs, packed, scale, tensor_scale, None, element))
+    answers = Answers(program, isa, tasks)
+    for loop, inputs, packed, scale, *rest in cases:
+        if loop == FLOAT_PRODUCT:
+            exact = reference.fp_gemm(inputs.double(), packed, scale, *rest)
+            assert_rounded_once(answers.take(tokens, rows), exact, torch.float32)
+        else:
+            values = reference.fp_values(packed, rest[2], inputs.shape[1])
+            expected = by_group(values, reference.fp_scales(scale, rest[0]))
+            assert torch.equal(answers.take(*expected.shape), expected)
+
+
+def test_codes_in_words(program, isa) -> None:
+    draw, tokens, rows = Draw(4), 5, 7
+    cases, tasks = [], []
+    for bits in WORD_BITS:
+        for width, groups in ((192, 6), (192, 1), (97, 1)):
+            words, scale = word_weight(draw, rows, width, bits, groups)
+            scale = scale.float()
+            sizes = tokens, rows, width, groups, bits, 0, 0.0
+            tasks.append(task(DEQUANTIZE, *sizes, EMPTY, EMPTY, EMPTY, words, scale, EMPTY, EMPTY))
+            cases.append((words, scale, width, bits))
+    answers = Answers(program, isa, tasks)
+    for words, scale, width, bits in cases:
+        codes = reference.unpack_words(words, width, bits)
+        assert torch.equal(answers.take(rows, width), by_group(codes.float(), scale))
+
+
+def test_values_of_codes(program, isa) -> None:
+    inputs = [*EXTREMES.values(), Draw().floats(3, 24)]
+    forms = [(element, scaling) for element in ELEMENTS for scaling in SCALINGS]
+    answers = Answers(
+        program,
+        isa,
+        [
+            task(FP_QUANTIZE, 3, 24, ELEMENTS[element], SCALINGS[scaling], 16, 0.01, x)
+            for element, scaling in forms
+            for x in inputs
+        ],
+    )
+    for element, scaling in forms:
+        for x in inputs:
+            step = torch.tensor([0.01])
+            expected = reference.fp_quantize(x, element, scaling, 16, step)
+            assert equal_bits(answers.take(3, 24), expected), (element, scaling)
 
 
 def test_rows_of_a_cache(program, isa) -> None:

@@ -1,4 +1,4 @@
-"""Number formats of a few bits against decoders that others wrote, on every code point and on any value."""
+"""Number formats of a few bits against decoders that others wrote: every code, and any value."""
 
 import ml_dtypes
 import numpy as np

@@ -45,6 +45,15 @@ class TestFpGemm:
     def test_wherever_the_last_block_ends(self, form: str, width: int) -> None:
         assert_fp_alike(3, width, form, torch.float32)
 
+    @pytest.mark.parametrize("form", ["E4M3, rows", "E2M1, rows", "NVFP4"])
+    @pytest.mark.parametrize(("tokens", "width"), [(3, 64), (17, 160)])
+    def test_where_no_sum_is_carried(
+        self, form: str, tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Hopper."""
+        monkeypatch.setattr(floating, "carries_float_sums", lambda device: False)
+        assert_fp_alike(tokens, width, form, torch.float32)
+
     @each_form
     @pytest.mark.parametrize("tile", floating.PREFILL_TILES | floating.DECODE_TILES)
     def test_every_tile(self, form: str, tile: str, monkeypatch: pytest.MonkeyPatch) -> None:

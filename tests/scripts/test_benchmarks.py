@@ -29,6 +29,11 @@ PRODUCTS = {
     "expert_weight_only_gemm, groups",
     "weight_only_gemm, row",
     "weight_only_gemm, groups",
+    "fp_gemm, E4M3, rows",
+    "fp_gemm, MXFP4",
+    "fp_gemm, NVFP4",
+    "weight_only_gemm, 2 bits, groups",
+    "weight_only_gemm, 3 bits, groups",
 }
 QUANTIZERS = {
     "copy",
@@ -37,6 +42,8 @@ QUANTIZERS = {
     "quantize_smoothed",
     "hadamard_quantize",
     "hadamard_quantize, groups",
+    "fp_quantize, E4M3",
+    "fp_quantize, MXFP4",
     "runtime_smooth_quantize, live",
 }
 OTHERS = {"torchao int8 dynamic", "torchao int8 weight-only", "gemlite A16W4, groups"}
@@ -210,7 +217,7 @@ def test_linears_are_measured_in_every_form(monkeypatch) -> None:
     monkeypatch.setattr(bench, "HELD_BYTES", 2**12)
     with torch.no_grad():
         found = bench.measure(tokens=3, rows=33, width=128, repetitions=1)
-    assert set(found) > {"float32", "bfloat16", "W8A8", "W4A8 packed", "W4A16"}
+    assert set(found) > {"float32", "bfloat16", "W8A8", "W4A8 packed", "W4A16", "E4M3", "W2A16"}
     assert all(spread.median > 0 for spread in found.values())
 
 

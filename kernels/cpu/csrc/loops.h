@@ -378,12 +378,12 @@ constexpr int32_t OFFSET = 0;
 // Every multiplier's table, of −16 … 15: byte c of table m & 31 is code c times m, plus OFFSET.
 struct Tables {
     alignas(64) int8_t rows[32][16];
-    Tables() {
+    constexpr Tables() : rows() {
         for (int m = -16; m < 16; ++m)
             for (int c = 0; c < 16; ++c) rows[m & 31][c] = int8_t(((c ^ 8) - 8) * m + OFFSET);
     }
 };
-const Tables TABLES;
+constexpr Tables TABLES;  // a constant: no instruction of a set runs while the library is loaded
 
 inline const int8_t* multiples_of(int multiplier) { return TABLES.rows[multiplier & 31]; }
 

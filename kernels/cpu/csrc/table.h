@@ -124,7 +124,7 @@ struct FloatProduct {
 
 // Many float inputs by such a weight, as parts of 16 bits that add up to what they stand for.
 struct PartsProduct {
-    const uint16_t* x;  // (parts, M up to whole bands, K), bfloat16, as `split` arranges them
+    const uint16_t* x;  // bfloat16, as `split` arranges them
     int64_t tokens, rows;
     int parts;
     ScaledWeight weight;
@@ -138,7 +138,7 @@ struct Split {
     Type type;
     int64_t tokens, width;
     int parts;
-    uint16_t* out;  // (parts, M up to whole bands, K); what is behind the tokens is zero
+    uint16_t* out;  // part, band, step of 32 columns, tile; what is behind the tokens is zero
 };
 
 // Rows of such a weight, of any width, as floats.

@@ -53,7 +53,9 @@ void split(const Split& s, int64_t begin, int64_t end) {
                         _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
                             static_cast<const uint16_t*>(s.x) + at))), 16);
             }
-            put_parts(numbers[0], numbers[1], s.parts, stride, s.out + m * width + k);
+            const int64_t row = m / BAND * BAND * width + m % BAND / TILE * TILE_NUMBERS;
+            put_parts(numbers[0], numbers[1], s.parts, stride,
+                      s.out + row + k * BAND + m % TILE * 32);
         }
 }
 
@@ -169,12 +171,12 @@ inline void band_product(const uint16_t* x, int64_t x_stride, int x_parts, const
             const uint16_t* tokens = x + a * x_stride;
             const uint16_t* rows = tiles + b * width * BAND;
             for (int64_t k = 0; k < width; k += 32) {
-                _tile_loadd(4, tokens + k, 2 * width);
+                _tile_loadd(4, tokens + k * BAND, 64);
                 _tile_loadd(6, rows + k * BAND, 64);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_loadd(7, rows + k * BAND + TILE_NUMBERS, 64);
                 _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, tokens + TILE * width + k, 2 * width);
+                _tile_loadd(5, tokens + k * BAND + TILE_NUMBERS, 64);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
