@@ -25,7 +25,9 @@ def open_source(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> Source:
-    """Open a float model by hub id or directory, from a GGUF file in either, or in memory.
+    """Open a model as a float one: by hub id or directory, of a GGUF file in either, or in memory.
+
+    Weights in a directory that are quantized already are decoded while they are read.
 
     Args:
         model: hub id, `hf://owner/name[@revision]`, directory, GGUF file, or model.
@@ -35,7 +37,8 @@ def open_source(
 
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
-        UnsupportedModelError: for a model that is quantized already, or not supported.
+        UnsupportedModelError: for a model that is quantized already in a way that is not decoded,
+            or not supported.
     """
     if not isinstance(model, str | Path):
         model = unwrapped(model)
@@ -50,9 +53,7 @@ def open_source(
     if gguf_file is not None:
         return _open_gguf(str(model), gguf_file)
     directory = resolve_directory(str(model))
-    source = CheckpointSource(directory, str(model), trust_remote_code)
-    refuse_quantized(source.config, source.name)
-    return source
+    return CheckpointSource(directory, str(model), trust_remote_code, decodes=True)
 
 
 def _open_gguf(model: str, gguf_file: str) -> Source:

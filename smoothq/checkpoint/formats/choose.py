@@ -1,0 +1,85 @@
+"""Which format a config says that a model's weights are quantized in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ...errors import UnsupportedModelError
+from .awq import Awq
+from .compressed_tensors import METHOD as COMPRESSED_TENSORS
+from .compressed_tensors import CompressedTensors
+from .format import Format
+from .fp8 import Fp8
+from .gptq import Gptq
+from .modelopt import ModelOpt
+from .mxfp4 import Mxfp4
+
+FORMATS: dict[str, type[Format]] = {  # by quant_method
+    "fp8": Fp8,
+    "mxfp8": Fp8,
+    "mxfp4": Mxfp4,
+    COMPRESSED_TENSORS: CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+    "modelopt": ModelOpt,
+}
+QUANTIZATION = "quantization_config"
+_BITSANDBYTES = (
+    "; on a machine that runs it: from transformers import AutoModelForCausalLM; "
+    "AutoModelForCausalLM.from_pretrained('MODEL').dequantize().save_pretrained('FLOAT'), and "
+    "quantize FLOAT"
+)
+
+
+def method_of(config: PretrainedConfig) -> str | None:
+    """The `quant_method` that a config names, None for a float model."""
+    quantization = _quantization(config)
+    return None if quantization is None else str(quantization.get("quant_method"))
+
+
+def as_float(config: PretrainedConfig, name: str) -> tuple[PretrainedConfig, Format | None]:
+    """The config that a model has once its weights are decoded, and the format to decode.
+
+    Args:
+        config: of a model's directory; it is left as it is.
+        name: of the model, for messages.
+
+    Returns:
+        A float model's config is itself, with None.
+
+    Raises:
+        UnsupportedModelError: for a format that is not decoded.
+    """
+    quantization = _quantization(config)
+    if quantization is None:
+        return config, None
+    method = str(quantization.get("quant_method"))
+    if method not in FORMATS:
+        way = _BITSANDBYTES if method == "bitsandbytes" else "; quantize the float model"
+        raise UnsupportedModelError(
+            f"{name} is already quantized (quant_method '{method}'), which is not decoded{way}"
+        )
+    float_config = copy.deepcopy(config)
+    for part in (float_config, float_config.get_text_config(decoder=True)):
+        if hasattr(part, QUANTIZATION):
+            delattr(part, QUANTIZATION)
+    return float_config, FORMATS[method](quantization, _decoded_dtype(config), name)
+
+
+def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a config, or that of its text model, says of quantization."""
+    for part in (config, config.get_text_config(decoder=True)):
+        quantization = getattr(part, QUANTIZATION, None)
+        if quantization is not None:
+            return quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return None
+
+
+def _decoded_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a config names, bfloat16 if it names none."""
+    named = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+    return getattr(torch, named) if isinstance(named, str) else named
