@@ -2,15 +2,15 @@
 
     python scripts/make_quantized_fixtures.py WRITER
 
-Run once a writer, in an environment of the writer's own, with PyTorch and safetensors; smoothq is not
-imported. A fixture is a folder: `stored.safetensors` has two linears as the writer stores them,
+Run once a writer, in an environment of the writer's own, with PyTorch and safetensors; smoothq is
+not imported. A fixture is a folder: `stored.safetensors` has two linears as the writer stores them,
 `expected.safetensors` what the writer itself decodes them to, cast to bfloat16 at the end, and
 `quantization_config.json` what a model's config would say. Writers:
 
-    transformers        5.24: Fp8Quantize and Fp8Dequantize, called directly; GPT-OSS's experts, encoded
-                        by compressed-tensors 0.20 and decoded by convert_moe_packed_tensors
+    transformers        5.24: Fp8Quantize and Fp8Dequantize, called directly; GPT-OSS's experts,
+                        encoded by compressed-tensors 0.20 and decoded by convert_moe_packed_tensors
     compressed-tensors  0.20
-    actorder            compressed-tensors 0.11, the last minor versions of which reorder columns
+    actorder            compressed-tensors 0.11, for later versions do not reorder columns
     gptqmodel           7.7, its source tree on PYTHONPATH: packed and decoded by TorchLinear
     autoawq             0.2.9, its source tree on PYTHONPATH: packed by WQLinear_GEMM, decoded by
                         dequantize_gemm
@@ -41,13 +41,12 @@ Fixture = tuple[str, dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
 def weights() -> dict[str, Tensor]:
     """Float32 weights by module, with some channels larger than others."""
     generator = torch.Generator().manual_seed(3)
-    return {
-        module: torch.randn(shape, generator=generator)
-        * torch.logspace(-1.5, 0.5, shape[0])[torch.randperm(shape[0], generator=generator)][
-            :, None
-        ]
-        for module, shape in SHAPES.items()
-    }
+    of_modules = {}
+    for module, shape in SHAPES.items():
+        values = torch.randn(shape, generator=generator)
+        sizes = torch.logspace(-1.5, 0.5, shape[0])
+        of_modules[module] = values * sizes[torch.randperm(shape[0], generator=generator), None]
+    return of_modules
 
 
 def transformers() -> Iterator[Fixture]:
@@ -67,10 +66,10 @@ def transformers() -> Iterator[Fixture]:
         stored: dict[str, Tensor] = {}
         expected = {}
         for module, weight in weights().items():
-            made = Fp8Quantize(quantizer).convert({f"{module}.weight": weight})
-            stored |= made
+            parts = Fp8Quantize(quantizer).convert({f"{module}.weight": weight})
+            stored |= parts
             expected[f"{module}.weight"] = Fp8Dequantize(quantizer)._dequantize_one(
-                *made.values(), output_dtype=torch.bfloat16
+                *parts.values(), output_dtype=torch.bfloat16
             )
         yield name, config, stored, expected
     stored, expected = {}, {}
@@ -89,8 +88,8 @@ def transformers() -> Iterator[Fixture]:
 
 def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, uint8 (out, in / 2), and exponents, uint8 (out, in / 32), by compressed-tensors."""
-    made, _ = compressed(weight, "mxfp4-pack-quantized", MXFP4)
-    return made["weight_packed"], made["weight_scale"]
+    parts, _ = compressed(weight, "mxfp4-pack-quantized", MXFP4)
+    return parts["weight_packed"], parts["weight_scale"]
 
 
 MXFP4 = {
@@ -182,16 +181,16 @@ def compressed(
     compressor = BaseCompressor.get_value_from_registry(format)
     if order is None:
         scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format)
-        made = compressor.compress(parts, scheme)
-        return made, compressor.decompress(made, scheme)["weight"].bfloat16()
+        packed = compressor.compress(parts, scheme)
+        return packed, compressor.decompress(packed, scheme)["weight"].bfloat16()
     old = compressor()
-    made = old.compress_weight(
+    packed = old.compress_weight(
         **{name.removeprefix("weight_"): part for name, part in parts.items()},
         quantization_args=args,
     )
-    made |= {name: parts[name] for name in ("weight_scale", "weight_g_idx")}
-    decoded = old.decompress_weight(made, args)
-    return made, decoded.bfloat16()
+    packed |= {name: parts[name] for name in ("weight_scale", "weight_g_idx")}
+    decoded = old.decompress_weight(packed, args)
+    return packed, decoded.bfloat16()
 
 
 def compressed_config(format: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -214,8 +213,8 @@ def compressed_tensors() -> Iterator[Fixture]:
     for name, (format, fields) in COMPRESSED.items():
         stored, expected = {}, {}
         for module, weight in weights().items():
-            made, decoded = compressed(weight, format, fields)
-            stored |= {f"{module}.{leaf}": tensor for leaf, tensor in made.items()}
+            parts, decoded = compressed(weight, format, fields)
+            stored |= {f"{module}.{leaf}": tensor for leaf, tensor in parts.items()}
             expected[f"{module}.weight"] = decoded
         yield f"compressed-{name}", compressed_config(format, fields), stored, expected
 
@@ -225,8 +224,10 @@ def actorder() -> Iterator[Fixture]:
     fields = _GROUPS | {"actorder": "group"}
     stored, expected = {}, {}
     for module, weight in weights().items():
-        made, decoded = compressed(weight, "pack-quantized", fields, scattered(weight.shape[1], 16))
-        stored |= {f"{module}.{leaf}": tensor for leaf, tensor in made.items()}
+        parts, decoded = compressed(
+            weight, "pack-quantized", fields, scattered(weight.shape[1], 16)
+        )
+        stored |= {f"{module}.{leaf}": tensor for leaf, tensor in parts.items()}
         expected[f"{module}.weight"] = decoded
     yield (
         "compressed-pack-4-actorder",
