@@ -14,7 +14,7 @@ not imported. A fixture is a folder: `stored.safetensors` has two linears as the
     gptqmodel           7.7, its source tree on PYTHONPATH: packed and decoded by TorchLinear
     autoawq             0.2.9, its source tree on PYTHONPATH: packed by WQLinear_GEMM, decoded by
                         dequantize_gemm
-    modelopt            0.40 or later: NVFP4QTensor
+    modelopt            0.47: FP8QTensor and NVFP4QTensor
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,28 +51,47 @@ def weights() -> dict[str, Tensor]:
 
 
 def transformers() -> Iterator[Fixture]:
-    """FP8 in blocks, with scales of powers of two, and a matrix; MXFP4 experts of GPT-OSS."""
+    """FP8 in blocks, with scales of powers of two, and a matrix; experts in FP8 and two of FP4."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    blocks = {"weight_block_size": [32, 32]}
-    for name, fields in {
-        "fp8-blocks": blocks,
-        "fp8-blocks-ue8m0": blocks | {"scale_fmt": "ue8m0"},
-        "fp8-tensor": {"weight_block_size": None},
-    }.items():
-        config = {"quant_method": "fp8", "activation_scheme": "dynamic", **fields}
+    def coders(config: dict[str, Any]) -> tuple[Any, Any]:
+        """Encode {name: weight}; decode a weight's tensors."""
         settings = SimpleNamespace(**({"scale_fmt": "float"} | config))
         quantizer: Any = SimpleNamespace(quantization_config=settings)
-        stored: dict[str, Tensor] = {}
-        expected = {}
+        decoder: Any = Fp8Dequantize(quantizer)
+        return Fp8Quantize(quantizer).convert, partial(
+            decoder._dequantize_one, output_dtype=torch.bfloat16
+        )
+
+    blocks: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    stored: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for name, config in {
+        "fp8-blocks": blocks,
+        "fp8-blocks-ue8m0": blocks | {"scale_fmt": "ue8m0"},
+        "fp8-tensor": blocks | {"weight_block_size": None},
+    }.items():
+        encode, decode = coders(config)
+        stored, expected = {}, {}
         for module, weight in weights().items():
-            parts = Fp8Quantize(quantizer).convert({f"{module}.weight": weight})
+            parts = encode({f"{module}.weight": weight})
             stored |= parts
-            expected[f"{module}.weight"] = Fp8Dequantize(quantizer)._dequantize_one(
-                *parts.values(), output_dtype=torch.bfloat16
-            )
+            expected[f"{module}.weight"] = decode(*parts.values())
         yield name, config, stored, expected
+    encode, decode = coders(blocks)
+    name = f"{BLOCK}.mlp.experts.down_proj"
+    experts = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(4))
+    stored = encode({name: experts})
+    yield "fp8-experts", blocks, stored, {name: decode(*stored.values())}
+    codes, exponents = mxfp4(experts[0])
+    name = f"{BLOCK}.mlp.experts.0.down_proj"
+    stored = {
+        f"{name}.weight": codes.view(torch.int8),
+        f"{name}.scale": exponents.view(torch.float8_e8m0fnu),
+    }
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"}
+    yield "fp8-fp4-experts", config, stored, {f"{name}.weight": decode(*stored.values())}
     stored, expected = {}, {}
     for leaf, out, width in (("gate_up_proj", 96, 64), ("down_proj", 64, 96)):
         name = f"{BLOCK}.mlp.experts.{leaf}"
@@ -134,17 +154,18 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def ranges(weight: Tensor, args: Any) -> Tensor:
     """The weight so that its scales' elements are the last axis: (..., elements)."""
-    rows, columns = weight.shape
     if args.strategy == "tensor":
         return weight.reshape(1, -1)
     if args.strategy == "channel":
         return weight[:, None]
     if args.strategy == "block":
+        rows, columns = weight.shape
         height, width = args.block_structure
         padded = nn.functional.pad(weight, (0, -columns % width, 0, -rows % height))
-        blocks = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+        blocks: Tensor = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
         return blocks.transpose(1, 2).flatten(2)
-    return weight.unflatten(1, (-1, args.group_size))
+    groups: Tensor = weight.unflatten(1, (-1, args.group_size))
+    return groups
 
 
 def compressed(
@@ -211,7 +232,8 @@ def compressed_config(format: str, fields: dict[str, Any]) -> dict[str, Any]:
 def compressed_tensors() -> Iterator[Fixture]:
     """Every format of `COMPRESSED`."""
     for name, (format, fields) in COMPRESSED.items():
-        stored, expected = {}, {}
+        stored: dict[str, Tensor] = {}
+        expected: dict[str, Tensor] = {}
         for module, weight in weights().items():
             parts, decoded = compressed(weight, format, fields)
             stored |= {f"{module}.{leaf}": tensor for leaf, tensor in parts.items()}
@@ -222,7 +244,8 @@ def compressed_tensors() -> Iterator[Fixture]:
 def actorder() -> Iterator[Fixture]:
     """Packed integers in groups of columns that are not neighbours."""
     fields = _GROUPS | {"actorder": "group"}
-    stored, expected = {}, {}
+    stored: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
     for module, weight in weights().items():
         parts, decoded = compressed(
             weight, "pack-quantized", fields, scattered(weight.shape[1], 16)
@@ -273,7 +296,8 @@ def gptqmodel() -> Iterator[Fixture]:
         ("gptq-8", 8, "gptq", False, False),
         ("gptq-2", 2, "gptq", False, False),
     ):
-        stored, expected = {}, {}
+        stored: dict[str, Tensor] = {}
+        expected: dict[str, Tensor] = {}
         for module, weight in weights().items():
             rows, columns = weight.shape
             neighbours = (torch.arange(columns) // 32).to(torch.int32)
@@ -315,7 +339,8 @@ def autoawq() -> Iterator[Fixture]:
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
 
-    stored, expected = {}, {}
+    stored: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
     for module, weight in weights().items():
         rows, columns = weight.shape
         linear = nn.Linear(columns, rows, bias=False)
@@ -339,9 +364,19 @@ def autoawq() -> Iterator[Fixture]:
 
 
 def modelopt() -> Iterator[Fixture]:
-    """NVFP4 with a scale of 16 inputs and one of the matrix."""
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    """FP8 with a scale of the matrix; NVFP4 with a scale of 16 inputs and one of the matrix."""
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 
+    stored: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for module, weight in weights().items():
+        codes, scale = FP8QTensor.quantize(weight)
+        stored |= {
+            f"{module}.weight": codes._quantized_data,
+            f"{module}.weight_scale": scale.reshape(()),
+        }
+        expected[f"{module}.weight"] = codes.dequantize(torch.float32, scale=scale).bfloat16()
+    yield "modelopt-fp8", {"quant_method": "modelopt", "quant_algo": "FP8"}, stored, expected
     stored, expected = {}, {}
     for module, weight in weights().items():
         codes, scale, whole = NVFP4QTensor.quantize(weight.bfloat16(), 16)

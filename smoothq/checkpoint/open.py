@@ -11,9 +11,9 @@ from ..compat import is_custom_class
 from ..data.tokenizer import Processor, load_tokenizer
 from ..errors import CheckpointError, needs_package
 from .checkpoint_source import CheckpointSource
+from .formats.choose import refuse_loaded
 from .hub_files import resolve_directory
 from .in_memory import unwrapped
-from .model_config import refuse_quantized
 from .module_source import ModuleSource
 from .side_files import SideFiles, is_legal
 from .source import Source
@@ -42,7 +42,7 @@ def open_source(
     """
     if not isinstance(model, str | Path):
         model = unwrapped(model)
-        refuse_quantized(model.config, type(model).__name__)
+        refuse_loaded(model.config, type(model).__name__)
         read = model.config.name_or_path
         paths = [Path(read)] if read and Path(read).is_dir() else []
         code = {}

@@ -223,8 +223,8 @@ def _check_spec(spec: Spec, name: str, wanted: Tensor, model: str) -> None:
         )
     if wanted.is_floating_point() and spec.dtype not in PLAIN_FLOATS:
         raise UnsupportedModelError(
-            f"{model}: tensor '{name}' is stored as {spec.dtype}, and no quantization_config says "
-            "what its numbers stand for; quantize the float model"
+            f"{model}: tensor '{name}' is stored as {spec.dtype}, and nothing beside it says what "
+            "its numbers stand for; quantize the float model"
         )
 
 

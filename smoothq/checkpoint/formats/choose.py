@@ -70,6 +70,17 @@ def as_float(config: PretrainedConfig, name: str) -> tuple[PretrainedConfig, For
     return float_config, FORMATS[method](quantization, _decoded_dtype(config), name)
 
 
+def refuse_loaded(config: PretrainedConfig, name: str) -> None:
+    """Raise UnsupportedModelError if a model in memory is quantized."""
+    method = method_of(config)
+    if method is not None:
+        way = "give its directory, of which weights are decoded"
+        raise UnsupportedModelError(
+            f"{name} is already quantized (quant_method '{method}'); "
+            f"{way if method in FORMATS else 'quantize the float model'}"
+        )
+
+
 def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     """What a config, or that of its text model, says of quantization."""
     for part in (config, config.get_text_config(decoder=True)):

@@ -38,7 +38,7 @@ class DecodedTensors:
         if not self._weights:
             raise CheckpointError(
                 f"{source}: its config says that it is {format.label}, but no tensor is; if its "
-                "weights are floats, remove quantization_config from config.json"
+                "weights are floats, remove its quantization_config"
             )
         parts = {part for weight in self._weights.values() for part in weight.parts}
         modules = {name.rpartition(".")[0] for name in self._weights}

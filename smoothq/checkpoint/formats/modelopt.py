@@ -17,6 +17,7 @@ from .fp4 import Fp4Weight, halves
 from .fp8 import scale_in_float32
 
 ALGORITHMS = ("FP8", "NVFP4")
+MIXED = "MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ class ModelOpt(Format):
 
     def read(self, config: dict[str, Any]) -> str:
         """The label. Raises UnsupportedModelError for another algorithm."""
-        algorithm = config.get("quant_algo") or config.get("quantization", {}).get("quant_algo")
-        if algorithm not in ALGORITHMS:
+        algorithms = {str(config.get("quant_algo"))}
+        if algorithms == {MIXED}:
+            layers = config.get("quantized_layers") or {}
+            algorithms = {str(layer.get("quant_algo")) for layer in layers.values()}
+        if not algorithms or not algorithms <= set(ALGORITHMS):
             raise UnsupportedModelError(
-                f"{self.name} is already quantized, by ModelOpt to {algorithm}; read are "
-                f"{' and '.join(ALGORITHMS)}"
+                f"{self.name} is already quantized, by ModelOpt to "
+                f"{' and '.join(sorted(algorithms)) or MIXED}; read are {' and '.join(ALGORITHMS)}"
             )
-        return f"ModelOpt's {algorithm}"
+        return f"ModelOpt's {' and '.join(sorted(algorithms))}"
 
     def weights(self, files: WeightFiles) -> Iterator[EncodedWeight]:
         """Each weight in FP8 or of two FP4 codes in a byte that has a scale."""
