@@ -97,6 +97,25 @@ def test_its_claims_are_the_twins(pair, run) -> None:
     assert encoded | {"model": ""} == twin | {"model": ""}
 
 
+def test_an_export_is_a_source(float_checkpoint, data, run, tmp_path) -> None:
+    original, export = open_source(float_checkpoint("llama")), tmp_path / "export"
+    quantize(
+        *(original.directory, RECIPES["w8a8"]),
+        data=data,
+        output=export,
+        format="compressed-tensors",
+        check=False,
+    )
+    source = open_source(export)
+    assert source.specs == original.specs
+    weights = dict(original.tensors(original.specs))
+    for name, decoded in source.tensors(source.specs):
+        assert (decoded - weights[name]).norm() <= 0.01 * weights[name].norm()
+    code, printed, _ = run("plan", export, "--w4a8", "--group-size", 16, "--json")
+    assert code == 0
+    assert any("compressed-tensors' integers" in note for note in json.loads(printed)["notes"])
+
+
 def _with_config(folder: Path, target: Path, quantization: dict[str, object]) -> Path:
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
