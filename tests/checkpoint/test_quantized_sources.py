@@ -11,7 +11,7 @@ from smoothq import preset, quantize
 from smoothq.checkpoint import source as source_module
 from smoothq.checkpoint.loading import load_as_stored
 from smoothq.checkpoint.open import open_source
-from smoothq.errors import CheckpointError, UnsupportedModelError
+from smoothq.errors import CheckpointError, SmoothqError, UnsupportedModelError
 from tests.checkpoint.quantized_sources import (
     WEIGHTS,
     add_to_config,
@@ -114,6 +114,30 @@ def test_an_export_is_a_source(float_checkpoint, data, run, tmp_path) -> None:
     code, printed, _ = run("plan", export, "--w4a8", "--group-size", 16, "--json")
     assert code == 0
     assert any("compressed-tensors' integers" in note for note in json.loads(printed)["notes"])
+
+
+def test_what_the_class_does_not_know_is_kept_decoded(tmp_path) -> None:
+    folder, _ = fp8_deepseek(tmp_path)
+    stored = load_file(folder / WEIGHTS)
+    known, beyond = "model.layers.2.self_attn.q_a_proj.", "model.layers.3.self_attn.q_a_proj."
+    extras = {name: tensor for name, tensor in stored.items() if name.startswith(known)}
+    assert len(extras) == 3  # codes, their scale, and the inputs'
+    stored |= {name.replace(known, beyond): part.clone() for name, part in extras.items()}
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    source = open_source(folder)
+    assert source.extras == {f"{beyond}weight": source.specs[f"{known}weight"]}
+    weights = dict(source.tensors([f"{known}weight", f"{beyond}weight"]))
+    assert torch.equal(weights[f"{known}weight"], weights[f"{beyond}weight"])
+
+
+def test_modelopts_own_file_says_what_is_quantized(float_checkpoint, tmp_path) -> None:
+    for path in float_checkpoint("llama").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for algorithm, match in (("NVFP4", "ModelOpt's NVFP4, but no tensor"), ("W4A8", "to W4A8")):
+        described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(described))
+        with pytest.raises(SmoothqError, match=match):
+            open_source(tmp_path).skeleton()
 
 
 def _with_config(folder: Path, target: Path, quantization: dict[str, object]) -> Path:

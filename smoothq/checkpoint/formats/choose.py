@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ...errors import UnsupportedModelError
+from ..model_config import dtype_named_by
 from .awq import Awq
 from .compressed_tensors import METHOD as COMPRESSED_TENSORS
 from .compressed_tensors import CompressedTensors
@@ -49,7 +50,7 @@ def as_float(config: PretrainedConfig, name: str) -> tuple[PretrainedConfig, For
         name: of the model, for messages.
 
     Returns:
-        A float model's config is itself, with None.
+        A float model's config is itself, with None. Of a config that names no dtype it is bfloat16.
 
     Raises:
         UnsupportedModelError: for a format that is not decoded.
@@ -67,7 +68,9 @@ def as_float(config: PretrainedConfig, name: str) -> tuple[PretrainedConfig, For
     for part in (float_config, float_config.get_text_config(decoder=True)):
         if hasattr(part, QUANTIZATION):
             delattr(part, QUANTIZATION)
-    return float_config, FORMATS[method](quantization, _decoded_dtype(config), name)
+    if not any(part.dtype for part in (float_config, float_config.get_text_config(decoder=True))):
+        float_config.dtype = torch.bfloat16
+    return float_config, FORMATS[method](quantization, dtype_named_by(float_config), name)
 
 
 def refuse_loaded(config: PretrainedConfig, name: str) -> None:
@@ -88,9 +91,3 @@ def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
         if quantization is not None:
             return quantization if isinstance(quantization, dict) else quantization.to_dict()
     return None
-
-
-def _decoded_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype that a config names, bfloat16 if it names none."""
-    named = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
-    return getattr(torch, named) if isinstance(named, str) else named
