@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from smoothq.checkpoint.formats.bits import unpack
+from smoothq.checkpoint.formats.bits import fp8, unpack
 from smoothq.checkpoint.formats.choose import as_float
 from smoothq.checkpoint.formats.decoded import DecodedTensors
 from smoothq.checkpoint.stored import WeightFiles
@@ -86,6 +86,13 @@ def test_an_order_of_columns_that_was_never_set_is_none(tmp_path) -> None:
 def test_codes_of_any_bits_come_out_of_a_stream_of_words(bits) -> None:
     codes = torch.randint(0, 1 << bits, (3, 37), generator=torch.Generator().manual_seed(bits))
     assert torch.equal(unpack(stream_of(codes, bits), bits, 37), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("width", [15, 16])
+def test_every_fp8_code_is_pytorchs_value(dtype, width) -> None:
+    codes = torch.arange(240, dtype=torch.uint8).view(-1, width).view(dtype)
+    assert torch.equal(fp8(codes).view(torch.int32), codes.float().view(torch.int32))
 
 
 def stream_of(codes: Tensor, bits: int) -> Tensor:

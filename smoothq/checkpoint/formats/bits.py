@@ -1,6 +1,12 @@
-"""Codes out of packed words: integers of a few bits, and floats of four."""
+"""Codes out of packed words: integers of a few bits, and floats of four and eight.
+
+Floats are looked up in pairs, of which two float32 numbers are one int64: that is several times as
+fast as PyTorch's conversion on CPUs.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,5 +46,30 @@ def fp4(packed: Tensor) -> Tensor:
     Args:
         packed: uint8 or int8 (..., bytes).
     """
+    codes = packed.contiguous().view(torch.uint8).flatten().to(torch.int32)
+    decoded = _fp4_pairs().index_select(0, codes).view(torch.float32)
+    return decoded.view(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def fp8(codes: Tensor) -> Tensor:
+    """The float32 values of codes of any shape, in one of PyTorch's float8 dtypes."""
+    if codes.shape[-1] % 2:
+        return codes.float()
+    pairs = codes.contiguous().view(torch.int16).flatten().to(torch.int32) & 0xFFFF
+    decoded = _fp8_pairs(codes.dtype).index_select(0, pairs).view(torch.float32)
+    return decoded.view(codes.shape)
+
+
+@cache
+def _fp4_pairs() -> Tensor:
+    """The values of the two codes of each byte, int64 (256,)."""
     values = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)))
-    return values[nibbles(packed.contiguous().view(torch.uint8)).to(torch.int32)]
+    codes = nibbles(torch.arange(1 << 8, dtype=torch.uint8))
+    return values[codes.to(torch.int32)].view(torch.int64)
+
+
+@cache
+def _fp8_pairs(dtype: torch.dtype) -> Tensor:
+    """The values of the two codes of each 16 bits, int64 (65536,)."""
+    codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    return codes.view(dtype).float().view(torch.int64)

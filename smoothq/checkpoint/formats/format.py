@@ -13,7 +13,9 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..stored import WeightFiles
 from ..weight_files import Spec
+from .bits import fp8
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 Blocks = tuple[int, int]  # rows and columns that share a scale
 
 
@@ -100,7 +102,8 @@ class ScaledWeight(EncodedWeight):
 
     def code_values(self, files: WeightFiles, first: int, last: int) -> Tensor:
         """The codes of rows `first` to `last`, in any dtype: (last - first, ..., columns)."""
-        return files.part(self.codes, slice(first, last))
+        codes = files.part(self.codes, slice(first, last))
+        return fp8(codes) if codes.dtype in FP8 else codes
 
     def scale_grid(self, files: WeightFiles) -> Tensor:
         """The scales as they are stored: (..., blocks of rows, blocks of columns)."""

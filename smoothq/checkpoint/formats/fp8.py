@@ -13,7 +13,7 @@ from ...errors import UnsupportedModelError
 from ..stored import WeightFiles
 from ..weight_files import Spec
 from .bits import fp4
-from .format import Blocks, EncodedWeight, Format, ScaledWeight
+from .format import FP8, Blocks, EncodedWeight, Format, ScaledWeight
 
 E8M0_BIAS = 127
 # Ends of the names of a weight and of its scales.
@@ -23,7 +23,6 @@ _NAMES = (
     (".weight", ".qscale_weight"),
     (".weight", ".weight_scale"),
 )
-_CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Fp8(Format):
     def weights(self, files: WeightFiles) -> Iterator[EncodedWeight]:
         """Each FP8 tensor that has a scale."""
         for name, spec in files.specs.items():
-            if spec.dtype not in _CODES or len(spec.shape) < 2:
+            if spec.dtype not in (*FP8, torch.int8) or len(spec.shape) < 2:
                 continue
             for end, scale_end in _NAMES:
                 scale = name.removesuffix(end) + scale_end

@@ -33,11 +33,11 @@ class _Experts(EncodedWeight):
         return self.codes, self.scale
 
     def rows(self, files: WeightFiles, first: int, last: int) -> Tensor:
-        """The experts `first` to `last`; transformers' arithmetic, which scales in bfloat16."""
-        codes = fp4(files.part(self.codes, slice(first, last))).to(self.spec.dtype)
+        """The experts `first` to `last`."""
+        decoded = fp4(files.part(self.codes, slice(first, last)))
         exponents = files.part(self.scale, slice(first, last)).to(torch.int32) - E8M0_BIAS
-        scaled = torch.ldexp(codes, exponents[..., None]).to(self.spec.dtype)
-        return scaled.flatten(-2).transpose(-2, -1).contiguous()
+        decoded *= torch.pow(2.0, exponents)[..., None]
+        return decoded.to(self.spec.dtype).flatten(-2).transpose(-2, -1).contiguous()
 
 
 class Mxfp4(Format):
