@@ -24,11 +24,15 @@ from transformers import (
 from ..compat import WeightConversions, loading_order, run_converter, tied_weights
 from ..data.tokenizer import load_processor, load_tokenizer
 from ..errors import CheckpointError, first_line
+from .formats.choose import as_float
+from .formats.decoded import DecodedTensors
+from .formats.format import Format
 from .model_config import check_sizes, config_in
 from .side_files import CONFIG, GENERATION_CONFIG, SideFiles, has_tokenizer
 from .skeleton import untie
 from .source import Reader, Source
-from .weight_files import Spec, digest_file, read_rows, read_tensor, tensor_files, tensor_shapes
+from .stored import StoredTensors, WeightFiles
+from .weight_files import Spec, digest_file, tensor_files
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 COMPARED_ROWS = 4096  # read at a time when two tensors are compared
@@ -40,23 +44,36 @@ class CheckpointSource(Source):
     Attributes:
         directory: of the checkpoint.
         files: stored tensor name → the file that holds it.
+        format: in which weights are decoded while they are read; None reads them as stored.
     """
 
-    def __init__(self, directory: Path, name: str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        trust_remote_code: bool = False,
+        decodes: bool = False,
+    ) -> None:
         """Read the config and the tensors' names; no weights.
 
         Args:
             directory: of the checkpoint.
             name: of the model, for messages.
             trust_remote_code: whether to run code beside the model.
+            decodes: whether a model that is quantized already is read as a float model.
 
         Raises:
             CheckpointError: for files that are missing or cannot be read.
-            UnsupportedModelError: for a config that fits no model.
+            UnsupportedModelError: for a config that fits no model, or says that the model is
+                quantized in a way that is not decoded.
         """
         self.name, self.directory = name, directory
         self.trusts_code = trust_remote_code
         self.config = config_in(directory, name, trust_remote_code)
+        self._stored_config = self.config.to_json_string()
+        self.format: Format | None = None
+        if decodes:
+            self.config, self.format = as_float(self.config, name)
         self.files = tensor_files(directory, name)
         check_sizes(self.config, self.files, name)
         self.nbytes = sum(path.stat().st_size for path in set(self.files.values()))
@@ -75,11 +92,20 @@ class CheckpointSource(Source):
 
     def match(self, model: PreTrainedModel) -> Reader:
         """Match the stored tensors with a model's by transformers' renamings and conversions."""
-        return _StoredTensors(self.files, model, self.name)
+        files = WeightFiles(self.files)
+        stored: StoredTensors = files
+        if self.format is not None:
+            stored = DecodedTensors(files, self.format, self.name)
+        return _NamedTensors(stored, model, self.name)
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the user; the first says how quantized weights are read."""
+        return [*([] if self.format is None else [self.format.note]), *super().notes]
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and every tensor's name, shape, dtype, first and last values."""
-        digest = hashlib.sha256(self.config.to_json_string().encode())
+        digest = hashlib.sha256(self._stored_config.encode())
         for path in sorted(set(self.files.values())):
             digest_file(digest, path)
         return digest.hexdigest()
@@ -137,17 +163,13 @@ class _Conversion:
         return [replace(self, parts=parts) for _, parts in sorted(groups.items())]
 
 
-class _StoredTensors:
-    """The tensors of weight files under a model's names, each renamed, converted or as it is."""
+class _NamedTensors:
+    """Stored tensors under a model's names, each renamed, converted or as it is."""
 
-    def __init__(self, files: dict[str, Path], model: PreTrainedModel, source: str) -> None:
-        """files: stored name → file. source: name of the model, for messages."""
+    def __init__(self, files: StoredTensors, model: PreTrainedModel, source: str) -> None:
+        """files: the tensors by stored name. source: name of the model, for messages."""
         self._files, self._model, self._source = files, model, source
-        self._shapes = stored_specs = {
-            name: spec
-            for path in sorted(set(files.values()))
-            for name, spec in tensor_shapes(path).items()
-        }
+        stored_specs = files.specs
         renamings, wanted = WeightConversions(model), model.state_dict()
         conversions: dict[str, _Conversion] = {}
         self._stored: dict[str, str] = {}
@@ -225,7 +247,7 @@ class _StoredTensors:
                 tensors = dict(self._read(stored for _, stored in part.parts))
                 yield from self._convert(part, tensors)[name].split(count)
         else:
-            yield from read_rows(self._files[self._key(name)], self._key(name), count)
+            yield from self._files.rows(self._key(name), count)
 
     def _key(self, name: str) -> str:
         """The stored name of a tensor that is not converted. Raises CheckpointError without one."""
@@ -235,9 +257,9 @@ class _StoredTensors:
 
     def _read(self, stored: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(stored name, tensor), file by file."""
-        for key in sorted(stored, key=lambda key: str(self._files[key])):
+        for key in sorted(stored, key=self._files.place):
             # Opened for this tensor only: pages of a mapped file count as resident memory.
-            yield key, read_tensor(self._files[key], key)
+            yield key, self._files.tensor(key)
 
     def _parts(self, conversion: _Conversion, name: str) -> list[_Conversion]:
         """A conversion as one for each expert, whose results `name` in order are its own.
@@ -248,7 +270,7 @@ class _StoredTensors:
         shapes: list[tuple[int, ...]] = []
         for members in (parts[0], conversion):
             empty = {
-                stored: torch.empty(self._shapes[stored].shape, device="meta")
+                stored: torch.empty(self._files.specs[stored].shape, device="meta")
                 for _, stored in members.parts
             }
             shapes.append(tuple(self._convert(members, empty)[name].shape))

@@ -1,9 +1,11 @@
-"""The config of a model: reading it, and refusing one that is damaged or of a quantized model."""
+"""The config of a model: reading it, and refusing one that is damaged."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -14,6 +16,7 @@ from .model_class import OWN_CODE, trust_code
 from .side_files import CONFIG
 
 ADAPTER = "adapter_config.json"
+MODELOPT = "hf_quant_config.json"
 LARGEST_SIZE = 1 << 28  # integers in a config above this are taken for damage
 
 
@@ -82,21 +85,21 @@ def config_in(directory: Path, name: str, trust_remote_code: bool = False) -> Pr
         raise UnsupportedModelError(
             f"{name}: its config cannot be read: {first_line(error)}"
         ) from error
+    if not hasattr(config, "quantization_config") and (directory / MODELOPT).is_file():
+        quantization = _modelopt_config(directory, name)
+        if quantization.get("quant_algo") is not None:
+            config.quantization_config = {"quant_method": "modelopt", **quantization}
     return config
 
 
-def refuse_quantized(config: PretrainedConfig, name: str) -> None:
-    """Raise UnsupportedModelError if a model's config says that it is quantized."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else getattr(quantization, "quant_method", "?")
-        )
+def _modelopt_config(directory: Path, name: str) -> dict[str, Any]:
+    """What ModelOpt says of a model in a file of its own; empty if nothing."""
+    try:
+        return dict(json.loads((directory / MODELOPT).read_bytes()).get("quantization") or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{name} is already quantized (quant_method '{method}'); quantize the float model"
-        )
+            f"{name}: {MODELOPT} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:

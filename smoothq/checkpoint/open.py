@@ -11,9 +11,9 @@ from ..compat import is_custom_class
 from ..data.tokenizer import Processor, load_tokenizer
 from ..errors import CheckpointError, needs_package
 from .checkpoint_source import CheckpointSource
+from .formats.choose import refuse_loaded
 from .hub_files import resolve_directory
 from .in_memory import unwrapped
-from .model_config import refuse_quantized
 from .module_source import ModuleSource
 from .side_files import SideFiles, is_legal
 from .source import Source
@@ -25,7 +25,9 @@ def open_source(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> Source:
-    """Open a float model by hub id or directory, from a GGUF file in either, or in memory.
+    """Open a model as a float one: by hub id or directory, of a GGUF file in either, or in memory.
+
+    Weights in a directory that are quantized already are decoded while they are read.
 
     Args:
         model: hub id, `hf://owner/name[@revision]`, directory, GGUF file, or model.
@@ -35,11 +37,12 @@ def open_source(
 
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
-        UnsupportedModelError: for a model that is quantized already, or not supported.
+        UnsupportedModelError: for a model that is quantized already in a way that is not decoded,
+            or not supported.
     """
     if not isinstance(model, str | Path):
         model = unwrapped(model)
-        refuse_quantized(model.config, type(model).__name__)
+        refuse_loaded(model.config, type(model).__name__)
         read = model.config.name_or_path
         paths = [Path(read)] if read and Path(read).is_dir() else []
         code = {}
@@ -50,9 +53,7 @@ def open_source(
     if gguf_file is not None:
         return _open_gguf(str(model), gguf_file)
     directory = resolve_directory(str(model))
-    source = CheckpointSource(directory, str(model), trust_remote_code)
-    refuse_quantized(source.config, source.name)
-    return source
+    return CheckpointSource(directory, str(model), trust_remote_code, decodes=True)
 
 
 def _open_gguf(model: str, gguf_file: str) -> Source:

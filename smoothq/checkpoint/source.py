@@ -223,8 +223,8 @@ def _check_spec(spec: Spec, name: str, wanted: Tensor, model: str) -> None:
         )
     if wanted.is_floating_point() and spec.dtype not in PLAIN_FLOATS:
         raise UnsupportedModelError(
-            f"{model}: tensor '{name}' is stored as {spec.dtype}, and no quantization_config says "
-            "what its numbers stand for; quantize the float model"
+            f"{model}: tensor '{name}' is stored as {spec.dtype}, and nothing beside it says what "
+            "its numbers stand for; quantize the float model"
         )
 
 
@@ -249,7 +249,7 @@ def load_module(
 
     Args:
         module: of the source's skeleton.
-        prefix: full name of the module.
+        prefix: full name of the module; empty for the model.
         source: of the weights.
         dtype: of the floats; None keeps the stored dtypes.
         directory: for files of large stacks of matrices, as of experts, which are read one by one
@@ -260,8 +260,9 @@ def load_module(
         NumericsError: for NaN or Inf.
     """
     expected = module.state_dict()
-    unstored = {n for n, _ in module.named_buffers() if f"{prefix}.{n}" not in source.specs}
-    names = {f"{prefix}.{name}": name for name in expected if name not in unstored}
+    start = f"{prefix}." if prefix else ""
+    unstored = {n for n, _ in module.named_buffers() if f"{start}{n}" not in source.specs}
+    names = {f"{start}{name}": name for name in expected if name not in unstored}
     loaded = {}
     if directory is not None and dtype is not None:
         for full in [full for full in names if is_large_stack(source.specs.get(full))]:

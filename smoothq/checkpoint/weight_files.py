@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,14 +166,35 @@ def read_tensor(path: Path, key: str) -> Tensor:
     return tensor
 
 
+def copies(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key, a copy of its tensor) of a weight file, which is opened once."""
+    read: Callable[[str], Tensor] = (
+        open_bin(path).__getitem__ if is_bin(path) else _open_safetensors(path).get_tensor
+    )
+    for key in keys:
+        yield key, read(key).clone()
+
+
+def read_part(path: Path, key: str, *index: slice) -> Tensor:
+    """A part of a tensor of a weight file, on the CPU; only it is read.
+
+    Args:
+        path: of the weight file.
+        key: name of the tensor in the file.
+        index: what to take along the first axes.
+    """
+    stored = open_bin(path)[key] if is_bin(path) else _open_safetensors(path).get_slice(key)
+    part: Tensor = stored[index]
+    return part
+
+
 def read_rows(path: Path, key: str, count: int) -> Iterator[Tensor]:
     """A tensor of a weight file in chunks of `count` rows, of which the last may be shorter.
 
     The file is opened for each: pages of a mapped file count as resident memory.
     """
     for first in range(0, tensor_shapes(path)[key].shape[0], count):
-        rows = open_bin(path)[key] if is_bin(path) else _open_safetensors(path).get_slice(key)
-        yield rows[first : first + count]
+        yield read_part(path, key, slice(first, first + count))
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -46,9 +46,12 @@ def models(
         _print_families(as_json)
         return
     from ..advisor.model_claims import claims_of, source_of, tables
+    from ..checkpoint.formats.choose import FORMATS, as_float, method_of
     from ..checkpoint.model_config import config_named
 
     config = config_named(model, trust_remote_code)
+    if method_of(config) in FORMATS:
+        config, _ = as_float(config, model)
     if as_python:
         print(source_of(config), end="")
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,13 +42,14 @@ def plan(
 ) -> None:
     """Say what a recipe comes to for MODEL, who can run it, and what it costs; reads no weight.
 
-    Of an export, which needs no recipe: which of vLLM's kernels would run its layers.
+    Of an export, without a recipe: which of vLLM's kernels would run its layers.
 
     Example: smoothq plan MODEL --w4a4
     """
     from ..advisor.costs import advise, tables
     from ..api import planned
-    from ..checkpoint.model_config import read_config, refuse_quantized
+    from ..checkpoint.formats.choose import as_float
+    from ..checkpoint.model_config import read_config
     from ..checkpoint.skeleton import skeleton_of
     from ..export import schemes as compressed_tensors
     from ..pipeline.estimate import estimate_resources
@@ -58,14 +59,17 @@ def plan(
     silence_transformers()
     config = read_config(model, trust_remote_code)
     quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") == compressed_tensors.METHOD:
+    exported = quantization.get("quant_method") == compressed_tensors.METHOD
+    if exported and not flags.name_a_recipe:
         _plan_export(skeleton_of(config, model), quantization, as_json)
         return
     recipe = flags.chosen()
     device = resolve_device(device)
-    refuse_quantized(config, model)
+    config, encoded = as_float(config, model)
     empty = skeleton_of(config, model)
     _, resolved = planned(empty, model, recipe, servable=servable)
+    if encoded is not None:
+        resolved = replace(resolved, notes=(*resolved.notes, encoded.note))
     needs = estimate_resources(resolved, parse_memory(max_memory))
     before = resolved.wiring.nbytes
     advice = advise(empty, resolved)

@@ -150,6 +150,11 @@ class RecipeFlags:
 
     values: dict[str, Any]
 
+    @property
+    def name_a_recipe(self) -> bool:
+        """Whether a preset or a file is among them."""
+        return any(self.values[name] for name in ("recipe", *PRESETS))
+
     def chosen(self) -> Recipe:
         """The recipe that the flags come to.
 

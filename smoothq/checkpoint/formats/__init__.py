@@ -1,0 +1,1 @@
+"""Formats of weights that are quantized already: a file each, decoded while a model is read."""
