@@ -94,9 +94,17 @@ def refuse_quantized(config: PretrainedConfig, name: str) -> None:
             if isinstance(quantization, dict)
             else getattr(quantization, "quant_method", "?")
         )
-        raise UnsupportedModelError(
-            f"{name} is already quantized (quant_method '{method}'); quantize the float model"
-        )
+        raise already_quantized(name, f"quant_method '{method}'")
+
+
+def already_quantized(name: str, by: str) -> UnsupportedModelError:
+    """The error for a model that is quantized.
+
+    Args:
+        name: of the model.
+        by: what says so.
+    """
+    return UnsupportedModelError(f"{name} is already quantized ({by}); quantize the float model")
 
 
 def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:
