@@ -230,7 +230,7 @@ def _refuse_for_model_free(
     if named:
         raise RecipeError(
             f"model_free knows no class that could take {', '.join(named)}: leave that out, or "
-            "model_free"
+            "model_free=True"
         )
     if not isinstance(model, str | Path):
         raise RecipeError("model_free reads stored tensors: give a directory or a hub id")

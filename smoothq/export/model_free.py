@@ -207,7 +207,7 @@ def _plain(recipe: Recipe) -> tuple[Recipe, str]:
     if reasons:
         raise RecipeError(
             f"recipe '{recipe.name}' without a model's class: {'; '.join(reasons)}; change that, "
-            "or leave model_free out"
+            "or leave model_free=True out"
         )
     methods = {
         "smoothing": recipe.smoothing is not None,
