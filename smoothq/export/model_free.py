@@ -45,7 +45,7 @@ from .schemes import Scheme, quantization_config
 from .stored_model import StoredModel
 
 MEMORY = 2 * 10**9  # bytes that a run takes at most, libraries included
-CHUNK_WEIGHTS = 1 << 24  # of a matrix that are rounded at a time, unless BLOCK rows are more
+CHUNK_WEIGHTS = 1 << 23  # of a matrix that are rounded at a time, unless BLOCK rows are more
 FORM = f"{COMPRESSED_TENSORS}, model_free"  # in the run's key
 CODES = ("weight_packed", "weight")  # names of a linear's codes, by layout
 BY_ROWS = ("weight_scale", "weight_zero_point")  # tensors that grow with a linear's rows

@@ -26,7 +26,7 @@ from ..kernels.formats import (
     powers_of_two,
 )
 from ..kernels.reference import nonzero
-from .grid import Grid, Scales, rows_at_once
+from .grid import CHUNK_ELEMENTS, Grid, Scales, rows_at_once
 from .packing import pack, unpack
 
 BLOCK = 128  # rows and columns of a block that shares a scale
@@ -161,7 +161,9 @@ class FloatGrid(Grid):
         rows, columns = weight.shape
         padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
         blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-        scale = self._float_scale(blocks.flatten(2))
+        numbers = blocks.reshape(-1, 1, BLOCK * BLOCK)
+        chunks = numbers.split(max(1, CHUNK_ELEMENTS // numbers.shape[-1]))
+        scale = torch.cat(list(map(self._float_scale, chunks))).view(blocks.shape[:2])
         return self._by_group(scale, rows, columns // self.group_size)
 
     def _by_group(self, blocks: Tensor, rows: int, groups: int) -> Tensor:
