@@ -23,6 +23,7 @@ from .data.tokenizer import Processor
 from .errors import RecipeError, StoppedError
 from .evaluation.perplexity import windows_of
 from .export.compressed_tensors import export_compressed_tensors
+from .export.model_free import MEMORY, quantize_model_free
 from .pipeline.estimate import estimate_resources, estimate_time
 from .pipeline.monitor import BlockDone, OnBlock, Probe
 from .pipeline.run import quantize_checkpoint
@@ -69,6 +70,7 @@ def quantize(
     stop_above: float | None = None,
     check: bool = True,
     trust_remote_code: bool = False,
+    model_free: bool = False,
 ) -> Any:
     """Quantize a decoder. Returns the model, or with `output` a QuantizeResult.
 
@@ -111,6 +113,10 @@ def quantize(
         check: load the output before it is placed and compare it with what was computed.
         trust_remote_code: run model code that lies beside the weights, as transformers does with
             this flag. Without it such a model is refused, and nothing asks.
+        model_free: quantize the stored tensors without the model's class, which may be newer than
+            transformers: linears are told by name and shape and rounded to nearest, in less than
+            2 GB of memory, and the output is in the compressed-tensors format whatever `format`
+            says. Needs an output, and takes no text; nothing is loaded to check.
 
     Raises SmoothqError (RecipeError, UnsupportedModelError, CalibrationError, NumericsError,
     CheckpointError, DeviceError or StoppedError) with one line on what was wrong and what to do.
@@ -120,6 +126,19 @@ def quantize(
     if isinstance(max_memory, str):
         max_memory = parse_bytes(max_memory)
     device = resolve_device(device)
+    if model_free:
+        given = {
+            "tokenizer": tokenizer,
+            "data": data,
+            "gguf_file": gguf_file,
+            "on_block": on_block,
+            "probe": probe,
+        }
+        _refuse_for_model_free(model, output, given, max_memory)
+        assert output is not None
+        writer = CheckpointWriter(Path(output), overwrite, resume=resume)
+        result = quantize_model_free(str(model), recipe, writer, torch.device(device), progress)
+        return replace(result, path=Path(output), _dtype=dtype, _memory=memory)
     world = World.join(device)
     with ExitStack() as stack:
         if output is None:
@@ -198,6 +217,27 @@ def _check_options(
         raise RecipeError("stop_above needs a probe to measure with")
     if output is None and format != "smoothq":
         raise RecipeError(f"format {format} is written, not loaded: name an output")
+
+
+def _refuse_for_model_free(
+    model: object, output: object, given: Mapping[str, object], max_memory: int | None
+) -> None:
+    """Raise RecipeError for arguments of `quantize` that need a model's class.
+
+    given: those arguments, by name; None where they were not given.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise RecipeError(
+            f"model_free knows no class that could take {', '.join(named)}: leave that out, or "
+            "model_free=True"
+        )
+    if not isinstance(model, str | Path):
+        raise RecipeError("model_free reads stored tensors: give a directory or a hub id")
+    if output is None:
+        raise RecipeError("model_free writes what it makes, and loads nothing: name an output")
+    if max_memory is not None and max_memory < MEMORY:
+        raise RecipeError(f"model_free takes up to {MEMORY / 1e9:g} GB: raise max_memory to that")
 
 
 def planned(

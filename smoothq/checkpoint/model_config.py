@@ -102,6 +102,16 @@ def _modelopt_config(directory: Path, name: str) -> dict[str, Any]:
         ) from error
 
 
+def already_quantized(name: str, by: str) -> UnsupportedModelError:
+    """The error for a model that is quantized.
+
+    Args:
+        name: of the model.
+        by: what says so.
+    """
+    return UnsupportedModelError(f"{name} is already quantized ({by}); quantize the float model")
+
+
 def check_sizes(config: PretrainedConfig, tensors: Collection[str], name: str) -> None:
     """Refuse a damaged config, which would make transformers build until memory is exhausted.
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
@@ -43,6 +43,7 @@ log = logging.getLogger("smoothq")
 
 STATE_FORMAT = 1
 RESERVE_BYTES = 16 << 20  # disk space for config, tokenizer and card beside the tensors
+Config = PretrainedConfig | Mapping[str, Any]  # of a model: an object, or what config.json says
 
 
 class Environment(BaseModel, frozen=True):
@@ -138,6 +139,12 @@ class CheckpointWriter:
         """A directory for temporary files of the run."""
         return self.partial / "scratch"
 
+    @property
+    def written(self) -> dict[str, Entry]:
+        """The tensors that have been written since the run began, by their names."""
+        assert self._state is not None
+        return {name: entry for shard in self._state.shards.shards for name, entry in shard.items()}
+
     def beside(self, name: str) -> Path:
         """The path for another step's work on the output's disk: `OUT.name` or `OUT/.name`."""
         return self._place.beside(name)
@@ -170,9 +177,7 @@ class CheckpointWriter:
                 f"{free / 1e9:.2f} GB are free"
             )
 
-    def is_finished(
-        self, identity: RunKey, config: PretrainedConfig, side_files: SideFiles
-    ) -> bool:
+    def is_finished(self, identity: RunKey, config: Config, side_files: SideFiles) -> bool:
         """Whether the output exists already, complete and from the same run and side files.
 
         Writes config, tokenizer and generation config to a temporary directory to hash them, so
@@ -180,7 +185,7 @@ class CheckpointWriter:
 
         Args:
             identity: the key of the run.
-            config: of the output's model.
+            config: of the output's model, an object or the content of `config.json`.
             side_files: of the output.
 
         Raises:
@@ -391,11 +396,11 @@ class CheckpointWriter:
                 path.unlink(missing_ok=True)
             self._shards.forget_copied()
 
-    def assemble(self, config: PretrainedConfig, side_files: SideFiles, card: str) -> Path:
+    def assemble(self, config: Config, side_files: SideFiles, card: str) -> Path:
         """Assemble the checkpoint in `OUT.partial/final` and return that directory.
 
         Args:
-            config: of the model; written as `config.json`.
+            config: of the model, an object or the content of `config.json`.
             side_files: to copy or write.
             card: text of the model card.
         """
@@ -408,9 +413,7 @@ class CheckpointWriter:
             side_files.write(final)
             _write_config(config, final)
             (final / CARD).write_text(card, encoding="utf-8")
-            shards = self._shards.state.shards
-            tensors = {name: entry for shard in shards for name, entry in shard.items()}
-            Manifest.of(final, tensors, self._state.identity).write(final)
+            Manifest.of(final, self.written, self._state.identity).write(final)
             for path in (*final.rglob("*"), final):
                 sync(path)
         return final
@@ -488,12 +491,17 @@ class CheckpointWriter:
             raise OutputError(f"cannot write '{self.out}': {reason}") from error
 
 
-def _write_config(config: PretrainedConfig, directory: Path) -> None:
+def _write_config(config: Config, directory: Path) -> None:
     """Write `config.json`, with the Python files of a model with remote code.
+
+    The content of a `config.json` is written as it is: the Python files are side files then.
 
     `save_pretrained` is not used, because it refuses generation parameters, which older configs
     have.
     """
+    if not isinstance(config, PretrainedConfig):
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return
     written = copy.deepcopy(config)
     forget_weights_file(written)
     save_custom_code(written, directory)

@@ -44,6 +44,14 @@ def quantize(
         typer.Option("--format", help="Our own, or the one that others read; see export."),
     ] = "smoothq",
     servable: Servable = False,
+    model_free: Annotated[
+        bool,
+        typer.Option(
+            "--model-free",
+            help="Without the model's class, which may be newer than transformers: linears by name "
+            "and shape, rounded to nearest, in compressed-tensors.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[
@@ -89,6 +97,8 @@ def quantize(
     """
     if stop_above is not None and probe_every is None:
         raise typer.BadParameter("--stop-above needs --probe-every")
+    if model_free and dry_run:
+        raise typer.BadParameter("--dry-run plans with a model's class, and --model-free has none")
     recipe, limit = flags.chosen(), parse_memory(max_memory)
     from .. import api  # imports torch, which no answer to misuse waits for
     from ..checkpoint.open import open_source
@@ -126,6 +136,7 @@ def quantize(
             stop_above=stop_above,
             check=check,
             trust_remote_code=trust_remote_code,
+            model_free=model_free,
         )
     if not world.is_main:
         return
@@ -133,7 +144,7 @@ def quantize(
     if result.export is not None:
         figures |= {"export": asdict(result.export)}
         rows = report.export_rows(result.export)
-        table += [(f"{form}, {label}", text) for label, text in rows]
+        table += [(f"compressed-tensors, {label}", text) for label, text in rows]
     if as_json:
         print(json.dumps(figures | {"output": str(output)}))
         return

@@ -166,7 +166,7 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
     if plan.input.rotation is not None:
         edit = {f"rotation__{_ROTATION[site.reads]}": False}
         yield ExportBlocker("its input is rotated while the model runs", edit)
-    yield from _of_input(plan.input)
+    yield from input_blockers(plan.input)
     if site.routed:
         yield ExportBlocker(
             "experts are held apart here, and together elsewhere", {}, "a dense model"
@@ -197,7 +197,8 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
         yield ExportBlocker(what, {}, "activations.granularity: token, static: false")
 
 
-def _of_input(spec: InputSpec) -> Iterator[ExportBlocker]:
+def input_blockers(spec: InputSpec) -> Iterator[ExportBlocker]:
+    """What servers cannot run of how an input is quantized."""
     if spec.smoothed:
         yield ExportBlocker(
             "its input is smoothed while the model runs", {"runtime_smoothing": None}

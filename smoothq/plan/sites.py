@@ -69,7 +69,7 @@ def plan_towers(wiring: Wiring, recipe: Recipe) -> dict[str, TowerLinear]:
         wanted, stored = recipe.for_tower(name), wiring.tensors.get(f"{name}.weight")
         if wanted is not None and stored is not None:
             rows, columns = stored.shape
-            spec = WeightSpec(rows, columns, _weight_grid(wanted, columns, name))
+            spec = WeightSpec(rows, columns, weight_grid(wanted, columns, name))
             inputs = InputSpec(columns, FLOAT_BITS, "float")
             if wanted.activations.bits != FLOAT_BITS:
                 a = wanted.activations
@@ -151,7 +151,7 @@ def _plan_site(wiring: Wiring, recipe: Recipe, index: int, site: Site) -> SitePl
         linear, where = wiring.layers[index].get_submodule(name), f"{block}.{name}"
         assert isinstance(linear, nn.Linear)
         width, linear_recipe = linear.in_features, recipe.for_module(where)
-        grid = _weight_grid(linear_recipe, width, where)
+        grid = weight_grid(linear_recipe, width, where)
         modules[name] = WeightSpec(linear.out_features, width, grid)
         inputs[name] = _input_spec(wiring, linear_recipe, site, width, where)
     first, *others = inputs
@@ -177,7 +177,17 @@ def _parent(wiring: Wiring, index: int, module: str) -> str:
     return parent
 
 
-def _weight_grid(recipe: Recipe, columns: int, where: str) -> Grid:
+def weight_grid(recipe: Recipe, columns: int, where: str) -> Grid:
+    """The grid of a linear's weight.
+
+    Args:
+        recipe: of the linear.
+        columns: of its weight.
+        where: its full name, for messages.
+
+    Raises:
+        RecipeError: for a group size that does not fit.
+    """
     weights = recipe.weights
     size = columns
     if weights.granularity == "group":
@@ -244,25 +254,37 @@ def _float_mode(activations: Activations) -> tuple[Mode, int]:
     return cast(Mode, f"fp_{kind}"), 1
 
 
-def _input_spec(wiring: Wiring, recipe: Recipe, site: Site, width: int, where: str) -> InputSpec:
-    activations, smooth = recipe.activations, recipe.runtime_smoothing
+def plain_input(recipe: Recipe, width: int) -> InputSpec:
+    """How an input is quantized that nothing is done to before; runtime smoothing is left out.
+
+    Args:
+        recipe: of the linears that read it.
+        width: channels of the input.
+    """
+    activations = recipe.activations
     settings: dict[str, Any] = {}
     mode: Mode
     if activations.bits == FLOAT_BITS:
         mode = "float"
     elif activations.is_float:
         mode, settings["group_size"] = _float_mode(activations)
-    elif smooth is not None:
-        mode = cast(Mode, f"smooth_{smooth.scope}")
-        if smooth.scope != "calibrated":
-            settings["group_size"] = _group_size(smooth.group_size, width, where)
-        settings["normalise"] = smooth.normalise
     elif activations.granularity == "tensor":
         mode = "static" if activations.static else "tensor"
     else:
         mode = "token"
         settings["full_range"] = activations.full_range
+    return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)
+
+
+def _input_spec(wiring: Wiring, recipe: Recipe, site: Site, width: int, where: str) -> InputSpec:
+    spec, smooth = plain_input(recipe, width), recipe.runtime_smoothing
+    settings: dict[str, Any] = {}
+    if smooth is not None:
+        settings["mode"] = cast(Mode, f"smooth_{smooth.scope}")
+        if smooth.scope != "calibrated":
+            settings["group_size"] = _group_size(smooth.group_size, width, where)
+        settings["normalise"] = smooth.normalise
     if _rotates_online(wiring, recipe, site):
         block = recipe.rotates.block_size
         settings["rotation"] = Hadamard.of(width, recipe.seed, block=block)
-    return InputSpec(width, activations.bits, mode, activations.clip_ratio, **settings)
+    return replace(spec, **settings)

@@ -26,14 +26,14 @@ from ..kernels.formats import (
     powers_of_two,
 )
 from ..kernels.reference import nonzero
-from .grid import Grid, Scales, rows_at_once
+from .grid import CHUNK_ELEMENTS, Grid, Scales, rows_at_once
 from .packing import pack, unpack
 
 BLOCK = 128  # rows and columns of a block that shares a scale
 MOVED = (0, 1, -1)  # exponents of MX scales tried besides the rule's
 FRACTIONS = (6.0, 4.0)  # the value that a group's maximum is taken to in NVFP4 (arXiv 2512.02010)
 NEIGHBOURS = range(-2, 3)  # E4M3 scales tried around each of these
-RATIOS = [1 - 0.02 * step for step in range(16)]  # of the maximum, tried for float32 scales
+RATIOS = [1 - 0.05 * step for step in range(6)]  # of the maximum, tried for float32 scales
 
 ScaleFormat = Literal["float", "e8m0", "e4m3"]
 
@@ -161,7 +161,9 @@ class FloatGrid(Grid):
         rows, columns = weight.shape
         padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
         blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-        scale = self._float_scale(blocks.flatten(2))
+        numbers = blocks.reshape(-1, 1, BLOCK * BLOCK)
+        chunks = numbers.split(max(1, CHUNK_ELEMENTS // numbers.shape[-1]))
+        scale = torch.cat(list(map(self._float_scale, chunks))).view(blocks.shape[:2])
         return self._by_group(scale, rows, columns // self.group_size)
 
     def _by_group(self, blocks: Tensor, rows: int, groups: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Floating-point formats and words of 2 and 3 bits, exported, as the format's own reader has them."""
+"""Floating-point formats, and words of 2 and 3 bits, as the format's own reader has them."""
 
 import json
 from collections.abc import Callable
