@@ -153,7 +153,7 @@ class RecipeFlags:
     @property
     def name_a_recipe(self) -> bool:
         """Whether a preset or a file is among them."""
-        return any(self.values[name] for name in ("recipe", *PRESETS))
+        return self.values["recipe"] is not None or bool(self._presets)
 
     def chosen(self) -> Recipe:
         """The recipe that the flags come to.
@@ -168,9 +168,14 @@ class RecipeFlags:
                 edits |= {path: value} if isinstance(path, str) else path(value)
         return self._base().edit(edits | dict(map(_setting, self.values["set"] or ())))
 
+    @property
+    def _presets(self) -> list[Preset]:
+        """The presets whose flags are given."""
+        return [name for name in PRESETS if self.values[name.replace("-", "_")]]
+
     def _base(self) -> Recipe:
         """The preset, or the file, whose fields the other flags edit."""
-        presets = [name for name in PRESETS if self.values[name.replace("-", "_")]]
+        presets = self._presets
         file, method, scope, effort = (
             self.values[name] for name in ("recipe", "method", "smooth_scope", "effort")
         )

@@ -191,7 +191,7 @@ def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
         yield ExportBlocker(what, {}, "one format for them, or keep all of them in float")
     if plan.input.mode == "fp_group" and plan.input.width % plan.input.group_size:
         what = f"its groups of {plan.input.group_size} do not divide its input"
-        yield ExportBlocker(what, {}, "--fp8")
+        yield ExportBlocker(what, {}, "FP8 weights per channel, and activations per token")
     if plan.input.mode == "static" and grids != {(8, 1, True, "int")}:
         what = "static scales go with 8-bit weights per channel"
         yield ExportBlocker(what, {}, "activations.granularity: token, static: false")

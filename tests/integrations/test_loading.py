@@ -316,7 +316,7 @@ def test_integers_of_another_dtype_are_an_error(edited) -> None:
 
 
 def test_a_recipe_that_cannot_be_is_an_error(edited) -> None:
-    copy = edited(config=lambda values: values["recipe"]["weights"].update(bits=3))
+    copy = edited(config=lambda values: values["recipe"]["weights"].update(bits=1))
     with pytest.raises(RecipeError, match=r"weights\.bits"):
         AutoModelForCausalLM.from_pretrained(copy)
 

@@ -1,0 +1,88 @@
+"""Every preset of a number format: quantized, stored, loaded, run, and run token by token."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from smoothq import kernels, preset, quantize
+
+FORMATS = ["fp8", "fp8-block", "w4a8-fp8", "mxfp8", "mxfp4", "nvfp4", "w4a16-nvfp4"]
+WORDS = ["w3a16", "w2a16"]
+EMULATED = [name for name in FORMATS if name != "w4a16-nvfp4"]
+TOKENS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def source() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=320,  # two blocks of 128 and a short one
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=96,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory) -> Callable[..., LlamaForCausalLM]:
+    """A quantized model, loaded from where it was stored; the run itself compares the two."""
+    data = torch.randint(0, 96, (4, 64), generator=torch.Generator().manual_seed(5))
+    place = tmp_path_factory.mktemp("formats")
+    known: dict[str, LlamaForCausalLM] = {}
+
+    def of(name: str, plain: bool = False) -> LlamaForCausalLM:
+        key = f"{name} plain" if plain else name
+        if key not in known:
+            recipe = preset(name)
+            if recipe.tuning is not None:
+                recipe = recipe.edit(tuning__steps=4)
+            if plain:
+                recipe = recipe.edit(tuning=None, rotation=None, smoothing=None)
+                recipe = recipe.edit(weights__rounding="rtn", weights__clip=False)
+            quantize(source, recipe, data=data, output=place / key)
+            known[key] = AutoModelForCausalLM.from_pretrained(place / key, dtype="auto")
+        return known[key]
+
+    return of
+
+
+@torch.no_grad()
+def logits(model: LlamaForCausalLM, tokens: Tensor = TOKENS, **kwargs: object) -> Tensor:
+    return model(input_ids=tokens, **kwargs).logits
+
+
+def error(model: LlamaForCausalLM, source: LlamaForCausalLM) -> float:
+    exact = logits(source)
+    return float((logits(model) - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *WORDS])
+def test_it_is_no_worse_than_plain_rounding(made, source, name) -> None:
+    assert error(made(name), source) < 1.1 * error(made(name, plain=True), source)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *WORDS])
+def test_prefill_and_a_decode_step_agree_with_a_longer_prefill(made, name) -> None:
+    model = made(name)
+    cache = DynamicCache(config=model.config)
+    logits(model, TOKENS[:, :-1], past_key_values=cache, use_cache=True)
+    step = logits(model, TOKENS[:, -1:], past_key_values=cache, use_cache=True)
+    whole = logits(model)[:, -1:]
+    # A product of one token adds in another order; what is near a tie may then round otherwise.
+    assert float((step - whole).norm() / whole.norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *WORDS])
+def test_what_is_emulated_is_called_so(made, name) -> None:
+    report = kernels.report(made(name))
+    assert ("(emulated)" in report) == (name in EMULATED)
+    assert ("fp_gemm" in report) == (name not in (*WORDS, "w4a8-fp8"))
