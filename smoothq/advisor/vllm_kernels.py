@@ -26,6 +26,7 @@ MARLIN_GROUPS = (None, 32, 64, 128)
 MACHETE_GROUPS = (None, 64, 128)
 TRITON_GROUPS = (None, 32, 64, 128, 256)
 HUMMING = "HummingLinearKernel"
+NOT_KNOWN = "not known"  # of formats whose kernels were not read
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class LayerKernel:
         count: blocks that have such a layer.
         scheme: bits, group size and format of weights and activations, as text.
         shape: (N, K) of the merged matrix, N outputs and K inputs.
-        kernels: kernel names by device of `DEVICES`, None where no kernel supports the layer.
+        kernels: kernel names by device of `DEVICES`, None where no kernel supports the layer, and
+            NOT_KNOWN for formats whose kernels were not read.
         floats: devices whose kernel leaves activations in 16 bits although the scheme quantizes
             them.
     """
@@ -81,7 +83,8 @@ def layer_kernels(model: PreTrainedModel, quantization: dict[str, Any]) -> list[
 def _layer_kernel(stage: str, count: int, scheme: Scheme, shape: tuple[int, int]) -> LayerKernel:
     kernels = {device: kernel_of(scheme, shape, device) for device in DEVICES}
     quantizes = scheme.input_bits != FLOAT_BITS and scheme.format == "pack-quantized"
-    floats = [d for d, kernel in kernels.items() if quantizes and kernel not in (None, HUMMING)]
+    exact = (None, HUMMING, NOT_KNOWN)
+    floats = [d for d, kernel in kernels.items() if quantizes and kernel not in exact]
     return LayerKernel(stage, count, str(scheme), shape, kernels, tuple(floats))
 
 
@@ -94,8 +97,10 @@ def kernel_of(scheme: Scheme, shape: tuple[int, int], device: str) -> str | None
         device: one of `DEVICES`.
 
     Returns:
-        The name of the kernel's class, or None if no kernel supports the matrix.
+        The name of the kernel's class, None if no kernel supports the matrix, or NOT_KNOWN.
     """
+    if "float" in (scheme.type, scheme.input_type) or scheme.bits not in (4, 8):
+        return NOT_KNOWN
     if scheme.format == "int-quantized":
         return f"{'CPU' if device == 'CPU' else 'Cutlass'}Int8ScaledMMLinearKernel"
     (n, k), group = shape, scheme.group_size
@@ -141,6 +146,11 @@ def remarks(layers: list[LayerKernel]) -> list[str]:
     lines = []
     if any(kernel is None for layer in layers for kernel in layer.kernels.values()):
         lines.append("Where it has none vLLM refuses to load the model, and says so.")
+    if any(kernel == NOT_KNOWN for layer in layers for kernel in layer.kernels.values()):
+        lines.append(
+            "Kernels of floating-point formats, and of 2 and 3 bits, are not known here: see vLLM's "
+            "table of supported hardware."
+        )
     if floats:
         lines.append(
             f"On {', '.join(floats)} vLLM would leave these activations in 16 bits without saying "

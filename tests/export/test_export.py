@@ -440,6 +440,21 @@ def test_activations_that_would_stay_in_16_bits_are_told() -> None:
     assert not any(each.floats for each in of_llama(W8A8) + of_llama(W4A16))
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(8, "channel", None, "token", 8, type="float", input_type="float"),
+        Scheme(4, "group", 32, "token", 8, input_type="float"),
+        Scheme(3, "group", 32, "float", 16),
+    ],
+)
+def test_of_formats_whose_kernels_were_not_read_nothing_is_claimed(scheme) -> None:
+    layers = of_llama(scheme)
+    assert {kernel for each in layers for kernel in each.kernels.values()} == {"not known"}
+    assert not any(each.floats for each in layers)
+    assert "not known here" in remarks(layers)[0]
+
+
 def test_a_config_of_another_kind_is_refused() -> None:
     group = {"targets": ["Linear"], **W8A8.arguments()}
     group["weights"] = group["weights"] | {"type": "float"}
