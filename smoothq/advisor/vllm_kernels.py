@@ -148,8 +148,8 @@ def remarks(layers: list[LayerKernel]) -> list[str]:
         lines.append("Where it has none vLLM refuses to load the model, and says so.")
     if any(kernel == NOT_KNOWN for layer in layers for kernel in layer.kernels.values()):
         lines.append(
-            "Kernels of floating-point formats, and of 2 and 3 bits, are not known here: see vLLM's "
-            "table of supported hardware."
+            "Kernels of floating-point formats, and of 2 and 3 bits, are not known here: see "
+            "vLLM's table of supported hardware."
         )
     if floats:
         lines.append(
