@@ -7,6 +7,7 @@ asked for it, while a compiler traces a block until the block ends (`TracedInput
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -332,6 +333,14 @@ class InputQuantizer(nn.Module):
         if last is None or last[0] is not x:
             last = results[self.name] = (x, self._quantize(x))
         return last[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:
+        scale = self._buffers.get("scale")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None and self.scale.dtype != scale.dtype:
+            # `.to(dtype)` is about activations; a scale that lost bits would move all of them.
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles: without the cached result."""

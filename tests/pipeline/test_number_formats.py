@@ -1,5 +1,6 @@
 """Every preset of a number format: quantized, stored, loaded, run, and run token by token."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -86,3 +87,12 @@ def test_what_is_emulated_is_called_so(made, name) -> None:
     report = kernels.report(made(name))
     assert ("(emulated)" in report) == (name in EMULATED)
     assert ("fp_gemm" in report) == (name not in (*WORDS, "w4a8-fp8"))
+
+
+def test_scales_keep_their_dtype_where_a_model_is_cast(made) -> None:
+    model = copy.deepcopy(made("nvfp4"))
+    scales = {name: b for name, b in model.named_buffers() if name.endswith("scale")}
+    assert any(name.endswith("input.scale") for name in scales)
+    model.to(torch.bfloat16)
+    cast = dict(model.named_buffers())
+    assert all(torch.equal(cast[name], scale) for name, scale in scales.items())
