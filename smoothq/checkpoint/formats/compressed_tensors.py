@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, UnsupportedModelError
+from ...kernels.formats import E8M0_BIAS
 from ..stored import WeightFiles
 from ..weight_files import Spec
 from .bits import WORD, unpack
 from .format import Blocks, EncodedWeight, Format, ScaledWeight
 from .fp4 import Fp4Weight, halves
-from .fp8 import E8M0_BIAS
 
 METHOD = "compressed-tensors"
 READ = {

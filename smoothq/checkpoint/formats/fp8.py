@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
+from ...kernels.formats import E8M0_BIAS
 from ..stored import WeightFiles
 from ..weight_files import Spec
 from .bits import fp4
 from .format import FP8, Blocks, EncodedWeight, Format, ScaledWeight
 
-E8M0_BIAS = 127
 # Ends of the names of a weight and of its scales.
 _NAMES = (
     ("", "_scale_inv"),

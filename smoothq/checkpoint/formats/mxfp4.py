@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...kernels.formats import E8M0_BIAS
 from ..stored import WeightFiles
 from ..weight_files import Spec
 from .bits import fp4
 from .format import EncodedWeight, Format
-from .fp8 import E8M0_BIAS
 
 BLOCKS, SCALES = "_blocks", "_scales"
 
