@@ -133,8 +133,10 @@ def _cost(name: str, plan: Plan, quantized: bool = True) -> Cost:
     )
     read = nbytes - unread_experts - (0 if wiring.tied else embedding)
     linears = 2.0 * PROMPT * sum(_share(plan, site) * site.elements for site in plan.sites)
-    floats = not quantized or bits == FLOAT_BITS
+    emulated = quantized and plan.recipe.activations.is_float
+    floats = not quantized or bits == FLOAT_BITS or emulated
     integers = "int8" if bits == 8 else f"int8 ({bits}-bit codes)"
+    products = FLOAT_PRODUCTS if floats else integers
     widest = max(plan.sites, key=lambda site: site.input.width)
     return Cost(
         name=name,
@@ -142,7 +144,7 @@ def _cost(name: str, plan: Plan, quantized: bool = True) -> Cost:
         activation=plan.bits.activation if quantized else 8.0 * size,
         nbytes=nbytes,
         read=int(read),
-        products=FLOAT_PRODUCTS if floats else integers,
+        products=f"{products} (emulated)" if emulated else products,
         decode={chip.name: chip.bandwidth / read for chip in CHIPS},
         prompt={c.name: linears / (c.bfloat16 if floats else c.int8) for c in CHIPS},
         here=_timed(widest) if quantized else (1.0, 1.0),

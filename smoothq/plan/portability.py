@@ -134,6 +134,11 @@ def refuse_in_plugin(plan: Plan) -> None:
             "vLLM mixes the tokens of many sequences, and this recipe has scales over all of a "
             "forward's tokens; use runtime_smoothing.scope=token, or one scale a token"
         )
+    if any(spec.floating or fed.emulated for _, spec, fed in plan.linears()):
+        raise RecipeError(
+            "smoothq's vLLM plugin runs integer codes, and this recipe has floating-point ones; "
+            "give vLLM an export: servable=True and format='compressed-tensors'"
+        )
     if plan.attention is not None:
         raise RecipeError(
             "vLLM has an attention and a KV cache of its own; quantize without kv_cache and "

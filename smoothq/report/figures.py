@@ -15,6 +15,11 @@ W4A8_HINT = (
     "activations run as int8 operands: the products cost what W4A8's cost, and W4A8 is far more "
     "accurate. To make it: smoothq quantize {model} --w4a8 -o OUT"
 )
+EMULATED = (
+    "smoothq emulates products of floating-point activations: inputs are rounded to the format, "
+    "and multiplied as the floats that their codes stand for. Servers multiply the codes, on "
+    "hardware that does."
+)
 
 
 class Outcome(Protocol):
@@ -109,7 +114,9 @@ def remarks(outcome: Outcome, model: str) -> list[str]:
             "This recipe is not causal: later tokens, padding and chunking change earlier logits. "
             "It reproduces a paper; do not serve it."
         )
-    if outcome.recipe.activations.bits == 4:
+    if outcome.recipe.activations.is_float:
+        lines.append(EMULATED)
+    elif outcome.recipe.activations.bits == 4:
         lines.append(W4A8_HINT.format(model=model))
     return lines
 

@@ -9,6 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from smoothq import kernels, preset, quantize
+from smoothq.advisor.costs import advise
+from smoothq.errors import RecipeError
+from smoothq.plan.portability import refuse_in_plugin
+from smoothq.plan.resolve import make_plan
+from smoothq.report.figures import remarks
 
 FORMATS = ["fp8", "fp8-block", "w4a8-fp8", "mxfp8", "mxfp4", "nvfp4", "w4a16-nvfp4"]
 WORDS = ["w3a16", "w2a16"]
@@ -96,3 +101,12 @@ def test_scales_keep_their_dtype_where_a_model_is_cast(made) -> None:
     model.to(torch.bfloat16)
     cast = dict(model.named_buffers())
     assert all(torch.equal(cast[name], scale) for name, scale in scales.items())
+
+
+def test_a_plan_says_that_products_are_emulated(source) -> None:
+    plan = make_plan(source, preset("nvfp4"))
+    (asked,) = (cost for cost in advise(source, plan).costs if cost.name == "as asked")
+    assert asked.products == "16-bit float (emulated)"
+    assert [line for line in remarks(plan, "MODEL") if "emulates" in line]
+    with pytest.raises(RecipeError, match="runs integer codes"):
+        refuse_in_plugin(plan)

@@ -74,7 +74,8 @@ class _Fp4Weight(Fp4Weight):
 
 def _power_of_two(exponents: Tensor) -> Tensor:
     """Bfloat16 scales of E8M0 exponents."""
-    return 2.0 ** (exponents.to(torch.int32) - E8M0_BIAS).to(torch.bfloat16)
+    powers: Tensor = 2.0 ** (exponents.to(torch.int32) - E8M0_BIAS).to(torch.bfloat16)
+    return powers
 
 
 class CompressedTensors(Format):

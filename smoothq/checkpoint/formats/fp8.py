@@ -40,7 +40,8 @@ class _Fp8Weight(ScaledWeight):
 def scale_in_float32(stored: Tensor) -> Tensor:
     """Scales as float32; bytes are exponents of two."""
     if stored.dtype == torch.uint8:
-        return (stored.float() - E8M0_BIAS).exp2()
+        powers: Tensor = (stored.float() - E8M0_BIAS).exp2()
+        return powers
     return stored.float()
 
 
