@@ -193,10 +193,14 @@ def tiles_that_fit(
 ) -> list[triton.Config]:
     """The tiles whose step does not cross a packed group; for float32 the smallest alone.
 
-    Without tensor cores for it, a float32 product holds its operands in registers.
+    Without tensor cores for it, a float32 product holds its operands in registers. Words are taken
+    apart in registers, of which larger tiles and longer steps have too few.
     """
     if named["OPERAND"] == tl.float32:
         return configs[:1]
+    if settings["CODES"] == "words":
+        short = [c for c in configs if c.kwargs["BLOCK_K"] == 64]
+        return [c for c in short if c.kwargs["BLOCK_M"] < 128]
     group = settings["GROUP"]
     if settings["CODES"] != "e2m1" or group % 32:
         return configs
