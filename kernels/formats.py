@@ -50,13 +50,26 @@ class FloatFormat:
     def ranks(self, x: Tensor) -> Tensor:
         """The ranks of the values nearest to x, float (...), in x's dtype; NaN for NaN."""
         magnitude = x.abs().clamp(max=self.largest)
+        steps, first = self._in_binade(magnitude)
+        rank = steps.round_() + first
+        return torch.where(magnitude.isnan(), magnitude, rank.copysign_(x))
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Where x, float (...), lies among the ranks: evenly between one value and the next."""
+        steps, first = self._in_binade(x.abs())
+        positions: Tensor = (steps + first).copysign_(x)
+        return positions
+
+    def _in_binade(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps into the binade of a magnitude, and the rank that none would have; both float.
+
+        Within a binade the values are evenly spaced, and so are the ranks.
+        """
         exponent = torch.frexp(magnitude).exponent - 1
         exponent = torch.where(magnitude == 0, 1 - self.bias, exponent.clamp_(min=1 - self.bias))
-        # Within a binade the values are evenly spaced, and so are the ranks.
-        unit = torch.ldexp(torch.ones_like(x), exponent - self.mantissa)
-        steps = (magnitude / unit).round_()
-        rank = steps + (exponent + self.bias - 1).to(x.dtype) * 2**self.mantissa
-        return torch.where(magnitude.isnan(), magnitude, rank.copysign_(x))
+        unit = torch.ldexp(torch.ones_like(magnitude), exponent - self.mantissa)
+        first = (exponent + self.bias - 1).to(magnitude.dtype) * 2**self.mantissa
+        return magnitude / unit, first
 
     def values(self, ranks: Tensor) -> Tensor:
         """The values of ranks, float (...), in the same dtype."""

@@ -201,10 +201,10 @@ class QuantizedLinear(HoldsCodes):
 
     def _derived(self) -> RunningForm:
         row_scale = shift = None
-        if self.spec.grid.granularity == "block":
+        if self.spec.floating and self.spec.grid.granularity in ("block", "tensor"):
             # A product takes scales of rows and groups: they are a sixteenth of the codes.
             scales = self.spec.grid.scales_of(self._buffers, self.out_features, self.in_features)
-            return RunningForm(self.codes, sys.maxsize, None, None, scales.scale)
+            return RunningForm(self.codes, sys.maxsize, None, None, scales.scale.contiguous())
         if self.weight_zero_point is not None:
             shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
@@ -331,11 +331,8 @@ class QuantizedLinear(HoldsCodes):
             scale = running.block_scale
         elif self.weight_multiplier is not None:
             scale, tensor_scale = self.weight_multiplier, self.weight_scale
-        codes = self.codes.flatten(1)
-        if scale.shape[0] == 1:
-            scale = scale.expand(self.out_features, 1).contiguous()
         product: Tensor = kernels.fp_gemm(
-            x, codes, scale, tensor_scale, self.bias, self.spec.grid.element
+            x, self.codes.flatten(1), scale, tensor_scale, self.bias, self.spec.grid.element
         )
         return product
 

@@ -18,7 +18,7 @@ class RunningForm:
         packed_tokens: the most tokens for which a product multiplies by the packed codes.
         row_scale: float32 (N,), or None where groups have scales of their own.
         shift: float32 zero points times scales, or None without zero points.
-        block_scale: float32 (N, G), scales of blocks of rows by row and group, or None.
+        block_scale: float32 (N, G), scales that rows share by row and group, or None.
         operand: int8 (N, K), for products with more tokens; None until it is needed.
     """
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.formats import (
     E4M3,
+    E8M0_BIAS,
     FORMATS,
     FloatFormat,
     e4m3_bytes,
@@ -100,14 +101,8 @@ class FloatGrid(Grid):
         return values
 
     def positions(self, values: Tensor) -> Tensor:
-        """See `Grid`: between two neighbours positions grow evenly from one rank to the next."""
-        magnitude = values.abs()
-        exponent = torch.frexp(magnitude).exponent - 1
-        least = 1 - self.form.bias
-        exponent = torch.where(magnitude == 0, least, exponent.clamp_(min=least))
-        unit = torch.ldexp(torch.ones_like(values), exponent - self.form.mantissa)
-        offset = (exponent - least).to(values.dtype) * 2**self.form.mantissa
-        positions: Tensor = (magnitude / unit + offset).copysign_(values)
+        """See `Grid`."""
+        positions: Tensor = self.form.positions(values)
         return positions
 
     def find_scales(self, weight: Tensor, largest: float | None = None) -> Scales:
@@ -201,7 +196,7 @@ class FloatGrid(Grid):
             case _, "float":
                 return {"weight_scale": scale.contiguous()}
             case _, "e8m0":
-                exponents = torch.frexp(scale).exponent - 1 + 127
+                exponents = torch.frexp(scale).exponent - 1 + E8M0_BIAS
                 return {"weight_scale": exponents.to(torch.uint8)}
         assert scales.multiplier is not None
         return {

@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from smoothq import kernels, preset, quantize
 from smoothq.advisor.costs import advise
 from smoothq.errors import RecipeError
+from smoothq.modules import InputQuantizer, InputSpec, QuantizedLinear, WeightSpec
 from smoothq.plan.portability import refuse_in_plugin
 from smoothq.plan.resolve import make_plan
+from smoothq.plan.sites import weight_grid
 from smoothq.report.figures import remarks
+from smoothq.rounding.rtn import round_to_nearest
 
 FORMATS = ["fp8", "fp8-block", "w4a8-fp8", "mxfp8", "mxfp4", "nvfp4", "w4a16-nvfp4"]
 WORDS = ["w3a16", "w2a16"]
@@ -110,3 +113,15 @@ def test_a_plan_says_that_products_are_emulated(source) -> None:
     assert [line for line in remarks(plan, "MODEL") if "emulates" in line]
     with pytest.raises(RecipeError, match="runs integer codes"):
         refuse_in_plugin(plan)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"])
+def test_a_linear_of_one_output_is_multiplied(name) -> None:
+    grid = weight_grid(preset(name), 128, "head")
+    rounded = round_to_nearest(torch.randn(1, 128), grid)
+    linear = QuantizedLinear(
+        WeightSpec(1, 128, grid), InputQuantizer("x", InputSpec(128, 16, "float")), torch.float32
+    )
+    linear.set_weight(rounded, None)
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(linear(x), x @ rounded.dequantize().T, rtol=1e-4, atol=1e-4)
