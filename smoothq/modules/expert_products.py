@@ -91,8 +91,6 @@ def _of_floats(used: _Used, x: Tensor, rows: Tensor | None, ends: Tensor) -> Ten
     ):
         return None
     operands = [linear.float_operands() for linear, _, _ in used]
-    if any(of_one is None for of_one in operands):
-        return None
     weights, scales, *others, bits = zip(*operands, strict=True)
     multipliers, biases = (_all_or_none(kind) for kind in others)
     if multipliers is None or biases is None or len(set(bits)) > 1:

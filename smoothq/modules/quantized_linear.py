@@ -283,18 +283,17 @@ class QuantizedLinear(HoldsCodes):
         weight = self.codes if packed else self._unpacked(running)
         return weight, running.row_scale, buffers["weight_multiplier"], buffers["bias"]
 
-    def float_operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int] | None:
+    def float_operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
         """What a product of floats multiplies by: the operands of `weight_only_gemm` behind x.
 
         Returns:
             The weight, packed or int8 (N, K); its scales; multipliers and the bias, or None for
-            either; the bits of a code. None where zero points ask for more than this product.
+            either; the bits of a code. Zero points are not among them.
 
         Raises:
             RuntimeError: the weight is on the meta device.
         """
-        running = self._current()
-        return None if running.shift is not None else self._float_operands(running)
+        return self._float_operands(self._current())
 
     def _float_operands(
         self, running: RunningForm
