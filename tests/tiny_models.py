@@ -23,6 +23,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -167,6 +168,26 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
     # The default experts are grouped products, which float64 does not have.
     model = AutoModelForCausalLM.from_config(TINY[name](), experts_implementation="eager")
     return with_random_values(model.to(dtype), seed)
+
+
+def wide_llama(**changes: Any) -> LlamaForCausalLM:
+    """A Llama of two layers whose hidden size is a block of 128, with its class's random values.
+
+    changes: fields of its configuration.
+    """
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 96,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
 
 def with_random_values(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -97,7 +97,7 @@ def _narrow(plan: Plan) -> Iterator[str]:
 
 def _limits(plan: Plan) -> Iterator[str]:
     """Yield what the recipe asks for and the model's wiring does not allow, or only in part."""
-    if plan.recipe.rotates.residual and not plan.wiring.rotatable:
+    if plan.recipe.rotates.residual is True and not plan.wiring.rotatable:
         yield (
             "norms stand between the blocks' outputs and the residual stream: it cannot be "
             "rotated offline, so each of its readers' inputs is rotated while the model runs"

@@ -63,7 +63,7 @@ def export_blockers(model: PreTrainedModel, plan: Plan) -> list[ExportBlocker]:
     blockers: dict[str, tuple[ExportBlocker, list[str]]] = {}  # by reason, with the stages
     for _, layer, block in plan.named_blocks(model):
         for site in block.sites:
-            for blocker in _of_site(layer, site):
+            for blocker in _of_site(layer, site, plan):
                 _, stages = blockers.setdefault(blocker.what, (blocker, []))
                 if site.site.stage not in stages:
                     stages.append(site.site.stage)
@@ -166,10 +166,12 @@ _BIAS = ExportBlocker(
 _ROTATION = {"residual": "residual", "attention": "value_output", "mlp": "down"}
 
 
-def _of_site(layer: nn.Module, plan: SitePlan) -> Iterator[ExportBlocker]:
+def _of_site(layer: nn.Module, plan: SitePlan, model_plan: Plan) -> Iterator[ExportBlocker]:
     site = plan.site
     if plan.input.rotation is not None:
-        edit = {f"rotation__{_ROTATION[site.reads]}": False}
+        by_choice = model_plan.recipe.rotates.residual == "online" and model_plan.wiring.rotatable
+        offline = site.reads == "residual" and by_choice
+        edit = {f"rotation__{_ROTATION[site.reads]}": offline}
         yield ExportBlocker("its input is rotated while the model runs", edit)
     yield from input_blockers(plan.input)
     if site.routed:

@@ -134,7 +134,7 @@ def _plan_block(wiring: Wiring, recipe: Recipe, index: int) -> BlockPlan:
 
 def _folds_rotation(wiring: Wiring, recipe: Recipe) -> bool:
     """Whether a rotation of the residual stream is folded into the blocks, and so their norms."""
-    return recipe.rotates.residual and wiring.rotatable
+    return recipe.rotates.residual is True and wiring.rotatable
 
 
 def _takes_bias(wiring: Wiring, recipe: Recipe, index: int, site: Site) -> bool:
@@ -237,7 +237,9 @@ def _rotates_online(wiring: Wiring, recipe: Recipe, site: Site) -> bool:
     """Whether a site's input is rotated online because no offline rotation reaches it."""
     match site.reads:
         case "residual":
-            return recipe.rotates.residual and not wiring.rotatable
+            return recipe.rotates.residual == "online" or (
+                recipe.rotates.residual and not wiring.rotatable
+            )
         case "attention":
             return recipe.rotates.value_output and not site.turns_values
         case "mlp":

@@ -135,6 +135,13 @@ _FLOAT_FORMATS: dict[Preset, tuple[dict[str, Any], dict[str, Any]]] = {
     "w4a16-nvfp4": (_NVFP4, {"bits": FLOAT_BITS}),
 }
 _TUNED: tuple[Preset, ...] = ("w4a8-fp8", "mxfp4", "nvfp4", "w4a16-nvfp4")
+# Rotations of these. A power of two is a coarse scale for a group with an outlier: MXFP4 spreads
+# it within its group, after norms are smoothed. NVFP4's groups have scales fine enough without.
+_ROTATED: dict[Preset, dict[str, Any]] = {
+    "w4a8-fp8": {},
+    "mxfp4": {"residual": "online", "block_size": 32},
+    "w4a16-nvfp4": {},
+}
 
 
 _EFFORTS: dict[Effort, dict[str, Any]] = {
@@ -161,9 +168,10 @@ def _float(name: Preset) -> dict[str, Any]:
         "activations": dict(activations),
         "smoothing": {"alpha": 0.5, "edges": ["norms", "up_down"]},
     }
-    if name in _TUNED:
-        values["rotation"] = {}
-        values["smoothing"]["edges"] = ["up_down"]
+    if name in _ROTATED:
+        values["rotation"] = dict(_ROTATED[name])
+        if "residual" not in _ROTATED[name]:
+            values["smoothing"]["edges"] = ["up_down"]
     return values
 
 

@@ -196,14 +196,15 @@ class Rotation(_Section):
     """Random Hadamard rotations (QuaRot and SpinQuant, whose R1, R2 and R4 they are).
 
     Attributes:
-        residual: of the residual stream (R1), folded into weights.
+        residual: of the residual stream (R1), folded into weights; "online", of the input of each
+            linear that reads it, behind its norm: then norms can be smoothed.
         value_output: of values per head (R2), folded into v_proj and o_proj.
         down: of the input of down_proj (R4), online.
         block_size: the order of the Hadamard matrices; None is the whole width. Blocks of a group's
             channels, or of several groups', leave each group's outliers near it.
     """
 
-    residual: bool = True
+    residual: bool | Literal["online"] = True
     value_output: bool = True
     down: bool = True
     block_size: int | None = Field(None, ge=2)

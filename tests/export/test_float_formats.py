@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 from smoothq import Recipe, export, preset, quantize
 from smoothq.export.schemes import Scheme, schemes_of
 from smoothq.modules import QuantizedLinear
+from tests.tiny_models import wide_llama
 
 pytest.importorskip("compressed_tensors")
 
@@ -59,20 +58,7 @@ each_form = pytest.mark.parametrize("form", RECIPES)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """Our model of a format, and the directory of its export, made once."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=96,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = wide_llama()
     data = torch.randint(0, 96, (4, 64))
     place = tmp_path_factory.mktemp("exports")
     known: dict[str, Made] = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from smoothq import export, preset, quantize
 from smoothq.errors import NumericsError, RecipeError, SmoothqError, UnsupportedModelError
@@ -16,6 +16,7 @@ from smoothq.export import model_free, stored_model
 from smoothq.plan.sites import weight_grid
 from smoothq.rounding.float_grid import BLOCK
 from smoothq.rounding.rtn import round_to_nearest
+from tests.tiny_models import wide_llama
 
 HIDDEN, INNER, ROWS = 256, 384, 300  # rows: two chunks and a part of BLOCK rows
 BLOCK0 = "model.layers.0"
@@ -321,20 +322,7 @@ def test_the_command_says_what_stays(model, tmp_path, run) -> None:
 @pytest.mark.parametrize("form", ["fp8", "w4a16"])
 def test_a_model_that_transformers_knows_has_the_logits_of_plain_rounding(tmp_path, form) -> None:
     """As the same recipe gives through the model's class, exported."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=96,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    wide_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     result = quantize(tmp_path / "model", form, output=tmp_path / "free", model_free=True)
     quantize(tmp_path / "model", result.recipe, output=tmp_path / "own")
     export(tmp_path / "own", tmp_path / "export")

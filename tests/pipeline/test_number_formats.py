@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from smoothq import kernels, preset, quantize
 from smoothq.advisor.costs import advise
@@ -17,6 +17,7 @@ from smoothq.plan.resolve import make_plan
 from smoothq.plan.sites import weight_grid
 from smoothq.report.figures import remarks
 from smoothq.rounding.rtn import round_to_nearest
+from tests.tiny_models import wide_llama
 
 FORMATS = ["fp8", "fp8-block", "w4a8-fp8", "mxfp8", "mxfp4", "nvfp4", "w4a16-nvfp4"]
 WORDS = ["w3a16", "w2a16"]
@@ -26,19 +27,7 @@ TOKENS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(3
 
 @pytest.fixture(scope="module")
 def source() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=320,  # two blocks of 128 and a short one
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=96,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return wide_llama(intermediate_size=320)
 
 
 @pytest.fixture(scope="module")
