@@ -89,6 +89,17 @@ ROWS = [
         "W4A4 RRS as published (not causal)",
         ("--w4a4", "--method", "rrs", "--smooth-scope", "live"),
     ),
+    Row("FP8", ("--fp8",)),
+    Row("FP8, blocks", ("--fp8-block",)),
+    Row("MXFP8", ("--mxfp8",)),
+    Row("MXFP4, fast", ("--mxfp4", "--effort", "fast")),
+    Row("MXFP4", ("--mxfp4",), 3),
+    Row("NVFP4, fast", ("--nvfp4", "--effort", "fast")),
+    Row("NVFP4", ("--nvfp4",), 3),
+    Row("4-bit integers, FP8 inputs", ("--w4a8-fp8",), 3),
+    Row("NVFP4 weights", ("--w4a16-nvfp4",), 3),
+    Row("W3A16", ("--w3a16",), 3),
+    Row("W2A16", ("--w2a16",), 3),
 ]
 
 
