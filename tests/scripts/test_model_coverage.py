@@ -45,11 +45,23 @@ def test_recipes_that_fail_alike_share_a_reason() -> None:
 
 
 def test_an_error_is_held_to_plain_rounding() -> None:
-    assert coverage.is_as_good((0.012, 0.011), (0.010, 0.010))
-    assert not coverage.is_as_good((0.05, 0.05), (0.010, 0.010))
+    plain = coverage.Deviation(0.010, 0.010, 0.012)
+    assert coverage.is_as_good(coverage.Deviation(0.012, 0.011, 0.05), plain)
+    assert not coverage.is_as_good(coverage.Deviation(0.05, 0.05, 0.05), plain)
     # A router that flips moves a few tokens far.
-    assert coverage.is_as_good((0.03, 0.011), (0.010, 0.010))
-    assert not coverage.is_as_good((0.06, 0.011), (0.010, 0.010))
+    assert coverage.is_as_good(coverage.Deviation(0.03, 0.011, 0.05), plain)
+    assert not coverage.is_as_good(coverage.Deviation(0.06, 0.011, 0.05), plain)
+    assert coverage.is_as_good(coverage.Deviation(0.06, 0.011, 0.015), plain)
+    assert not coverage.is_as_good(coverage.Deviation(0.2, 0.011, 0.015), plain)
+
+
+def test_a_deviation_tells_a_few_tokens_from_all() -> None:
+    before = torch.ones(2, 10, 4)
+    now = before.clone()
+    now[0, 0] += 1
+    found = coverage.deviation(now, before)
+    assert found.whole == pytest.approx((1 / 20) ** 0.5)
+    assert found.median == found.most == 0
 
 
 def test_plain_rounding_touches_the_linears_of_the_blocks_alone() -> None:
