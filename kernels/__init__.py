@@ -42,6 +42,8 @@ __all__ = [
     "channel_multipliers",
     "expert_gemm",
     "expert_weight_only_gemm",
+    "fp8_gemm",
+    "fp8_quantize",
     "fp_gemm",
     "fp_quantize",
     "group_gemm",
@@ -55,6 +57,7 @@ __all__ = [
     "largest_multiplier",
     "left_factor",
     "load",
+    "multiplies_fp8",
     "packed_tokens",
     "quantize_heads",
     "quantize_per_tensor",
@@ -113,6 +116,17 @@ def packed_tokens(operator: str, device: torch.device, group_size: int | None) -
         NotImplementedError: there is no backend for the device.
     """
     return int(_backend(device, operator).packed_tokens(operator, group_size))
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies E4M3 codes themselves, so that `fp8_gemm` is worth its codes.
+
+    Elsewhere `fp_gemm` multiplies what they stand for.
+
+    Raises:
+        NotImplementedError: there is no backend for the device.
+    """
+    return bool(_backend(device, "fp8_gemm").multiplies_fp8(device))
 
 
 def left_factor(device: torch.device, base: int, order: int) -> int | None:
@@ -185,6 +199,7 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
 
 
 channel_multipliers = _by_device(reference.channel_multipliers)
+fp8_quantize = _by_device(reference.fp8_quantize)
 fp_quantize = _by_device(reference.fp_quantize)
 hadamard = _by_device(reference.hadamard)
 hadamard_quantize = _by_device(reference.hadamard_quantize)
@@ -274,6 +289,7 @@ group_gemm = Product(
     reference.group_gemm,
     lambda a, _, block_scale, order, w, *rest: (*a.shape[:2], w.shape[0]),
 )
+fp8_gemm = Product(reference.fp8_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
 fp_gemm = Product(reference.fp_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 weight_only_gemm = Product(reference.weight_only_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 expert_weight_only_gemm = Product(

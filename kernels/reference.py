@@ -510,19 +510,66 @@ def fp_quantize(
     form, width = FORMATS[element], x.shape[-1]
     x = x.float()
     if scaling in ("token", "tensor", "static"):
-        match scaling:
-            case "token":
-                scale = nonzero(_largest(x) / form.largest)
-            case "tensor":
-                scale = fp_tensor_scale(x, element)
-            case "static":
-                assert tensor_scale is not None
-                scale = tensor_scale.float()
+        scale = _row_scale(x, element, scaling, tensor_scale)
         return form.values(form.ranks(x / scale)) * scale
     groups = torch.nn.functional.pad(x, (0, -width % group_size)).unflatten(-1, (-1, group_size))
     scale = fp_group_scales(_largest(groups), element, scaling, tensor_scale)
     codes = form.ranks(torch.where(scale == 0, 0.0, groups / scale))
     return (form.values(codes) * scale).flatten(-2)[..., :width]
+
+
+def fp8_quantize(
+    x: Tensor, scaling: Scaling, group_size: int = 0, tensor_scale: Tensor | None = None
+) -> QuantizedInput:
+    """The codes and scales that `fp_quantize` multiplies out, of E4M3 and float32 scales.
+
+    Args:
+        x: float (..., K).
+        scaling: "token", "tensor", "static" or "group".
+        group_size: channels of a group, which divide K.
+        tensor_scale: float32 of one element, in `static`.
+
+    Returns:
+        Codes, uint8 (..., K), 0x7f for NaN, and scales, float32: (..., 1) of tokens, (..., K / G)
+        of groups, else of one element.
+    """
+    x = x.float()
+    if scaling != "group":
+        scale = _row_scale(x, "e4m3", scaling, tensor_scale)
+        return QuantizedInput(e4m3_bytes(x / scale), scale)
+    groups = x.unflatten(-1, (-1, group_size))
+    scale = fp_group_scales(_largest(groups), "e4m3", scaling, None)
+    return QuantizedInput(e4m3_bytes(groups / scale).flatten(-2), scale.squeeze(-1))
+
+
+def _row_scale(x: Tensor, element: str, scaling: Scaling, tensor_scale: Tensor | None) -> Tensor:
+    """The scale of float32 x in the scalings without groups: (..., 1) of tokens, else ()."""
+    match scaling:
+        case "token":
+            return nonzero(_largest(x) / FORMATS[element].largest)
+        case "tensor":
+            return fp_tensor_scale(x, element)
+    assert tensor_scale is not None
+    return tensor_scale.float()
+
+
+def fp8_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = Σ_g s_mg t_ng Σ_{k in g} a_mk w_nk + b: E4M3 codes on both sides, float scales.
+
+    codes: uint8 (M, K); scale: float32 (M, 1), (M, K / G) or (1, 1); weight: uint8 (N, K);
+    weight_scale: float (N, 1), or (N, K / G) where the tokens' groups are as large. A byte of 0x7f
+    or 0xff is a token's NaN; no weight has it. Returns (M, N) in `dtype`.
+    """
+    a = by_group(e4m3_values(codes).double(), scale.double().expand(codes.shape[0], -1))
+    result: Tensor = a @ by_group(e4m3_values(weight).double(), weight_scale.double()).t()
+    return (result if bias is None else result + bias.double()).to(dtype)
 
 
 def fp_tensor_scale(x: Tensor, element: str) -> Tensor:
