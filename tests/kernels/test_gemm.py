@@ -411,7 +411,9 @@ def _fp_gemm() -> tuple[Any, ...]:
 
 def _fp8_gemm() -> tuple[Any, ...]:
     draw = Draw()
-    codes, weight = (draw.codes(rows, 64, highest=126).view(torch.uint8) for rows in (5, 7))
+    codes, weight = (
+        draw.codes(rows, 64, lowest=0, highest=126).view(torch.uint8) for rows in (5, 7)
+    )
     return (codes, draw.scales(5, 2), weight, draw.scales(7, 2), draw.floats(7), torch.float16)
 
 
