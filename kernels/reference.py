@@ -572,6 +572,58 @@ def fp8_gemm(
     return (result if bias is None else result + bias.double()).to(dtype)
 
 
+MX_GROUP = 32  # channels of a group of MX formats
+
+
+def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
+    """The codes and scales that `fp_quantize` multiplies out, of MXFP8 and MXFP4.
+
+    Args:
+        x: float (..., K), 32 divides K.
+        element: "e4m3" or "e2m1".
+
+    Returns:
+        Codes, uint8 (..., K) of E4M3, or (..., K / 2), where channels j and j + 16 of a group share
+        a byte, the first one in its low half; and scales, E8M0 bytes (..., K / 32).
+    """
+    form, groups = FORMATS[element], x.float().unflatten(-1, (-1, MX_GROUP))
+    scale = power_of_two(_largest(groups), form)
+    ranks = form.ranks(groups / powers_of_two(scale))
+    codes = form.codes(ranks.nan_to_num(0.0).to(torch.int8))
+    if form.bits == 4:
+        codes = codes[..., : MX_GROUP // 2] | codes[..., MX_GROUP // 2 :] << 4
+    else:
+        codes = torch.where(ranks.isnan(), 0x7F, codes)
+    return QuantizedInput(codes.flatten(-2), scale.squeeze(-1))
+
+
+def mx_values(codes: Tensor, scale: Tensor, element: str) -> Tensor:
+    """What codes and scales of `mx_quantize` stand for: float32 (M, K)."""
+    if element == "e4m3":
+        return by_group(e4m3_values(codes), powers_of_two(scale))
+    pairs = codes.unflatten(-1, (-1, MX_GROUP // 2))
+    form, halves = FORMATS[element], torch.cat([pairs & 15, pairs >> 4], -1).flatten(-2)
+    return by_group(form.values(form.ranks_of(halves).float()), powers_of_two(scale))
+
+
+def mx_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = x Ŵᵀ + b: MXFP8 or MXFP4 codes on both sides, a power of two a group of 32.
+
+    codes, scale: of (M, K), as `mx_quantize` gives them, 64 divides K; weight, weight_scale: uint8,
+    as `fp_gemm` takes them. Returns (M, N) in `dtype`.
+    """
+    x = mx_values(codes, scale, element).double()
+    return fp_gemm(x, weight, weight_scale, None, bias, element).to(dtype)
+
+
 def fp_tensor_scale(x: Tensor, element: str) -> Tensor:
     """The scale of `fp_quantize` in `tensor`, float32 (): 1 where there is no element."""
     if x.numel() == 0:

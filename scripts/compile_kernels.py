@@ -25,6 +25,7 @@ import triton
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from smoothq.kernels import triton as operators
@@ -50,7 +51,8 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024),  # MI300
 }
 TENSOR_CORES = {
-    "fp8": r"mma\.sync\S*\.e4m3\.e4m3|wgmma\S*\.e4m3\.e4m3|tcgen05\.mma\S*f8f6f4|v_mfma\w+_f8f6f4",
+    "fp8": r"(?:mma\.sync|wgmma)\S*\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4|v_mfma_f32\w+_f8f6f4",
+    "mx": r"tcgen05\.mma\S*kind::(?:mxf8f6f4|mxf4)\.|v_mfma_scale\w+_f8f6f4",
     "int8": r"mma\.sync\S*\.s8\.s8|wgmma\S*\.s8\.s8|v_mfma_i32\w+_i8",
     "float": r"mma\.sync\S*\.(?:bf16|f16|tf32)\S*|wgmma\S*\.(?:bf16|f16|tf32)\S*|v_mfma_f32\w+",
 }
@@ -69,6 +71,7 @@ class Compiled:
     int8_tensor_cores: int
     float_tensor_cores: int
     fp8_tensor_cores: int
+    mx_tensor_cores: int
     wgmma_registers_written: int  # of wgmmas in flight: the product would read what came later
 
 
@@ -115,13 +118,16 @@ WIDEST = 28672  # Llama 3 70B's down_proj
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def cases(dtypes: Iterable[str] = DTYPES, multiplies_fp8: bool = True) -> Iterator[Case]:
-    """Every operator in every form, its name first, at widths that real models have."""
+def cases(dtypes: Iterable[str], chip: Chip) -> Iterator[Case]:
+    """Every operator that a chip runs, in every form, its name first, at widths of real models."""
+    target = (chip.target.backend, chip.target.arch)
     for kind in dtypes:
         dtype = DTYPES[kind]
         forms = [*weight_only_cases(dtype), *fp_cases(dtype), *quantizer_cases(dtype)]
-        if multiplies_fp8:
+        if target in launch.FP8_TARGETS:
             forms += fp8_cases(dtype)
+        if target in launch.MX_TARGETS:
+            forms += mx_cases(dtype)
         if dtype != torch.float16:  # it differs from bfloat16 in conversions only
             forms += [*integer_cases(dtype), *attention_cases(dtype)]
         for name, run in forms:
@@ -254,6 +260,27 @@ def fp8_cases(dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
+def mx_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of MX codes on both sides, with results of a dtype, and their quantizer."""
+    bias, x = torch.ones(ROWS, dtype=dtype), torch.ones(1, 2, DOWN, dtype=dtype)
+    for form, element, row_bytes in (("MXFP8", "e4m3", WIDTH), ("MXFP4", "e2m1", WIDTH // 2)):
+        for tokens in (1, 64):
+            codes, weight = (
+                (torch.zeros(n, row_bytes, dtype=torch.uint8), byte_scales(n))
+                for n in (tokens, ROWS)
+            )
+            yield (
+                f"mx_gemm, {form}, {tokens} tokens",
+                partial(operators.mx_gemm, *codes, *weight, bias, element, dtype),
+            )
+        yield f"mx_quantize, {form}", partial(operators.mx_quantize, x, element)
+
+
+def byte_scales(rows: int) -> Tensor:
+    """E8M0 bytes of a matrix with that many rows."""
+    return torch.zeros(rows, WIDTH // 32, dtype=torch.uint8)
+
+
 def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:
     """The quantizers and rotations of inputs of a dtype."""
     x = torch.ones(1, 2, DOWN, dtype=dtype)
@@ -322,8 +349,7 @@ def compile_all(chip: Chip, only: str = "", dtypes: Iterable[str] = DTYPES) -> l
         # Line numbers are for debuggers; carrying them through costs a sixth of the time.
         triton.knobs.compilation.disable_line_info = True
         triton.knobs.runtime.kernel_load_end_hook.add(remember)
-        multiplies_fp8 = (chip.target.backend, chip.target.arch) in launch.FP8_TARGETS
-        for case, run in cases(dtypes, multiplies_fp8):
+        for case, run in cases(dtypes, chip):
             if only in case:
                 run()
         return [examine(chip, *entry) for entry in loaded.values()]
@@ -352,6 +378,7 @@ def examine(chip: Chip, case: str, name: str, files: dict[str, str]) -> Compiled
         len(re.findall(TENSOR_CORES["int8"], assembly)),
         len(re.findall(TENSOR_CORES["float"], assembly)),
         len(re.findall(TENSOR_CORES["fp8"], assembly)),
+        len(re.findall(TENSOR_CORES["mx"], assembly)),
         written_in_flight(machine_code(by_kind[".cubin"])) if "wgmma" in assembly else 0,
     )
 

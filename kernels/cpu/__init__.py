@@ -140,6 +140,16 @@ def multiplies_fp8(device: torch.device) -> bool:
     return False
 
 
+def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
+    """As `reference.mx_quantize`, which is in float32."""
+    return reference.mx_quantize(x, element)
+
+
+def multiplies_mx(device: torch.device) -> bool:
+    """See `kernels.multiplies_mx`: no CPU does."""
+    return False
+
+
 def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
     """float32 (M, N), the integer sum rounded once: exact below 2²⁴."""
     parts = [
@@ -346,6 +356,20 @@ def fp8_gemm(
     """As `reference.fp8_gemm`, in float32: the product of what the codes of tokens stand for."""
     x = by_group(e4m3_values(codes), scale.expand(codes.shape[0], -1))
     return fp_gemm(x, weight, weight_scale, None, bias, "e4m3").to(dtype)
+
+
+def mx_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.mx_gemm`, in float32: the product of what the codes of tokens stand for."""
+    x = reference.mx_values(codes, scale, element)
+    return fp_gemm(x, weight, weight_scale, None, bias, element).to(dtype)
 
 
 @_compiled

@@ -13,7 +13,8 @@ from .fp_quantize import fp8_quantize, fp_quantize
 from .group_gemm import group_gemm
 from .hadamard import hadamard, hadamard_quantize, left_factor
 from .integer_gemm import int4_gemm, int8_gemm
-from .launch import multiplies_fp8, packed_tokens
+from .launch import multiplies_fp8, multiplies_mx, packed_tokens
+from .mx_gemm import mx_gemm, mx_quantize
 from .quantize import (
     channel_multipliers,
     quantize_per_tensor,

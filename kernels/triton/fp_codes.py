@@ -41,6 +41,13 @@ def e4m3_codes(values):
 
 
 @triton.jit
+def e2m1_codes(values):
+    """The E2M1 codes of values that the format has, float32 (...), as uint8; zero has no sign."""
+    bits = (values * 0.00006103515625).to(tl.float16).to(tl.int16, bitcast=True)  # exact: 2⁻¹⁴
+    return tl.where(values == 0, 0, ((bits >> 12) & 8) | ((bits >> 9) & 7)).to(tl.uint8)
+
+
+@triton.jit
 def word_floats(low, high, shift, BITS: tl.constexpr, OPERAND: tl.constexpr):
     """Integer codes as dtype OPERAND, from `shift` bits on in two bytes, uint8."""
     window = low.to(tl.int32) | (high.to(tl.int32) << 8)

@@ -138,6 +138,7 @@ def runs_ptx(device: int) -> bool:
 
 
 FP8_TARGETS = (("cuda", 89), ("cuda", 90), ("cuda", 100), ("hip", "gfx950"))
+MX_TARGETS = (("cuda", 100), ("hip", "gfx950"))
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -146,10 +147,19 @@ def multiplies_fp8(device: torch.device) -> bool:
     Others that may are left out until the tests have compiled for them; MI300 multiplies a format
     of its own, of another bias.
     """
+    return _is_among(device, FP8_TARGETS)
+
+
+def multiplies_mx(device: torch.device) -> bool:
+    """See `kernels.multiplies_mx`: Blackwell's B200 and AMD's MI350 do."""
+    return _is_among(device, MX_TARGETS)
+
+
+def _is_among(device: torch.device, targets: tuple[tuple[str, int | str], ...]) -> bool:
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
-        return _target(torch.cuda.current_device()) in FP8_TARGETS
+        return _target(torch.cuda.current_device()) in targets
 
 
 def carries_float_sums(device: int) -> bool:

@@ -169,6 +169,10 @@ class InputSpec:
         """Whether rotation and quantizer run as one operator, `hadamard_quantize`."""
         return self.rotation is not None and self.mode in ("token", "smooth_token")
 
+    @property
+    def _code_quantizer(self) -> str:
+        return "mx_quantize" if self.mode == "fp_e8m0" else "fp8_quantize"
+
     def operators(self, codes: bool = False) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that quantize an input, in order.
 
@@ -182,7 +186,7 @@ class InputSpec:
             "smooth_calibrated": ("quantize_smoothed",),
             "smooth_token": ("quantize_token_groups",),
             "smooth_live": ("runtime_smooth_quantize",),
-        }.get(self.mode, ("fp8_quantize" if codes else "fp_quantize",))
+        }.get(self.mode, (self._code_quantizer if codes else "fp_quantize",))
         if self.fused:
             return ("hadamard_quantize",)
         return quantizer if self.rotation is None else ("hadamard", *quantizer)
@@ -379,8 +383,16 @@ class InputQuantizer(nn.Module):
                 return kernels.quantize_token_groups(x, spec.bits, spec.group_size, spec.clip)
             case "smooth_live":
                 return self._smooth_live(x)
+        return self._round(x, codes)
+
+    def _round(self, x: Tensor, codes: bool) -> QuantizedInput | Tensor:
+        """x as floating-point codes and scales, or as what they stand for."""
+        spec = self.spec
         scaling = cast(Scaling, spec.mode.removeprefix("fp_"))
         tensor_scale = self.scale if spec.calibrates_scale else None
+        if codes and spec.mode == "fp_e8m0":
+            blocks: QuantizedInput = kernels.mx_quantize(x, spec.element)
+            return blocks
         if codes:
             coded: QuantizedInput = kernels.fp8_quantize(x, scaling, spec.group_size, tensor_scale)
             return coded

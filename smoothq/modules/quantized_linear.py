@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import QuantizedInput
-from ..kernels.reference import multiplied_weight
+from ..kernels.reference import MX_GROUP, PACKED_BLOCK, multiplied_weight
 from ..kernels.tracing import is_traced
 from ..rounding.float_grid import BLOCK, FloatGrid
 from ..rounding.grid import Grid, QuantizedWeight
@@ -92,14 +92,20 @@ class WeightSpec:
         """Whether a product multiplies the floating-point codes themselves, on both sides.
 
         They are E4M3 with float scales: of rows and tokens (or of all of them), or of groups that
-        are alike on both sides.
+        are alike on both sides; or MX codes, of one element on both sides.
 
         Args:
             source: of the linear's input.
             device: where it runs.
         """
         grid = self.grid
-        if not isinstance(grid, FloatGrid) or (grid.element, grid.scale) != ("e4m3", "float"):
+        if not isinstance(grid, FloatGrid):
+            return False
+        if (grid.scale, source.mode) == ("e8m0", "fp_e8m0"):
+            alike = grid.element == source.element and self.in_features % PACKED_BLOCK == 0
+            alike = alike and grid.group_size == source.group_size == MX_GROUP
+            return alike and bool(kernels.multiplies_mx(device))
+        if (grid.element, grid.scale) != ("e4m3", "float"):
             return False
         if source.mode == "fp_group":
             alike = grid.group_size == source.group_size and grid.group_size % BLOCK == 0
@@ -118,7 +124,8 @@ class WeightSpec:
             keeps_packed: as in `packed_tokens`.
         """
         if self.multiplies_codes(source, device):
-            return (*source.operators(codes=True), "fp8_gemm")
+            product = "mx_gemm" if source.mode == "fp_e8m0" else "fp8_gemm"
+            return (*source.operators(codes=True), product)
         inputs = source.operators()
         if source.floating:
             product = "fp_gemm" if self.floating else "weight_only_gemm"
@@ -369,9 +376,16 @@ class QuantizedLinear(HoldsCodes):
         return product
 
     def _code_product(self, x: QuantizedInput, running: RunningForm, dtype: torch.dtype) -> Tensor:
-        """The product of E4M3 codes."""
+        """The product of floating-point codes on both sides."""
         blocks = running.block_scale
-        product: Tensor = kernels.fp8_gemm(
+        product: Tensor
+        if x.scale.dtype == torch.uint8:
+            codes, scale = (part.reshape(-1, part.shape[-1]) for part in (x.codes, x.scale))
+            weight = (self.codes.flatten(1), self.weight_scale)
+            element = self.spec.grid.element
+            product = kernels.mx_gemm(codes, scale, *weight, self.bias, element, dtype)
+            return product
+        product = kernels.fp8_gemm(
             x.codes.reshape(-1, self.in_features),
             x.scale.reshape(-1, x.scale.shape[-1] if x.scale.dim() else 1),
             self.codes.flatten(1),

@@ -189,4 +189,6 @@ def test_which_gpus_multiply_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     for target, expected in targets.items():
         monkeypatch.setattr(launch, "_target", lambda device, target=target: target)
         assert launch.multiplies_fp8(torch.device("cuda")) == expected
+        scaled = target in (("cuda", 100), ("hip", "gfx950"))
+        assert launch.multiplies_mx(torch.device("cuda")) == scaled
     assert not launch.multiplies_fp8(torch.device("cpu"))

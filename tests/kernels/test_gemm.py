@@ -189,6 +189,11 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
             *(draw.scales(3, 1), draw.floats(3), torch.half),
         ),
         "fp8_quantize": (x, "token"),
+        "mx_gemm": (
+            *(packed.new_full((tokens, 32), 0x12), packed.new_full((tokens, 2), 127)),
+            *(packed, packed.new_full((3, 2), 125), draw.floats(3), "e2m1", torch.half),
+        ),
+        "mx_quantize": (x, "e2m1"),
         "fp_quantize": (x, "e4m3", "token"),
         "hadamard": (x, signs, *factors),
         "hadamard_quantize": (x, signs, *factors, 4, 32),
@@ -417,7 +422,15 @@ def _fp8_gemm() -> tuple[Any, ...]:
     return (codes, draw.scales(5, 2), weight, draw.scales(7, 2), draw.floats(7), torch.float16)
 
 
+def _mx_gemm() -> tuple[Any, ...]:
+    draw = Draw()
+    codes, weight = (draw.codes(rows, 32).view(torch.uint8) for rows in (5, 7))
+    scale, steps = (draw.codes(n, 2, lowest=110).view(torch.uint8) for n in (5, 7))
+    return (codes, scale, weight, steps, draw.floats(7), "e2m1", torch.float32)
+
+
 OPERATORS = {
+    "mx_gemm": (kernels.mx_gemm, _mx_gemm()),
     "fp8_gemm": (kernels.fp8_gemm, _fp8_gemm()),
     "fp_gemm": (kernels.fp_gemm, _fp_gemm()),
     "int8_gemm": (kernels.int8_gemm, _int8_gemm()),
@@ -500,6 +513,8 @@ class TestDevices:
             lambda: kernels.channel_multipliers(torch.ones(2), 4),
             lambda: kernels.fp8_quantize(torch.ones(1, 2), "token"),
             lambda: kernels.multiplies_fp8(torch.device("cpu")),
+            lambda: kernels.multiplies_mx(torch.device("cpu")),
+            lambda: kernels.mx_quantize(torch.ones(1, 64), "e2m1"),
             lambda: kernels.fp_quantize(torch.ones(1, 2), "e4m3", "token"),
             lambda: kernels.runtime_smooth_quantize(torch.ones(1, 1, 2), 4, 2),
         ],
@@ -514,6 +529,8 @@ class TestDevices:
             "channel_multipliers",
             "fp8_quantize",
             "multiplies_fp8",
+            "multiplies_mx",
+            "mx_quantize",
             "fp_quantize",
             "runtime_smooth_quantize",
         ],
