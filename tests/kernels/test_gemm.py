@@ -189,10 +189,6 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
             *(draw.scales(3, 1), draw.floats(3), torch.half),
         ),
         "fp8_quantize": (x, "token"),
-        "mx_gemm": (
-            *(packed.new_full((tokens, 32), 0x12), packed.new_full((tokens, 2), 127)),
-            *(packed, packed.new_full((3, 2), 125), draw.floats(3), "e2m1", torch.half),
-        ),
         "mx_quantize": (x, "e2m1"),
         "fp_quantize": (x, "e4m3", "token"),
         "hadamard": (x, signs, *factors),

@@ -95,6 +95,14 @@ class TestMxGemm:
         exact = reference.mx_gemm(*operands, torch.float64)
         assert_rounded_once(on(backend, "mx_gemm", *operands, dtype), exact, dtype)
 
+    @each_backend
+    def test_no_token(self, backend: str) -> None:
+        packed, scale, *_ = fp_weight(Draw(), 5, 64, "MXFP4")
+        codes, steps, *_ = reference.mx_quantize(torch.empty(0, 64), "e2m1")
+        operands = (codes, steps, packed, scale, None, "e2m1", torch.half)
+        found = on(backend, "mx_gemm", *operands)
+        assert (found.shape, found.dtype) == ((0, 5), torch.half)
+
     @each_element
     @pytest.mark.parametrize("tile", TILES)
     def test_every_tile(self, tile: str, element: str, monkeypatch: pytest.MonkeyPatch) -> None:
