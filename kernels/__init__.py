@@ -42,6 +42,8 @@ __all__ = [
     "channel_multipliers",
     "expert_gemm",
     "expert_weight_only_gemm",
+    "fp8_gemm",
+    "fp8_quantize",
     "fp_gemm",
     "fp_quantize",
     "group_gemm",
@@ -55,6 +57,10 @@ __all__ = [
     "largest_multiplier",
     "left_factor",
     "load",
+    "multiplies_fp8",
+    "multiplies_mx",
+    "mx_gemm",
+    "mx_quantize",
     "packed_tokens",
     "quantize_heads",
     "quantize_per_tensor",
@@ -113,6 +119,22 @@ def packed_tokens(operator: str, device: torch.device, group_size: int | None) -
         NotImplementedError: there is no backend for the device.
     """
     return int(_backend(device, operator).packed_tokens(operator, group_size))
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies E4M3 codes themselves, so that `fp8_gemm` is worth its codes.
+
+    Elsewhere `fp_gemm` multiplies what they stand for.
+
+    Raises:
+        NotImplementedError: there is no backend for the device.
+    """
+    return bool(_backend(device, "fp8_gemm").multiplies_fp8(device))
+
+
+def multiplies_mx(device: torch.device) -> bool:
+    """As `multiplies_fp8`, of MXFP8 and MXFP4 codes with their scales, by `mx_gemm`."""
+    return bool(_backend(device, "mx_gemm").multiplies_mx(device))
 
 
 def left_factor(device: torch.device, base: int, order: int) -> int | None:
@@ -185,7 +207,9 @@ def _by_device(definition: Callable[Arguments, Result]) -> Callable[Arguments, R
 
 
 channel_multipliers = _by_device(reference.channel_multipliers)
+fp8_quantize = _by_device(reference.fp8_quantize)
 fp_quantize = _by_device(reference.fp_quantize)
+mx_quantize = _by_device(reference.mx_quantize)
 hadamard = _by_device(reference.hadamard)
 hadamard_quantize = _by_device(reference.hadamard_quantize)
 quantize_heads = _by_device(reference.quantize_heads)
@@ -274,6 +298,8 @@ group_gemm = Product(
     reference.group_gemm,
     lambda a, _, block_scale, order, w, *rest: (*a.shape[:2], w.shape[0]),
 )
+fp8_gemm = Product(reference.fp8_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
+mx_gemm = Product(reference.mx_gemm, lambda a, _, w, *rest: (a.shape[0], w.shape[0]))
 fp_gemm = Product(reference.fp_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 weight_only_gemm = Product(reference.weight_only_gemm, lambda x, w, *rest: (x.shape[0], w.shape[0]))
 expert_weight_only_gemm = Product(

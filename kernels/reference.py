@@ -510,19 +510,118 @@ def fp_quantize(
     form, width = FORMATS[element], x.shape[-1]
     x = x.float()
     if scaling in ("token", "tensor", "static"):
-        match scaling:
-            case "token":
-                scale = nonzero(_largest(x) / form.largest)
-            case "tensor":
-                scale = fp_tensor_scale(x, element)
-            case "static":
-                assert tensor_scale is not None
-                scale = tensor_scale.float()
+        scale = _row_scale(x, element, scaling, tensor_scale)
         return form.values(form.ranks(x / scale)) * scale
     groups = torch.nn.functional.pad(x, (0, -width % group_size)).unflatten(-1, (-1, group_size))
     scale = fp_group_scales(_largest(groups), element, scaling, tensor_scale)
     codes = form.ranks(torch.where(scale == 0, 0.0, groups / scale))
     return (form.values(codes) * scale).flatten(-2)[..., :width]
+
+
+def fp8_quantize(
+    x: Tensor, scaling: Scaling, group_size: int = 0, tensor_scale: Tensor | None = None
+) -> QuantizedInput:
+    """The codes and scales that `fp_quantize` multiplies out, of E4M3 and float32 scales.
+
+    Args:
+        x: float (..., K).
+        scaling: "token", "tensor", "static" or "group".
+        group_size: channels of a group, which divide K.
+        tensor_scale: float32 of one element, in `static`.
+
+    Returns:
+        Codes, uint8 (..., K), 0x7f for NaN, and scales, float32: (..., 1) of tokens, (..., K / G)
+        of groups, else of one element.
+    """
+    x = x.float()
+    if scaling != "group":
+        scale = _row_scale(x, "e4m3", scaling, tensor_scale)
+        return QuantizedInput(e4m3_bytes(x / scale), scale)
+    groups = x.unflatten(-1, (-1, group_size))
+    scale = fp_group_scales(_largest(groups), "e4m3", scaling, None)
+    return QuantizedInput(e4m3_bytes(groups / scale).flatten(-2), scale.squeeze(-1))
+
+
+def _row_scale(x: Tensor, element: str, scaling: Scaling, tensor_scale: Tensor | None) -> Tensor:
+    """The scale of float32 x in the scalings without groups: (..., 1) of tokens, else ()."""
+    match scaling:
+        case "token":
+            return nonzero(_largest(x) / FORMATS[element].largest)
+        case "tensor":
+            return fp_tensor_scale(x, element)
+    assert tensor_scale is not None
+    return tensor_scale.float()
+
+
+def fp8_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = Σ_g s_mg t_ng Σ_{k in g} a_mk w_nk + b: E4M3 codes on both sides, float scales.
+
+    codes: uint8 (M, K); scale: float32 (M, 1), (M, K / G) or (1, 1); weight: uint8 (N, K);
+    weight_scale: float (N, 1), or (N, K / G) where the tokens' groups are as large. A byte of 0x7f
+    or 0xff is a token's NaN; no weight has it. Returns (M, N) in `dtype`.
+    """
+    a = by_group(e4m3_values(codes).double(), scale.double().expand(codes.shape[0], -1))
+    result: Tensor = a @ by_group(e4m3_values(weight).double(), weight_scale.double()).t()
+    return (result if bias is None else result + bias.double()).to(dtype)
+
+
+MX_GROUP = 32  # channels of a group of MX formats
+
+
+def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
+    """The codes and scales that `fp_quantize` multiplies out, of MXFP8 and MXFP4.
+
+    Args:
+        x: float (..., K), 32 divides K.
+        element: "e4m3" or "e2m1".
+
+    Returns:
+        Codes, uint8 (..., K) of E4M3, or (..., K / 2), where channels j and j + 16 of a group share
+        a byte, the first one in its low half; and scales, E8M0 bytes (..., K / 32).
+    """
+    form, groups = FORMATS[element], x.float().unflatten(-1, (-1, MX_GROUP))
+    scale = power_of_two(_largest(groups), form)
+    ranks = form.ranks(groups / powers_of_two(scale))
+    codes = form.codes(ranks.nan_to_num(0.0).to(torch.int8))
+    if form.bits == 4:
+        codes = codes[..., : MX_GROUP // 2] | codes[..., MX_GROUP // 2 :] << 4
+    else:
+        codes = torch.where(ranks.isnan(), 0x7F, codes)
+    return QuantizedInput(codes.flatten(-2), scale.squeeze(-1))
+
+
+def mx_values(codes: Tensor, scale: Tensor, element: str) -> Tensor:
+    """What codes and scales of `mx_quantize` stand for: float32 (M, K)."""
+    if element == "e4m3":
+        return by_group(e4m3_values(codes), powers_of_two(scale))
+    pairs = codes.unflatten(-1, (-1, MX_GROUP // 2))
+    form, halves = FORMATS[element], torch.cat([pairs & 15, pairs >> 4], -1).flatten(-2)
+    return by_group(form.values(form.ranks_of(halves).float()), powers_of_two(scale))
+
+
+def mx_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = x Ŵᵀ + b: MXFP8 or MXFP4 codes on both sides, a power of two a group of 32.
+
+    codes, scale: of (M, K), as `mx_quantize` gives them, 64 divides K; weight, weight_scale: uint8,
+    as `fp_gemm` takes them. Returns (M, N) in `dtype`.
+    """
+    x = mx_values(codes, scale, element).double()
+    return fp_gemm(x, weight, weight_scale, None, bias, element).to(dtype)
 
 
 def fp_tensor_scale(x: Tensor, element: str) -> Tensor:

@@ -25,6 +25,7 @@ import triton
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from smoothq.kernels import triton as operators
@@ -45,9 +46,13 @@ CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024),  # A100
     "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 * 1024),  # L4, L40S, RTX 40
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024),  # H100, H200
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024),  # B200
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 160 * 1024),  # MI350
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024),  # MI300
 }
 TENSOR_CORES = {
+    "fp8": r"(?:mma\.sync|wgmma)\S*\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4|v_mfma_f32\w+_f8f6f4",
+    "mx": r"tcgen05\.mma\S*kind::(?:mxf8f6f4|mxf4)\.|v_mfma_scale\w+_f8f6f4",
     "int8": r"mma\.sync\S*\.s8\.s8|wgmma\S*\.s8\.s8|v_mfma_i32\w+_i8",
     "float": r"mma\.sync\S*\.(?:bf16|f16|tf32)\S*|wgmma\S*\.(?:bf16|f16|tf32)\S*|v_mfma_f32\w+",
 }
@@ -65,6 +70,8 @@ class Compiled:
     spills: int
     int8_tensor_cores: int
     float_tensor_cores: int
+    fp8_tensor_cores: int
+    mx_tensor_cores: int
     wgmma_registers_written: int  # of wgmmas in flight: the product would read what came later
 
 
@@ -111,11 +118,16 @@ WIDEST = 28672  # Llama 3 70B's down_proj
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def cases(dtypes: Iterable[str] = DTYPES) -> Iterator[Case]:
-    """Every operator in every form, its name first, at widths that real models have."""
+def cases(dtypes: Iterable[str], chip: Chip) -> Iterator[Case]:
+    """Every operator that a chip runs, in every form, its name first, at widths of real models."""
+    target = (chip.target.backend, chip.target.arch)
     for kind in dtypes:
         dtype = DTYPES[kind]
         forms = [*weight_only_cases(dtype), *fp_cases(dtype), *quantizer_cases(dtype)]
+        if target in launch.FP8_TARGETS:
+            forms += fp8_cases(dtype)
+        if target in launch.MX_TARGETS:
+            forms += mx_cases(dtype)
         if dtype != torch.float16:  # it differs from bfloat16 in conversions only
             forms += [*integer_cases(dtype), *attention_cases(dtype)]
         for name, run in forms:
@@ -229,8 +241,44 @@ def fp_cases(dtype: torch.dtype) -> Iterator[Case]:
     quantize = partial(operators.fp_quantize, x)
     yield "fp_quantize, E4M3, token", partial(quantize, "e4m3", "token")
     yield "fp_quantize, E4M3, static", partial(quantize, "e4m3", "static", 0, one)
+    yield "fp8_quantize, token", partial(operators.fp8_quantize, x, "token")
+    yield "fp8_quantize, groups", partial(operators.fp8_quantize, x, "group", GROUP)
     yield "fp_quantize, MXFP4", partial(quantize, "e2m1", "e8m0", 32)
     yield "fp_quantize, NVFP4", partial(quantize, "e2m1", "e4m3", 16, one)
+
+
+def fp8_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of E4M3 codes on both sides, with results of a dtype."""
+    weight, bias = torch.zeros(ROWS, WIDTH, dtype=torch.uint8), torch.ones(ROWS, dtype=dtype)
+    for tokens in (1, 64):
+        codes = torch.zeros(tokens, WIDTH, dtype=torch.uint8)
+        for form, groups in {"rows": 1, "blocks": WIDTH // GROUP}.items():
+            operands = (codes, torch.ones(tokens, groups), weight, torch.ones(ROWS, groups), bias)
+            yield (
+                f"fp8_gemm, {form}, {tokens} tokens",
+                partial(operators.fp8_gemm, *operands, dtype),
+            )
+
+
+def mx_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of MX codes on both sides, with results of a dtype, and their quantizer."""
+    bias, x = torch.ones(ROWS, dtype=dtype), torch.ones(1, 2, DOWN, dtype=dtype)
+    for form, element, row_bytes in (("MXFP8", "e4m3", WIDTH), ("MXFP4", "e2m1", WIDTH // 2)):
+        for tokens in (1, 64):
+            codes, weight = (
+                (torch.zeros(n, row_bytes, dtype=torch.uint8), byte_scales(n))
+                for n in (tokens, ROWS)
+            )
+            yield (
+                f"mx_gemm, {form}, {tokens} tokens",
+                partial(operators.mx_gemm, *codes, *weight, bias, element, dtype),
+            )
+        yield f"mx_quantize, {form}", partial(operators.mx_quantize, x, element)
+
+
+def byte_scales(rows: int) -> Tensor:
+    """E8M0 bytes of a matrix with that many rows."""
+    return torch.zeros(rows, WIDTH // 32, dtype=torch.uint8)
 
 
 def quantizer_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -301,7 +349,7 @@ def compile_all(chip: Chip, only: str = "", dtypes: Iterable[str] = DTYPES) -> l
         # Line numbers are for debuggers; carrying them through costs a sixth of the time.
         triton.knobs.compilation.disable_line_info = True
         triton.knobs.runtime.kernel_load_end_hook.add(remember)
-        for case, run in cases(dtypes):
+        for case, run in cases(dtypes, chip):
             if only in case:
                 run()
         return [examine(chip, *entry) for entry in loaded.values()]
@@ -329,6 +377,8 @@ def examine(chip: Chip, case: str, name: str, files: dict[str, str]) -> Compiled
         spills,
         len(re.findall(TENSOR_CORES["int8"], assembly)),
         len(re.findall(TENSOR_CORES["float"], assembly)),
+        len(re.findall(TENSOR_CORES["fp8"], assembly)),
+        len(re.findall(TENSOR_CORES["mx"], assembly)),
         written_in_flight(machine_code(by_kind[".cubin"])) if "wgmma" in assembly else 0,
     )
 

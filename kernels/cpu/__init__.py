@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..formats import e4m3_values
 from ..reference import (
     PACKED_BLOCK,
     QuantizedInput,
     Scaling,
     attend,
+    by_group,
     channel_multipliers,
     dequantize_heads,
     fp_scales,
@@ -124,6 +126,28 @@ def fp_quantize(
     if scaling == "tensor":
         scaling, tensor_scale = "static", fp_tensor_scale(x.float(), element)
     return native.fp_quantized(x, element, scaling, group_size, tensor_scale)
+
+
+def fp8_quantize(
+    x: Tensor, scaling: Scaling, group_size: int = 0, tensor_scale: Tensor | None = None
+) -> QuantizedInput:
+    """As `reference.fp8_quantize`, which is in float32."""
+    return reference.fp8_quantize(x, scaling, group_size, tensor_scale)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """See `kernels.multiplies_fp8`: no CPU does."""
+    return False
+
+
+def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
+    """As `reference.mx_quantize`, which is in float32."""
+    return reference.mx_quantize(x, element)
+
+
+def multiplies_mx(device: torch.device) -> bool:
+    """See `kernels.multiplies_mx`: no CPU does."""
+    return False
 
 
 def _float_lanes(a: Tensor, w: Tensor) -> Tensor:
@@ -319,6 +343,33 @@ def fp_gemm(
         weight = fp_values(packed[rows], element, x.shape[1])
         _rows_product(x32, weight, fp_scales(scale[rows], tensor_scale), result[:, rows])
     return (result if bias is None else result.add_(bias)).to(x.dtype)
+
+
+def fp8_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.fp8_gemm`, in float32: the product of what the codes of tokens stand for."""
+    x = by_group(e4m3_values(codes), scale.expand(codes.shape[0], -1))
+    return fp_gemm(x, weight, weight_scale, None, bias, "e4m3").to(dtype)
+
+
+def mx_gemm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.mx_gemm`, in float32: the product of what the codes of tokens stand for."""
+    x = reference.mx_values(codes, scale, element)
+    return fp_gemm(x, weight, weight_scale, None, bias, element).to(dtype)
 
 
 @_compiled

@@ -30,6 +30,24 @@ def e2m1_floats(packed, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def e4m3_codes(values):
+    """The E4M3 bytes of values that the format has, float32 (...), as uint8; NaN is 0x7f.
+
+    Zero has no sign.
+    """
+    bits = (values * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True)  # exact: 2⁻⁸
+    code = tl.where(values == 0, 0, ((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F))
+    return tl.where(values == values, code, 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def e2m1_codes(values):
+    """The E2M1 codes of values that the format has, float32 (...), as uint8; zero has no sign."""
+    bits = (values * 0.00006103515625).to(tl.float16).to(tl.int16, bitcast=True)  # exact: 2⁻¹⁴
+    return tl.where(values == 0, 0, ((bits >> 12) & 8) | ((bits >> 9) & 7)).to(tl.uint8)
+
+
+@triton.jit
 def word_floats(low, high, shift, BITS: tl.constexpr, OPERAND: tl.constexpr):
     """Integer codes as dtype OPERAND, from `shift` bits on in two bytes, uint8."""
     window = low.to(tl.int32) | (high.to(tl.int32) << 8)
@@ -88,7 +106,14 @@ def group_scales(maximum, tensor_scale, SCALING: tl.constexpr, LARGEST: tl.const
 
 @triton.jit
 def fp_values(x, tensor_scale, ELEMENT: tl.constexpr, SCALING: tl.constexpr):
-    """x rounded to codes and multiplied out, as `reference.fp_quantize`.
+    """x rounded to codes and multiplied out, as `reference.fp_quantize`; arguments as below."""
+    rounded, scale = rounded_and_scale(x, tensor_scale, ELEMENT, SCALING)
+    return rounded * scale[:, None]
+
+
+@triton.jit
+def rounded_and_scale(x, tensor_scale, ELEMENT: tl.constexpr, SCALING: tl.constexpr):
+    """The values of x's codes, float32 like x, and the groups' scales, float32 (groups,).
 
     x: float32 (groups, channels of a group); padding must be zero. ELEMENT: "e4m3" or "e2m1".
     """
@@ -102,4 +127,4 @@ def fp_values(x, tensor_scale, ELEMENT: tl.constexpr, SCALING: tl.constexpr):
     quotient = divide(x, scale[:, None])
     if SCALING != "static":
         quotient = tl.where((scale == 0)[:, None], 0.0, quotient)
-    return nearest(quotient, MANTISSA, LOWEST, LARGEST) * scale[:, None]
+    return nearest(quotient, MANTISSA, LOWEST, LARGEST), scale

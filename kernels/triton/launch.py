@@ -137,6 +137,31 @@ def runs_ptx(device: int) -> bool:
     return _target(device)[0] == "cuda"
 
 
+FP8_TARGETS = (("cuda", 89), ("cuda", 90), ("cuda", 100), ("hip", "gfx950"))
+MX_TARGETS = (("cuda", 100), ("hip", "gfx950"))
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """See `kernels.multiplies_fp8`: Ada, Hopper, Blackwell's B200 and AMD's MI350 do.
+
+    Others that may are left out until the tests have compiled for them; MI300 multiplies a format
+    of its own, of another bias.
+    """
+    return _is_among(device, FP8_TARGETS)
+
+
+def multiplies_mx(device: torch.device) -> bool:
+    """See `kernels.multiplies_mx`: Blackwell's B200 and AMD's MI350 do."""
+    return _is_among(device, MX_TARGETS)
+
+
+def _is_among(device: torch.device, targets: tuple[tuple[str, int | str], ...]) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return _target(torch.cuda.current_device()) in targets
+
+
 def carries_float_sums(device: int) -> bool:
     """Whether a product of floats, its left operand in registers, may carry its sum between steps.
 

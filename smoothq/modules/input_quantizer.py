@@ -148,9 +148,9 @@ class InputSpec:
 
     @property
     def emulated(self) -> bool:
-        """Whether the input is rounded to floating-point codes, and its product is of floats.
+        """Whether the input is rounded to floating-point codes.
 
-        The hardware at hand multiplies no such codes: what it computes is what they stand for.
+        Where the hardware at hand multiplies no such codes, a product is of what they stand for.
         """
         return self.mode.startswith("fp_")
 
@@ -169,8 +169,15 @@ class InputSpec:
         """Whether rotation and quantizer run as one operator, `hadamard_quantize`."""
         return self.rotation is not None and self.mode in ("token", "smooth_token")
 
-    def operators(self) -> tuple[str, ...]:
-        """The operators of `smoothq.kernels` that quantize an input, in order."""
+    @property
+    def _code_quantizer(self) -> str:
+        return "mx_quantize" if self.mode == "fp_e8m0" else "fp8_quantize"
+
+    def operators(self, codes: bool = False) -> tuple[str, ...]:
+        """The operators of `smoothq.kernels` that quantize an input, in order.
+
+        codes: whether floating-point codes are asked for, not what they stand for.
+        """
         quantizer = {
             "float": (),
             "token": ("quantize_per_token",),
@@ -179,7 +186,7 @@ class InputSpec:
             "smooth_calibrated": ("quantize_smoothed",),
             "smooth_token": ("quantize_token_groups",),
             "smooth_live": ("runtime_smooth_quantize",),
-        }.get(self.mode, ("fp_quantize",))
+        }.get(self.mode, (self._code_quantizer if codes else "fp_quantize",))
         if self.fused:
             return ("hadamard_quantize",)
         return quantizer if self.rotation is None else ("hadamard", *quantizer)
@@ -296,7 +303,7 @@ class InputQuantizer(nn.Module):
             ones = torch.ones(spec.width, dtype=torch.int8, device="cpu")
             self.register_buffer("multiplier", ones)
         self.rotation = None if spec.rotation is None else OnlineRotation(spec.rotation)
-        self._last: tuple[Tensor, int | None, QuantizedInput | Tensor, int] | None = None
+        self._last: tuple[Tensor, int | None, bool, QuantizedInput | Tensor, int] | None = None
 
     def calibrate(self, maxima: Tensor) -> None:
         """Set the static scale or the calibrated multipliers from max_t |x_tk|, float (K,)."""
@@ -310,28 +317,32 @@ class InputQuantizer(nn.Module):
         """x R, float (..., K); x itself where the site has no online rotation."""
         return x if self.rotation is None else self.rotation(x)
 
-    def forward(self, x: Tensor) -> QuantizedInput | Tensor:
-        """The input, float (..., K), as codes and scales; as a float tensor in mode `float`."""
+    def forward(self, x: Tensor, codes: bool = False) -> QuantizedInput | Tensor:
+        """The input, float (..., K), as codes and scales; as a float tensor in mode `float`.
+
+        codes: in the modes `fp_`, ask for codes as well, not for what they stand for.
+        """
         if self.readers == 1:
-            return self._quantize(x)
+            return self._quantize(x, codes)
         if torch.compiler.is_compiling():
-            return self._quantize_traced(x)
+            return self._quantize_traced(x, codes)
         last = self._last  # read once: another thread may run the same model
-        if last is not None and last[0] is x and last[1] == _version(x):
-            _, version, result, remaining = last
+        if last is not None and last[0] is x and last[1:3] == (_version(x), codes):
+            _, version, _, result, remaining = last
         else:
-            version, result, remaining = _version(x), self._quantize(x), self.readers
-        self._last = (x, version, result, remaining - 1) if remaining > 1 else None
+            version, result, remaining = _version(x), self._quantize(x, codes), self.readers
+        self._last = (x, version, codes, result, remaining - 1) if remaining > 1 else None
         return result
 
-    def _quantize_traced(self, x: Tensor) -> QuantizedInput | Tensor:
+    def _quantize_traced(self, x: Tensor, codes: bool) -> QuantizedInput | Tensor:
         """As `forward`: a tensor's identity is known while it is traced, its version is not."""
         results = self.traced.results
         if results is None:
-            return self._quantize(x)
-        last = results.get(self.name)
+            return self._quantize(x, codes)
+        name = f"{self.name}, codes" if codes else self.name
+        last = results.get(name)
         if last is None or last[0] is not x:
-            last = results[self.name] = (x, self._quantize(x))
+            last = results[name] = (x, self._quantize(x, codes))
         return last[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:
@@ -350,7 +361,7 @@ class InputQuantizer(nn.Module):
         """The operators of `smoothq.kernels` that a forward runs, in order."""
         return self.spec.operators()
 
-    def _quantize(self, x: Tensor) -> QuantizedInput | Tensor:
+    def _quantize(self, x: Tensor, codes: bool = False) -> QuantizedInput | Tensor:
         spec = self.spec
         if spec.fused:
             assert self.rotation is not None
@@ -372,8 +383,19 @@ class InputQuantizer(nn.Module):
                 return kernels.quantize_token_groups(x, spec.bits, spec.group_size, spec.clip)
             case "smooth_live":
                 return self._smooth_live(x)
+        return self._round(x, codes)
+
+    def _round(self, x: Tensor, codes: bool) -> QuantizedInput | Tensor:
+        """x as floating-point codes and scales, or as what they stand for."""
+        spec = self.spec
         scaling = cast(Scaling, spec.mode.removeprefix("fp_"))
         tensor_scale = self.scale if spec.calibrates_scale else None
+        if codes and spec.mode == "fp_e8m0":
+            blocks: QuantizedInput = kernels.mx_quantize(x, spec.element)
+            return blocks
+        if codes:
+            coded: QuantizedInput = kernels.fp8_quantize(x, scaling, spec.group_size, tensor_scale)
+            return coded
         rounded: Tensor = kernels.fp_quantize(
             x, spec.element, scaling, spec.group_size, tensor_scale
         )

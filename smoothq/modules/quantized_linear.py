@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import QuantizedInput
-from ..kernels.reference import multiplied_weight
+from ..kernels.reference import MX_GROUP, PACKED_BLOCK, multiplied_weight
 from ..kernels.tracing import is_traced
+from ..rounding.float_grid import BLOCK, FloatGrid
 from ..rounding.grid import Grid, QuantizedWeight
 from ..runtime.mapped import touch
 from ..runtime.offload import running_device
@@ -87,6 +88,31 @@ class WeightSpec:
         tokens: int = kernels.packed_tokens(operator, device, group_size)
         return sys.maxsize if tokens and keeps_packed else tokens
 
+    def multiplies_codes(self, source: InputSpec, device: torch.device) -> bool:
+        """Whether a product multiplies the floating-point codes themselves, on both sides.
+
+        They are E4M3 with float scales: of rows and tokens (or of all of them), or of groups that
+        are alike on both sides; or MX codes, of one element on both sides.
+
+        Args:
+            source: of the linear's input.
+            device: where it runs.
+        """
+        grid = self.grid
+        if not isinstance(grid, FloatGrid):
+            return False
+        if (grid.scale, source.mode) == ("e8m0", "fp_e8m0"):
+            alike = grid.element == source.element and self.in_features % PACKED_BLOCK == 0
+            alike = alike and grid.group_size == source.group_size == MX_GROUP
+            return alike and bool(kernels.multiplies_mx(device))
+        if (grid.element, grid.scale) != ("e4m3", "float"):
+            return False
+        if source.mode == "fp_group":
+            alike = grid.group_size == source.group_size and grid.group_size % BLOCK == 0
+        else:
+            alike = source.mode in ("fp_token", "fp_tensor", "fp_static") and self.groups == 1
+        return alike and bool(kernels.multiplies_fp8(device))
+
     def operators(
         self, source: InputSpec, device: torch.device, keeps_packed: bool = False
     ) -> tuple[str, ...]:
@@ -97,6 +123,9 @@ class WeightSpec:
             device: where it runs.
             keeps_packed: as in `packed_tokens`.
         """
+        if self.multiplies_codes(source, device):
+            product = "mx_gemm" if source.mode == "fp_e8m0" else "fp8_gemm"
+            return (*source.operators(codes=True), product)
         inputs = source.operators()
         if source.floating:
             product = "fp_gemm" if self.floating else "weight_only_gemm"
@@ -204,12 +233,21 @@ class QuantizedLinear(HoldsCodes):
         if self.spec.floating and self.spec.grid.granularity in ("block", "tensor"):
             # A product takes scales of rows and groups: they are a sixteenth of the codes.
             scales = self.spec.grid.scales_of(self._buffers, self.out_features, self.in_features)
-            return RunningForm(self.codes, sys.maxsize, None, None, scales.scale.contiguous())
+            block_scale = scales.scale.contiguous()
+            return RunningForm(
+                self.codes, sys.maxsize, None, None, block_scale, self._multiplies_codes()
+            )
         if self.weight_zero_point is not None:
             shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
             row_scale = self.weight_scale.float().squeeze(1)
-        return RunningForm(self.codes, self._packed_tokens(self.codes.device), row_scale, shift)
+        packed_tokens = self._packed_tokens(self.codes.device)
+        return RunningForm(
+            self.codes, packed_tokens, row_scale, shift, None, self._multiplies_codes()
+        )
+
+    def _multiplies_codes(self) -> bool:
+        return self.spec.multiplies_codes(self.site_input.spec, self.codes.device)
 
     def _packed_tokens(self, device: torch.device) -> int:
         return self.spec.packed_tokens(self.site_input.spec, device, self.keeps_packed)
@@ -247,11 +285,13 @@ class QuantizedLinear(HoldsCodes):
     def forward(self, x: Tensor) -> Tensor:
         """y, (..., N), in the dtype of x, float (..., K)."""
         running = self._current()
-        quantized = self.site_input(x)
+        quantized = self.site_input(x, running.multiplies_codes)
         if isinstance(quantized, Tensor):
             floats = quantized.reshape(-1, self.in_features)
             product = self._fp_product if self.spec.floating else self._float_product
             result = product(floats, running).to(x.dtype)
+        elif running.multiplies_codes:
+            result = self._code_product(quantized, running, x.dtype)
         elif quantized.block_scale is None and self.weight_scale.shape[1] == 1:
             result = self._integer_product(quantized, running, x.dtype)
         else:
@@ -332,6 +372,26 @@ class QuantizedLinear(HoldsCodes):
             scale, tensor_scale = self.weight_multiplier, self.weight_scale
         product: Tensor = kernels.fp_gemm(
             x, self.codes.flatten(1), scale, tensor_scale, self.bias, self.spec.grid.element
+        )
+        return product
+
+    def _code_product(self, x: QuantizedInput, running: RunningForm, dtype: torch.dtype) -> Tensor:
+        """The product of floating-point codes on both sides."""
+        blocks = running.block_scale
+        product: Tensor
+        if x.scale.dtype == torch.uint8:
+            codes, scale = (part.reshape(-1, part.shape[-1]) for part in (x.codes, x.scale))
+            weight = (self.codes.flatten(1), self.weight_scale)
+            element = self.spec.grid.element
+            product = kernels.mx_gemm(codes, scale, *weight, self.bias, element, dtype)
+            return product
+        product = kernels.fp8_gemm(
+            x.codes.reshape(-1, self.in_features),
+            x.scale.reshape(-1, x.scale.shape[-1] if x.scale.dim() else 1),
+            self.codes.flatten(1),
+            self.weight_scale if blocks is None else blocks,
+            self.bias,
+            dtype,
         )
         return product
 

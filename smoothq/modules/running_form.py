@@ -19,6 +19,7 @@ class RunningForm:
         row_scale: float32 (N,), or None where groups have scales of their own.
         shift: float32 zero points times scales, or None without zero points.
         block_scale: float32 (N, G), scales that rows share by row and group, or None.
+        multiplies_codes: whether the product is of floating-point codes on both sides.
         operand: int8 (N, K), for products with more tokens; None until it is needed.
     """
 
@@ -26,6 +27,7 @@ class RunningForm:
     row_scale: Tensor | None
     shift: Tensor | None
     block_scale: Tensor | None
+    multiplies_codes: bool
     operand: Tensor | None
 
     def __init__(
@@ -35,6 +37,7 @@ class RunningForm:
         row_scale: Tensor | None,
         shift: Tensor | None,
         block_scale: Tensor | None = None,
+        multiplies_codes: bool = False,
     ) -> None:
         """Create it without `operand`.
 
@@ -44,9 +47,10 @@ class RunningForm:
             row_scale: as of the class.
             shift: as of the class.
             block_scale: as of the class.
+            multiplies_codes: as of the class.
         """
         self.packed_tokens, self.row_scale, self.shift = packed_tokens, row_scale, shift
-        self.block_scale = block_scale
+        self.block_scale, self.multiplies_codes = block_scale, multiplies_codes
         self.operand = None
         # Weak in both directions: a cycle would stay in memory until the collector runs.
         this = weakref.ref(self)

@@ -17,8 +17,10 @@ W4A8_HINT = (
 )
 EMULATED = (
     "smoothq emulates products of floating-point activations: inputs are rounded to the format, "
-    "and multiplied as the floats that their codes stand for. Servers multiply the codes, on "
-    "hardware that does."
+    "and multiplied as the floats that their codes stand for. FP8 codes themselves are multiplied "
+    "on GPUs that do (Ada, Hopper, B200, MI350), MX codes on B200 and MI350: "
+    "smoothq.kernels.report names each layer's product. Servers multiply codes of every format, "
+    "on hardware that does."
 )
 
 

@@ -80,7 +80,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rows]:
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 class TestCompiled:
     def test_every_kernel_is_there(self, target: str, compiled: dict[str, Rows]) -> None:
-        assert {row["kernel"] for row in compiled[target]} == EVERY_KERNEL
+        of_codes = {"_fp8_kernel"} if target in ("sm_89", "sm_90") else set()
+        assert {row["kernel"] for row in compiled[target]} == EVERY_KERNEL | of_codes
 
     def test_products_of_integers_run_on_the_int8_tensor_cores(
         self, target: str, compiled: dict[str, Rows]

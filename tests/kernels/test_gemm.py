@@ -183,6 +183,13 @@ def operands_of(tokens: int) -> dict[str, tuple[object, ...]]:
         ),
         "weight_only_gemm": (x, packed, draw.scales(3, 2), None, draw.floats(3), 4),
         "fp_gemm": (x, packed, draw.codes(3, 2).abs().view(torch.uint8), None, None, "e2m1"),
+        "fp8_gemm": (
+            *(codes.clamp(0, 126).view(torch.uint8), scale),
+            draw.codes(3, 64, lowest=0, highest=126).view(torch.uint8),
+            *(draw.scales(3, 1), draw.floats(3), torch.half),
+        ),
+        "fp8_quantize": (x, "token"),
+        "mx_quantize": (x, "e2m1"),
         "fp_quantize": (x, "e4m3", "token"),
         "hadamard": (x, signs, *factors),
         "hadamard_quantize": (x, signs, *factors, 4, 32),
@@ -403,7 +410,24 @@ def _fp_gemm() -> tuple[Any, ...]:
     return (*tensors, draw.floats(7), "e2m1")
 
 
+def _fp8_gemm() -> tuple[Any, ...]:
+    draw = Draw()
+    codes, weight = (
+        draw.codes(rows, 64, lowest=0, highest=126).view(torch.uint8) for rows in (5, 7)
+    )
+    return (codes, draw.scales(5, 2), weight, draw.scales(7, 2), draw.floats(7), torch.float16)
+
+
+def _mx_gemm() -> tuple[Any, ...]:
+    draw = Draw()
+    codes, weight = (draw.codes(rows, 32).view(torch.uint8) for rows in (5, 7))
+    scale, steps = (draw.codes(n, 2, lowest=110).view(torch.uint8) for n in (5, 7))
+    return (codes, scale, weight, steps, draw.floats(7), "e2m1", torch.float32)
+
+
 OPERATORS = {
+    "mx_gemm": (kernels.mx_gemm, _mx_gemm()),
+    "fp8_gemm": (kernels.fp8_gemm, _fp8_gemm()),
     "fp_gemm": (kernels.fp_gemm, _fp_gemm()),
     "int8_gemm": (kernels.int8_gemm, _int8_gemm()),
     "group_gemm, blocks": (kernels.group_gemm, _group_gemm(ordered=True)),
@@ -483,6 +507,10 @@ class TestDevices:
             lambda: kernels.quantize_token_groups(torch.ones(1, 2), 4, 2),
             lambda: kernels.quantize_smoothed(torch.ones(1, 2), torch.ones(2).char(), 4),
             lambda: kernels.channel_multipliers(torch.ones(2), 4),
+            lambda: kernels.fp8_quantize(torch.ones(1, 2), "token"),
+            lambda: kernels.multiplies_fp8(torch.device("cpu")),
+            lambda: kernels.multiplies_mx(torch.device("cpu")),
+            lambda: kernels.mx_quantize(torch.ones(1, 64), "e2m1"),
             lambda: kernels.fp_quantize(torch.ones(1, 2), "e4m3", "token"),
             lambda: kernels.runtime_smooth_quantize(torch.ones(1, 1, 2), 4, 2),
         ],
@@ -495,6 +523,10 @@ class TestDevices:
             "quantize_token_groups",
             "quantize_smoothed",
             "channel_multipliers",
+            "fp8_quantize",
+            "multiplies_fp8",
+            "multiplies_mx",
+            "mx_quantize",
             "fp_quantize",
             "runtime_smooth_quantize",
         ],
