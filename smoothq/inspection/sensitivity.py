@@ -138,7 +138,7 @@ class Sensitivities:
         Args:
             budget_bits: average bits a weight that are not exceeded, scales included.
         """
-        chosen, bits = self.smallest, self.float_bits + sum(each.bits for each in self.smallest)
+        chosen, bits = self.smallest, self.float_bits + sum(choice.bits for choice in self.smallest)
         while True:
             most, best = 0.0, None
             for index, (unit, now) in enumerate(zip(self.units, chosen, strict=True)):
@@ -250,7 +250,7 @@ def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: floa
         raise RecipeError(
             f"recipe '{recipe.name}' has {least:.2f} bits a weight, {RICH_BITS}-bit weights would "
             "take no more, and no other format was measured: there is nothing to choose; name "
-            "presets to choose among (--among)"
+            "presets to choose among"
         )
     if not budget_bits >= least:
         raise RecipeError(

@@ -477,11 +477,16 @@ class Recipe(_Section):
         return (
             self.smoothing is not None
             or self.tuning is not None
-            or any(each.weights is not None and each.weights.rounding == "gptq" for each in formats)
-            or any(each.activations is not None and each.activations.calibrates for each in formats)
             or any(
-                each.runtime_smoothing is not None and each.runtime_smoothing.scope == "calibrated"
-                for each in formats
+                entry.weights is not None and entry.weights.rounding == "gptq" for entry in formats
+            )
+            or any(
+                entry.activations is not None and entry.activations.calibrates for entry in formats
+            )
+            or any(
+                entry.runtime_smoothing is not None
+                and entry.runtime_smoothing.scope == "calibrated"
+                for entry in formats
             )
         )
 
