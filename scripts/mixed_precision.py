@@ -23,7 +23,13 @@ from smoothq.checkpoint.open import open_source
 from smoothq.checkpoint.source import Source
 from smoothq.checkpoint.writer import CheckpointWriter
 from smoothq.data.text import TextSource, calibration_tokens
-from smoothq.inspection.sensitivity import Sensitivities, enriched, measure, mixed_recipe
+from smoothq.inspection.sensitivity import (
+    Choice,
+    Sensitivities,
+    measure,
+    mixed_recipe,
+    with_choices,
+)
 from smoothq.pipeline.run import quantize_checkpoint
 from smoothq.plan.resolve import make_plan
 from smoothq.recipe.presets import preset
@@ -35,9 +41,19 @@ def recipes(found: Sensitivities, base: Recipe, finer: Recipe, bits: float) -> d
     return {
         "groups of 32": base,
         "groups of 16": finer,
-        "first blocks in 8 bits": enriched(base, found.fitting(found.units, bits)),
+        "first blocks in 8 bits": with_choices(base, found, first_blocks(found, bits)),
         "mixed by sensitivity": mixed_recipe(found, base, bits),
     }
+
+
+def first_blocks(found: Sensitivities, bits: float) -> list[Choice]:
+    """8 bits for each site from the first block on, as long as it fits so many bits a weight."""
+    chosen = found.asked
+    for index, unit in enumerate(found.units):
+        richer = [*chosen[:index], unit.choices[-1], *chosen[index + 1 :]]
+        if found.bits_with(richer) <= bits:
+            chosen = richer
+    return chosen
 
 
 def rows(args: argparse.Namespace, source: Source) -> Iterator[str]:
@@ -56,7 +72,7 @@ def rows(args: argparse.Namespace, source: Source) -> Iterator[str]:
     found = measure(source, base, tokens)
     yield f"sensitivities: {len(found.units)} units, {time.perf_counter() - start:.0f} s\n"
     for unit in found.ranked[:10]:
-        yield f"    block {unit.block:2} {unit.site:8} KL {unit.divergence:.5f}"
+        yield f"    block {unit.block:2} {unit.site:8} KL {unit.asked.divergence:.5f}"
     yield "\n| weights | bits per weight | perplexity | second text | KL to float |"
     yield "|---|---|---|---|---|"
     yield line(FLOAT, 32, bench.measure(args.model))

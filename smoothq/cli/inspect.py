@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from .common import (
 )
 from .recipe_flags import RecipeFlags, takes_recipe
 from .terminal import out, progress
+
+if TYPE_CHECKING:
+    from ..inspection.sensitivity import SiteSensitivity
 
 
 def inspect(
@@ -105,6 +108,9 @@ def sensitivity(
     budget: Annotated[
         float | None, typer.Option(help="Bits a weight, scales counted, for a mixed recipe.")
     ] = None,
+    among: Annotated[
+        str | None, typer.Option(help="Presets whose formats to choose among: mxfp4,nvfp4,fp8.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the mixed recipe to this file.")
     ] = None,
@@ -135,24 +141,37 @@ def sensitivity(
     )
     tokens = calibration_tokens(text_tokenizer(source), text, windows, window_length, recipe.seed)
     with progress() as update:
-        sensitivities = measure(source, recipe, tokens, update, device)
+        names = among.split(",") if among else ()
+        sensitivities = measure(source, recipe, tokens, update, device, names)
     if output is not None and budget is not None:
         output.write_text(mixed_recipe(sensitivities, recipe, budget).to_yaml(), "utf-8")
     if as_json:
         print(json.dumps(asdict(sensitivities)))
         return
+    formats = tuple(
+        dict.fromkeys(choice.name for unit in sensitivities.units for choice in unit.choices[1:])
+    )
     rows = [
         (
             f"{unit.block}, {unit.site}",
-            f"{unit.divergence:.5f}",
-            f"{unit.perplexity_ratio:.4f}",
-            f"{unit.rich_divergence:.5f}",
+            f"{unit.asked.divergence:.5f}",
+            f"{unit.asked.perplexity_ratio:.4f}",
+            *(_divergence(unit, name) for name in formats),
             f"{unit.elements / sensitivities.elements:.2%}",
         )
         for unit in (sensitivities.ranked if every_site else sensitivities.ranked[:WORST_SITES])
     ]
     title = f"{model}: one site quantized; float perplexity {sensitivities.perplexity:.3f}"
-    header = ("block, site", "KL", "perplexity, times float", "KL at 8 bits", "weights")
+    others = (f"KL at {name}" for name in formats)
+    header = ("block, site", "KL", "perplexity, times float", *others, "weights")
     out.print(columns(title, header, rows), soft_wrap=False)
     if output is not None:
         out.print(f"wrote {output}: smoothq quantize {model} --recipe {output} -o OUT")
+
+
+def _divergence(unit: SiteSensitivity, name: str) -> str:
+    """The divergence of a site in the format of that name; a dash where it has no such choice."""
+    for choice in unit.choices:
+        if choice.name == name:
+            return f"{choice.divergence:.5f}"
+    return "-"

@@ -31,53 +31,57 @@ from ..pipeline.quantize_block import transform_block
 from ..plan.plan import Plan, SitePlan
 from ..plan.resolve import make_plan, resolve
 from ..progress import Progress
+from ..recipe.presets import preset
 from ..recipe.recipe import Activations, Override, Recipe, Weights
 from ..runtime.device import resolve_device
 from ..runtime.distributed import World
 
 RICH_BITS = 8  # of weights and inputs in the rich format
+AS_ASKED, RICH = "as asked", "8 bits"  # names of choices that are no presets
 CHUNK_ELEMENTS = 1 << 22  # probabilities that are compared at a time
 NO_TARGET = -100  # the target that F.nll_loss ignores
 
 
 @dataclass(frozen=True)
-class SiteSensitivity:
-    """One site of one block, quantized alone: as the recipe has it, and in the rich format.
+class Choice:
+    """A site of a block, quantized alone in one number format.
 
-    The rich format is 8-bit weights with a scale a channel, and inputs of at least 8 bits with a
-    scale a token.
+    Attributes:
+        name: of the format: the preset that has it, AS_ASKED for the recipe's own, or RICH for
+            8-bit weights with a scale a channel, and inputs of at least 8 bits.
+        bits: total bits of the site's weights, scales included.
+        divergence: KL(float ‖ quantized), nats a token.
+        perplexity_ratio: perplexity over the float model's.
+    """
+
+    name: str
+    bits: int
+    divergence: float
+    perplexity_ratio: float
+
+
+@dataclass(frozen=True)
+class SiteSensitivity:
+    """One site of one block, quantized alone.
 
     Attributes:
         block: index of the block.
         site: name of the site within the block.
         modules: full names of its linears.
         elements: number of their weights.
-        bits: total bits of their weights as the recipe has them, scales included.
-        rich_bits: total bits of their weights in the rich format, scales included.
-        divergence: KL(float ‖ quantized) as the recipe has it, nats a token.
-        rich_divergence: KL(float ‖ quantized) in the rich format, nats a token.
-        perplexity_ratio: perplexity as the recipe has it over the float model's.
+        choices: its number formats, the recipe's first.
     """
 
     block: int
     site: str
     modules: tuple[str, ...]
     elements: int
-    bits: int
-    rich_bits: int
-    divergence: float
-    rich_divergence: float
-    perplexity_ratio: float
+    choices: tuple[Choice, ...]
 
     @property
-    def extra_bits(self) -> int:
-        """Bits that the rich format takes more than the recipe's."""
-        return self.rich_bits - self.bits
-
-    @property
-    def saved(self) -> float:
-        """Divergence that the rich format avoids, nats a token."""
-        return self.divergence - self.rich_divergence
+    def asked(self) -> Choice:
+        """The site as the recipe has it."""
+        return self.choices[0]
 
 
 @dataclass(frozen=True)
@@ -87,43 +91,66 @@ class Sensitivities:
     Attributes:
         units: one a site, in the order of execution.
         elements: number of weights in all linears of the blocks, float ones included.
-        bits: total bits of these weights under the recipe, scales included.
+        float_bits: total bits of the weights of linears that stay in float.
         perplexity: of the float model on the text.
         tokens: number of tokens of the text.
     """
 
     units: tuple[SiteSensitivity, ...]
     elements: int
-    bits: int
+    float_bits: int
     perplexity: float
     tokens: int
 
     @property
     def ranked(self) -> tuple[SiteSensitivity, ...]:
-        """The sites, the largest divergence first."""
-        return tuple(sorted(self.units, key=lambda unit: unit.divergence, reverse=True))
+        """The sites, the largest divergence under the recipe first."""
+        return tuple(sorted(self.units, key=lambda unit: unit.asked.divergence, reverse=True))
 
-    def bits_with(self, rich: Iterable[SiteSensitivity]) -> float:
-        """Average bits a weight, scales included, with the sites of `rich` in the rich format."""
-        return (self.bits + sum(unit.extra_bits for unit in rich)) / self.elements
+    @property
+    def asked(self) -> list[Choice]:
+        """All sites as the recipe has them."""
+        return [unit.asked for unit in self.units]
 
-    def fitting(
-        self, units: Iterable[SiteSensitivity], budget_bits: float
-    ) -> list[SiteSensitivity]:
-        """Choose sites for the rich format greedily, within a budget.
+    @property
+    def smallest(self) -> list[Choice]:
+        """The choice of fewest bits of each site; of equal ones the one that costs least."""
+        return [
+            min(unit.choices, key=lambda choice: (choice.bits, choice.divergence))
+            for unit in self.units
+        ]
+
+    @property
+    def largest(self) -> list[Choice]:
+        """The choice of most bits of each site."""
+        return [max(unit.choices, key=lambda choice: choice.bits) for unit in self.units]
+
+    def bits_with(self, chosen: Iterable[Choice]) -> float:
+        """Average bits a weight, scales included, with a choice for each of the sites."""
+        return (self.float_bits + sum(choice.bits for choice in chosen)) / self.elements
+
+    def choose(self, budget_bits: float) -> list[Choice]:
+        """Choose a format for each site greedily, within a budget.
+
+        From the smallest formats on, the choice is taken that saves most divergence an extra bit,
+        as long as one fits.
 
         Args:
-            units: candidates, in the order in which they are tried.
             budget_bits: average bits a weight that are not exceeded, scales included.
-
-        Returns:
-            The candidates that fit, in their order.
         """
-        chosen: list[SiteSensitivity] = []
-        for unit in units:
-            if self.bits_with([*chosen, unit]) <= budget_bits:
-                chosen.append(unit)
-        return chosen
+        chosen, bits = self.smallest, self.float_bits + sum(choice.bits for choice in self.smallest)
+        while True:
+            most, best = 0.0, None
+            for index, (unit, now) in enumerate(zip(self.units, chosen, strict=True)):
+                for choice in unit.choices:
+                    extra, saved = choice.bits - now.bits, now.divergence - choice.divergence
+                    fits = (bits + extra) / self.elements <= budget_bits
+                    if extra > 0 and fits and saved / extra > most:
+                        most, best = saved / extra, (index, choice, extra)
+            if best is None:
+                return chosen
+            index, choice, extra = best
+            chosen[index], bits = choice, bits + extra
 
 
 @torch.no_grad()
@@ -133,11 +160,12 @@ def measure(
     tokens: Tensor,
     progress: Progress | None = None,
     device: str = "auto",
+    among: Iterable[str] = (),
 ) -> Sensitivities:
-    """Quantize every site of a model alone, in two formats, and compare with the float model.
+    """Quantize every site of a model alone, in each format, and compare with the float model.
 
     In memory are the float32 model, the hidden states that enter each block, and the logits of all
-    tokens. Each site takes two forwards from its block to the end of the model.
+    tokens. Each site takes a forward from its block to the end of the model for each format.
 
     Args:
         source: the float model.
@@ -146,9 +174,11 @@ def measure(
             comparison; cut to the model's positions.
         progress: called before each site.
         device: where the model runs, such as `cpu` or `cuda`; `auto` is a GPU where there is one.
+        among: presets whose number formats a site may have besides the recipe's own; everything
+            else is the recipe's. Without any it is RICH, where that takes more bits.
 
     Raises:
-        SmoothqError: the model cannot be quantized.
+        SmoothqError: a preset is unknown, or the model cannot be quantized.
         CalibrationError: `tokens` is of another shape.
         NumericsError: the float model's loss is NaN or Inf.
     """
@@ -160,44 +190,49 @@ def measure(
     model = source.skeleton()
     tokens = tokens[:, : within_positions(model, tokens.shape[1], "windows")]
     plan = make_plan(model, recipe)
-    rich = resolve(plan.wiring, recipe.edit(overrides=(_rich(recipe, "*"), *recipe.overrides)))
+    among = tuple(dict.fromkeys(name.lower() for name in among))
+    others = {
+        name: resolve(
+            plan.wiring,
+            plan.recipe.edit(overrides=(_override(recipe, "*", name), *recipe.overrides)),
+        )
+        for name in among or (RICH,)
+    }
     if progress is not None:
         progress(0, len(plan.blocks), "float forward")
     floats = _FloatModel(source, plan, tokens, torch.device(device))
     units = []
-    for index, (block, richer) in enumerate(zip(plan.blocks, rich.blocks, strict=True)):
-        for site, rich_site in zip(block.sites, richer.sites, strict=True):
+    for index, block in enumerate(plan.blocks):
+        for place, site in enumerate(block.sites):
             if progress is not None:
                 progress(index, len(plan.blocks), f"measure {site.site.name}")
-            divergence, ratio = floats.losses(index, site)
-            same = rich_site == site
-            rich_divergence = divergence if same else floats.losses(index, rich_site)[0]
+            choices = [Choice(AS_ASKED, site.stored_bits, *floats.losses(index, site))]
+            for name, other in others.items():
+                another = other.blocks[index].sites[place]
+                more = another.stored_bits > site.stored_bits
+                if another != site and (more or name != RICH):
+                    losses = floats.losses(index, another)
+                    choices.append(Choice(name, another.stored_bits, *losses))
             unit = SiteSensitivity(
                 block=index,
                 site=site.site.name,
                 modules=tuple(f"{plan.parts.block_name(index)}.{name}" for name in site.modules),
                 elements=site.elements,
-                bits=site.stored_bits,
-                rich_bits=rich_site.stored_bits,
-                divergence=divergence,
-                rich_divergence=rich_divergence,
-                perplexity_ratio=ratio,
+                choices=tuple(choices),
             )
             units.append(unit)
-    kept = sum(block.kept_elements for block in plan.blocks)
+    float_elements = sum(block.kept_elements for block in plan.blocks)
     return Sensitivities(
         units=tuple(units),
-        elements=sum(unit.elements for unit in units) + kept,
-        bits=sum(unit.bits for unit in units) + 8 * plan.stored_dtype.itemsize * kept,
+        elements=sum(unit.elements for unit in units) + float_elements,
+        float_bits=8 * plan.stored_dtype.itemsize * float_elements,
         perplexity=perplexity_of(floats.loss, 1),
         tokens=tokens.numel(),
     )
 
 
 def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: float) -> Recipe:
-    """A recipe with the most sensitive sites in the rich format, within a budget.
-
-    Sites are taken by divergence saved per extra bit, as long as they fit.
+    """A recipe with the formats that cost least within a budget, as `Sensitivities.choose`.
 
     Args:
         sensitivities: what `measure` returned.
@@ -206,41 +241,58 @@ def mixed_recipe(sensitivities: Sensitivities, recipe: Recipe, budget_bits: floa
         budget_bits: average bits a weight that are not exceeded, scales included.
 
     Raises:
-        RecipeError: the budget is below the bits that `recipe` takes, or all weights have the
-            bits of the rich format already.
+        RecipeError: the budget is below the bits of the smallest formats, or each site has one
+            format alone.
     """
-    candidates = [unit for unit in sensitivities.units if unit.extra_bits > 0]
-    least, most = sensitivities.bits_with(()), sensitivities.bits_with(candidates)
-    if not candidates:
+    least = sensitivities.bits_with(sensitivities.smallest)
+    most = sensitivities.bits_with(sensitivities.largest)
+    if all(len(unit.choices) == 1 for unit in sensitivities.units):
         raise RecipeError(
-            f"recipe '{recipe.name}' has {least:.2f} bits a weight, and {RICH_BITS}-bit weights "
-            "would take no more: there is nothing to choose"
+            f"recipe '{recipe.name}' has {least:.2f} bits a weight, {RICH_BITS}-bit weights would "
+            "take no more, and no other format was measured: there is nothing to choose; name "
+            "presets to choose among"
         )
     if not budget_bits >= least:
         raise RecipeError(
-            f"a budget of {budget_bits:g} bits a weight is below what recipe '{recipe.name}' takes "
-            f"itself; give one from {math.ceil(least * 1e4) / 1e4:.4f}, which changes nothing, "
-            f"to {most:.4f}, which is {RICH_BITS} bits everywhere"
+            f"a budget of {budget_bits:g} bits a weight is below what the smallest formats take; "
+            f"give one from {math.ceil(least * 1e4) / 1e4:.4f}, which is these everywhere, to "
+            f"{most:.4f}, which is enough for the largest everywhere"
         )
-    worth = [unit for unit in candidates if unit.saved > 0]
-    worth.sort(key=lambda unit: unit.saved / unit.extra_bits, reverse=True)
-    return enriched(recipe, sensitivities.fitting(worth, budget_bits))
+    return with_choices(recipe, sensitivities, sensitivities.choose(budget_bits))
 
 
-def enriched(recipe: Recipe, units: Iterable[SiteSensitivity]) -> Recipe:
-    """A recipe with some sites in the rich format.
+def with_choices(recipe: Recipe, sensitivities: Sensitivities, chosen: Iterable[Choice]) -> Recipe:
+    """A recipe with an override for each format that is not its own.
 
     Args:
         recipe: the recipe that is extended; its overrides stay, after the new ones.
-        units: the sites.
+        sensitivities: the sites.
+        chosen: a choice of each.
     """
-    overrides = [_rich(recipe, pattern) for pattern in _patterns(units)]
+    by_name: dict[str, list[SiteSensitivity]] = {}
+    for unit, choice in zip(sensitivities.units, chosen, strict=True):
+        if choice.name != AS_ASKED:
+            by_name.setdefault(choice.name, []).append(unit)
+    overrides = [
+        _override(recipe, pattern, name)
+        for name, units in by_name.items()
+        for pattern in _patterns(units)
+    ]
     return recipe.edit(name=f"{recipe.name}-mixed", overrides=(*overrides, *recipe.overrides))
 
 
-def _rich(recipe: Recipe, match: str) -> Override:
-    """An override to the rich format; inputs that have 8 bits or more stay as they are."""
-    weights = Weights(bits=RICH_BITS, rounding=recipe.weights.rounding)
+def _override(recipe: Recipe, match: str, name: str) -> Override:
+    """An override to the format of a choice, rounded as the recipe's own."""
+    rounding = recipe.weights.rounding
+    if name != RICH:
+        formats = preset(name)
+        return Override(
+            match=match,
+            weights=formats.weights.model_copy(update={"rounding": rounding}),
+            activations=formats.activations,
+            runtime_smoothing=formats.runtime_smoothing,
+        )
+    weights = Weights(bits=RICH_BITS, rounding=rounding)
     few = recipe.activations.bits < RICH_BITS
     activations = Activations(bits=RICH_BITS) if few else None
     return Override(match=match, weights=weights, activations=activations)

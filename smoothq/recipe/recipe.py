@@ -162,6 +162,11 @@ class Activations(_Section):
         """Whether they are quantized to floating-point codes."""
         return self.type == "float" and self.bits != FLOAT_BITS
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether a scale comes from calibration text: static ones, and NVFP4's of a tensor."""
+        return self.static or (self.is_float and self.group_scale == "e4m3")
+
 
 class Smoothing(_Section):
     """SmoothQuant (Xiao et al. 2022, eq. 4): difficulty moved from activations to weights.
@@ -468,14 +473,22 @@ class Recipe(_Section):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the recipe looks at calibration text at all."""
+        """Whether the recipe, or a format of some linears, looks at calibration text at all."""
+        formats: tuple[Recipe | Override, ...] = (self, *self.overrides)
         return (
             self.smoothing is not None
             or self.tuning is not None
-            or self.weights.rounding == "gptq"
-            or self.activations.static
-            or (self.activations.is_float and self.activations.group_scale == "e4m3")
-            or (self.runtime_smoothing is not None and self.runtime_smoothing.scope == "calibrated")
+            or any(
+                entry.weights is not None and entry.weights.rounding == "gptq" for entry in formats
+            )
+            or any(
+                entry.activations is not None and entry.activations.calibrates for entry in formats
+            )
+            or any(
+                entry.runtime_smoothing is not None
+                and entry.runtime_smoothing.scope == "calibrated"
+                for entry in formats
+            )
         )
 
     @property

@@ -471,6 +471,20 @@ def test_an_example_of_the_help_runs_as_written(
     assert made is None or Path(made[1]).exists()
 
 
+def test_sensitivity_chooses_among_the_formats_of_presets(run, model, tmp_path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    text = ("--calibration", "builtin", "--windows", 1, "--window-length", 24)
+    flags = ("--nvfp4", "--among", "w4a16-nvfp4,fp8", "--budget", 6, "-o", recipe)
+    code, told, log = run("sensitivity", model, *text, *flags)
+    assert code == 0, log
+    assert "KL at fp8" in told
+    bits = json.loads(run("plan", model, "--recipe", recipe, "--json")[1])["bits"]["weight"]
+    assert 5 < bits <= 6
+    code, _, log = run("sensitivity", model, *text, "--nvfp4", "--among", "fp9")
+    assert code == 1
+    assert "no preset 'fp9'" in log
+
+
 def test_plan_says_who_can_run_it_and_what_it_costs(run, model, tmp_path) -> None:
     code, text, log = run("plan", model, "--w4a4", "--group-size", 16, "--json")
     assert code == 0, log

@@ -20,7 +20,14 @@ from transformers import (
 )
 
 from smoothq import Recipe, export, quantize
-from smoothq.advisor.vllm_kernels import kernel_of, layer_kernels, remarks
+from smoothq.advisor.vllm_kernels import (
+    BLOCKS,
+    DEVICES,
+    kernel_of,
+    layer_kernels,
+    remarks,
+    short,
+)
 from smoothq.errors import CheckpointError, RecipeError
 from smoothq.export.reader import ExportReader
 from smoothq.export.schemes import Scheme, pack_words, schemes_of
@@ -433,26 +440,96 @@ def test_what_reads_one_tensor_is_one_matrix_there() -> None:
 
 def test_activations_that_would_stay_in_16_bits_are_told() -> None:
     found = of_llama(W4A8)
-    assert all(each.floats == ("CPU", "A100") for each in found)
+    assert all(each.floats == DEVICES for each in found)
     assert "leave these activations in 16 bits" in remarks(found)[0]
-    found = of_llama(replace(W4A8, group_size=128))
-    assert all(each.floats == ("CPU", "A100", "H100") for each in found)
+    # Humming, the kernel of Hopper here, rounds them where weights have no groups.
+    found = of_llama(replace(W4A8, strategy="channel", group_size=None))
+    by_humming = [each for each in found if each.kernels["H100"] == "HummingLinearKernel"]
+    assert all("H100" not in each.floats for each in by_humming)
     assert not any(each.floats for each in of_llama(W8A8) + of_llama(W4A16))
 
 
+FP8 = Scheme(8, "channel", None, "token", 8, type="float", input_type="float")
+FP8_BLOCKS = replace(FP8, strategy="block", inputs="group", input_group=128)
+MXFP8 = replace(FP8, strategy="group", group_size=32, inputs="group", input_group=32)
+MXFP4 = replace(MXFP8, bits=4, input_bits=4)
+NVFP4 = replace(MXFP4, strategy="tensor_group", group_size=16, inputs="tensor_group")
+W4A_FP8 = replace(W4A8, input_type="float", group_size=128)
+
+
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        Scheme(8, "channel", None, "token", 8, type="float", input_type="float"),
-        Scheme(4, "group", 32, "token", 8, input_type="float"),
-        Scheme(3, "group", 32, "float", 16),
+    ("scheme", "kernels"),
+    [  # by device: CPU, A100, L4, H100, B200, MI300X, MI350X
+        (
+            FP8,
+            "not known|HummingFP8|CutlassFP8|CutlassFP8|CutlassFP8|RowWiseTorchFP8|RowWiseTorchFP8",
+        ),
+        (
+            replace(FP8, strategy="tensor", inputs="static"),
+            "not known|HummingFP8|CutlassFP8|CutlassFP8|FlashInferFP8|ROCmFP8|ROCmFP8",
+        ),
+        (
+            replace(FP8, inputs="float"),
+            "none|HummingFP8|HummingFP8|HummingFP8|HummingFP8|none|none",
+        ),
+        (
+            FP8_BLOCKS,
+            f"not known|HummingFP8|MarlinFP8|{BLOCKS}|{BLOCKS}|TritonFp8Block|TritonFp8Block",
+        ),
+        (
+            MXFP8,
+            "none|MarlinMxfp8|MarlinMxfp8|HummingMxfp8|FlashInferCutedslMxfp8|EmulationMxfp8"
+            "|RocmDotScaledMxfp8",
+        ),
+        (
+            MXFP4,
+            "none|MarlinMxFp4|MarlinMxFp4|HummingMxFp4|FlashInferMxFp4|EmulationMxfp4|AiterMxfp4",
+        ),
+        (
+            NVFP4,
+            "none|MarlinNvFp4|MarlinNvFp4|HummingNvFp4|FlashInferCuteDslNvFp4|EmulationNvFp4"
+            "|EmulationNvFp4",
+        ),
+        (
+            replace(NVFP4, inputs="float"),
+            "none|MarlinNvFp4|MarlinNvFp4|HummingNvFp4|FlashInferCuteDslNvFp4W4A16|none|none",
+        ),
+        (W4A_FP8, "none|none|none|CutlassW4A8|none|none|none"),
+        (replace(W4A_FP8, group_size=32), "none|none|none|none|none|none|none"),
+        (replace(W4A16, bits=3), "none|Humming|Humming|Humming|Humming|none|none"),
+        (replace(W4A16, bits=2), "none|Humming|Humming|Humming|Humming|none|none"),
+        (W8A8, "CPUInt8|CutlassInt8|CutlassInt8|CutlassInt8|not known|TritonInt8|TritonInt8"),
+        (W4A16, "CPUWNA16|Marlin|Marlin|Machete|Marlin|TritonW4A16|TritonW4A16"),
     ],
 )
-def test_of_formats_whose_kernels_were_not_read_nothing_is_claimed(scheme) -> None:
-    layers = of_llama(scheme)
-    assert {kernel for each in layers for kernel in each.kernels.values()} == {"not known"}
-    assert not any(each.floats for each in layers)
-    assert "not known here" in remarks(layers)[0]
+def test_each_device_has_a_kernel_of_each_format_or_none(scheme, kernels) -> None:
+    shown = [short(kernel_of(scheme, (1024, 1024), device)) for device in DEVICES]
+    assert shown == kernels.split("|")
+
+
+def test_products_of_few_bits_are_told_from_weights_alone() -> None:
+    layers = of_llama(NVFP4)
+    assert {each.floats for each in layers} == {("A100", "L4, L40S")}
+    told = " ".join(remarks(layers))
+    assert "Emulation rounds activations" in told
+    assert "What Humming rounds activations" in told
+    assert "linear-backend" not in told
+    assert {each.floats for each in of_llama(FP8)} == {("A100",)}
+    weights_only = of_llama(replace(NVFP4, inputs="float"))
+    assert not any(each.floats for each in weights_only)
+    assert remarks(weights_only) == [remarks(layers)[0]]
+    mx = of_llama(replace(MXFP8, inputs="float"))
+    assert {each.rounds for each in mx} == {("B200, B300", "MI350X")}
+    assert "would quantize these activations" in " ".join(remarks(mx))
+
+
+def test_small_matrices_in_mxfp8_go_to_marlin_on_blackwell() -> None:
+    assert kernel_of(MXFP8, (64, 1024), "B200, B300") == "MarlinMxfp8LinearKernel"
+
+
+def test_what_depends_on_more_than_the_device_is_not_claimed() -> None:
+    assert "not known here depends" in " ".join(remarks(of_llama(FP8)))
+    assert kernel_of(replace(MXFP4, input_bits=8), (128, 128), "B200, B300") == "not known"
 
 
 def test_a_config_of_another_kind_is_refused() -> None:

@@ -6,26 +6,29 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from smoothq import Recipe, load_recipe, quantize
+from smoothq import Recipe, load_recipe, preset, quantize
 from smoothq.checkpoint.open import open_source
 from smoothq.errors import CalibrationError, RecipeError
 from smoothq.evaluation.divergence import agreement
 from smoothq.evaluation.perplexity import perplexity
 from smoothq.inspection.sensitivity import (
+    AS_ASKED,
+    RICH,
+    Choice,
     Sensitivities,
     SiteSensitivity,
-    enriched,
     measure,
     mixed_recipe,
+    with_choices,
 )
 from smoothq.modules import QuantizedLinear
 from smoothq.plan.resolve import make_plan
 from smoothq.rounding.grid import IntegerGrid
 from smoothq.rounding.rtn import round_to_nearest
 from tests.conftest import RECIPES
-from tests.tiny_models import tiny_model
+from tests.tiny_models import VOCABULARY, tiny_model
 
 FOUR_BITS = Recipe(name="plain").edit(weights__bits=4, activations__bits=16)
 
@@ -48,11 +51,13 @@ def test_a_unit_costs_what_rounding_its_weights_by_hand_does(data) -> None:
     grid = IntegerGrid(4, "channel", weight.shape[1], False, False)
     weight.copy_(round_to_nearest(weight, grid).dequantize())
     unit = next(unit for unit in found.units if (unit.block, unit.site) == (1, "down"))
-    assert unit.divergence == pytest.approx(agreement(by_hand, model, data).divergence, rel=1e-4)
+    assert unit.asked.divergence == pytest.approx(
+        agreement(by_hand, model, data).divergence, rel=1e-4
+    )
     text = data.reshape(1, -1)
     perplexities = [perplexity(each, text, data.shape[1]).perplexity for each in (by_hand, model)]
     assert found.perplexity == pytest.approx(perplexities[1])
-    assert unit.perplexity_ratio == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
+    assert unit.asked.perplexity_ratio == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,7 @@ def test_a_unit_costs_what_a_model_does_that_keeps_everything_else(name, recipe,
         alone = nearest.edit(keep=tuple(sorted(modules - set(unit.modules))))
         quantized = quantize(model, alone, data=text, check=False)
         divergence = agreement(quantized, model, text).divergence
-        assert unit.divergence == pytest.approx(divergence, rel=1e-2)  # a code may flip
+        assert unit.asked.divergence == pytest.approx(divergence, rel=1e-2)  # a code may flip
 
 
 def test_measuring_leaves_the_model_as_it_is_and_gives_the_same_twice(found, data) -> None:
@@ -91,9 +96,11 @@ def test_units_are_the_sites_in_order_ranked_by_divergence(found) -> None:
     sites = [(unit.block, unit.site) for unit in found.units]
     assert sites == [(i, site) for i in range(3) for site in ("qkv", "o", "gate_up", "down")]
     assert found.units[2].modules == ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
-    costs = [unit.divergence for unit in found.ranked]
+    costs = [unit.asked.divergence for unit in found.ranked]
     assert costs == sorted(costs, reverse=True)
-    assert all(0 < unit.rich_divergence < unit.divergence for unit in found.units)
+    for unit in found.units:
+        asked, rich = unit.choices
+        assert 0 < rich.divergence < asked.divergence
 
 
 def test_progress_goes_from_block_to_block(data) -> None:
@@ -106,23 +113,23 @@ def test_progress_goes_from_block_to_block(data) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.9, 1.0])
 def test_the_budget_is_kept_and_used(found, share) -> None:
-    least, most = found.bits_with(()), found.bits_with(found.units)
+    least, most = found.bits_with(found.asked), found.bits_with(found.largest)
     budget = least + share * (most - least)
     mixed = mixed_recipe(found, RECIPES["w4a4"], budget)
     plan = make_plan(tiny_model("llama", torch.float32), mixed)
     assert least <= plan.bits.weight <= budget
-    rich = [
-        unit
+    chosen = [
+        unit.choices[any(fnmatchcase(unit.modules[0], each.match) for each in mixed.overrides)]
         for unit in found.units
-        if any(fnmatchcase(unit.modules[0], each.match) for each in mixed.overrides)
     ]
-    assert plan.bits.weight == found.bits_with(rich)
-    left = [unit for unit in found.units if unit not in rich]
-    assert all(found.bits_with([*rich, unit]) > budget for unit in left)
+    assert plan.bits.weight == found.bits_with(chosen)
+    for index, unit in enumerate(found.units):
+        richer = [*chosen[:index], unit.choices[1], *chosen[index + 1 :]]
+        assert richer == chosen or found.bits_with(richer) > budget
 
 
 def test_a_budget_below_the_recipe_is_refused_with_what_would_do(found) -> None:
-    least, most = found.bits_with(()), found.bits_with(found.units)
+    least, most = found.bits_with(found.asked), found.bits_with(found.largest)
     with pytest.raises(RecipeError, match=r"4\.1 bits .* from \d\.\d+,.* to \d\.\d+,") as refused:
         mixed_recipe(found, RECIPES["w4a4"], 4.1)
     bounds = [float(each) for each in re.findall(r"\d\.\d{4}", str(refused.value))]
@@ -132,7 +139,7 @@ def test_a_budget_below_the_recipe_is_refused_with_what_would_do(found) -> None:
 
 def test_a_recipe_of_8_bits_leaves_nothing_to_choose(data) -> None:
     found = measure(open_source(tiny_model("llama", torch.float32)), RECIPES["w8a8"], data[:1])
-    assert all(unit.rich_divergence == unit.divergence for unit in found.units)
+    assert all(len(unit.choices) == 1 for unit in found.units)
     with pytest.raises(RecipeError, match="nothing to choose"):
         mixed_recipe(found, RECIPES["w8a8"], 9.0)
 
@@ -142,7 +149,7 @@ def test_kept_linears_count_and_are_no_units(data) -> None:
     recipe = RECIPES["w4a8"].edit(keep=("*.layers.0.*", "*.q_proj"))
     found = measure(open_source(model), recipe, data[:1])
     assert {unit.block for unit in found.units} == {1, 2}
-    assert found.bits_with(()) == make_plan(model, recipe).bits.weight
+    assert found.bits_with(found.asked) == make_plan(model, recipe).bits.weight
 
 
 def test_a_site_made_sensitive_is_ranked_and_chosen_first(data) -> None:
@@ -154,19 +161,21 @@ def test_a_site_made_sensitive_is_ranked_and_chosen_first(data) -> None:
     found = measure(open_source(model), recipe, data)
     worst = found.ranked[0]
     assert (worst.block, worst.site) == (1, "down")
-    mixed = mixed_recipe(found, recipe, found.bits_with([worst]))
+    chosen = [unit.choices[unit == worst] for unit in found.units]
+    mixed = mixed_recipe(found, recipe, found.bits_with(chosen))
     assert [each.match for each in mixed.overrides] == ["model.layers.1.mlp.down_proj"]
     errors = [
         agreement(quantize(model, each, data=data, check=False), model, data).divergence
         for each in (recipe, mixed)
     ]
-    assert errors[0] - errors[1] == pytest.approx(worst.saved, rel=0.3)
+    saved = worst.choices[0].divergence - worst.choices[1].divergence
+    assert errors[0] - errors[1] == pytest.approx(saved, rel=0.3)
 
 
 def test_the_recipe_survives_yaml_and_quantize_runs_with_it(
     found, float_checkpoint, data, tmp_path
 ) -> None:
-    budget = found.bits_with(found.ranked[:4])
+    budget = found.bits_with(found.asked) + 1
     mixed = mixed_recipe(found, RECIPES["w4a4"], budget)
     file = tmp_path / "recipe.yaml"
     file.write_text(mixed.to_yaml())
@@ -182,13 +191,15 @@ def test_the_recipe_survives_yaml_and_quantize_runs_with_it(
 
 
 def test_one_pattern_stands_for_a_module_in_up_to_ten_blocks() -> None:
-    def unit(block: int) -> SiteSensitivity:
-        return SiteSensitivity(
-            block, "down", (f"model.layers.{block}.mlp.down_proj",), 1, 4, 8, 1.0, 0.0, 1.0
-        )
+    choices = (Choice(AS_ASKED, 4, 1.0, 1.0), Choice(RICH, 8, 0.0, 1.0))
 
-    units = [unit(block) for block in (12, 0, 3, 10, 27)]
-    overrides = enriched(Recipe(), units).overrides
+    def unit(block: int) -> SiteSensitivity:
+        return SiteSensitivity(block, "down", (f"model.layers.{block}.mlp.down_proj",), 1, choices)
+
+    units = tuple(unit(block) for block in (12, 0, 3, 10, 27))
+    overrides = with_choices(
+        Recipe(), Sensitivities(units, 5, 0, 1.0, 1), [unit.choices[1] for unit in units]
+    ).overrides
     assert [each.match for each in overrides] == [
         "model.layers.[03].mlp.down_proj",
         "model.layers.1[02].mlp.down_proj",
@@ -203,7 +214,8 @@ def test_one_pattern_stands_for_a_module_in_up_to_ten_blocks() -> None:
 
 def test_a_recipes_own_overrides_stay_behind_the_new_ones(found) -> None:
     own = RECIPES["w4a4"].edit(overrides=({"match": "*.o_proj", "weights": {"bits": 8}},))
-    mixed = enriched(own, found.units[:1])
+    chosen = [found.units[0].choices[1], *found.asked[1:]]
+    mixed = with_choices(own, found, chosen)
     assert mixed.overrides[-1] == own.overrides[0]
     assert mixed.for_module("model.layers.0.self_attn.q_proj").weights.bits == 8
 
@@ -213,3 +225,101 @@ def test_tokens_of_another_shape_are_refused(shape) -> None:
     source = open_source(tiny_model("llama", torch.float32))
     with pytest.raises(CalibrationError, match="windows, length of 2 or more"):
         measure(source, FOUR_BITS, torch.zeros(shape, dtype=torch.int64))
+
+
+FORMATS = ("mxfp4", "nvfp4", "w4a16-nvfp4", "w4a8", "w4a4", "fp8")
+
+
+@pytest.fixture(scope="module")
+def wide() -> PreTrainedModel:
+    """A tiny Llama whose widths groups of 32 divide."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "initializer_range": 0.2,
+    }
+    config = LlamaConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, vocab_size=VOCABULARY
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def among(wide, data) -> Sensitivities:
+    """Of that model under the preset NVFP4, among number formats."""
+    return measure(open_source(wide), preset("nvfp4"), data, among=FORMATS)
+
+
+def test_number_formats_are_choices_with_their_bits_and_their_own_is_no_second(among, wide) -> None:
+    for unit in among.units:
+        names = (AS_ASKED, *(name for name in FORMATS if name != "nvfp4"))
+        assert tuple(choice.name for choice in unit.choices) == names
+    for place, name in enumerate(names):
+        formats = preset("nvfp4" if name == AS_ASKED else name)
+        plan = make_plan(wide, formats)
+        bits = among.bits_with(unit.choices[place] for unit in among.units)
+        assert bits == plan.bits.weight
+
+
+def test_a_format_costs_what_a_model_does_that_keeps_everything_else(among, wide, data) -> None:
+    unit = among.units[3]
+    others = {module for each in among.units for module in each.modules} - set(unit.modules)
+    for name in ("mxfp4", "w4a8"):
+        recipe = preset("nvfp4").edit(weights__rounding="rtn", tuning=None, keep=tuple(others))
+        (choice,) = (each for each in unit.choices if each.name == name)
+        chosen = [choice if each is unit else each.asked for each in among.units]
+        alone = with_choices(recipe, among, chosen)
+        quantized = quantize(wide, alone, data=data, check=False)
+        divergence = agreement(quantized, wide, data).divergence
+        assert choice.divergence == pytest.approx(divergence, rel=1e-2)  # a code may flip
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
+def test_no_single_other_format_that_fits_costs_less(among, share) -> None:
+    least, most = among.bits_with(among.smallest), among.bits_with(among.largest)
+    budget = least + share * (most - least)
+    chosen = among.choose(budget)
+    assert among.bits_with(chosen) <= budget
+    for index, unit in enumerate(among.units):
+        for choice in unit.choices:
+            other = [*chosen[:index], choice, *chosen[index + 1 :]]
+            cheaper = choice.divergence < chosen[index].divergence
+            assert not cheaper or among.bits_with(other) > budget
+
+
+@pytest.mark.parametrize("asked", ["nvfp4", "fp8", "w4a16"])
+def test_a_mixture_of_number_formats_is_stored_and_loaded(asked, wide, data, tmp_path) -> None:
+    recipe = preset(asked)
+    formats = ("nvfp4", "mxfp4", "fp8", "w4a16-nvfp4")
+    among = measure(open_source(wide), recipe, data, among=formats)
+    # Every format once, whatever it costs.
+    chosen = [unit.choices[i % len(unit.choices)] for i, unit in enumerate(among.units)]
+    mixed = with_choices(recipe, among, chosen)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(mixed.to_yaml())
+    assert load_recipe(file) == mixed
+    assert make_plan(wide, mixed).bits.weight == among.bits_with(chosen)
+    result = quantize(wide, mixed, data=data, output=tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded(data).logits, result.load()(data).logits)
+
+
+def test_a_format_is_rounded_as_the_recipe_is(among) -> None:
+    recipe = preset("nvfp4").edit(weights__rounding="rtn", tuning=None)
+    mixed = with_choices(recipe, among, among.largest)
+    assert {each.weights.rounding for each in mixed.overrides} == {"rtn"}
+
+
+def test_linears_that_stay_in_float_by_default_do_so_in_every_format(data) -> None:
+    model = tiny_model("qwen2_moe", torch.float32)
+    found = measure(open_source(model), preset("fp8"), data[:1], among=("nvfp4",))
+    assert not any("shared_expert_gate" in name for unit in found.units for name in unit.modules)
+    assert all(len(unit.choices) == 2 for unit in found.units)
+
+
+def test_an_unknown_preset_to_choose_among_is_refused_by_name(data) -> None:
+    source = open_source(tiny_model("llama", torch.float32))
+    with pytest.raises(RecipeError, match="no preset 'fp9'"):
+        measure(source, FOUR_BITS, data, among=("fp9",))

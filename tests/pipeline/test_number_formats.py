@@ -114,3 +114,43 @@ def test_a_linear_of_one_output_is_multiplied(name) -> None:
     linear.set_weight(rounded, None)
     x = torch.randn(3, 128)
     torch.testing.assert_close(linear(x), x @ rounded.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+NVFP4 = preset("nvfp4")
+STATIC = {"bits": 8, "granularity": "tensor", "static": True}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"activations": NVFP4.activations.model_dump()},
+        {"activations": {"type": "float"} | STATIC},
+        {"activations": {"type": "float"}, "weights": NVFP4.weights.model_dump()},
+    ],
+)
+def test_what_an_override_needs_is_calibrated_in_a_recipe_that_needs_nothing(
+    source, override
+) -> None:
+    plain = preset("fp8").edit(smoothing=None, weights__rounding="rtn")
+    assert not plain.calibrates
+    recipe = plain.edit(overrides=({"match": "*.down_proj"} | override,))
+    assert recipe.calibrates
+    assert recipe.sees_quantized
+
+
+def test_the_scale_of_inputs_in_nvfp4_is_measured_where_only_an_override_has_them(source) -> None:
+    data = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(5))
+    formats = NVFP4.edit(weights__rounding="rtn")
+    override = {
+        "match": "*.down_proj",
+        "weights": formats.weights.model_dump(),
+        "activations": formats.activations.model_dump(),
+    }
+    plain = preset("fp8").edit(smoothing=None, weights__rounding="rtn", overrides=(override,))
+    scales = [
+        module.scale
+        for module in quantize(source, plain, data=data, check=False).modules()
+        if isinstance(module, InputQuantizer) and module.spec.calibrates_scale
+    ]
+    assert len(scales) == 2
+    assert all(0 < float(scale) < 1 for scale in scales)
