@@ -163,6 +163,11 @@ class Activations(_Section):
         return self.type == "float" and self.bits != FLOAT_BITS
 
     @property
+    def mixes_tokens(self) -> bool:
+        """Whether a scale depends on all tokens of a forward."""
+        return self.bits != FLOAT_BITS and self.granularity == "tensor" and not self.static
+
+    @property
     def calibrates(self) -> bool:
         """Whether a scale comes from calibration text: static ones, and NVFP4's of a tensor."""
         return self.static or (self.is_float and self.group_scale == "e4m3")
@@ -474,22 +479,24 @@ class Recipe(_Section):
     @property
     def calibrates(self) -> bool:
         """Whether the recipe, or a format of some linears, looks at calibration text at all."""
-        formats: tuple[Recipe | Override, ...] = (self, *self.overrides)
         return (
             self.smoothing is not None
             or self.tuning is not None
-            or any(
-                entry.weights is not None and entry.weights.rounding == "gptq" for entry in formats
-            )
-            or any(
-                entry.activations is not None and entry.activations.calibrates for entry in formats
-            )
-            or any(
-                entry.runtime_smoothing is not None
-                and entry.runtime_smoothing.scope == "calibrated"
-                for entry in formats
-            )
+            or any(form.weights and form.weights.rounding == "gptq" for form in self._formats)
+            or any(form.activations and form.activations.calibrates for form in self._formats)
+            or "calibrated" in self._scopes
         )
+
+    @property
+    def _formats(self) -> tuple[Recipe | Override, ...]:
+        """Itself, and the formats of some linears."""
+        return (self, *self.overrides)
+
+    @property
+    def _scopes(self) -> set[Scope]:
+        """Of runtime smoothing, of any linear."""
+        smoothings = [form.runtime_smoothing for form in self._formats]
+        return {smoothing.scope for smoothing in smoothings if smoothing is not None}
 
     @property
     def sees_quantized(self) -> bool:
@@ -502,11 +509,9 @@ class Recipe(_Section):
     @property
     def causal(self) -> bool:
         """Whether a token's result never depends on later tokens, padding or the batch."""
-        per_tensor = self.activations.granularity == "tensor" and not self.activations.static
-        live = self.runtime_smoothing is not None and self.runtime_smoothing.scope == "live"
-        if self.attention == "int8-centred":
-            return False
-        return self.activations.bits == FLOAT_BITS or not (per_tensor or live)
+        activations = [form.activations for form in self._formats if form.activations is not None]
+        mixes_tokens = any(a.mixes_tokens for a in activations) or "live" in self._scopes
+        return not mixes_tokens and self.attention != "int8-centred"
 
     def for_module(self, module: str) -> Recipe:
         """The recipe of one linear, by its full name: this one, or the first override that matches.

@@ -113,6 +113,13 @@ def test_presets_are_causal_and_the_papers_live_rrs_is_not() -> None:
     assert not preset("w8a8").edit(activations__granularity="tensor").causal
 
 
+def test_a_format_of_some_linears_that_mixes_tokens_makes_the_model_mix_them() -> None:
+    one = {"match": "*.q_proj", "activations": {"bits": 8, "granularity": "tensor"}}
+    assert not preset("w8a8").edit(overrides=(one,)).causal
+    static = one | {"activations": one["activations"] | {"static": True}}
+    assert preset("w8a8").edit(overrides=(static,)).causal
+
+
 ZERO_POINTS = {"activations__bits": 16, "weights__symmetric": False}
 
 
