@@ -121,20 +121,24 @@ def packed_tokens(operator: str, device: torch.device, group_size: int | None) -
     return int(_backend(device, operator).packed_tokens(operator, group_size))
 
 
-def multiplies_fp8(device: torch.device) -> bool:
+def multiplies_fp8(device: torch.device, architecture: str | None = None) -> bool:
     """Whether a device multiplies E4M3 codes themselves, so that `fp8_gemm` is worth its codes.
 
     Elsewhere `fp_gemm` multiplies what they stand for.
 
+    Args:
+        device: where the product runs.
+        architecture: of a GPU that is not here, such as `sm_90`; None asks the device.
+
     Raises:
         NotImplementedError: there is no backend for the device.
     """
-    return bool(_backend(device, "fp8_gemm").multiplies_fp8(device))
+    return bool(_backend(device, "fp8_gemm").multiplies_fp8(device, architecture))
 
 
-def multiplies_mx(device: torch.device) -> bool:
+def multiplies_mx(device: torch.device, architecture: str | None = None) -> bool:
     """As `multiplies_fp8`, of MXFP8 and MXFP4 codes with their scales, by `mx_gemm`."""
-    return bool(_backend(device, "mx_gemm").multiplies_mx(device))
+    return bool(_backend(device, "mx_gemm").multiplies_mx(device, architecture))
 
 
 def left_factor(device: torch.device, base: int, order: int) -> int | None:

@@ -135,7 +135,7 @@ def fp8_quantize(
     return reference.fp8_quantize(x, scaling, group_size, tensor_scale)
 
 
-def multiplies_fp8(device: torch.device) -> bool:
+def multiplies_fp8(device: torch.device, architecture: str | None = None) -> bool:
     """See `kernels.multiplies_fp8`: no CPU does."""
     return False
 
@@ -145,7 +145,7 @@ def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
     return reference.mx_quantize(x, element)
 
 
-def multiplies_mx(device: torch.device) -> bool:
+def multiplies_mx(device: torch.device, architecture: str | None = None) -> bool:
     """See `kernels.multiplies_mx`: no CPU does."""
     return False
 

@@ -141,23 +141,27 @@ FP8_TARGETS = (("cuda", 89), ("cuda", 90), ("cuda", 100), ("hip", "gfx950"))
 MX_TARGETS = (("cuda", 100), ("hip", "gfx950"))
 
 
-def multiplies_fp8(device: torch.device) -> bool:
+def multiplies_fp8(device: torch.device, architecture: str | None = None) -> bool:
     """See `kernels.multiplies_fp8`: Ada, Hopper, Blackwell's B200 and AMD's MI350 do.
 
     Others that may are left out until the tests have compiled for them; MI300 multiplies a format
     of its own, of another bias.
     """
-    return _is_among(device, FP8_TARGETS)
+    return _is_among(device, architecture, FP8_TARGETS)
 
 
-def multiplies_mx(device: torch.device) -> bool:
+def multiplies_mx(device: torch.device, architecture: str | None = None) -> bool:
     """See `kernels.multiplies_mx`: Blackwell's B200 and AMD's MI350 do."""
-    return _is_among(device, MX_TARGETS)
+    return _is_among(device, architecture, MX_TARGETS)
 
 
-def _is_among(device: torch.device, targets: tuple[tuple[str, int | str], ...]) -> bool:
+def _is_among(
+    device: torch.device, architecture: str | None, targets: tuple[tuple[str, int | str], ...]
+) -> bool:
     if device.type != "cuda":
         return False
+    if architecture is not None:
+        return architecture in {f"sm_{chip}" for backend, chip in targets if backend == "cuda"}
     with torch.cuda.device(device):
         return _target(torch.cuda.current_device()) in targets
 

@@ -41,7 +41,8 @@ def list_runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
     """
     runners = [_device_runner(f"this processor ({_processor()})", plan, "cpu")]
     runners += [
-        _device_runner(f"{chip.name} ({chip.architecture})", plan, "cuda") for chip in CHIPS
+        _device_runner(f"{chip.name} ({chip.architecture})", plan, "cuda", chip.architecture)
+        for chip in CHIPS
     ]
     ours = "after `import smoothq`: the format's modules and operators are smoothq's"
     runners.append(Runner("transformers", True, ours))
@@ -58,13 +59,14 @@ def list_runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
     return runners
 
 
-def _device_runner(name: str, plan: Plan, device: str) -> Runner:
+def _device_runner(name: str, plan: Plan, device: str, architecture: str | None = None) -> Runner:
     """A device type ("cpu", "cuda"), with the operators that it runs for each stage of a block."""
     try:
         by_operators: dict[tuple[str, ...], list[str]] = {}
         for site in plan.sites:
             for spec in site.modules.values():
-                operators = spec.operators(site.input, torch.device(device))
+                place = torch.device(device)
+                operators = spec.operators(site.input, place, architecture=architecture)
                 stages = by_operators.setdefault(operators, [])
                 if site.site.stage not in stages:
                     stages.append(site.site.stage)

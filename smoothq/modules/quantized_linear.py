@@ -88,7 +88,9 @@ class WeightSpec:
         tokens: int = kernels.packed_tokens(operator, device, group_size)
         return sys.maxsize if tokens and keeps_packed else tokens
 
-    def multiplies_codes(self, source: InputSpec, device: torch.device) -> bool:
+    def multiplies_codes(
+        self, source: InputSpec, device: torch.device, architecture: str | None = None
+    ) -> bool:
         """Whether a product multiplies the floating-point codes themselves, on both sides.
 
         They are E4M3 with float scales: of rows and tokens (or of all of them), or of groups that
@@ -97,6 +99,7 @@ class WeightSpec:
         Args:
             source: of the linear's input.
             device: where it runs.
+            architecture: of a GPU that is not here, such as `sm_90`; None asks the device.
         """
         grid = self.grid
         if not isinstance(grid, FloatGrid):
@@ -104,17 +107,21 @@ class WeightSpec:
         if (grid.scale, source.mode) == ("e8m0", "fp_e8m0"):
             alike = grid.element == source.element and self.in_features % PACKED_BLOCK == 0
             alike = alike and grid.group_size == source.group_size == MX_GROUP
-            return alike and bool(kernels.multiplies_mx(device))
+            return alike and bool(kernels.multiplies_mx(device, architecture))
         if (grid.element, grid.scale) != ("e4m3", "float"):
             return False
         if source.mode == "fp_group":
             alike = grid.group_size == source.group_size and grid.group_size % BLOCK == 0
         else:
             alike = source.mode in ("fp_token", "fp_tensor", "fp_static") and self.groups == 1
-        return alike and bool(kernels.multiplies_fp8(device))
+        return alike and bool(kernels.multiplies_fp8(device, architecture))
 
     def operators(
-        self, source: InputSpec, device: torch.device, keeps_packed: bool = False
+        self,
+        source: InputSpec,
+        device: torch.device,
+        keeps_packed: bool = False,
+        architecture: str | None = None,
     ) -> tuple[str, ...]:
         """The operators of `smoothq.kernels` that a linear runs, input quantizer first.
 
@@ -122,8 +129,9 @@ class WeightSpec:
             source: of the linear's input.
             device: where it runs.
             keeps_packed: as in `packed_tokens`.
+            architecture: as in `multiplies_codes`.
         """
-        if self.multiplies_codes(source, device):
+        if self.multiplies_codes(source, device, architecture):
             product = "mx_gemm" if source.mode == "fp_e8m0" else "fp8_gemm"
             return (*source.operators(codes=True), product)
         inputs = source.operators()

@@ -1083,9 +1083,13 @@ def _operator_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     keys, values = (reference.quantize_heads(draw.floats(2, 2, 5, 24), 4, None) for _ in range(2))
     seen, first = draw.floats(2, 1, 3, 5) > -1, (kept, kept + 1, torch.tensor([1, -1]))
     query_codes, query_scale, *_ = reference.quantize_per_token(query, 8)
+    fp8, bytes_ = reference.fp8_quantize(x, "token"), fp_weight(draw, 7, 96, "MXFP8")[0] & 0xF7
     return {
         "quantize_heads": ("quantize_heads", (batch, 4, 32)),
         "fp_quantize": ("fp_quantize", (x, "e2m1", "e4m3", 16, torch.tensor([0.01]))),
+        "fp8_quantize": ("fp8_quantize", (x, "token")),
+        "mx_quantize": ("mx_quantize", (x, "e2m1")),
+        "fp8_gemm": ("fp8_gemm", (*fp8[:2], bytes_, row_scale[:, None], bias, single)),
         "fp_gemm": ("fp_gemm", (x, *fp_weight(draw, 7, 96, "NVFP4")[:3], bias, "e2m1")),
         "fp_gemm, bytes": ("fp_gemm", (x, *fp_weight(draw, 7, 96, "MXFP8")[:3], bias, "e4m3")),
         "weight_only_gemm, words": (
@@ -1182,7 +1186,8 @@ class TestLayouts:
 
     def test_every_operator_is_among_them(self) -> None:
         defined = {name for name in vars(operators) if name[0] != "_" and hasattr(reference, name)}
-        assert {name for name, _ in OPERATORS.values()} == defined
+        # Triton's interpreter has no dot_scaled: test_mx.py lends it one.
+        assert {name for name, _ in OPERATORS.values()} == defined - {"mx_gemm"}
 
 
 class TestNoTokens:
