@@ -19,19 +19,13 @@ def runners_of(name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", get_args(Preset))
 def test_every_preset_has_its_operators_listed_for_every_device(name: str) -> None:
-    model = wide_llama()
-    runners = {
-        runner.name: runner for runner in list_runners(model, make_plan(model, preset(name)))
-    }
+    runners = runners_of(name)
     for device, architecture in (("A100 SXM", "sm_80"), ("H100 SXM", "sm_90")):
         assert "→" in runners[f"{device} ({architecture})"]
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-block"])
 def test_codes_are_multiplied_where_a_chip_multiplies_them(name: str) -> None:
-    model = wide_llama()
-    runners = {
-        runner.name: runner for runner in list_runners(model, make_plan(model, preset(name)))
-    }
+    runners = runners_of(name)
     assert "fp8_gemm" in runners["H100 SXM (sm_90)"]
     assert "fp_gemm (emulated)" in runners["A100 SXM (sm_80)"]

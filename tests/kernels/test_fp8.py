@@ -158,7 +158,7 @@ class TestLayers:
     ) -> None:
         emulating = linear_of(mode, granularity)
         assert emulating.operators() == ("fp_quantize", "fp_gemm (emulated)")
-        monkeypatch.setattr(kernels.cpu, "multiplies_fp8", lambda device: True)
+        monkeypatch.setattr(kernels.cpu, "multiplies_fp8", lambda device, architecture: True)
         native = linear_of(mode, granularity)
         assert native.operators() == ("fp8_quantize", "fp8_gemm")
         x: Tensor = Draw(3).floats(2, 5, 256)
@@ -171,7 +171,7 @@ class TestLayers:
     def test_scales_that_do_not_fit_are_emulated(
         self, mode: str, granularity: str, width: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(kernels.cpu, "multiplies_fp8", lambda device: True)
+        monkeypatch.setattr(kernels.cpu, "multiplies_fp8", lambda device, architecture: True)
         assert "fp8_gemm" not in linear_of(mode, granularity, width).operators()
 
     def test_readers_that_differ_each_get_what_they_ask_for(self) -> None:

@@ -153,7 +153,7 @@ def test_a_layer_asks_for_codes_where_a_device_multiplies_them(
 
     emulating = linear()
     assert emulating.operators() == ("fp_quantize", "fp_gemm (emulated)")
-    monkeypatch.setattr(kernels.cpu, "multiplies_mx", lambda device: True)
+    monkeypatch.setattr(kernels.cpu, "multiplies_mx", lambda device, architecture: True)
     native = linear()
     assert native.operators() == (
         ("mx_quantize", "mx_gemm") if width == 128 else emulating.operators()
