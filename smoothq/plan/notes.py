@@ -59,9 +59,17 @@ def _closed_stacks(plan: Plan) -> list[str]:
 
 
 def _fallbacks(plan: Plan) -> Iterator[str]:
-    """Yield where no Hadamard matrix of the width is known."""
+    """Yield where no Hadamard matrix of the width is known, or the recipe's blocks do not fit."""
     keys = None if plan.attention is None else plan.attention.rotation
     online = [site.input.rotation for site in plan.sites]
+    values = [block.value_rotation for block in plan.blocks]
+    size = plan.recipe.rotates.block_size
+    for rotation in (plan.residual_rotation, *values, *online):
+        if size is not None and rotation is not None and rotation.order % size:
+            yield (
+                f"blocks of {size} do not divide {rotation.order} channels: they are rotated in "
+                f"blocks of {rotation.left * rotation.right}"
+            )
     for rotation in (plan.residual_rotation, keys, *online):
         if rotation is not None and rotation.fallback is not None:
             yield rotation.fallback

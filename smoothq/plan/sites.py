@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 from typing import Any, cast
 
 from torch import nn
@@ -26,7 +27,13 @@ def residual_rotation(wiring: Wiring, recipe: Recipe) -> Hadamard | None:
     if not _folds_rotation(wiring, recipe):
         return None
     width, centred = wiring.config.hidden_size, wiring.family.centred
-    return Hadamard.of(width, recipe.seed, centred, recipe.rotates.block_size)
+    return Hadamard.of(width, recipe.seed, centred, _rotated_together(recipe, width))
+
+
+def _rotated_together(recipe: Recipe, width: int) -> int | None:
+    """The order of a rotation's blocks, None for the largest: what divides the width too."""
+    size = recipe.rotates.block_size
+    return None if size is None else gcd(size, width)
 
 
 def plan_blocks(wiring: Wiring, recipe: Recipe) -> tuple[BlockPlan, ...]:
@@ -83,7 +90,8 @@ def _value_rotation(graph: BlockGraph, recipe: Recipe, index: int) -> Hadamard |
     if heads is None or not recipe.rotates.value_output:
         return None
     # Other random signs in every layer: an unlucky draw is then not repeated in all layers.
-    return Hadamard.of(heads.dim, recipe.seed * 1000 + index, block=recipe.rotates.block_size)
+    block = _rotated_together(recipe, heads.dim)
+    return Hadamard.of(heads.dim, recipe.seed * 1000 + index, block=block)
 
 
 def _plan_block(wiring: Wiring, recipe: Recipe, index: int) -> BlockPlan:
@@ -287,6 +295,6 @@ def _input_spec(wiring: Wiring, recipe: Recipe, site: Site, width: int, where: s
             settings["group_size"] = _group_size(smooth.group_size, width, where)
         settings["normalise"] = smooth.normalise
     if _rotates_online(wiring, recipe, site):
-        block = recipe.rotates.block_size
+        block = _rotated_together(recipe, width)
         settings["rotation"] = Hadamard.of(width, recipe.seed, block=block)
     return replace(spec, **settings)

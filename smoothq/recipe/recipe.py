@@ -211,7 +211,8 @@ class Rotation(_Section):
         value_output: of values per head (R2), folded into v_proj and o_proj.
         down: of the input of down_proj (R4), online.
         block_size: the order of the Hadamard matrices; None is the whole width. Blocks of a group's
-            channels, or of several groups', leave each group's outliers near it.
+            channels, or of several groups', leave each group's outliers near it. A width that it
+            does not divide gets blocks of what divides both.
     """
 
     residual: bool | Literal["online"] = True

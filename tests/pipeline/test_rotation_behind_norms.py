@@ -64,3 +64,20 @@ def test_what_readers_cannot_run_is_rotated_offline_for_them(source) -> None:
     recipe, changed = make_exportable(source, preset("mxfp4").edit(rotation=BEHIND))
     assert recipe.rotates.residual is True
     assert "rotation.residual: true" in changed
+
+
+@pytest.mark.parametrize(("head_dim", "blocks"), [(16, 16), (80, 16), (24, 8)])
+def test_a_head_that_blocks_do_not_divide_is_rotated_in_what_does(head_dim, blocks) -> None:
+    model = wide_llama(head_dim=head_dim, num_key_value_heads=4)
+    plan = make_plan(model, preset("mxfp4"))
+    rotation = plan.blocks[0].value_rotation
+    assert rotation is not None
+    assert rotation.left * rotation.right == blocks
+    assert any(f"do not divide {head_dim} channels" in note for note in plan.notes)
+
+
+def test_a_model_of_such_heads_is_quantized(tmp_path) -> None:
+    model = wide_llama(head_dim=16, num_attention_heads=8)
+    recipe = preset("mxfp4").edit(tuning=None)
+    plain = recipe.edit(rotation=None, smoothing=None, weights__rounding="rtn")
+    assert error(model, recipe, tmp_path) < 1.1 * error(model, plain, tmp_path)
