@@ -588,12 +588,12 @@ def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
     """
     form, groups = FORMATS[element], x.float().unflatten(-1, (-1, MX_GROUP))
     scale = power_of_two(_largest(groups), form)
-    ranks = form.ranks(groups / powers_of_two(scale))
-    codes = form.codes(ranks.nan_to_num(0.0).to(torch.int8))
-    if form.bits == 4:
-        codes = codes[..., : MX_GROUP // 2] | codes[..., MX_GROUP // 2 :] << 4
+    scaled = groups / powers_of_two(scale)
+    if element == "e4m3":
+        codes = e4m3_bytes(scaled)
     else:
-        codes = torch.where(ranks.isnan(), 0x7F, codes)
+        codes = form.codes(form.ranks(scaled).nan_to_num(0.0).to(torch.int8))
+        codes = codes[..., : MX_GROUP // 2] | codes[..., MX_GROUP // 2 :] << 4
     return QuantizedInput(codes.flatten(-2), scale.squeeze(-1))
 
 

@@ -31,10 +31,13 @@ from ..reference import (
     by_group,
     channel_multipliers,
     dequantize_heads,
+    fp8_quantize,
     fp_scales,
     fp_tensor_scale,
     fp_values,
     multiplied_weight,
+    mx_quantize,
+    mx_values,
     quantize_heads,
     row_parts,
     runtime_smooth_quantize,
@@ -128,21 +131,9 @@ def fp_quantize(
     return native.fp_quantized(x, element, scaling, group_size, tensor_scale)
 
 
-def fp8_quantize(
-    x: Tensor, scaling: Scaling, group_size: int = 0, tensor_scale: Tensor | None = None
-) -> QuantizedInput:
-    """As `reference.fp8_quantize`, which is in float32."""
-    return reference.fp8_quantize(x, scaling, group_size, tensor_scale)
-
-
 def multiplies_fp8(device: torch.device, architecture: str | None = None) -> bool:
     """See `kernels.multiplies_fp8`: no CPU does."""
     return False
-
-
-def mx_quantize(x: Tensor, element: str) -> QuantizedInput:
-    """As `reference.mx_quantize`, which is in float32."""
-    return reference.mx_quantize(x, element)
 
 
 def multiplies_mx(device: torch.device, architecture: str | None = None) -> bool:
@@ -368,7 +359,7 @@ def mx_gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.mx_gemm`, in float32: the product of what the codes of tokens stand for."""
-    x = reference.mx_values(codes, scale, element)
+    x = mx_values(codes, scale, element)
     return fp_gemm(x, weight, weight_scale, None, bias, element).to(dtype)
 
 

@@ -20,13 +20,13 @@ from ..tuning import token_bucket
 from .launch import (
     DECODE_TOKENS,
     Tuned,
-    cdiv,
     contiguous,
     dtypes,
     on_its_device,
     tile,
+    tiles_grid,
 )
-from .tiles import scale_and_store, store, tile_of
+from .tiles import add_bias_and_store, scale_and_store, tile_of
 
 PREFILL_TILES = {
     "small": tile(64, 32, 4, 3, band=8, BLOCK_K=128),
@@ -85,9 +85,7 @@ def _fp8_kernel(
             total = tl.dot(w, a, total, max_num_imprecise_acc=32)
     if GROUP > 0:
         result = tl.trans(total)
-        if bias is not None:
-            result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
-        store(result, out, m, n, M, N)
+        add_bias_and_store(result, bias, weight_rows, out, m, n, M, N)
     else:
         scale_and_store(total, scale, scale_stride, weight_scale, bias, out, m, n, M, N, 1.0)
 
@@ -147,13 +145,9 @@ def fp8_gemm(
         contiguous(bias),
         out,
     )
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
-
     kernel.launch(
         (device, N, K, bucket, group_size, *dtypes(operands)),
-        grid,
+        tiles_grid(M, N),
         *operands,
         M,
         N,

@@ -20,16 +20,16 @@ from .launch import (
     DECODE_TOKENS,
     Tuned,
     carries_float_sums,
-    cdiv,
     check_float,
     contiguous,
     dtypes,
     on_its_device,
     operand,
     tile,
+    tiles_grid,
 )
 from .nibbles import columns_of, load_packed
-from .tiles import load_columns, store, tile_of
+from .tiles import add_bias_and_store, load_columns, tile_of
 
 PREFILL_TILES = {
     "small": tile(64, 32, 4, 3, band=8, BLOCK_K=64),
@@ -121,9 +121,7 @@ def _fp_kernel(
         result *= scale_values(tl.load(scale_pointers), SCALE)[None, :]
     if tensor_scale is not None:
         result *= tl.load(tensor_scale).to(tl.float32)
-    if bias is not None:
-        result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
-    store(result, out, m, n, M, N)
+    add_bias_and_store(result, bias, weight_rows, out, m, n, M, N)
 
 
 @triton.jit
@@ -237,13 +235,9 @@ def _product(
     form = (codes, bits, kind, group_size, scaled)
     of_tensor = tensor_scale if kind == "e4m3" else None
     operands = (x.contiguous(), weight, scale.contiguous(), of_tensor, contiguous(bias), out)
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
-
     kernel.launch(
         (device, N, K, bucket, *form, *dtypes(operands)),
-        grid,
+        tiles_grid(M, N),
         *operands,
         M,
         N,

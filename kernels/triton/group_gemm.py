@@ -7,8 +7,6 @@ columns in that order, gathered once a sequence before the product.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +21,9 @@ from .launch import (
     next_power_of_2,
     on_its_device,
     tile,
+    tiles_grid,
 )
-from .tiles import store, tile_of
+from .tiles import add_bias_and_store, tile_of
 
 LONGEST_STEP, SHORTEST_STEP = 128, 32  # columns a step; tensor cores take 32 bytes at least
 
@@ -83,9 +82,7 @@ def _group_kernel(
     result = tl.trans(total) * tl.load(scale + token_rows * scale_stride)[:, None]
     if not GROUPED:
         result *= tl.load(scale_pointers).to(tl.float32)[None, :]
-    if bias is not None:
-        result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
-    store(result, out, m, n, M, N)
+    add_bias_and_store(result, bias, weight_rows, out, m, n, M, N)
 
 
 _kernel = Tuned(_group_kernel, TILES, ["N", "K", "token_bucket", "GROUPED", "GROUP"])
@@ -130,13 +127,9 @@ def group_gemm(
             out[sequences],
         )
         bucket = token_bucket(tokens)
-
-        def grid(meta: dict[str, Any]) -> tuple[int]:
-            return (cdiv(tokens, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
-
         _kernel.launch(
             (device, N, K, bucket, grouped, group_size, *dtypes(operands)),
-            grid,
+            tiles_grid(tokens, N),
             *operands,
             tokens,
             N,

@@ -115,6 +115,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def tiles_grid(M: int, N: int) -> Grid:
+    """A program for each tile of a product (M, N), M tokens and N output features."""
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
+
+    return grid
+
+
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n, a positive number."""
     return 1 << (n - 1).bit_length()

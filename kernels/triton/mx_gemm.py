@@ -8,8 +8,6 @@ group share a byte. The order within a group changes no sum.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,6 @@ from .fp_codes import e2m1_codes, e4m3_codes, rounded_and_scale
 from .launch import (
     DECODE_TOKENS,
     Tuned,
-    cdiv,
     check_float,
     contiguous,
     dtypes,
@@ -31,8 +28,9 @@ from .launch import (
     row_count,
     row_warps,
     tile,
+    tiles_grid,
 )
-from .tiles import load_columns, store, tile_of
+from .tiles import add_bias_and_store, load_columns, tile_of
 
 PREFILL_TILES = {
     "wide": tile(128, 64, 4, 3, band=8, BLOCK_K=128),
@@ -83,9 +81,7 @@ def _mx_kernel(
             w = load_columns(weight_pointers, columns[None, :], inside[None, :], EVEN)
         total = tl.dot_scaled(w, of_rows, ELEMENT, a, of_tokens, ELEMENT, total)
     result = tl.trans(total)
-    if bias is not None:
-        result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
-    store(result, out, m, n, M, N)
+    add_bias_and_store(result, bias, weight_rows, out, m, n, M, N)
 
 
 @triton.jit
@@ -128,12 +124,8 @@ def mx_gemm(
     bucket, device = token_bucket(M), codes.get_device()
     tensors = (codes, scale, weight, weight_scale)
     operands = (*(tensor.contiguous() for tensor in tensors), contiguous(bias), out)
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
-
     form = (device, N, K, bucket, element, *dtypes(operands))
-    kernel.launch(form, grid, *operands, M, N, K, bucket, ELEMENT=element)
+    kernel.launch(form, tiles_grid(M, N), *operands, M, N, K, bucket, ELEMENT=element)
     return out
 
 

@@ -39,6 +39,17 @@ def scale_and_store(total, scale, scale_stride, weight_scale, bias, out, m, n, M
 
 
 @triton.jit
+def add_bias_and_store(result, bias, weight_rows, out, m, n, M, N):
+    """Write a tile, float32 (BLOCK_M, BLOCK_N), of out (M, N), plus the bias of its rows, or None.
+
+    weight_rows: n, or for those past the end rows that there are.
+    """
+    if bias is not None:
+        result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
+    store(result, out, m, n, M, N)
+
+
+@triton.jit
 def store(result, out, m, n, M, N):
     """Write a tile, float32 (BLOCK_M, BLOCK_N), of out (M, N)."""
     inside = (m < M)[:, None] & (n < N)[None, :]

@@ -20,7 +20,6 @@ from .launch import (
     DECODE_TOKENS,
     Tuned,
     carries_float_sums,
-    cdiv,
     check_float,
     contiguous,
     dtypes,
@@ -29,9 +28,10 @@ from .launch import (
     packed_tokens,
     runs_ptx,
     tile,
+    tiles_grid,
 )
 from .nibbles import as_floats, load_packed
-from .tiles import load_columns, store, tile_of
+from .tiles import add_bias_and_store, load_columns, tile_of
 
 PREFILL_TILES = {
     "small": tile(64, 32, 4, 3, band=8, BLOCK_K=64),
@@ -165,9 +165,7 @@ def store_sums(total, weight_scale, bias, weight_rows, out, m, n, M, N, GROUPED:
     result = tl.trans(total)
     if not GROUPED:
         result *= tl.load(weight_scale + weight_rows).to(tl.float32)[None, :]
-    if bias is not None:
-        result += tl.load(bias + weight_rows).to(tl.float32)[None, :]
-    store(result, out, m, n, M, N)
+    add_bias_and_store(result, bias, weight_rows, out, m, n, M, N)
 
 
 @triton.jit
@@ -240,13 +238,9 @@ def weight_only_gemm(
     group_size = K // groups if groups > 1 else 0
     sizes = (N, K, bucket, bits, grouped, group_size)
     operands = (x, weight, weight_scale.contiguous(), multiplier, bias, out)
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (cdiv(M, meta["BLOCK_M"]) * cdiv(N, meta["BLOCK_N"]),)
-
     kernel.launch(
         (device, *sizes, *dtypes(operands)),
-        grid,
+        tiles_grid(M, N),
         *operands,
         M,
         N,

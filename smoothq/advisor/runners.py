@@ -61,11 +61,11 @@ def list_runners(model: PreTrainedModel, plan: Plan) -> list[Runner]:
 
 def _device_runner(name: str, plan: Plan, device: str, architecture: str | None = None) -> Runner:
     """A device type ("cpu", "cuda"), with the operators that it runs for each stage of a block."""
+    place = torch.device(device)
     try:
         by_operators: dict[tuple[str, ...], list[str]] = {}
         for site in plan.sites:
             for spec in site.modules.values():
-                place = torch.device(device)
                 operators = spec.operators(site.input, place, architecture=architecture)
                 stages = by_operators.setdefault(operators, [])
                 if site.site.stage not in stages:

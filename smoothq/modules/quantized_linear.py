@@ -238,24 +238,18 @@ class QuantizedLinear(HoldsCodes):
 
     def _derived(self) -> RunningForm:
         row_scale = shift = None
+        multiplies_codes = self.spec.multiplies_codes(self.site_input.spec, self.codes.device)
         if self.spec.floating and self.spec.grid.granularity in ("block", "tensor"):
             # A product takes scales of rows and groups: they are a sixteenth of the codes.
             scales = self.spec.grid.scales_of(self._buffers, self.out_features, self.in_features)
             block_scale = scales.scale.contiguous()
-            return RunningForm(
-                self.codes, sys.maxsize, None, None, block_scale, self._multiplies_codes()
-            )
+            return RunningForm(self.codes, sys.maxsize, None, None, block_scale, multiplies_codes)
         if self.weight_zero_point is not None:
             shift = self.weight_zero_point.float() * self.weight_scale.float()
         if self.weight_scale.shape[1] == 1:
             row_scale = self.weight_scale.float().squeeze(1)
         packed_tokens = self._packed_tokens(self.codes.device)
-        return RunningForm(
-            self.codes, packed_tokens, row_scale, shift, None, self._multiplies_codes()
-        )
-
-    def _multiplies_codes(self) -> bool:
-        return self.spec.multiplies_codes(self.site_input.spec, self.codes.device)
+        return RunningForm(self.codes, packed_tokens, row_scale, shift, None, multiplies_codes)
 
     def _packed_tokens(self, device: torch.device) -> int:
         return self.spec.packed_tokens(self.site_input.spec, device, self.keeps_packed)

@@ -17,8 +17,10 @@ from tests.kernels.extremes import EXTREMES
 from tests.kernels.test_gemm import Draw, assert_rounded_once
 from tests.kernels.test_triton import (  # noqa: F401
     bfloat16_is_rounded_to_nearest,
+    each_backend,
     each_dtype,
     fresh_tensors_hold_garbage,
+    on,
     only_the_first_tile_runs,
     run,
     take_only,
@@ -29,7 +31,6 @@ products = importlib.import_module("smoothq.kernels.triton.fp8_gemm")
 TILES = products.PREFILL_TILES | products.DECODE_TILES
 SCALINGS = {"token": 0, "tensor": 0, "static": 0, "group": 8}
 each_scaling = pytest.mark.parametrize("scaling", SCALINGS)
-each_backend = pytest.mark.parametrize("backend", ["cpu", "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +48,6 @@ def not_a_number_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(values, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", converted)
-
-
-def on(backend: str, operator: str, *operands: Any) -> Any:
-    if backend == "triton":
-        return run(operator, *operands)
-    return getattr(kernels, operator)(*operands)
 
 
 def operands_of(

@@ -18,8 +18,10 @@ from tests.kernels.test_fp_gemm import fp_weight
 from tests.kernels.test_gemm import Draw, assert_rounded_once
 from tests.kernels.test_triton import (  # noqa: F401
     bfloat16_is_rounded_to_nearest,
+    each_backend,
     each_dtype,
     fresh_tensors_hold_garbage,
+    on,
     only_the_first_tile_runs,
     run,
     take_only,
@@ -31,7 +33,6 @@ TILES = products.PREFILL_TILES | products.DECODE_TILES
 BITS = {"e4m3": 8, "e2m1": 4}
 FORM = {"e4m3": "MXFP8", "e2m1": "MXFP4"}
 each_element = pytest.mark.parametrize("element", BITS)
-each_backend = pytest.mark.parametrize("backend", ["cpu", "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +70,6 @@ def blocks_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     kind = importlib.import_module("triton.language.semantic").TritonSemantic
     monkeypatch.setattr(kind, "dot_scaled", dot_scaled)
-
-
-def on(backend: str, operator: str, *operands: Any) -> Any:
-    if backend == "triton":
-        return run(operator, *operands)
-    return getattr(kernels, operator)(*operands)
 
 
 class TestMxGemm:

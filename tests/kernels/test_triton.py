@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from smoothq import kernels
 from smoothq.kernels import QuantizedInput, reference, tuning
 from smoothq.rounding.packing import pack
 from smoothq.transforms.hadamard import Hadamard
@@ -45,6 +46,7 @@ integer, grouped, weight_only, rotations, attention, floating, fp_quantizers = (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+each_backend = pytest.mark.parametrize("backend", ["cpu", "triton"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_output = pytest.mark.parametrize(
     ("dtype", "biased"),
@@ -157,6 +159,11 @@ def run(name: str, *operands: Any, **named: Any) -> Any:
     if isinstance(result, Tensor):
         return result.cpu()
     return QuantizedInput(*(None if part is None else part.cpu() for part in result))
+
+
+def on(backend: str, name: str, *operands: Any) -> Any:
+    """An operator's result by a backend: `cpu`, or `triton`."""
+    return run(name, *operands) if backend == "triton" else getattr(kernels, name)(*operands)
 
 
 def assert_same(found: QuantizedInput, expected: QuantizedInput) -> None:
